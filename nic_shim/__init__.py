@@ -1,0 +1,1 @@
+"""Ingress: what stands in for a NIC. Queue-pair port, ZeroMQ server, tokenising and detokenising."""
