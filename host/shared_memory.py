@@ -1,0 +1,330 @@
+"""POSIX shared memory of one engine: the engine page, one region per queue pair, and the lock that says it lives.
+
+Names in /dev/shm: `blinkimp.<engine>.engine`, `blinkimp.<engine>.qp<i>`, `blinkimp.<engine>.lock`. The engine host creates
+them (`create_engine_regions`); the ingress, the emulated device and the command line open them (`open_queue_pair`,
+`open_engine_page`). The layout is that of device/ring_abi.h.
+Test: pytest tests/null/test_shared_memory.py
+
+Invariants
+I1  A region is complete (sized, zeroed, header filled) before its final name exists: it is made under a temporary name and
+    renamed. The engine page appears last, so whoever can open it finds every queue pair.
+I2  Regions are created and removed only under the engine's lock (host/engine_lock.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.engine_lock import (
+    SHM_DIR,
+    EngineAlreadyRunning,
+    EngineLock,
+    EngineNotFound,
+    SharedMemoryError,
+    check_engine_name,
+    engine_is_alive,
+)
+
+__all__ = [
+    "SHM_DIR",
+    "EngineAlreadyRunning",
+    "EngineNotFound",
+    "EngineRegions",
+    "QueuePairGeometry",
+    "Region",
+    "SharedMemoryError",
+    "create_engine_regions",
+    "engine_is_alive",
+    "engine_page_name",
+    "open_engine_page",
+    "open_queue_pair",
+    "queue_pair_name",
+]
+
+LINE_BYTES = 128  # offsets inside a region are multiples of it, so that no ring shares a line with another
+
+
+def engine_page_name(engine_name: str) -> str:
+    return f"blinkimp.{check_engine_name(engine_name)}.engine"
+
+
+def queue_pair_name(engine_name: str, queue_pair_idx: int) -> str:
+    return f"blinkimp.{check_engine_name(engine_name)}.qp{queue_pair_idx}"
+
+
+def _align(num_bytes: int, alignment_bytes: int) -> int:
+    return -(-num_bytes // alignment_bytes) * alignment_bytes
+
+
+@dataclass(frozen=True)
+class QueuePairGeometry:
+    """Entry counts of a queue pair and where its parts lie. Counts and arena_bytes are powers of two."""
+
+    num_submissions: int = 1024
+    num_completions: int = 8192
+    arena_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_submissions", 2), ("num_completions", 2), ("arena_bytes", 4096)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise SharedMemoryError(f"{name} is {value}; expected a power of two, at least {least}")
+
+    @property
+    def submissions_offset(self) -> int:
+        return _align(abi.QUEUE_PAIR.itemsize, LINE_BYTES)
+
+    @property
+    def completions_offset(self) -> int:
+        return _align(self.submissions_offset + self.num_submissions * abi.SUBMISSION_ENTRY.itemsize, LINE_BYTES)
+
+    @property
+    def arena_offset(self) -> int:
+        # A page of its own: request bodies are read with wide loads.
+        return _align(self.completions_offset + self.num_completions * abi.COMPLETION_ENTRY.itemsize, mmap.PAGESIZE)
+
+    @property
+    def region_bytes(self) -> int:
+        return _align(self.arena_offset + self.arena_bytes, mmap.PAGESIZE)
+
+
+class Region:
+    """One mapped shared memory object. `.buffer` is a memoryview of all of it, `.address` where it lies in this process."""
+
+    def __init__(self, name: str, mapping: mmap.mmap, *, writable: bool) -> None:
+        self.name = name
+        self.region_bytes = len(mapping)
+        self.writable = writable
+        self._mapping: mmap.mmap | None = mapping
+        self.buffer = memoryview(mapping)
+        self.address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+
+    def view(self, dtype: np.dtype[Any], offset_bytes: int = 0) -> np.ndarray[Any, Any]:
+        """A one-element array over `dtype` at `offset_bytes`; reads and writes go straight to the shared memory."""
+        return np.frombuffer(self.buffer, dtype=dtype, count=1, offset=offset_bytes)
+
+    def close(self) -> None:
+        """Unmaps, or, where an array still looks at it, leaves that to the array's end."""
+        if self._mapping is None:
+            return
+        mapping, self._mapping = self._mapping, None
+        with contextlib.suppress(BufferError):  # an array is alive; the mapping goes with the last of them
+            self.buffer.release()
+            mapping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EngineRegions:
+    """Everything one engine shares, held by its host. `unlink()` takes the names away; maps of others stay valid."""
+
+    def __init__(self, engine_name: str, engine_id: int, lock: EngineLock) -> None:
+        self.engine_name = engine_name
+        self.engine_id = engine_id
+        self.lock = lock
+        self.engine_page: Region  # set last by create_engine_regions
+        self.queue_pairs: list[Region] = []
+
+    def unlink(self) -> None:
+        """Removes the names (engine page first, so that nobody attaches half-way), unmaps, and gives the lock back."""
+        _remove_regions(self.engine_name)
+        for region in self.queue_pairs:
+            region.close()
+        if hasattr(self, "engine_page"):  # absent when creation failed half-way
+            self.engine_page.close()
+        self.lock.release()
+
+
+def create_engine_regions(
+    engine_name: str,
+    *,
+    num_queue_pairs: int,
+    geometry: QueuePairGeometry,
+    max_context: int,
+    vocab_size: int,
+    engine_id: int | None = None,
+) -> EngineRegions:
+    """Creates the engine page and the queue pairs. Regions of a dead engine of this name are replaced; a live one is refused."""
+    if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
+        raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
+    regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), EngineLock(engine_name))
+    try:
+        _remove_regions(engine_name)
+        for queue_pair_idx in range(num_queue_pairs):
+            header = np.zeros(1, dtype=abi.QUEUE_PAIR_HEADER)
+            _fill_queue_pair_header(header, geometry, regions.engine_id, queue_pair_idx, max_context, vocab_size)
+            name = queue_pair_name(engine_name, queue_pair_idx)
+            regions.queue_pairs.append(_create_region(name, geometry.region_bytes, header))
+        header = np.zeros(1, dtype=abi.ENGINE_HEADER)
+        header["magic"] = abi.ENGINE_PAGE_MAGIC
+        header["abi_version"] = abi.ABI_VERSION
+        header["num_queue_pairs"] = num_queue_pairs
+        header["engine_id"] = regions.engine_id
+        header["host_pid"] = os.getpid()
+        regions.engine_page = _create_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, header)
+    except BaseException:
+        regions.unlink()
+        raise
+    return regions
+
+
+def open_queue_pair(engine_name: str, queue_pair_idx: int) -> Region:
+    """Maps one queue pair, writable, after checking every word of its header."""
+    name = queue_pair_name(engine_name, queue_pair_idx)
+    region = _open_region(name, abi.QUEUE_PAIR.itemsize, writable=True)
+    try:
+        _check_queue_pair_header(region, queue_pair_idx)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
+def open_engine_page(engine_name: str, *, writable: bool = False) -> Region:
+    """Maps the engine page; only the host and the device ask for it writable."""
+    region = _open_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, writable=writable)
+    header = region.view(abi.ENGINE_HEADER)[0]
+    try:
+        _expect(region.name, "magic", int(header["magic"]), abi.ENGINE_PAGE_MAGIC)
+        _expect(region.name, "abi_version", int(header["abi_version"]), abi.ABI_VERSION)
+        _expect(region.name, "region size", region.region_bytes, abi.ENGINE_PAGE.itemsize)
+    except BaseException:
+        del header
+        region.close()
+        raise
+    return region
+
+
+def _fill_queue_pair_header(
+    header: np.ndarray[Any, Any],
+    geometry: QueuePairGeometry,
+    engine_id: int,
+    queue_pair_idx: int,
+    max_context: int,
+    vocab_size: int,
+) -> None:
+    header["magic"] = abi.QUEUE_PAIR_MAGIC
+    header["abi_version"] = abi.ABI_VERSION
+    header["header_bytes"] = abi.QUEUE_PAIR.itemsize
+    header["region_bytes"] = geometry.region_bytes
+    header["submission_entry_bytes"] = abi.SUBMISSION_ENTRY.itemsize
+    header["num_submissions"] = geometry.num_submissions
+    header["completion_entry_bytes"] = abi.COMPLETION_ENTRY.itemsize
+    header["num_completions"] = geometry.num_completions
+    header["arena_bytes"] = geometry.arena_bytes
+    header["submissions_offset"] = geometry.submissions_offset
+    header["completions_offset"] = geometry.completions_offset
+    header["arena_offset"] = geometry.arena_offset
+    header["engine_id"] = engine_id
+    header["queue_pair_idx"] = queue_pair_idx
+    header["max_context"] = max_context
+    header["vocab_size"] = vocab_size
+
+
+def _check_queue_pair_header(region: Region, queue_pair_idx: int) -> None:
+    header = region.view(abi.QUEUE_PAIR_HEADER)[0]
+    name = region.name
+    _expect(name, "magic", int(header["magic"]), abi.QUEUE_PAIR_MAGIC)
+    _expect(name, "abi_version", int(header["abi_version"]), abi.ABI_VERSION)
+    _expect(name, "header_bytes", int(header["header_bytes"]), abi.QUEUE_PAIR.itemsize)
+    _expect(name, "submission_entry_bytes", int(header["submission_entry_bytes"]), abi.SUBMISSION_ENTRY.itemsize)
+    _expect(name, "completion_entry_bytes", int(header["completion_entry_bytes"]), abi.COMPLETION_ENTRY.itemsize)
+    _expect(name, "queue_pair_idx", int(header["queue_pair_idx"]), queue_pair_idx)
+    geometry = QueuePairGeometry(
+        int(header["num_submissions"]), int(header["num_completions"]), int(header["arena_bytes"])
+    )
+    _expect(name, "submissions_offset", int(header["submissions_offset"]), geometry.submissions_offset)
+    _expect(name, "completions_offset", int(header["completions_offset"]), geometry.completions_offset)
+    _expect(name, "arena_offset", int(header["arena_offset"]), geometry.arena_offset)
+    _expect(name, "region_bytes", int(header["region_bytes"]), geometry.region_bytes)
+    _expect(name, "region size", region.region_bytes, geometry.region_bytes)
+
+
+def _expect(name: str, what: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise SharedMemoryError(
+            f"{SHM_DIR / name}: {what} is {got:#x}, expected {expected:#x}; "
+            "the engine was started by another version of blinkimp, or the file is damaged: restart the engine with this version"
+        )
+
+
+def _create_region(name: str, region_bytes: int, header: np.ndarray[Any, Any]) -> Region:
+    temporary = SHM_DIR / f"{name}.new-{os.getpid()}-{secrets.token_hex(4)}"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            # Reserves the memory now: a full /dev/shm would otherwise kill whoever first touches a page (SIGBUS).
+            os.posix_fallocate(fd, 0, region_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            free = os.statvfs(SHM_DIR)
+            raise SharedMemoryError(
+                f"{SHM_DIR} is full: {name} needs {region_bytes} bytes, {free.f_bavail * free.f_frsize} are free; "
+                "give the container more (--shm-size), or lower num_queue_pairs, arena_bytes or num_completions"
+            ) from error
+        mapping = mmap.mmap(fd, region_bytes)
+        header_bytes = header.tobytes()
+        mapping[: len(header_bytes)] = header_bytes
+        os.rename(temporary, SHM_DIR / name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    return Region(name, mapping, writable=True)
+
+
+def _open_region(name: str, least_bytes: int, *, writable: bool) -> Region:
+    path = SHM_DIR / name
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise EngineNotFound(
+            f"{path} does not exist; expected an engine of that name to run; start `blinkimp serve`"
+        ) from None
+    except OSError as error:
+        raise SharedMemoryError(
+            f"cannot open {path}: {error.strerror}; expected a file of user {os.geteuid()}; run as the engine's user"
+        ) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise SharedMemoryError(
+                f"{path} has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}; "
+                f"expected owner {os.geteuid()} and mode -rw-------; it was not made by an engine of this user: remove it"
+            )
+        if status.st_size < least_bytes:
+            raise SharedMemoryError(
+                f"{path} has {status.st_size} bytes, expected at least {least_bytes}; restart the engine"
+            )
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        mapping = mmap.mmap(fd, status.st_size, flags=mmap.MAP_SHARED, prot=protection)
+    finally:
+        os.close(fd)
+    return Region(name, mapping, writable=writable)
+
+
+def _remove_regions(engine_name: str) -> None:
+    """Takes away the names of this engine's regions, half-made ones too. Only under the engine's lock (I2)."""
+    engine_page = engine_page_name(engine_name)
+    (SHM_DIR / engine_page).unlink(missing_ok=True)
+    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|qp\d+)(\.new-.*)?")
+    for path in SHM_DIR.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink(missing_ok=True)
