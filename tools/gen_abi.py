@@ -24,7 +24,14 @@ HEADERS = (ROOT / "device" / "ring_abi.h", ROOT / "device" / "program_abi.h")
 OUTPUT = ROOT / "blinkimp" / "ring_abi.py"
 
 # C name -> (numpy format, bytes). Alignment equals size for each of them on every platform that is supported.
-SCALARS = {"u8": ("u1", 1), "u16": ("<u2", 2), "u32": ("<u4", 4), "u64": ("<u8", 8), "i32": ("<i4", 4), "f32": ("<f4", 4)}
+SCALARS = {
+    "u8": ("u1", 1),
+    "u16": ("<u2", 2),
+    "u32": ("<u4", 4),
+    "u64": ("<u8", 8),
+    "i32": ("<i4", 4),
+    "f32": ("<f4", 4),
+}
 
 OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -59,7 +66,9 @@ class Struct:
 @dataclasses.dataclass
 class Abi:
     constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    constant_groups: list[tuple[str, list[str]]] = dataclasses.field(default_factory=list)  # (header name, constant names)
+    constant_groups: list[tuple[str, list[str]]] = dataclasses.field(
+        default_factory=list
+    )  # (header name, constant names)
     enums: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     structs: dict[str, Struct] = dataclasses.field(default_factory=dict)
 
@@ -100,15 +109,21 @@ def layout(struct: Struct, structs: dict[str, Struct]) -> None:
         elif member.type_name in structs:
             element_bytes, align_bytes = structs[member.type_name].size_bytes, structs[member.type_name].align_bytes
         else:
-            raise AbiError(f"{struct.name}.{member.name}: unknown type {member.type_name}; expected {', '.join(SCALARS)} or a struct")
+            raise AbiError(
+                f"{struct.name}.{member.name}: unknown type {member.type_name}; expected {', '.join(SCALARS)} or a struct"
+            )
         member.offset = -(-position // align_bytes) * align_bytes
         if member.offset != position:
-            raise AbiError(f"{struct.name}.{member.name}: {member.offset - position} bytes of implicit padding; make it explicit")
+            raise AbiError(
+                f"{struct.name}.{member.name}: {member.offset - position} bytes of implicit padding; make it explicit"
+            )
         position = member.offset + element_bytes * (1 if member.num_elements is None else member.num_elements)
         struct.align_bytes = max(struct.align_bytes, align_bytes)
     struct.size_bytes = -(-position // struct.align_bytes) * struct.align_bytes
     if struct.size_bytes != position:
-        raise AbiError(f"{struct.name}: {struct.size_bytes - position} bytes of implicit padding at its end; make it explicit")
+        raise AbiError(
+            f"{struct.name}: {struct.size_bytes - position} bytes of implicit padding at its end; make it explicit"
+        )
 
 
 TOKEN = re.compile(
@@ -143,7 +158,9 @@ def check_assertion(abi: Abi, item: re.Match[str]) -> None:
     elif item["at_type"]:
         offsets = {member.name: member.offset for member in abi.structs[item["at_type"]].members}
         if offsets.get(item["at_member"]) != int(item["at"]):
-            raise AbiError(f"{item['at_type']}.{item['at_member']}: computed {offsets.get(item['at_member'])}, ABI_AT says {item['at']}")
+            raise AbiError(
+                f"{item['at_type']}.{item['at_member']}: computed {offsets.get(item['at_member'])}, ABI_AT says {item['at']}"
+            )
 
 
 def parse(headers: tuple[Path, ...] = HEADERS) -> Abi:
@@ -156,7 +173,9 @@ def parse(headers: tuple[Path, ...] = HEADERS) -> Abi:
         while position < len(text.rstrip()):
             item = TOKEN.match(text, position)
             if item is None:
-                raise AbiError(f"{header.name}: cannot read {text[position : position + 80].strip()!r}; see the head of tools/gen_abi.py")
+                raise AbiError(
+                    f"{header.name}: cannot read {text[position : position + 80].strip()!r}; see the head of tools/gen_abi.py"
+                )
             position = item.end()
             if item["constant"]:
                 abi.constants[item["cname"]] = evaluate(item["cvalue"], abi.constants)
@@ -179,9 +198,9 @@ def member_names(enum_name: str, members: dict[str, int]) -> dict[str, str]:
     words = [camel_words(member) for member in members]
     others = [camel_words(enum_name)] if len(words) == 1 else words
     num_shared = 0
-    while all(len(other) > num_shared and other[num_shared] == words[0][num_shared] for other in [*others, *words]) and all(
-        len(word) > num_shared + 1 for word in words
-    ):
+    while all(
+        len(other) > num_shared and other[num_shared] == words[0][num_shared] for other in [*others, *words]
+    ) and all(len(word) > num_shared + 1 for word in words):
         num_shared += 1
     return {member: "_".join(word[num_shared:]).upper() for member, word in zip(members, words, strict=True)}
 
@@ -247,7 +266,9 @@ def render(abi: Abi) -> str:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description="Writes blinkimp/ring_abi.py from the ABI headers under device/.")
-    arguments.add_argument("--check", action="store_true", help="write nothing; exit 1 when the committed file is out of date")
+    arguments.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when the committed file is out of date"
+    )
     check = arguments.parse_args().check
     text = render(parse())
     if OUTPUT.exists() and OUTPUT.read_text() == text:

@@ -6,35 +6,23 @@ Run: pytest tests/compile/test_ring_abi.py
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from blinkimp import ring_abi
+from tests.support import ROOT, load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = ROOT / "device"
-
-
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gen_abi", ROOT / "tools" / "gen_abi.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gen_abi"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gen_abi = load_generator()
+gen_abi = load_tool("gen_abi")
 
 
 def test_committed_mirror_is_what_the_headers_say() -> None:
-    assert gen_abi.render(gen_abi.parse()) == (ROOT / "blinkimp" / "ring_abi.py").read_text(), "run: python tools/gen_abi.py"
+    assert gen_abi.render(gen_abi.parse()) == (ROOT / "blinkimp" / "ring_abi.py").read_text(), (
+        "run: python tools/gen_abi.py"
+    )
 
 
 def test_gxx_agrees_on_every_size_offset_and_value(tmp_path: Path) -> None:
@@ -44,13 +32,16 @@ def test_gxx_agrees_on_every_size_offset_and_value(tmp_path: Path) -> None:
     for name, struct in abi.structs.items():
         lines.append(f'  std::printf("size {name} - %zu\\n", sizeof({name}));')
         lines += [
-            f'  std::printf("at {name} {member.name} %zu\\n", __builtin_offsetof({name}, {member.name}));' for member in struct.members
+            f'  std::printf("at {name} {member.name} %zu\\n", __builtin_offsetof({name}, {member.name}));'
+            for member in struct.members
         ]
     names = list(abi.constants) + [member for members in abi.enums.values() for member in members]
     lines += [f'  std::printf("value {name} - %llu\\n", static_cast<unsigned long long>({name}));' for name in names]
     probe = tmp_path / "probe.cpp"
     probe.write_text("\n".join([*lines, "}"]))
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{DEVICE}", "-o", tmp_path / "probe", probe], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{DEVICE}", "-o", tmp_path / "probe", probe], check=True
+    )
     report = subprocess.run([tmp_path / "probe"], check=True, capture_output=True, text=True).stdout.splitlines()
     assert len(report) > 200
     for line in report:
@@ -89,9 +80,9 @@ def test_nvrtc_compiles_the_headers_with_their_assertions() -> None:
 def test_names_in_python() -> None:
     assert ring_abi.COMPLETION_TOKEN == 2
     assert ring_abi.CompletionKind(2) is ring_abi.CompletionKind.TOKEN
-    assert ring_abi.FinishReason.STOP_ID == ring_abi.FINISH_STOP_ID
+    assert ring_abi.FinishReason(ring_abi.FINISH_STOP_ID) is ring_abi.FinishReason.STOP_ID
     assert ring_abi.QUEUE_PAIR_MAGIC.to_bytes(8, "little") == b"BLNKQP01"
-    assert ring_abi.DType.BF16 == ring_abi.BF16 == 1
+    assert ring_abi.DType(ring_abi.BF16) is ring_abi.DType.BF16
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Before any test: an up-to-date native library. GPU tests are skipped, with the reason, where there is no usable GPU.
+
+The library is built from the tree under test (tools/build_native.py does nothing when it is current), unless
+BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), pytest -m gpu (on a GPU machine).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+
+from tests.support import load_tool
+
+build_error: str | None = None  # why the native library could not be built; tests that need it fail with this
+
+
+def pytest_configure() -> None:
+    global build_error
+    if os.environ.get("BLINKIMP_NATIVE_LIBRARY"):
+        return
+    build_native = load_tool("build_native")
+    try:
+        build_native.build()
+    except build_native.BuildError as error:
+        build_error = str(error)
+
+
+def pytest_report_header() -> str | None:
+    return f"native library NOT built: {build_error}" if build_error else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Otherwise a library left from an older build would be tested in place of the broken sources.
+    if build_error and item.path.parent.name in ("host", "gpu"):
+        pytest.fail(f"the native library could not be built: {build_error}", pytrace=False)
+
+
+def gpu_missing_reason() -> str | None:
+    """Why GPU tests cannot run here, or None when they can."""
+    try:
+        from cuda.bindings import driver
+
+        (error,) = driver.cuInit(0)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            return f"no usable CUDA GPU: cuInit returned {error.name}"
+        error, num_devices = driver.cuDeviceGetCount()
+    except Exception as error:  # cuda.bindings raises RuntimeError or a subclass of it when libcuda.so is missing
+        return f"no usable CUDA GPU: {type(error).__name__}: {error}"
+    return None if num_devices else "no usable CUDA GPU: the driver reports 0 devices"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.path.parent.name == "gpu"]
+    if not gpu_items:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reason = gpu_missing_reason()
+    for item in gpu_items:
+        item.add_marker(pytest.mark.gpu)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
