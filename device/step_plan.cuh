@@ -1,0 +1,38 @@
+// Accessors of a StepPlan: its three arrays stand right behind the 64-byte header.
+//
+// Written by the director (director_plan), read by the workers and the CPU interpreter.
+// Test: pytest tests/host/test_director_plan.py
+#pragma once
+#include <ptx.cuh>
+
+namespace blinkimp {
+
+BK_INLINE u64 plan_bytes(const EngineParams& params) {
+  return sizeof(StepPlan) + u64{params.max_batch} * sizeof(PlanSeq) + u64{params.max_step_tokens} * sizeof(PlanRow) +
+         u64{params.max_batch} * sizeof(u32);
+}
+
+// [max_batch], the first num_seqs are valid
+BK_INLINE PlanSeq* plan_seqs(const EngineParams&, StepPlan* plan) { return reinterpret_cast<PlanSeq*>(plan + 1); }
+BK_INLINE const PlanSeq* plan_seqs(const EngineParams&, const StepPlan* plan) { return reinterpret_cast<const PlanSeq*>(plan + 1); }
+
+// [max_step_tokens], the first num_rows are valid
+BK_INLINE PlanRow* plan_rows(const EngineParams& params, StepPlan* plan) {
+  return reinterpret_cast<PlanRow*>(plan_seqs(params, plan) + params.max_batch);
+}
+BK_INLINE const PlanRow* plan_rows(const EngineParams& params, const StepPlan* plan) {
+  return reinterpret_cast<const PlanRow*>(plan_seqs(params, plan) + params.max_batch);
+}
+
+// [max_batch], the first num_sample_rows are valid: the row that each sampled row stands for
+BK_INLINE u32* plan_sampled_rows(const EngineParams& params, StepPlan* plan) {
+  return reinterpret_cast<u32*>(plan_rows(params, plan) + params.max_step_tokens);
+}
+BK_INLINE const u32* plan_sampled_rows(const EngineParams& params, const StepPlan* plan) {
+  return reinterpret_cast<const u32*>(plan_rows(params, plan) + params.max_step_tokens);
+}
+
+// Step n uses plans[n & 1], so that the workers may still read plan n while the director writes n + 1.
+BK_INLINE StepPlan* plan_of_step(const EngineParams& params, u64 step) { return reinterpret_cast<StepPlan*>(params.plans[step & 1]); }
+
+}  // namespace blinkimp
