@@ -1,0 +1,162 @@
+"""Where the program's weights go: the target protocol, what it is handed, and the host-memory target of the CPU interpreter.
+
+The builder (host/program.py) is the same for every device. It hands each matrix to a `WeightTarget` as a `MatrixSource`, which reads rows on
+demand straight from the memory-mapped checkpoint, in the order Op.weight wants (QKV concatenated, gate and up interleaved), so
+a target never needs the whole model twice. Called by host/program.py. Test: pytest tests/null/test_checkpoint_weights.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blinkimp.ring_abi import DType, OpKind
+
+GATE_UP_GROUP_ROWS: Final = 8  # rows of gate, then of up, in turn (kOpGateUp)
+ALIGN_BYTES: Final = 64  # a cache line, and a vector register of the CPU interpreter
+READ_BYTES: Final = 16 << 20  # bytes converted at a time
+
+Weights = NDArray[Any]  # float32, or uint16 that holds bf16 bits
+
+
+class Tensor(Protocol):
+    """One stored tensor, read on demand: host/checkpoint.py and host/dummy_weights.py make them."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def read_rows(self, begin: int, end: int, dtype: DType) -> Weights:
+        """Rows [begin, end) of the first axis, in dtype (bf16 as uint16)."""
+
+    def view(self, dtype: DType) -> Weights | None:
+        """The whole tensor without a copy, if it is stored in dtype."""
+
+
+@dataclass(frozen=True)
+class MatrixSource:
+    """A weight matrix [out_features, in_features] of an op, assembled from stored tensors row by row."""
+
+    name: str
+    kind: OpKind
+    layer: int
+    dtype: DType
+    parts: tuple[Tensor, ...]
+    interleaved: bool = False  # two parts, in turns of GATE_UP_GROUP_ROWS rows; else parts one after the other
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.out_features * self.in_features * item_bytes(self.dtype)
+
+    def read_rows(self, begin: int, end: int) -> Weights:
+        """Rows [begin, end) as [end - begin, in_features], float32 or bf16 bits in uint16."""
+        return self._read_interleaved(begin, end) if self.interleaved else self._read_concatenated(begin, end)
+
+    def view(self) -> Weights | None:
+        """The matrix without a copy, where it is one stored tensor of this dtype."""
+        return self.parts[0].view(self.dtype) if len(self.parts) == 1 else None
+
+    def _read_concatenated(self, begin: int, end: int) -> Weights:
+        pieces, part_begin = [], 0
+        for part in self.parts:
+            part_end = part_begin + part.shape[0]
+            low, high = max(begin, part_begin), min(end, part_end)
+            if low < high:
+                pieces.append(part.read_rows(low - part_begin, high - part_begin, self.dtype))
+            part_begin = part_end
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read_interleaved(self, begin: int, end: int) -> Weights:
+        group = GATE_UP_GROUP_ROWS
+        first_group, end_group = begin // (2 * group), -(-end // (2 * group))
+        shape = (end_group - first_group, group, self.in_features)
+        first, end_row = first_group * group, end_group * group
+        pieces = [part.read_rows(first, end_row, self.dtype).reshape(shape) for part in self.parts]
+        rows = np.stack(pieces, axis=1).reshape(-1, self.in_features)
+        return rows[begin - first_group * 2 * group : end - first_group * 2 * group]
+
+
+@dataclass(frozen=True)
+class PlacedMatrix:
+    """What the op needs to know about a placed matrix: the members weight, weight_layout, tile_rows, num_tiles of Op."""
+
+    address: int
+    layout: int = 0
+    tile_rows: int = 0
+    num_tiles: int = 0
+
+
+class WeightTarget(Protocol):
+    """A device's memory. It keeps what it placed alive until it is itself dropped."""
+
+    def place_matrix(self, source: MatrixSource) -> PlacedMatrix:
+        """Copies (or packs, or maps) the matrix. kind EMBED must stay row-major: layout 0. A tied LM head comes as a second
+        call with the same parts and kind LM_HEAD."""
+
+    def place_f32(self, name: str, values: NDArray[np.float32]) -> int:
+        """Copies a vector or table; returns its address."""
+
+
+def item_bytes(dtype: DType) -> int:
+    return 2 if dtype == DType.BF16 else 4
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+    """An uninitialised array whose data start at a multiple of ALIGN_BYTES."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    buffer = np.empty(num_bytes + ALIGN_BYTES, np.uint8)
+    offset = -buffer.ctypes.data % ALIGN_BYTES
+    return buffer[offset : offset + num_bytes].view(dtype).reshape(tuple(shape))
+
+
+class HostTarget:
+    """Row-major weights in host memory. Matrices of at least `map_bytes` that are stored as needed stay in the mapped file:
+    they are read at the speed of memory anyway, while small ones live in cache, where alignment counts."""
+
+    def __init__(self, map_bytes: int = 16 << 20) -> None:
+        self._map_bytes = map_bytes
+        self._placed: dict[tuple[tuple[str, ...], bool, DType], PlacedMatrix] = {}
+        self._keepalive: list[NDArray[Any]] = []
+        self.num_bytes = 0  # copied to memory of this process
+        self.mapped_bytes = 0  # left in the mapped checkpoint
+
+    def place_matrix(self, source: MatrixSource) -> PlacedMatrix:
+        key = (tuple(part.name for part in source.parts), source.interleaved, source.dtype)
+        if key not in self._placed:  # a tied LM head shares the embedding's memory
+            self._placed[key] = PlacedMatrix(self._keep(self._map(source)))
+        return self._placed[key]
+
+    def place_f32(self, name: str, values: NDArray[np.float32]) -> int:
+        copy = aligned_empty(values.shape, np.float32)
+        copy[...] = values
+        self.num_bytes += copy.nbytes
+        return self._keep(copy)
+
+    def _keep(self, array: NDArray[Any]) -> int:
+        self._keepalive.append(array)
+        return int(array.ctypes.data)
+
+    def _map(self, source: MatrixSource) -> Weights:
+        view = source.view() if source.num_bytes >= self._map_bytes else None
+        if view is not None:
+            self.mapped_bytes += view.nbytes
+            return view
+        dtype = np.uint16 if source.dtype == DType.BF16 else np.float32
+        matrix = aligned_empty((source.out_features, source.in_features), dtype)
+        rows = max(16, READ_BYTES // max(1, source.in_features * matrix.itemsize) // 16 * 16)
+        for begin in range(0, source.out_features, rows):
+            end = min(begin + rows, source.out_features)
+            matrix[begin:end] = source.read_rows(begin, end)
+        self.num_bytes += matrix.nbytes
+        return matrix
