@@ -1,0 +1,232 @@
+"""Configuration: one type, filled from a TOML file, BLINKIMP_* environment variables and command-line flags.
+
+Precedence: flags > environment > file > default. Every value remembers where it came from, so that an error names the key, the
+source, what was found, what was expected and what to do. Unknown keys are errors.
+Called by: blinkimp/cli. The README's table is written from this type by tools/gen_config_table.py.
+Test: pytest tests/null/test_config.py
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from blinkimp import ring_abi
+
+ENVIRONMENT_PREFIX = "BLINKIMP_"
+# Variables that are not configuration of an engine; README, "Environment".
+OTHER_VARIABLES = {
+    "BLINKIMP_CONFIG": "path of the TOML file, where no --config is given",
+    "BLINKIMP_EXPECT_CACHED": "1: a compile at start is an error (the cubin must be in the cache already)",
+    "BLINKIMP_NATIVE_LIBRARY": "path of another build of the native library, e.g. one with a sanitizer",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration value is wrong; the message is meant for the person who set it."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. 0 and `auto` mean: chosen from the model and the device."""
+
+    model: Annotated[str, Meta(min_length=1, description="`embedded`, or a Hugging Face checkpoint folder")] = (
+        "embedded"
+    )
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="`dummy`: random weights, only config.json is read (for measurements)"),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "gpu", "emulated"],
+        Meta(description="`auto`: the GPU where there is one, else the emulated device"),
+    ] = "auto"
+    compute_dtype: Annotated[
+        Literal["auto", "f32", "bf16"], Meta(description="of GEMM inputs and KV pages; the GPU computes in bf16")
+    ] = "auto"
+    engine_name: Annotated[
+        str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="names the shared memory; one engine a name")
+    ] = "blinkimp"
+    bind: Annotated[
+        str,
+        Meta(
+            pattern=r"^(tcp|ipc)://.+", description="ZeroMQ endpoint of the first ingress; others take the next ports"
+        ),
+    ] = "tcp://127.0.0.1:5555"
+    num_ingress: Annotated[int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="ingress processes")] = 1
+    num_queue_pairs: Annotated[
+        int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="queue pairs; each ingress process takes one")
+    ] = 4
+    num_submissions: Annotated[
+        int, Meta(ge=2, le=1 << 20, extra={"power_of_two": True}, description="entries of a submission ring")
+    ] = 1024
+    num_completions: Annotated[
+        int, Meta(ge=2, le=1 << 24, extra={"power_of_two": True}, description="entries of a completion ring")
+    ] = 8192
+    arena_bytes: Annotated[
+        int, Meta(ge=4096, le=1 << 32, extra={"power_of_two": True}, description="request bodies of a queue pair")
+    ] = 8 << 20
+    num_requests: Annotated[int, Meta(ge=1, le=1 << 20, description="entries of the request table")] = 4096
+    max_batch: Annotated[int, Meta(ge=0, le=4096, description="requests in one step")] = 0
+    max_step_tokens: Annotated[
+        int, Meta(ge=0, le=ring_abi.MAX_STEP_TOKENS, description="tokens (rows) in one step")
+    ] = 0
+    prefill_chunk_tokens: Annotated[
+        int, Meta(ge=0, le=ring_abi.MAX_STEP_TOKENS, description="prompt tokens of one request in one step")
+    ] = 0
+    max_context: Annotated[int, Meta(ge=0, description="tokens of one request, prompt and output")] = 0
+    num_pages: Annotated[int, Meta(ge=0, description=f"KV pages of {ring_abi.PAGE_TOKENS} tokens")] = 0
+    kv_memory_fraction: Annotated[
+        float, Meta(gt=0, le=1, description="share of the memory left after the weights that KV pages may take")
+    ] = 0.9
+    num_threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads of the emulated device")] = 0
+    ingress_timeout_s: Annotated[
+        float, Meta(ge=0.2, le=3600, description="an ingress silent for longer is dropped, its requests cancelled")
+    ] = 1.0
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, le=86400, description="SIGTERM: how long running requests may take to finish")
+    ] = 30.0
+    cache_dir: Annotated[
+        str, Meta(description="compiled kernels; empty: $XDG_CACHE_HOME/blinkimp or ~/.cache/blinkimp")
+    ] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="to stderr")] = "info"
+
+
+def cache_folder(config: Config) -> Path:
+    """The folder that config.cache_dir names, or the default one. It may not exist yet."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "blinkimp"
+
+
+class Key(msgspec.Struct, frozen=True):
+    """What flags, the README's table and error messages say of one key of Config."""
+
+    name: str
+    value_type: Any  # the annotated type, for msgspec.convert
+    default: str | int | float
+    description: str
+    expected: str  # in words
+    choices: tuple[str, ...]  # of a Literal, else empty
+    is_power_of_two: bool
+
+    @property
+    def variable(self) -> str:
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _expectation(info: msgspec.inspect.Type, power_of_two: bool) -> str:
+    """The type and its limits in words."""
+    match info:
+        case msgspec.inspect.LiteralType(values=values):
+            return "one of " + ", ".join(map(str, values))
+        case msgspec.inspect.IntType(ge=low, le=high):
+            noun = "a power of two" if power_of_two else "an integer"
+            return f"{noun} from {low} to {high}" if high is not None else f"{noun} of at least {low}"
+        case msgspec.inspect.FloatType(gt=above, ge=low, le=high):
+            return f"a number from {low} to {high}" if above is None else f"a number above {above}, at most {high}"
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return f"text that matches {pattern}"
+    return "text"
+
+
+def keys() -> dict[str, Key]:
+    """Every key of Config, in its order."""
+    struct_info = msgspec.inspect.type_info(Config)
+    assert isinstance(struct_info, msgspec.inspect.StructType)
+    result = {}
+    for field, struct_field in zip(struct_info.fields, msgspec.structs.fields(Config), strict=True):
+        info, description = field.type, ""
+        extra: dict[str, object] = {}
+        while isinstance(info, msgspec.inspect.Metadata):
+            extra |= info.extra or {}
+            description = (info.extra_json_schema or {}).get("description", description)
+            info = info.type
+        power_of_two = bool(extra.get("power_of_two"))
+        choices = tuple(map(str, info.values)) if isinstance(info, msgspec.inspect.LiteralType) else ()
+        expected = _expectation(info, power_of_two)
+        value = Key(field.name, struct_field.type, field.default, description, expected, choices, power_of_two)
+        result[field.name] = value
+    return result
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def _parse(key: Key, raw: object, source: str) -> object:
+    """`raw` as the key's type. Text from the environment or a flag is read leniently, TOML values by their own type."""
+    try:
+        value = msgspec.convert(raw, key.value_type, strict=not isinstance(raw, str))
+    except msgspec.ValidationError:
+        value = None
+    if value is None or (key.is_power_of_two and value & (value - 1)):
+        remedy = f"the default is {key.default!r}"
+        if key.choices and (close := difflib.get_close_matches(str(raw), key.choices, n=1)):
+            remedy = f"did you mean {close[0]}?"
+        raise ConfigError(f"{key.name} ({source}): got {raw!r}, expected {key.expected}; {remedy}")
+    return value
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"config file {path}: cannot be read ({error.strerror}); check --config or BLINKIMP_CONFIG"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config file {path}: not TOML ({error}); expected lines such as `num_ingress = 2`"
+        ) from error
+
+
+def load_config(
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    path: Path | None = None,
+) -> Config:
+    """The configuration from all sources. `flags` holds only what the user gave, by key. Raises ConfigError."""
+    environ = os.environ if environ is None else environ
+    if path is None and environ.get("BLINKIMP_CONFIG"):
+        path = Path(environ["BLINKIMP_CONFIG"])
+    known = keys()
+    variables = {key.variable: key for key in known.values()}
+    values: dict[str, object] = {}
+
+    for name, raw in (_read_file(path) if path else {}).items():
+        if name not in known:
+            raise ConfigError(f"config file {path}: unknown key {name}; {_suggestion(name, list(known))}")
+        values[name] = _parse(known[name], raw, f"in {path}")
+    for name, text in environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in OTHER_VARIABLES:
+            continue
+        if name not in variables:
+            raise ConfigError(
+                f"unknown environment variable {name}; {_suggestion(name, [*variables, *OTHER_VARIABLES])}"
+            )
+        values[variables[name].name] = _parse(variables[name], text, f"environment variable {name}")
+    for name, raw in (flags or {}).items():
+        if name not in known:
+            raise ConfigError(f"unknown flag {name}; {_suggestion(name, list(known))}")
+        values[name] = _parse(known[name], raw, f"flag {known[name].flag}")
+
+    config = Config(**values)  # type: ignore[arg-type]  # each value was converted to its key's type above
+    if config.num_ingress > config.num_queue_pairs:
+        raise ConfigError(
+            f"num_ingress: got {config.num_ingress}, expected at most num_queue_pairs = {config.num_queue_pairs}, because each "
+            "ingress takes a queue pair; raise num_queue_pairs"
+        )
+    return config
