@@ -116,6 +116,21 @@ BK_INLINE void red_add_release_gpu(u32* address, u32 value) {
 #endif
 }
 
+// Adds to a word of shared memory among threads of one CTA (CPU: of one process); returns the value seen before. Relaxed: the
+// sums are read after a barrier.
+BK_INLINE u32 atom_add_relaxed_shared(u32* address, u32 value) {
+#if BK_GPU
+  u32 seen;
+  asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], %2;"
+               : "=r"(seen)
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(address))), "r"(value)
+               : "memory");
+  return seen;
+#else
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
 // Compare-and-swap; returns the value seen before. Acquire and release: the winner sees what the loser published.
 BK_INLINE u64 cas_acq_rel_sys(u64* address, u64 expected, u64 desired) {
 #if BK_GPU
@@ -134,6 +149,22 @@ BK_INLINE void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 #else
   __atomic_thread_fence(__ATOMIC_ACQ_REL);
+#endif
+}
+
+// Pair for publishing many ring entries with one fence: write payloads, fence_publish_sys(), then st_publish_sys() each commit word.
+// CPU: the fence is nothing and each store releases, because ThreadSanitizer does not model fences; on x86 it costs nothing.
+BK_INLINE void fence_publish_sys() {
+#if BK_GPU
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+#endif
+}
+
+BK_INLINE void st_publish_sys(u32* address, u32 value) {
+#if BK_GPU
+  asm volatile("st.relaxed.sys.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#else
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
 #endif
 }
 
