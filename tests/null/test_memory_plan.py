@@ -1,0 +1,154 @@
+"""Sizes follow from configuration, model and memory, and add up. Test: pytest tests/null/test_memory_plan.py"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blinkimp import ring_abi as abi
+from blinkimp.config import Config
+from blinkimp.host.memory_plan import (
+    DeviceKind,
+    EngineSizes,
+    MemoryPlan,
+    MemoryPlanError,
+    page_bytes_of,
+    plan_bytes_of,
+    plan_memory,
+    table_bytes_of,
+)
+from blinkimp.host.model_config import ModelConfig, parse_config
+from blinkimp.ring_abi import DType
+
+GIB = 1 << 30
+
+
+def llama(**changes: Any) -> ModelConfig:
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+    }
+    return parse_config({**raw, **changes})
+
+
+def workspace(sizes: EngineSizes) -> int:
+    return sizes.max_step_tokens * 100_000
+
+
+def plan(
+    config: Config, model: ModelConfig, available: int, kind: DeviceKind = "gpu", weights: int = 16 * GIB
+) -> MemoryPlan:
+    return plan_memory(
+        config, model, kind=kind, kv_dtype=DType.BF16, weight_bytes=weights, available_bytes=available, workspace_bytes=workspace
+    )  # fmt: skip
+
+
+def test_page_bytes_of_the_8b_shape() -> None:
+    assert page_bytes_of(llama(), DType.BF16) == 32 * 8 * 2 * 64 * 128 * 2
+    assert page_bytes_of(llama(), DType.F32) == 2 * page_bytes_of(llama(), DType.BF16)
+
+
+def test_automatic_sizes_on_a_large_gpu() -> None:
+    result = plan(Config(), llama(), 139 * GIB)
+    sizes = result.sizes
+    assert (sizes.max_batch, sizes.max_context, sizes.max_pages_per_request) == (256, 32768, 512)
+    assert sizes.num_queue_pairs * sizes.max_requests_per_queue_pair <= sizes.num_requests == 4096
+    assert result.kv_bytes > 100 * GIB
+    assert result.free_bytes > 0
+
+
+def test_emulated_device_takes_pages_for_one_full_batch_only() -> None:
+    sizes = plan(Config(), llama(max_position_embeddings=1024), 64 * GIB, "emulated", weights=GIB).sizes
+    assert sizes.max_batch == 64
+    assert sizes.num_pages == 64 * 16
+
+
+def test_table_adds_up() -> None:
+    result = plan(Config(), llama(), 139 * GIB)
+    parts = result.weight_bytes + result.kv_bytes + result.table_bytes + result.workspace_bytes + result.free_bytes
+    assert parts == result.available_bytes
+    rows = {line[:17].strip(): float(line[17:].split()[0]) for line in result.table().splitlines()}
+    assert set(rows) == {"weights", "KV pages", "request tables", "workspace", "left free"}
+    assert sum(rows.values()) == pytest.approx(result.available_bytes / 2**20, abs=0.5)
+
+
+def test_plan_bytes_are_those_of_step_plan_cuh() -> None:
+    sizes = plan(Config(max_batch=3, max_step_tokens=5), llama(), 139 * GIB).sizes
+    assert plan_bytes_of(sizes) == 64 + 3 * 32 + 5 * 16 + 3 * 4
+
+
+def test_automatic_context_shrinks_to_what_one_request_can_fill() -> None:
+    result = plan(Config(num_requests=16), llama(), 19 * GIB)
+    assert 0 < result.sizes.max_context < 32768
+    assert result.sizes.max_context % abi.PAGE_TOKENS == 0
+    assert result.sizes.num_pages >= result.sizes.max_pages_per_request
+
+
+def test_context_that_was_asked_for_does_not_shrink() -> None:
+    with pytest.raises(MemoryPlanError, match="max_context 32768 needs 512 pages"):
+        plan(Config(num_requests=16, max_context=32768), llama(), 19 * GIB)
+
+
+def test_model_larger_than_memory_is_refused() -> None:
+    with pytest.raises(MemoryPlanError, match="0 pages"):
+        plan(Config(), llama(), 10 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "named"),
+    [
+        ({"max_batch": 512, "num_requests": 256}, "max_batch"),
+        ({"max_batch": 64, "max_step_tokens": 32}, "max_step_tokens"),
+        ({"max_step_tokens": 64, "max_batch": 8, "prefill_chunk_tokens": 65}, "prefill_chunk_tokens"),
+        ({"num_requests": 2, "num_queue_pairs": 4}, "num_requests"),
+        ({"max_context": 200_000}, "max_context"),
+        ({"num_pages": 1_000_000}, "KV pages"),
+        ({"num_pages": 511}, "511 KV pages"),
+    ],
+)
+def test_contradictions_are_named(settings_: dict[str, int], named: str) -> None:
+    with pytest.raises(MemoryPlanError, match=named):
+        plan(Config(**settings_), llama(), 139 * GIB)  # type: ignore[arg-type]  # ints only
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    available=st.integers(1 << 20, 1 << 38),
+    max_batch=st.integers(0, 300),
+    num_requests=st.integers(1, 8192),
+    max_context=st.integers(0, 4096),
+    fraction=st.floats(0.05, 1.0),
+    kind=st.sampled_from(["gpu", "emulated"]),
+)
+def test_whatever_is_planned_fits_and_is_consistent(
+    available: int, max_batch: int, num_requests: int, max_context: int, fraction: float, kind: DeviceKind
+) -> None:
+    config = Config(
+        max_batch=max_batch, num_requests=num_requests, max_context=max_context, kv_memory_fraction=fraction
+    )
+    try:
+        result = plan(config, llama(max_position_embeddings=4096), available, kind, weights=1 << 20)
+    except MemoryPlanError:
+        return
+    sizes = result.sizes
+    assert result.free_bytes >= 0
+    assert 1 <= sizes.max_batch <= sizes.max_step_tokens <= abi.MAX_STEP_TOKENS
+    assert 1 <= sizes.prefill_chunk_tokens <= sizes.max_step_tokens
+    assert sizes.max_pages_per_request * abi.PAGE_TOKENS >= sizes.max_context
+    assert sizes.max_pages_per_request <= sizes.num_pages
+    assert sizes.max_requests_per_queue_pair >= 1
+    assert table_bytes_of(sizes) == result.table_bytes
+    if max_context:
+        assert sizes.max_context == max_context
