@@ -1,0 +1,437 @@
+"""The ingress end of a queue pair against a director in Python: laps, arena wrap, back-pressure, attach, drop, takeover.
+
+Invariants cited are those of device/ingress_port.cuh. A failing test prints the ring's words (QueuePairPort.dump).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.shared_memory import QueuePairGeometry, SharedMemoryError
+from blinkimp.nic_shim.queue_pair import (
+    AttachTimeoutError,
+    PortStatus,
+    QueuePairBusyError,
+    QueuePairError,
+    QueuePairPort,
+    WaitEvent,
+    check_header,
+    sampling_record,
+)
+from tests.fake_director import DEFAULT_SCRIPT, FakeDirector, FakeQueuePair
+from tests.support import ROOT
+
+SMALL = QueuePairGeometry(num_submissions=4, num_completions=8, arena_bytes=4096)
+
+
+def engine_name() -> str:
+    return f"test-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def prompt(num_tokens: int, first: int = 1) -> npt.NDArray[np.uint32]:
+    return np.arange(first, first + num_tokens, dtype=np.uint32)
+
+
+def kind_of(entry: np.void) -> int:
+    return int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT & 0xFF
+
+
+def reason_of(entry: np.void) -> int:
+    return int(entry["commit"]) >> abi.COMMIT_REASON_SHIFT & 0xFF
+
+
+@pytest.fixture
+def director() -> Iterator[FakeDirector]:
+    fake = FakeDirector(engine_name(), geometry=SMALL, num_queue_pairs=2)  # not started: the test turns it
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def port(director: FakeDirector) -> Iterator[QueuePairPort]:
+    with QueuePairPort.open(director.regions.engine_name, 0) as attached:
+        attach(attached, director.queue_pairs[0])
+        yield attached
+
+
+def attach(port: QueuePairPort, queue_pair: FakeQueuePair) -> None:
+    assert port.try_attach() == PortStatus.OK
+    assert port.attach_answered() == PortStatus.PENDING
+    queue_pair.poll()
+    assert port.attach_answered() == PortStatus.OK
+
+
+# ---- Attach ----------------------------------------------------------------------------------------------------------
+def test_attach_detach_epochs(director: FakeDirector) -> None:
+    queue_pair = director.queue_pairs[0]
+    with QueuePairPort.open(director.regions.engine_name, 0) as port:
+        assert port.state == PortStatus.DETACHED
+        assert port.try_submit(1, prompt(3), sampling_record(), max_tokens=1) == PortStatus.DETACHED
+        attach(port, queue_pair)
+        assert port.epoch % 2 == 1 and queue_pair.epoch == port.epoch and port.owner_pid == os.getpid()
+        first_epoch = port.epoch
+        port.detach()
+        assert port.owner_pid == 0 and port.state == PortStatus.DETACHED
+        queue_pair.poll()
+        assert queue_pair.epoch == first_epoch + 1  # I6: even while nobody is attached
+        attach(port, queue_pair)
+        assert port.epoch == first_epoch + 2
+
+
+def test_second_ingress_is_refused_while_the_first_lives(director: FakeDirector, port: QueuePairPort) -> None:
+    with QueuePairPort.open(director.regions.engine_name, 0) as rival:
+        assert rival.try_attach() == PortStatus.BUSY
+        with pytest.raises(QueuePairBusyError, match=f"belongs to process {os.getpid()}"):
+            rival.attach(timeout_s=0.02)
+    assert port.state == PortStatus.OK
+    with QueuePairPort.open(director.regions.engine_name, 1) as other:  # each queue pair has an owner of its own
+        attach(other, director.queue_pairs[1])
+
+
+def test_stale_owner_is_taken_over_and_notices(director: FakeDirector, port: QueuePairPort) -> None:
+    with QueuePairPort.open(director.regions.engine_name, 0, heartbeat_timeout_s=0.05) as rival:
+        assert rival.try_attach() == PortStatus.BUSY
+        time.sleep(0.06)
+        attach(rival, director.queue_pairs[0])
+        assert rival.epoch > port.epoch
+        # I5: the old owner writes nothing any more, not even a heartbeat that would keep its successor alive
+        assert port.state == PortStatus.STOLEN
+        assert port.try_submit(1, prompt(3), sampling_record(), max_tokens=1) == PortStatus.STOLEN
+        assert not port.heartbeat()
+        assert len(port.poll()) == 0
+        port.detach()
+        assert rival.owner_pid == os.getpid() and rival.state == PortStatus.OK
+
+
+def test_dead_owner_is_taken_over_soon(director: FakeDirector) -> None:
+    name = director.regions.engine_name
+    script = (
+        "import sys, os\nfrom blinkimp.nic_shim.queue_pair import QueuePairPort\n"
+        f"port = QueuePairPort.open({name!r}, 0); print(int(port.try_attach()), flush=True); os._exit(9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout.strip()) == (9, "0")
+    with QueuePairPort.open(name, 0, heartbeat_timeout_s=60) as port:
+        started = time.monotonic()
+        while port.try_attach() == PortStatus.BUSY:  # until the grace for other pid namespaces is over
+            assert time.monotonic() - started < 2, port.dump()
+            time.sleep(0.01)
+        assert port.owner_pid == os.getpid()
+
+
+def test_attach_without_a_director_times_out(director: FakeDirector) -> None:
+    with QueuePairPort.open(director.regions.engine_name, 0) as port:
+        with pytest.raises(AttachTimeoutError, match=r"did not answer within 0\.05 s"):
+            port.attach(timeout_s=0.05)
+        assert port.owner_pid == 0  # given back
+
+
+def test_drop_and_attach_again(director: FakeDirector, port: QueuePairPort) -> None:
+    queue_pair = director.queue_pairs[0]
+    assert port.try_submit(1, prompt(3), sampling_record(), max_tokens=9) == PortStatus.OK
+    queue_pair.poll()
+    queue_pair.step()
+    queue_pair.publish()
+    assert port.try_submit(2, prompt(3), sampling_record(), max_tokens=9) == PortStatus.OK  # not taken before the drop
+    queue_pair.drop()
+    assert port.state == PortStatus.DETACHED
+    assert port.wait(1.0) & WaitEvent.STATE_CHANGED
+    assert port.try_submit(3, prompt(3), sampling_record(), max_tokens=9) == PortStatus.DETACHED
+    assert [kind_of(entry) for entry in port.poll()] == [abi.COMPLETION_ACK, abi.COMPLETION_TOKEN]  # still to be had
+    attach(port, queue_pair)
+    queue_pair.poll()
+    assert [request.request_id for request in queue_pair.seen] == [1]  # request 2 was of the old epoch
+    assert port.try_submit(4, prompt(3), sampling_record(), max_tokens=1) == PortStatus.OK
+    director.turn()
+    assert [kind_of(entry) for entry in port.poll()] == [
+        *(abi.COMPLETION_ACK, abi.COMPLETION_TOKEN, abi.COMPLETION_FINISH),
+    ]
+
+
+def test_director_drops_a_stale_ingress_and_the_lease_makes_it_stale(
+    director: FakeDirector, port: QueuePairPort
+) -> None:
+    queue_pair = director.queue_pairs[0]
+    queue_pair.timeout_s = 0.1
+    port.start_heartbeat(period_ns=10_000_000, lease_s=0.0)
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:  # the thread keeps it alive while this one does nothing
+        queue_pair.poll()
+        time.sleep(0.01)
+    assert port.state == PortStatus.OK, port.dump()
+    port.renew_lease(0.05)
+    deadline = time.monotonic() + 2
+    while port.state == PortStatus.OK:  # an owner that hangs does not renew: it must be dropped
+        assert time.monotonic() < deadline, port.dump()
+        queue_pair.poll()
+        time.sleep(0.01)
+
+
+def test_header_is_checked_word_by_word(director: FakeDirector) -> None:
+    region = director.regions.queue_pairs[0]
+    check_header(region)
+    header = np.frombuffer(region.buffer, dtype=abi.QUEUE_PAIR_HEADER, count=1)
+    bad_values = {
+        **{"magic": 1, "abi_version": 77, "header_bytes": 64, "region_bytes": 1 << 40, "num_submissions": 3},
+        **{"submission_entry_bytes": 32, "completion_entry_bytes": 64, "num_completions": 0, "arena_bytes": 1000},
+        **{"submissions_offset": 8, "completions_offset": 1 << 62, "arena_offset": (1 << 64) - 64},
+    }
+    for field, bad in bad_values.items():
+        good = int(header[0][field])
+        header[field] = bad
+        with pytest.raises(
+            QueuePairError,
+            match=rf"header word {field} is {bad if field != 'region_bytes' else region.region_bytes:#x}, expected",
+        ):
+            check_header(region)
+        with pytest.raises((QueuePairError, SharedMemoryError)):
+            QueuePairPort.open(director.regions.engine_name, 0)
+        header[field] = good
+    check_header(region)
+
+
+# ---- Submissions -----------------------------------------------------------------------------------------------------
+def test_request_arrives_whole(director: FakeDirector, port: QueuePairPort) -> None:
+    sampling = sampling_record(temperature=0.7, top_p=0.9, min_p=0.125, top_k=40, seed=2**64 - 1, ignore_eos=True)
+    assert port.try_submit(2**63 + 5, prompt(100), sampling, stop_ids=[7, 8, 9], max_tokens=13) == PortStatus.OK
+    director.queue_pairs[0].poll()
+    (request,) = director.queue_pairs[0].seen
+    assert (request.request_id, request.max_tokens, request.stop_ids) == (2**63 + 5, 13, (7, 8, 9))
+    assert request.prompt_ids == tuple(range(1, 101)) and request.ignore_eos
+    assert request.sampling == {
+        **{"temperature": pytest.approx(0.7), "top_p": pytest.approx(0.9), "min_p": 0.125},
+        **{"top_k": 40, "seed": 2**64 - 1},
+    }
+
+
+def test_wrap_at_lap_boundary(director: FakeDirector, port: QueuePairPort) -> None:
+    for lap_request in range(5 * SMALL.num_submissions + 1):  # the parity of entry 0 changes at each lap
+        assert port.try_ping(lap_request, client_ns=1000 + lap_request) == PortStatus.OK
+        director.turn()
+        (pong,) = port.poll()
+        assert (kind_of(pong), int(pong["request_id"]), int(pong["device_ns"])) == (
+            *(abi.COMPLETION_PONG, lap_request, 1000 + lap_request),
+        )
+
+
+def test_full_ring_is_a_result(director: FakeDirector, port: QueuePairPort) -> None:
+    for request_id in range(SMALL.num_submissions):
+        assert port.try_cancel(request_id) == PortStatus.OK
+    assert port.try_cancel(99) == PortStatus.RING_FULL
+    assert port.try_submit(99, prompt(3), sampling_record(), max_tokens=1) == PortStatus.RING_FULL
+    director.queue_pairs[0].poll()
+    assert director.queue_pairs[0].num_cancels == SMALL.num_submissions  # I2: none was overwritten
+    assert port.try_cancel(99) == PortStatus.OK
+
+
+def test_full_arena_is_a_result(director: FakeDirector, port: QueuePairPort) -> None:
+    num_tokens = SMALL.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4  # body of exactly half of the arena
+    assert port.try_submit(1, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.OK
+    assert port.try_submit(2, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.OK
+    assert port.try_submit(3, prompt(1), sampling_record(), max_tokens=1) == PortStatus.ARENA_FULL
+    assert port.try_cancel(1) == PortStatus.OK  # an operation without a body needs no arena
+    director.queue_pairs[0].poll()
+    assert port.try_submit(3, prompt(1), sampling_record(), max_tokens=1) == PortStatus.OK
+
+
+def test_body_larger_than_half_of_the_arena_can_never_fit(port: QueuePairPort) -> None:
+    num_tokens = SMALL.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4 + 1
+    assert port.try_submit(1, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.TOO_LARGE
+
+
+def test_body_never_wraps(director: FakeDirector, port: QueuePairPort) -> None:
+    queue_pair = director.queue_pairs[0]
+    for request_id, num_tokens in enumerate([200, 300, 400, 440, 448, 150, 448, 300] * 3):
+        assert (
+            port.try_submit(request_id, prompt(num_tokens, first=2), sampling_record(), max_tokens=1) == PortStatus.OK
+        )
+        director.turn()  # the fake director asserts that the body lies in one piece
+        port.poll()
+        assert queue_pair.seen[-1].prompt_ids == tuple(range(2, 2 + num_tokens))
+
+
+def test_impossible_positions_are_noticed(director: FakeDirector, port: QueuePairPort) -> None:
+    director.queue_pairs[0].director["submission_consumer_pos"] = 10  # more than was produced
+    assert port.try_cancel(1) == PortStatus.CORRUPT
+    director.queue_pairs[0].director["submission_consumer_pos"] = 0
+
+
+def test_wrong_prompt_dtype_is_refused(port: QueuePairPort) -> None:
+    with pytest.raises(TypeError, match="expected contiguous uint32"):
+        port.try_submit(1, np.arange(4), sampling_record(), max_tokens=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected contiguous uint32"):
+        port.try_submit(1, prompt(8)[::2], sampling_record(), max_tokens=1)
+
+
+# ---- Completions -----------------------------------------------------------------------------------------------------
+def test_credit_stops_the_director_and_nothing_is_lost(director: FakeDirector, port: QueuePairPort) -> None:
+    assert port.try_submit(1, prompt(3), sampling_record(), max_tokens=50) == PortStatus.OK
+    for _ in range(40):
+        director.turn()  # asserts that it never writes over unread completions
+    tokens: list[int] = []
+    for _ in range(200):
+        for entry in port.poll():
+            if kind_of(entry) == abi.COMPLETION_TOKEN:
+                assert int(entry["index"]) == len(tokens)
+                tokens.append(int(entry["token"]))
+        director.turn()
+    assert tokens == [DEFAULT_SCRIPT[(3 + i) % len(DEFAULT_SCRIPT)] for i in range(50)]
+
+
+def test_wait_sees_completion_readable_and_timeout(director: FakeDirector, port: QueuePairPort) -> None:
+    started = time.monotonic()
+    assert port.wait(0.02) == WaitEvent(0)
+    assert time.monotonic() - started >= 0.02
+    read_fd, write_fd = os.pipe()
+    try:
+        assert port.wait(0.001, read_fd) == WaitEvent(0)
+        os.write(write_fd, b"x")
+        assert port.wait(1.0, read_fd) == WaitEvent.READABLE
+        assert port.try_ping(1, 1) == PortStatus.OK
+        director.turn()
+        assert port.wait(1.0, read_fd) == WaitEvent.READABLE | WaitEvent.COMPLETION
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)
+
+
+# ---- Any order of events ---------------------------------------------------------------------------------------------
+class IngressMachine(RuleBasedStateMachine):
+    """Both ends in any order. Every request is acknowledged and gets its tokens in order and one end, or was lost in a drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeDirector(engine_name(), geometry=SMALL)
+        self.queue_pair = self.fake.queue_pairs[0]
+        self.queue_pair.timeout_s = 3600
+        self.port = QueuePairPort.open(self.fake.regions.engine_name, 0)
+        self.next_id = 1
+        self.live: dict[int, tuple[int, int, list[int]]] = {}  # id -> prompt tokens, max_tokens, output so far
+        self.acknowledged: set[int] = set()
+        self.pings: list[int] = []
+
+    @initialize()
+    def start(self) -> None:
+        attach(self.port, self.queue_pair)
+
+    def attached(self) -> bool:
+        return self.port.state == PortStatus.OK
+
+    @precondition(attached)
+    @rule(num_tokens=st.integers(1, 460), max_tokens=st.integers(1, 12), num_stop_ids=st.integers(0, 16))
+    def submit(self, num_tokens: int, max_tokens: int, num_stop_ids: int) -> None:
+        status = self.port.try_submit(
+            self.next_id, prompt(num_tokens), sampling_record(), stop_ids=[4000] * num_stop_ids, max_tokens=max_tokens
+        )
+        body_bytes = abi.REQUEST_BODY.itemsize + 4 * (num_tokens + num_stop_ids)
+        if -(-body_bytes // 64) * 64 > SMALL.arena_bytes // 2:
+            assert status in (PortStatus.TOO_LARGE, PortStatus.RING_FULL)
+        elif status == PortStatus.OK:
+            self.live[self.next_id] = (num_tokens, max_tokens, [])
+        else:
+            assert status in (PortStatus.RING_FULL, PortStatus.ARENA_FULL)
+            taken = self.queue_pair.submission_consumer_pos == int(
+                self.queue_pair.ingress["submission_producer_pos"][0]
+            )
+            assert not taken, f"refused although everything was taken\n{self.port.dump()}"
+        self.next_id += 1
+
+    @precondition(attached)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from([*self.live, 10**9]))
+        assert self.port.try_cancel(request_id) in (PortStatus.OK, PortStatus.RING_FULL)
+
+    @precondition(attached)
+    @rule()
+    def ping(self) -> None:
+        if self.port.try_ping(self.next_id, self.next_id) == PortStatus.OK:
+            self.pings.append(self.next_id)
+        self.next_id += 1
+
+    @rule()
+    def director_polls(self) -> None:
+        self.queue_pair.poll()
+
+    @rule(num_steps=st.integers(1, 6))
+    def director_steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.queue_pair.step()
+
+    @rule()
+    def director_publishes(self) -> None:
+        self.queue_pair.publish()
+
+    @rule()
+    def director_drops(self) -> None:
+        if self.attached():
+            self.queue_pair.drop()
+
+    @precondition(lambda self: not self.attached())
+    @rule()
+    def attach_again(self) -> None:
+        self.poll()
+        attach(self.port, self.queue_pair)
+        self.live.clear()
+        self.acknowledged.clear()
+        self.pings.clear()
+
+    @rule()
+    def poll(self) -> None:
+        for entry in self.port.poll().copy():
+            request_id, kind = int(entry["request_id"]), kind_of(entry)
+            if kind == abi.COMPLETION_PONG:
+                assert self.pings.pop(0) == request_id == int(entry["device_ns"])
+                continue
+            num_prompt_tokens, max_tokens, output = self.live[request_id]
+            if kind == abi.COMPLETION_ACK:
+                assert request_id not in self.acknowledged
+                self.acknowledged.add(request_id)
+                continue
+            assert request_id in self.acknowledged
+            if kind == abi.COMPLETION_TOKEN:
+                position = num_prompt_tokens + len(output)
+                assert int(entry["index"]) == len(output)
+                assert int(entry["token"]) == DEFAULT_SCRIPT[position % len(DEFAULT_SCRIPT)]
+                output.append(int(entry["token"]))
+            else:
+                assert kind == abi.COMPLETION_FINISH and int(entry["index"]) == len(output)
+                assert reason_of(entry) == abi.FINISH_CANCELLED or len(output) == max_tokens
+                del self.live[request_id]
+
+    @invariant()
+    def positions_hold(self) -> None:
+        ingress, director = self.queue_pair.ingress[0], self.queue_pair.director[0]
+        ahead = int(ingress["submission_producer_pos"]) - int(director["submission_consumer_pos"])
+        assert 0 <= ahead <= SMALL.num_submissions or not self.attached(), self.port.dump()  # I2
+
+    def teardown(self) -> None:
+        if self.attached():  # then everything that was taken comes to its end
+            for _ in range(200):
+                self.fake.turn()
+                self.poll()
+            assert not self.live and not self.pings, self.port.dump()
+        self.port.close()
+        self.fake.close()
+
+
+TestIngressMachine = IngressMachine.TestCase
+TestIngressMachine.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
