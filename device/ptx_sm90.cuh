@@ -1,0 +1,87 @@
+// The Hopper data path in PTX: mbarriers, bulk copies, wgmma control, register moves, named barriers. GPU only (sm_90a).
+//
+// Called by device/gemm.cuh and device/worker.cuh. Widths of wgmma itself: ptx_wgmma.cuh (generated).
+#pragma once
+#include <ptx.cuh>
+
+namespace blinkimp {
+
+BK_INLINE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// ---- mbarrier ----------------------------------------------------------------------------------------------------
+BK_INLINE void mbarrier_init(u64* barrier, u32 num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_arrivals) : "memory");
+}
+
+// Makes the inits visible to the async proxy, before any bulk copy completes on them.
+BK_INLINE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+BK_INLINE void mbarrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_bytes) : "memory");
+}
+
+// One try of a phase wait: the hardware suspends the thread for a bounded time. True when the phase with this parity is over.
+BK_INLINE bool mbarrier_try_wait(u64* barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// ---- Bulk copies -------------------------------------------------------------------------------------------------
+// Global -> shared, 16-byte aligned, completes on the barrier's transaction count.
+BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 num_bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)),
+               "l"(source), "r"(num_bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Orders this thread's ordinary accesses against the async proxy (bulk copies, wgmma operands), both ways.
+BK_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ---- wgmma -------------------------------------------------------------------------------------------------------
+// Shared-memory descriptor of a K-major operand, 128-byte swizzle: rows of 128 bytes in groups of 8 (1024 bytes apart).
+BK_INLINE u64 wgmma_descriptor(u32 address) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
+}
+BK_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+BK_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+BK_INLINE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Warps -------------------------------------------------------------------------------------------------------
+template <int kRegisters>
+BK_INLINE void set_registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+BK_INLINE void set_registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Barrier `id` of the CTA over num_threads threads (a multiple of 32), all of which call it.
+template <int kId, int kNumThreads>
+BK_INLINE void named_barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kNumThreads) : "memory");
+}
+
+// Two floats to bf16, round to nearest even; `low` stands at the lower address.
+BK_INLINE u32 pack_bf16x2(f32 low, f32 high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Stops the kernel after a fault was recorded; the context is lost, the record in host memory stays.
+BK_INLINE void trap() { asm volatile("trap;"); }
+
+}  // namespace blinkimp

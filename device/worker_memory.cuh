@@ -1,0 +1,113 @@
+// A worker CTA's threads, shared memory map and rings; the activation layout that GEMMs read. GPU only.
+//
+//   threads 0..255    two compute warpgroups            threads 256..383  producer warpgroup: warp 8 streams weights, warp 9 inputs
+//
+//   shared memory     [ weight ring: 8 x 16 KB ]  filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
+//                     [ scratch: 96 KB ]          in a GEMM: input ring 4 x 16 KB, then the reduction buffer 32 KB
+//                                                 in attention and sampling: their own use of the whole
+//                     [ WorkerShared ]            mbarriers and row scales
+//
+// Used by device/gemm.cuh, device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
+#pragma once
+#include <fault.cuh>
+#include <ptx_sm90.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kComputeThreads = 256;
+constexpr u32 kWorkerThreads = 384;
+constexpr u32 kSliceColumns = 64;         // k per slice: 128 bytes of bf16, the swizzle's width
+constexpr u32 kRowTile = 64;              // wgmma's M
+constexpr u32 kWeightStages = 8;
+constexpr u32 kWeightStageBytes = 16384;
+constexpr u32 kInputStages = 4;
+constexpr u32 kInputStageBytes = 16384;   // two tiles of 64 rows x 128 bytes
+constexpr u32 kRowTileBytes = kRowTile * 128;
+constexpr u32 kReduceBytes = 32768;       // 64 fragment registers x 128 threads x 4 bytes
+constexpr u32 kScratchBytes = kInputStages * kInputStageBytes + kReduceBytes;
+constexpr u32 kScratchOffset = kWeightStages * kWeightStageBytes;
+
+struct WorkerShared {
+  u64 weights_full[kWeightStages];
+  u64 weights_empty[kWeightStages];
+  u64 inputs_full[kInputStages];
+  u64 inputs_empty[kInputStages];
+  f32 row_scale[2 * kRowTile];  // 1 / rms of the rows of the current pair of row tiles
+};
+
+constexpr u32 kSharedOffset = kScratchOffset + kScratchBytes;
+constexpr u32 kSharedMemoryBytes = kSharedOffset + sizeof(WorkerShared) + 1024;  // 1024: rounding up to the swizzle's alignment
+static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+
+// Workspaces of the GPU interpreter (EngineParams.workspaces); rows padded to 128. host/gpu_memory.py allocates by the same list.
+enum Workspace : u32 {
+  kWsHidden = 0,         // f32 [rows, hidden]
+  kWsNormed = 1,         // bf16 tiled input, hidden columns: hidden * gain of the next norm
+  kWsQuery = 2,          // bf16 [rows, num_heads * head_dim], pairs of the rotation adjacent
+  kWsAttention = 3,      // bf16 tiled input, num_heads * head_dim columns
+  kWsActivation = 4,     // bf16 tiled input, intermediate columns
+  kWsSquares = 5,        // f32 [rows, hidden / 32]: sums of squares of 32 hidden columns
+  kWsLogits = 6,         // f32 [max_batch, vocab]
+  kWsSampledInput = 7,   // bf16 tiled input, hidden columns, sampled rows only
+  kWsSampledScale = 8,   // f32 [max_batch]: 1 / rms of the sampled rows
+  kWsAttentionPart = 9,  // attention's partial results
+};
+constexpr u32 kSquaresColumns = 32;
+
+// Element offset of (row, column) in a tiled input of num_slices slices: [row / 64][column / 64][64 rows][64 columns], the 16-byte chunks of
+// a row exchanged by the 128-byte swizzle (chunk ^= row mod 8), so that a bulk copy brings what wgmma reads.
+BK_INLINE u64 tiled_offset(u32 row, u32 column, u32 num_slices) {
+  u32 within = (row % kRowTile) * kSliceColumns + ((((column % kSliceColumns) / 8) ^ (row % 8)) * 8) + column % 8;
+  return (static_cast<u64>(row / kRowTile) * num_slices + column / kSliceColumns) * (kRowTile * kSliceColumns) + within;
+}
+
+// Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
+struct RingCursor {
+  u32 stage;
+  u32 phase;
+  BK_INLINE void advance(u32 num_stages) {
+    if (++stage == num_stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
+BK_INLINE void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
+  record_fault(params, code, site, expected, seen);
+  fence_acq_rel_sys();  // the record has left the SM before the trap
+  trap();
+}
+
+// Waits for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
+BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
+  if (mbarrier_try_wait(barrier, parity)) return;
+  const u64 start_ns = device_clock_ns();
+  while (!mbarrier_try_wait(barrier, parity)) {
+    if (device_clock_ns() - start_ns > params.spin_budget_ns) {
+      fail(params, kFaultSpinExpired, site, parity, *barrier);
+    }
+  }
+}
+
+// Words of EngineParams.grid_words, 128 bytes apart.
+constexpr u32 kGridWordPlan = 0;      // steps published by the director (writer: director; readers: workers)
+constexpr u32 kGridWordArrivals = 32; // arrivals at grid barriers, ever (writers: workers; readers: workers, director)
+BK_INLINE u32* grid_word(const EngineParams& params, u32 word_idx) { return reinterpret_cast<u32*>(params.grid_words) + word_idx; }
+
+// Waits until the grid has arrived num_barriers times (counting from launch, modulo 2^32). Acquire: pairs with grid_arrive().
+BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers, u32 site) {
+  const u32 target = num_barriers * params.num_workers;
+  u32* arrivals = grid_word(params, kGridWordArrivals);
+  if (static_cast<i32>(ld_acquire_gpu(arrivals) - target) >= 0) return;
+  const u64 start_ns = device_clock_ns();
+  u32 seen;
+  while (static_cast<i32>((seen = ld_acquire_gpu(arrivals)) - target) < 0) {
+    if (device_clock_ns() - start_ns > params.spin_budget_ns) {
+      fail(params, kFaultSpinExpired, site, target, seen);
+    }
+  }
+}
+
+}  // namespace blinkimp

@@ -1,0 +1,112 @@
+"""The GPU's WeightTarget: matrices packed into the tiles that the weight producer streams, vectors in the order the epilogues read.
+
+Layout and row order are those of device/gemm.cuh and device/pack_weights.cu: [tile][k / 64][tile_rows][64] bf16, 128-byte swizzle; the two
+rows of a q or k head that rotate together are neighbours. Called by host/gpu_device.py. Test: pytest -m gpu tests/gpu/test_gemm.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blinkimp.host.gpu_driver import GpuContext
+from blinkimp.host.model_config import ModelConfig, refusal
+from blinkimp.host.weights import READ_BYTES, MatrixSource, PlacedMatrix
+from blinkimp.ring_abi import DType, OpKind
+
+# Tile widths that device/worker.cuh has code for, per kind. Rows of 32 for PROJECT: a tile is one group of the sums of squares.
+TILE_ROWS: Final = {OpKind.QKV: (48, 64, 128), OpKind.PROJECT: (32,), OpKind.GATE_UP: (48, 64, 112), OpKind.LM_HEAD: (112,)}
+HEAD_DIMS: Final = (64, 128)
+SLICE_COLUMNS: Final = 64
+PACK_THREADS: Final = 256
+
+
+def choose_tile_rows(kind: OpKind, out_features: int, num_workers: int, head_rows: int = 0) -> int:
+    """The width for which the busiest SM has the fewest rows; the widest of equals. head_rows: the only width allowed (per-head norms), or 0."""
+    widths = (head_rows,) if head_rows else TILE_ROWS[kind]
+
+    def busiest_rows(width: int) -> int:
+        num_tiles = -(-out_features // width)
+        return -(-num_tiles // num_workers) * width
+
+    return min(widths, key=lambda width: (busiest_rows(width), -width))
+
+
+def rotated_order(head_dim: int) -> NDArray[np.int64]:
+    """[head_dim] source row of each packed row of a q or k head: 0, h, 1, h + 1, ... with h = head_dim / 2."""
+    return np.arange(head_dim).reshape(2, head_dim // 2).T.reshape(-1)
+
+
+class GpuTarget:
+    """Device memory of one GPU; what it places lives as long as the context."""
+
+    def __init__(self, context: GpuContext, config: ModelConfig, pack_cubin: bytes, num_workers: int) -> None:
+        for name, got in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate), ("query features", config.query_features)):
+            if got % SLICE_COLUMNS:
+                raise refusal(f"{name} on the GPU", got, f"a multiple of {SLICE_COLUMNS}", "use device=emulated")
+        if config.head_dim not in HEAD_DIMS:
+            raise refusal("head_dim on the GPU", config.head_dim, f"one of {HEAD_DIMS}", "use device=emulated")
+        self._context, self._config, self._num_workers = context, config, num_workers
+        self._pack = context.load_kernel(pack_cubin, "pack_weights")
+        self._staging = context.allocate(READ_BYTES, "staging of weights")
+        self.num_bytes = 0
+
+    def finish(self) -> None:
+        """Gives the staging memory back."""
+        self._context.free(self._staging)
+
+    def place_matrix(self, source: MatrixSource) -> PlacedMatrix:
+        if source.dtype != DType.BF16:
+            raise refusal("compute dtype on the GPU", source.dtype.name, "bf16", "leave compute_dtype at auto or bf16")
+        return self._place_rows(source) if source.kind == OpKind.EMBED else self._place_tiles(source)
+
+    def place_f32(self, name: str, values: NDArray[np.float32]) -> int:
+        config = self._config
+        if name.endswith((".qkv.bias", ".q_norm.weight", ".k_norm.weight")):
+            num_rotated = config.query_features + config.kv_features if name.endswith(".qkv.bias") else config.head_dim
+            values = values.copy()
+            heads = values[:num_rotated].reshape(-1, config.head_dim)
+            values[:num_rotated] = heads[:, rotated_order(config.head_dim)].reshape(-1)
+        address = self._context.allocate(values.nbytes, name)
+        self._context.upload(address, values)
+        self.num_bytes += values.nbytes
+        return address
+
+    def _place_rows(self, source: MatrixSource) -> PlacedMatrix:
+        address = self._context.allocate(source.num_bytes, source.name)
+        for begin, rows in self._read(source):
+            self._context.upload(address + begin * source.in_features * 2, rows)
+        self.num_bytes += source.num_bytes
+        return PlacedMatrix(address)
+
+    def _place_tiles(self, source: MatrixSource) -> PlacedMatrix:
+        config = self._config
+        is_qkv = source.kind == OpKind.QKV
+        head_rows = config.head_dim if is_qkv and config.qk_norm else 0
+        tile_rows = choose_tile_rows(source.kind, source.out_features, self._num_workers, head_rows)
+        num_tiles = -(-source.out_features // tile_rows)
+        num_bytes = num_tiles * tile_rows * source.in_features * 2
+        address = self._context.allocate(num_bytes, source.name)
+        if num_tiles * tile_rows != source.out_features:
+            self._context.fill(address, 0, num_bytes)  # rows past out_features are zero
+        num_rotated = config.query_features + config.kv_features if is_qkv else 0
+        for begin, rows in self._read(source):
+            self._context.upload(self._staging, rows)
+            num_chunks = rows.size // 8
+            arguments: list[Any] = [ctypes.c_uint64(self._staging), ctypes.c_uint64(address)]
+            numbers = (begin, len(rows), source.in_features, tile_rows, num_rotated, config.head_dim)
+            arguments += [ctypes.c_uint32(number) for number in numbers]
+            self._context.launch(self._pack, -(-num_chunks // PACK_THREADS), PACK_THREADS, arguments)
+        self._context.synchronize()
+        self.num_bytes += num_bytes
+        return PlacedMatrix(address, 1, tile_rows, num_tiles)
+
+    def _read(self, source: MatrixSource) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(first row, rows) in pieces that fit the staging memory."""
+        step = max(1, READ_BYTES // (source.in_features * 2))
+        for begin in range(0, source.out_features, step):
+            yield begin, source.read_rows(begin, min(begin + step, source.out_features))
