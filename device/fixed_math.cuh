@@ -32,12 +32,14 @@ BK_INLINE u32 leading_zeros_u64(u64 value) {  // value != 0
 #endif
 }
 
+BK_INLINE f32 minus_infinity() { return __builtin_bit_cast(f32, 0xff800000u); }  // NVRTC has no __builtin_huge_valf
+
 // A logit that can be ordered: NaN counts as minus infinity (it never wins), +infinity as the largest number, -0 as +0.
 BK_INLINE f32 orderable_logit(f32 logit) {
   constexpr f32 kLargest = 3.402823466e38f;
   f32 value = logit + 0.0f;  // -0 -> +0
   value = value > kLargest ? kLargest : value;
-  return value == value ? value : -__builtin_huge_valf();
+  return value == value ? value : minus_infinity();
 }
 
 // Order-preserving: a < b exactly when order_key(a) < order_key(b), for values of orderable_logit().

@@ -287,7 +287,7 @@ BK_INLINE SampleResult sample_row(const Group& group, const f32* logits, u32 voc
   });
   best = max_over_group(group, scratch, best);
   const u32 max_key = static_cast<u32>(best >> 32);
-  if (max_key <= kKeyOfMinusInfinity) return SampleResult{0, -__builtin_huge_valf()};
+  if (max_key <= kKeyOfMinusInfinity) return SampleResult{0, minus_infinity()};
   const f32 max_logit = value_of_key(max_key);
 
   // The sum behind the logprob, over the unscaled logits.

@@ -1,0 +1,22 @@
+"""Kernels of tests/gpu/kernels compile for sm_90a without a driver, without spills, inside the worker's register budget.
+
+Run: pytest tests/compile/test_kernel_resources.py
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.gpu_harness import compile_kernel
+
+MAX_REGISTERS = 200  # per compute thread of a worker CTA
+
+
+@pytest.mark.parametrize(("file_name", "options"), [("sampling_test.cu", [])], ids=str)
+def test_no_spills_and_few_registers(file_name: str, options: list[str]) -> None:
+    kernel = compile_kernel(file_name, options)
+    assert kernel.usage, f"ptxas reported no entry:\n{kernel.log}"
+    for entry, usage in kernel.usage.items():
+        spilled = usage.stack_bytes + usage.spill_store_bytes + usage.spill_load_bytes
+        assert spilled == 0, f"{entry} spills: {usage}"
+        assert usage.num_registers <= MAX_REGISTERS, f"{entry}: {usage}"
