@@ -106,6 +106,13 @@ def cache_folder(config: Config) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "blinkimp"
 
 
+def model_folder(config: Config) -> Path:
+    """The checkpoint folder that config.model names."""
+    if config.model == "embedded":
+        return Path(__file__).resolve().parent / "models" / "embedded"
+    return Path(config.model).expanduser()
+
+
 class Key(msgspec.Struct, frozen=True):
     """What flags, the README's table and error messages say of one key of Config."""
 

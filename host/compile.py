@@ -1,7 +1,6 @@
 """Compiles a kernel source to a cubin with NVRTC, and reads registers, stack and spills from the assembler's report.
 
-No driver and no GPU are needed. What a kernel compiles from is DEVICE_DIR alone; KERNEL_VARIANTS lists every kernel with the macro
-sets it is used with, so that CI compiles all of them.
+No driver and no GPU are needed. What a kernel compiles from is DEVICE_DIR alone.
 Called by: host/compile_cache.py. Test: pytest tests/compile/test_kernels.py tests/compile/test_compile_cache.py
 """
 
@@ -16,12 +15,6 @@ import msgspec
 
 DEVICE_DIR = Path(__file__).resolve().parent.parent / "device"
 DEFAULT_ARCH = "sm_90a"  # wgmma and setmaxnreg need the `a`; other architectures follow when their kernels do
-
-# File under device/ -> the macro sets that it is compiled with.
-KERNEL_VARIANTS: dict[str, tuple[Mapping[str, int], ...]] = {
-    "persistent_kernel.cu": ({"BK_HEAD_DIM": 64}, {"BK_HEAD_DIM": 128}),
-    "pack_weights.cu": ({},),
-}
 
 
 class CompileError(RuntimeError):
@@ -93,7 +86,7 @@ def parse_report(log: str) -> tuple[FunctionReport, ...]:
 
 
 def compile_cubin(
-    source: Path, arch: str = DEFAULT_ARCH, defines: Mapping[str, int] | None = None
+    source: Path, arch: str = DEFAULT_ARCH, defines: Mapping[str, str | int] | None = None
 ) -> tuple[bytes, tuple[FunctionReport, ...]]:
     """The cubin of `source` and the report on its functions. Raises CompileError."""
     nvrtc_version()  # a missing NVRTC is told apart from a refused source

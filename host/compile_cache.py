@@ -63,7 +63,7 @@ def includable_files() -> list[Path]:
     return sorted(path for path in compiler.DEVICE_DIR.rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
 
 
-def cubin_key(source: Path, arch: str, defines: Mapping[str, int]) -> str:
+def cubin_key(source: Path, arch: str, defines: Mapping[str, str | int]) -> str:
     """I3."""
     digest = hashlib.sha256()
 
@@ -122,7 +122,7 @@ def _publish(folder: Path, cubin: bytes, entry: Entry) -> None:
 
 
 def get_kernel(
-    source: str | Path, cache_dir: Path, arch: str = DEFAULT_ARCH, defines: Mapping[str, int] | None = None
+    source: str | Path, cache_dir: Path, arch: str = DEFAULT_ARCH, defines: Mapping[str, str | int] | None = None
 ) -> CompiledKernel:
     """The cubin of a source (a name under device/, or a path), from the cache or compiled now. Raises CompileError."""
     start_ns = time.perf_counter_ns()
