@@ -21,6 +21,7 @@ struct Lanes {
   BK_INLINE bool any(bool value) const { return __any_sync(0xffffffffu, value); }
   BK_INLINE u32 broadcast(u32 value, u32 source_lane) const { return __shfl_sync(0xffffffffu, value, source_lane); }
   BK_INLINE u32 sum(u32 value) const { return __reduce_add_sync(0xffffffffu, value); }
+  BK_INLINE u32 max(u32 value) const { return __reduce_max_sync(0xffffffffu, value); }
   BK_INLINE u32 exclusive_sum(u32 value) const {
     u32 inclusive = value;
     for (u32 distance = 1; distance < 32; distance *= 2) {
@@ -35,6 +36,7 @@ struct Lanes {
   bool any(bool value) const { return value; }
   u32 broadcast(u32 value, u32) const { return value; }
   u32 sum(u32 value) const { return value; }
+  u32 max(u32 value) const { return value; }
   u32 exclusive_sum(u32) const { return 0; }
 #endif
 };

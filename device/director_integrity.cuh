@@ -1,0 +1,185 @@
+// director_check_integrity(): the numbered invariants of the director, checked against the whole of its state.
+//
+// Called by director_plan when nothing runs (once per kIntegrityIntervalNs), and by every test after every call. Cost: a few reads
+// per page and per request, shared out over the lanes. A failure records a fault whose words hold every term (fault.cuh).
+// Test: pytest tests/host/test_director_integrity.py
+#pragma once
+#include <director_state.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kOwnerMark = 0x80000000;  // in page_owners, set and cleared within one check
+constexpr u32 kFlagMark = 0x80000000;   // in Request.flags, likewise
+
+// All lanes, with the same arguments. True if they agree, else the fault is recorded.
+BK_INLINE bool expect_equal(const EngineParams& params, const Lanes& lanes, u32 site, u64 expected, u64 seen) {
+  if (expected != seen && lanes.is_first()) record_fault(params, kFaultIntegrity, site, expected, seen);
+  return expected == seen;
+}
+
+BK_INLINE u64 pack_counts(u32 first, u32 second, u32 third, u32 fourth) {
+  return u64{first} | u64{second} << 16 | u64{third} << 32 | u64{fourth} << 48;
+}
+
+// P3 of one reference, and the mark that P2 counts. Returns 1 if wrong.
+BK_INLINE u32 mark_page(const EngineParams& params, u32 page, u32 owner) {
+  if (page >= params.num_pages) return 1;
+  u32* word = &page_owners(params)[page];
+  const u32 wrong = (*word & ~kOwnerMark) != owner ? 1 : 0;
+  *word |= kOwnerMark;
+  return wrong;
+}
+
+// P1, P2, P3.
+BK_INLINE bool check_pages(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
+  const u32 num_free = state.pages.num_free;
+  const u32 num_cached = 0;
+  u32 num_used = 0;
+  for (u32 r = lanes.id; r < params.num_requests; r += lanes.count) num_used += request_at(params, r)->num_pages;
+  num_used = lanes.sum(num_used);
+  // Terms: free, used, cached. Before the walk, which a wrong num_free would lead out of the stack.
+  if (num_free > params.num_pages || num_free + num_used + num_cached != params.num_pages) {
+    if (lanes.is_first()) {
+      const u64 terms = u64{num_free} | u64{num_used} << 24 | u64{num_cached} << 48;
+      record_fault(params, kFaultIntegrity, kSitePageCount, params.num_pages, terms);
+    }
+    return false;
+  }
+  u32 num_wrong = 0;
+  for (u32 i = lanes.id; i < num_free; i += lanes.count) num_wrong += mark_page(params, free_page_stack(params)[i], 0);
+  for (u32 r = lanes.id; r < params.num_requests; r += lanes.count) {
+    const u32 num_pages = request_at(params, r)->num_pages;
+    for (u32 i = 0; i < num_pages && i < params.max_pages_per_request; ++i) {
+      num_wrong += mark_page(params, request_pages(params, r)[i], r + 1);
+    }
+  }
+  lanes.sync();  // hazard: marks of other lanes are counted below
+  u32 num_marked = 0;
+  for (u32 page = lanes.id; page < params.num_pages; page += lanes.count) {
+    num_marked += page_owners(params)[page] >> 31;
+    page_owners(params)[page] &= ~kOwnerMark;
+  }
+  num_wrong = lanes.sum(num_wrong);
+  num_marked = lanes.sum(num_marked);
+  // There are exactly num_pages references (P1), so all pages are marked only if none is referenced twice.
+  return expect_equal(params, lanes, kSitePageOwner, 0, num_wrong) &&
+         expect_equal(params, lanes, kSitePageTwice, params.num_pages, num_marked);
+}
+
+// R1 to R5, and the running list.
+BK_INLINE bool check_requests(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
+  const u32 num_running = state.status.num_running;
+  u32 num_strangers = num_running > params.max_batch ? 1 : 0;  // S1
+  for (u32 i = lanes.id; i < num_running && num_running <= params.max_batch; i += lanes.count) {
+    const u32 request_idx = state.running[i];
+    if (request_idx >= params.num_requests || request_at(params, request_idx)->state != kRequestRunning) num_strangers += 1;
+    else request_at(params, request_idx)->flags |= kFlagMark;
+  }
+  if (!expect_equal(params, lanes, kSiteRunningList, 0, lanes.sum(num_strangers))) return false;
+  lanes.sync();  // hazard: marks of other lanes are counted below
+  u32 num_in_state[4] = {0, 0, 0, 0};
+  u32 num_marked = 0;
+  u32 num_lost = 0;
+  u32 num_short = 0;
+  u32 num_bad_links = 0;
+  for (u32 r = lanes.id; r < params.num_requests; r += lanes.count) {
+    Request* request = request_at(params, r);
+    num_marked += request->flags >> 31;
+    request->flags &= ~kFlagMark;
+    for (u32 s = 0; s < 4; ++s) num_in_state[s] += request->state == s ? 1 : 0;
+    const bool holds_tokens = request->state == kRequestWaiting || request->state == kRequestRunning;
+    const u64 limit = u64{request->num_prompt_tokens} + request->max_tokens;
+    if (holds_tokens && (request->num_computed >= request->num_tokens || request->num_tokens > limit || limit > params.max_context)) {
+      num_short += 1;  // R4
+    }
+    if (request->state == kRequestRunning ? request->num_pages * kPageTokens < request->num_computed : request->num_pages != 0) {
+      num_short += 1;  // R5
+    }
+    if (request->state == kRequestFree) {
+      const bool linked = request->next_idx == kNoRequest ||
+                          (request->next_idx < params.num_requests && request_at(params, request->next_idx)->state == kRequestFree);
+      if (!linked) num_bad_links += 1;
+    } else if (!(request->flags & kFlagDropped)) {  // R1, R3: with a twin, one of the two would not find itself
+      if (find_request(params, state.table, request->queue_pair_idx, request->request_id) != r) num_lost += 1;
+    }
+  }
+  for (u32 s = 0; s < 4; ++s) num_in_state[s] = lanes.sum(num_in_state[s]);
+  num_marked = lanes.sum(num_marked);
+  num_lost = lanes.sum(num_lost);
+  num_short = lanes.sum(num_short);
+  num_bad_links = lanes.sum(num_bad_links);
+  lanes.sync();  // hazard: flags that lost their mark are read by the caller's next step in other lanes
+  const u64 counted = pack_counts(num_in_state[0], num_in_state[1], num_in_state[2], num_in_state[3]);
+  const u64 kept = pack_counts(state.table.num_free, state.status.num_waiting, num_running, state.status.num_finishing);
+  return expect_equal(params, lanes, kSiteRequestCount, kept, counted) &&
+         expect_equal(params, lanes, kSiteRunningList, num_running, num_marked) &&
+         expect_equal(params, lanes, kSiteRequestLookup, 0, num_lost) && expect_equal(params, lanes, kSitePageNeed, 0, num_short) &&
+         expect_equal(params, lanes, kSiteRequestCount, 0, num_bad_links);
+}
+
+// Length of a queue of requests in `state_wanted`; one more than any queue can have if it is not whole.
+BK_INLINE u32 walk_queue(const EngineParams& params, u32 first_idx, u32 last_idx, u32 queue_pair_idx, u32 state_wanted) {
+  u32 num_seen = 0;
+  u32 before = kNoRequest;
+  for (u32 r = first_idx; r != kNoRequest; r = request_at(params, r)->next_idx) {
+    if (r >= params.num_requests || num_seen > params.num_requests) return params.num_requests + 1;
+    const Request* request = request_at(params, r);
+    if (request->state != state_wanted || request->queue_pair_idx != queue_pair_idx) return params.num_requests + 1;
+    if (state_wanted == kRequestWaiting && request->prev_idx != before) return params.num_requests + 1;
+    before = r;
+    num_seen += 1;
+  }
+  return num_seen == 0 || before == last_idx ? num_seen : params.num_requests + 1;
+}
+
+// Queues and credit of every queue pair (one lane each), L1.
+BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
+  u32 num_wrong = 0;
+  u32 num_overdrawn = 0;
+  u32 totals[4] = {0, 0, 0, 0};  // waiting, running, finishing, staged
+  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
+    const QueuePairState& queue_pair = state.queue_pairs[q];
+    u32 num_running = 0;
+    for (u32 i = 0; i < state.status.num_running; ++i) {
+      num_running += request_at(params, state.running[i])->queue_pair_idx == q ? 1 : 0;
+    }
+    const u32 first_finishing = queue_pair.num_finishing > 0 ? queue_pair.finishing_first_idx : kNoRequest;  // stale when empty
+    const u32 num_waiting = walk_queue(params, queue_pair.waiting_first_idx, queue_pair.waiting_last_idx, q, kRequestWaiting);
+    const u32 num_finishing = walk_queue(params, first_finishing, queue_pair.finishing_last_idx, q, kRequestFinishing);
+    if (num_waiting != queue_pair.num_waiting || num_running != queue_pair.num_running || num_finishing != queue_pair.num_finishing) {
+      num_wrong += 1;
+    }
+    const u64 num_taken = queue_pair.completion_published_pos + queue_pair.num_staged + queue_pair.num_promised -
+                          queue_pair.completion_consumer_pos;
+    if (num_taken > queue_pair.num_completions) num_overdrawn += 1;  // C1
+    totals[0] += queue_pair.num_waiting;
+    totals[1] += queue_pair.num_running;
+    totals[2] += queue_pair.num_finishing;
+    totals[3] += queue_pair.num_staged;
+  }
+  u32 num_staged = 0;
+  for (u32 i = lanes.id; i < state.num_staged; i += lanes.count) num_staged += state.staged[i].queue_pair_idx != kNoQueuePair ? 1 : 0;
+  num_staged = lanes.sum(num_staged);
+  for (u32 k = 0; k < 4; ++k) totals[k] = lanes.sum(totals[k]);
+  const StatusLines& status = state.status;
+  const u64 counted = pack_counts(totals[0], totals[1], totals[2], totals[3]);
+  const u64 kept = pack_counts(status.num_waiting, status.num_running, status.num_finishing, num_staged);
+  const u64 num_finished = status.finished_eos + status.finished_stop_id + status.finished_length + status.finished_cancelled +
+                           status.finished_draining;
+  return expect_equal(params, lanes, kSiteQueueCount, 0, lanes.sum(num_wrong)) &&
+         expect_equal(params, lanes, kSiteQueueCount, kept, counted) &&
+         expect_equal(params, lanes, kSiteCredit, 0, lanes.sum(num_overdrawn)) &&
+         expect_equal(params, lanes, kSiteRequestBalance, status.requests_accepted, num_finished + status.num_waiting + status.num_running);
+}
+
+// All lanes. May be called between any two director calls.
+BK_INLINE bool director_check_integrity(const EngineParams& params, const Lanes& lanes) {
+  DirectorState& state = director_state(params);
+  const bool holds = check_pages(params, lanes, state) && check_requests(params, lanes, state) && check_queue_pairs(params, lanes, state);
+  lanes.sync();  // hazard: lanes may still read what the caller changes next
+  if (holds && lanes.is_first()) state.status.integrity_checks += 1;
+  lanes.sync();  // hazard: the publish copies the counters in other lanes
+  return holds;
+}
+
+}  // namespace blinkimp

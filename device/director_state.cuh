@@ -1,0 +1,140 @@
+// What the director knows, in device memory: EngineParams.director_state. Data and the smallest accessors.
+//
+// Written and read by the director's lanes only, except the fault latch at its start (fault.cuh). Words that say "lane 0" have one
+// writing lane; the rest are written by the lane that works on the queue pair or the sequence, with a sync before another reads.
+// Test: pytest tests/host/test_director_intake.py
+//
+// Who holds a completion position of a queue pair (half-open intervals of u64 positions, in ring order):
+//   [.., consumer)                              the ingress read them; their entries are free
+//   [consumer, published)                       in the ring, for the ingress to read
+//   [published, + num_staged)                   written to `staged`, published by the next director_publish
+//   [published + num_staged, + num_promised)    promised to the step that is planned or runs: TOKEN and FINISH of each request
+//   [.., consumer + num_completions)            credit: free to be promised or staged
+// Invariant C1: published + num_staged + num_promised - consumer <= num_completions. Nothing unread is ever overwritten.
+#pragma once
+#include <fault.cuh>
+#include <ingress_port.cuh>
+#include <page_allocator.cuh>
+#include <step_plan.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kMaxBatch = 256;       // bound of EngineParams.max_batch: the running list and the staged completions are sized by it
+constexpr u32 kMaxStaged = 1024;     // completions between two publishes
+constexpr u32 kMaxStagedByPoll = kMaxStaged - 2 * kMaxBatch;  // a commit always finds room for TOKEN and FINISH of a full batch
+constexpr u32 kStepCredit = 2;       // completions that one request may need in one step: TOKEN and FINISH
+constexpr u32 kNoQueuePair = 0xffffffff;
+constexpr u64 kIntegrityIntervalNs = 1'000'000'000;  // between two checks of an idle director
+
+enum QueuePairEvent : u32 {
+  kEventNone = 0,
+  kEventAttach = 1,  // ingress.epoch is odd and higher than what was answered
+  kEventDetach = 2,  // ingress.epoch is even and higher than what was answered
+  kEventStale = 3,   // the heartbeat stands still
+};
+
+struct QueuePairState {
+  u64 region;                    // QueuePair
+  u64 submissions;               // SubmissionEntry [num_submissions]
+  u64 completions;               // CompletionEntry [num_completions]
+  u64 arena;                     // u8 [arena_bytes]
+  u64 arena_bytes;               // geometry is copied at init: an ingress that scribbles over the header moves no pointer of ours
+  u32 num_submissions;
+  u32 num_completions;
+  u64 epoch;                     // last answered: odd = attached
+  u64 asked_epoch;               // ingress.epoch as the last poll saw it
+  u64 heartbeat;                 // last value seen
+  u64 heartbeat_changed_ns;      // when it was first seen
+  u64 submission_consumer_pos;
+  u64 arena_consumer_pos;
+  u64 completion_published_pos;
+  u64 completion_consumer_pos;   // highest sane value seen
+  u32 num_staged;
+  u32 num_promised;
+  u32 consumer_is_sane;          // 0: ingress.completion_consumer_pos lies beyond what was published; no credit until it is right
+  u32 event;                     // QueuePairEvent of this poll
+  u32 has_entry;                 // `entry` is a committed submission that was copied and is not taken yet
+  u32 positions_changed;         // submission or arena position to be stored for the ingress
+  u32 waiting_first_idx;         // waiting queue: doubly linked through next_idx, prev_idx
+  u32 waiting_last_idx;
+  u32 finishing_first_idx;       // finishing queue: linked through next_idx
+  u32 finishing_last_idx;
+  u32 num_waiting;
+  u32 num_running;
+  u32 num_finishing;
+  u32 reserved0;
+  SubmissionEntry entry;
+};
+ABI_SIZE(QueuePairState, 232);
+
+// A completion on its way to a ring. The commit word's low byte is still 0: lap parity is put in by the publish.
+struct StagedCompletion {
+  CompletionEntry entry;
+  u32 queue_pair_idx;  // kNoQueuePair: its ingress left, drop it
+  u32 position;        // low half of its position in the ring, set by the publish
+};
+ABI_SIZE(StagedCompletion, 40);
+
+struct DirectorState {
+  FaultLatch fault;              // first: fault.cuh
+  u64 now_ns;                    // device clock at the start of the call that runs
+  u64 plan_ns;                   // when the step that runs was planned
+  u64 integrity_ns;              // last check
+  u64 stop_seen_ns;              // when kCommandStop was first seen, 0 = not
+  u32 command;                   // EngineCommand, as last seen
+  u32 is_stopped;                // nothing is left to do after kCommandStop
+  u32 step_in_flight;            // between a plan with rows and its commit
+  u32 num_deferred;              // running requests with kFlagStopAsked or kFlagDropped: their end waits for the commit
+  u32 num_staged;
+  u32 next_admit_idx;            // queue pair whose turn it is at admission
+  u32 next_take_idx;             // queue pair whose turn it is at the intake
+  u32 reserved0;
+  PageAllocator pages;
+  StatusLines status;            // num_running, num_waiting, num_finishing and all counters live here; publish copies it
+  RequestTable table;
+  QueuePairState queue_pairs[kMaxQueuePairs];
+  u32 running[kMaxBatch];        // request_idx in admission order; kNoRequest = preempted a moment ago (within one call only)
+  u32 scratch[kMaxBatch];        // of one call
+  StagedCompletion staged[kMaxStaged];
+};
+static_assert(sizeof(DirectorState) <= kDirectorStateBytes, "program_abi.h sizes the state");
+
+BK_INLINE DirectorState& director_state(const EngineParams& params) { return *reinterpret_cast<DirectorState*>(params.director_state); }
+BK_INLINE EnginePage& engine_page(const EngineParams& params) { return *reinterpret_cast<EnginePage*>(params.engine_page); }
+BK_INLINE QueuePair& queue_pair_region(const QueuePairState& queue_pair) { return *reinterpret_cast<QueuePair*>(queue_pair.region); }
+
+BK_INLINE bool is_attached(const QueuePairState& queue_pair) { return (queue_pair.epoch & 1) != 0; }
+
+BK_INLINE u32 num_live(const QueuePairState& queue_pair) {
+  return queue_pair.num_waiting + queue_pair.num_running + queue_pair.num_finishing;
+}
+
+// Completions that may still be promised or staged (C1).
+BK_INLINE u32 completion_credit(const QueuePairState& queue_pair) {
+  const u64 num_taken = queue_pair.completion_published_pos + queue_pair.num_staged + queue_pair.num_promised -
+                        queue_pair.completion_consumer_pos;
+  if (!is_attached(queue_pair) || !queue_pair.consumer_is_sane || num_taken >= queue_pair.num_completions) return 0;
+  return static_cast<u32>(queue_pair.num_completions - num_taken);
+}
+
+// Lane 0. The caller has checked credit, or stages what was promised.
+BK_INLINE void stage_completion(DirectorState& state, u32 queue_pair_idx, u32 kind, u32 reason, u32 token, u64 request_id, u32 index,
+                                u64 device_ns) {
+  StagedCompletion* staged = &state.staged[state.num_staged];
+  staged->entry.commit = (kind << kCommitKindShift) | (reason << kCommitReasonShift);
+  staged->entry.token = token;
+  staged->entry.request_id = request_id;
+  staged->entry.index = index;
+  staged->entry.logprob = 0.0f;
+  staged->entry.device_ns = device_ns;
+  staged->queue_pair_idx = queue_pair_idx;
+  state.num_staged += 1;
+  state.queue_pairs[queue_pair_idx].num_staged += 1;
+}
+
+// Room for one more completion outside a commit.
+BK_INLINE bool can_stage(const DirectorState& state, u32 queue_pair_idx) {
+  return state.num_staged < kMaxStagedByPoll && completion_credit(state.queue_pairs[queue_pair_idx]) > 0;
+}
+
+}  // namespace blinkimp
