@@ -59,7 +59,8 @@ BK_INLINE bool is_power_of_two(u64 value) { return value != 0 && (value & (value
 BK_INLINE u64 align_arena(u64 num_bytes) { return (num_bytes + kArenaAlignBytes - 1) / kArenaAlignBytes * kArenaAlignBytes; }
 
 // Lap parity of the entry at `pos`: 1 in even laps, so that zeroed memory is empty.
-BK_INLINE u32 commit_parity(u64 pos, u32 num_entries) { return static_cast<u32>(~(pos / num_entries) & 1); }
+// num_entries is a power of two, so the lap's lowest bit is that bit of the position (no division: the GPU has none in hardware).
+BK_INLINE u32 commit_parity(u64 pos, u32 num_entries) { return (pos & num_entries) == 0 ? 1 : 0; }
 
 // Every word that the port relies on; the region is `region_bytes` long as the caller mapped it.
 BK_INLINE HeaderCheck check_queue_pair_header(const QueuePairHeader& header, u64 region_bytes) {
