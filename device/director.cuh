@@ -195,6 +195,14 @@ BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, Step
   return draft.num_rows;
 }
 
+// Whether the caller's loop is over: the last plan carried kPlanExit, or a fault was recorded.
+BK_INLINE bool director_should_exit(const EngineParams& params, const Lanes&) {
+  return director_state(params).is_stopped || fault_recorded(params);
+}
+
+// The pause of a loop whose plan had no rows: polling without it would fill PCIe with reads for nothing.
+BK_INLINE void director_idle(const EngineParams& params, const Lanes&) { sleep_ns(params.idle_sleep_ns); }
+
 // ---- Commit ------------------------------------------------------------------------------------------------------
 // 0, or the FinishReason of a request that has just sampled `token` as its output number num_output.
 BK_INLINE u32 stop_reason(const EngineParams& params, const Request& request, u32 token, u32 num_output) {

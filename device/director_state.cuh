@@ -92,10 +92,10 @@ struct DirectorState {
   PageAllocator pages;
   StatusLines status;            // num_running, num_waiting, num_finishing and all counters live here; publish copies it
   RequestTable table;
-  QueuePairState queue_pairs[kMaxQueuePairs];
+  QueuePairState queue_pairs[kMaxQueuePairs];  // the first num_queue_pairs are open
   u32 running[kMaxBatch];        // request_idx in admission order; kNoRequest = preempted a moment ago (within one call only)
   u32 scratch[kMaxBatch];        // of one call
-  StagedCompletion staged[kMaxStaged];
+  StagedCompletion staged[kMaxStaged];         // the first num_staged are valid
 };
 static_assert(sizeof(DirectorState) <= kDirectorStateBytes, "program_abi.h sizes the state");
 

@@ -33,7 +33,7 @@ enum RequestFlags : u32 {
 
 struct Request {
   SamplingParams sampling;       // byte 0: the sampling op reads it
-  u32 stop_ids[kMaxStopIds];
+  u32 stop_ids[kMaxStopIds];     // the first num_stop_ids are valid
   u32 next_idx;                  // free list, waiting queue or finishing queue; kNoRequest ends it
   u32 prev_idx;                  // waiting queue
   u32 bucket_next_idx;           // chain of the lookup
