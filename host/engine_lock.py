@@ -20,11 +20,11 @@ class SharedMemoryError(RuntimeError):
     """A region is missing, not ours, or not what ring_abi.h says it must be."""
 
 
-class EngineAlreadyRunning(SharedMemoryError):
+class EngineAlreadyRunningError(SharedMemoryError):
     """A live host holds the lock of this engine name."""
 
 
-class EngineNotFound(SharedMemoryError):
+class EngineNotFoundError(SharedMemoryError):
     """No region of this engine name exists."""
 
 
@@ -58,7 +58,7 @@ class EngineLock:
             except BlockingIOError:
                 holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 os.close(fd)
-                raise EngineAlreadyRunning(
+                raise EngineAlreadyRunningError(
                     f"an engine named {self.engine_name!r} is running (process {holder}); "
                     "stop it, or start this one with another engine_name"
                 ) from None

@@ -26,6 +26,8 @@ DEFAULT_MAX_BATCH: Final[dict[DeviceKind, int]] = {"gpu": 256, "emulated": 64}
 # Rows of one step. A step is the wait of every running request for a newcomer's prompt: large enough to fill tensor cores on a
 # GPU, about 50 ms of CPU time for a 10 M parameter model on the emulated device.
 DEFAULT_STEP_TOKENS: Final[dict[DeviceKind, int]] = {"gpu": 2048, "emulated": 128}
+MAX_BATCH: Final = 256  # kMaxBatch of device/director_state.cuh: its running list has so many places
+MAX_REQUESTS: Final = 0xFFFF  # and its counters are packed into 16 bits (director.cuh)
 PAGE_TABLE_BYTES: Final = 4 + 4  # of free_pages and page_owners, for each page
 
 
@@ -158,8 +160,14 @@ def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -
     max_batch = config.max_batch or min(DEFAULT_MAX_BATCH[kind], config.num_requests)
     max_step_tokens = config.max_step_tokens or max(DEFAULT_STEP_TOKENS[kind], max_batch)
     prefill_chunk_tokens = config.prefill_chunk_tokens or max_step_tokens
-    _require("num_requests", config.num_requests, config.num_queue_pairs, None, "num_queue_pairs")
-    _require("max_batch", max_batch, 1, config.num_requests, "num_requests")
+    _require(
+        "num_requests",
+        config.num_requests,
+        config.num_queue_pairs,
+        MAX_REQUESTS,
+        "num_queue_pairs and the director's limit",
+    )
+    _require("max_batch", max_batch, 1, min(MAX_BATCH, config.num_requests), "num_requests and the director's limit")
     _require("max_step_tokens", max_step_tokens, max_batch, abi.MAX_STEP_TOKENS, "max_batch and the step limit")
     _require("prefill_chunk_tokens", prefill_chunk_tokens, 1, max_step_tokens, "max_step_tokens")
     sizes = EngineSizes(
@@ -188,9 +196,8 @@ def _most_useful_pages(sizes: EngineSizes, kind: DeviceKind) -> int:
     return num_requests * sizes.max_pages_per_request
 
 
-def _require(name: str, value: int, least: int, most: int | None, bound_by: str) -> None:
-    if value < least or (most is not None and value > most):
-        bounds = f"{least} to {most}" if most is not None else f"at least {least}"
+def _require(name: str, value: int, least: int, most: int, bound_by: str) -> None:
+    if not least <= value <= most:
         raise MemoryPlanError(
-            f"{name} is {value}; expected {bounds} ({bound_by}); change one of them, or leave it 0 for automatic"
+            f"{name} is {value}; expected {least} to {most} ({bound_by}); change one of them, or leave it 0 for automatic"
         )

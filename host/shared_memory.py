@@ -28,9 +28,9 @@ import numpy as np
 from blinkimp import ring_abi as abi
 from blinkimp.host.engine_lock import (
     SHM_DIR,
-    EngineAlreadyRunning,
+    EngineAlreadyRunningError,
     EngineLock,
-    EngineNotFound,
+    EngineNotFoundError,
     SharedMemoryError,
     check_engine_name,
     engine_is_alive,
@@ -38,8 +38,8 @@ from blinkimp.host.engine_lock import (
 
 __all__ = [
     "SHM_DIR",
-    "EngineAlreadyRunning",
-    "EngineNotFound",
+    "EngineAlreadyRunningError",
+    "EngineNotFoundError",
     "EngineRegions",
     "QueuePairGeometry",
     "Region",
@@ -295,7 +295,7 @@ def _open_region(name: str, least_bytes: int, *, writable: bool) -> Region:
     try:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        raise EngineNotFound(
+        raise EngineNotFoundError(
             f"{path} does not exist; expected an engine of that name to run; start `blinkimp serve`"
         ) from None
     except OSError as error:

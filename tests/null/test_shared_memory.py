@@ -111,9 +111,9 @@ def test_truncated_region_is_refused(engine_name: str) -> None:
 
 
 def test_engine_that_does_not_exist_says_so(engine_name: str) -> None:
-    with pytest.raises(shm.EngineNotFound, match="blinkimp serve"):
+    with pytest.raises(shm.EngineNotFoundError, match="blinkimp serve"):
         shm.open_queue_pair(engine_name, 0)
-    with pytest.raises(shm.EngineNotFound):
+    with pytest.raises(shm.EngineNotFoundError):
         shm.open_engine_page(engine_name)
     assert not shm.engine_is_alive(engine_name)
 
@@ -127,7 +127,7 @@ def test_engine_names_that_are_paths_are_refused(name: str) -> None:
 def test_live_engine_is_refused_and_untouched(engine_name: str) -> None:
     regions = create(engine_name)
     assert shm.engine_is_alive(engine_name)
-    with pytest.raises(shm.EngineAlreadyRunning, match=str(os.getpid())):
+    with pytest.raises(shm.EngineAlreadyRunningError, match=str(os.getpid())):
         create(engine_name)
     with shm.open_engine_page(engine_name) as page:
         assert page.view(abi.ENGINE_HEADER)["engine_id"][0] == regions.engine_id
@@ -151,7 +151,7 @@ def test_regions_of_a_killed_engine_are_replaced(engine_name: str) -> None:
     old = shm.open_queue_pair(engine_name, 2)  # an ingress that is still attached keeps its map
     regions = create(engine_name, 1)
     assert regions.engine_id != dead_engine_id
-    with pytest.raises(shm.EngineNotFound):
+    with pytest.raises(shm.EngineNotFoundError):
         shm.open_queue_pair(engine_name, 2)
     assert old.view(abi.QUEUE_PAIR_HEADER)["engine_id"][0] == dead_engine_id
     old.close()
@@ -159,14 +159,14 @@ def test_regions_of_a_killed_engine_are_replaced(engine_name: str) -> None:
 
 
 def test_one_of_many_starters_wins(engine_name: str) -> None:
-    outcomes: list[shm.EngineRegions | shm.EngineAlreadyRunning] = []
+    outcomes: list[shm.EngineRegions | shm.EngineAlreadyRunningError] = []
     barrier = threading.Barrier(8)
 
     def start() -> None:
         barrier.wait()
         try:
             outcomes.append(create(engine_name))
-        except shm.EngineAlreadyRunning as error:
+        except shm.EngineAlreadyRunningError as error:
             outcomes.append(error)
 
     threads = [threading.Thread(target=start) for _ in range(8)]

@@ -1,0 +1,128 @@
+// The emulated device: the director and the CPU interpreter in one loop, as the persistent kernel runs them on a GPU.
+//
+//   poll -> plan -> [run the program on params.num_workers threads] -> commit -> publish, until COMMAND_STOP is carried out
+//
+// Called by host/emulated_process.py, in a process of its own, with EngineParams over that process's memory.
+// Test: pytest tests/host/test_engine.py
+#include <emu/reference_ops.h>
+
+#include <director.cuh>
+
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace blinkimp {
+namespace {
+
+// An idle director goes on looking for this long before it sleeps between looks: the answer to a token often brings the next request.
+constexpr u64 kIdleSpinNs = 50'000;
+
+// Threads 1 .. num_workers - 1 of the interpreter; thread 0 is the director's own.
+class WorkerThreads {
+ public:
+  explicit WorkerThreads(const EngineParams& params) : params_(params), barrier_(params.num_workers) {
+    for (u32 thread_idx = 1; thread_idx < params.num_workers; ++thread_idx) {
+      threads_.emplace_back([this, thread_idx] { work(thread_idx); });
+    }
+  }
+
+  ~WorkerThreads() {
+    plan_ = nullptr;
+    steps_.advance();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  WorkerThreads(const WorkerThreads&) = delete;
+  WorkerThreads& operator=(const WorkerThreads&) = delete;
+
+  // Runs one step. The last op's barrier has let everybody through when it returns, so the plan may be written again.
+  void run(const StepPlan& plan) {
+    plan_ = &plan;
+    steps_.advance();  // hands plan_ over: pairs with wait_for() in work()
+    run_program(params_, plan, 0, barrier_);
+  }
+
+ private:
+  void work(u32 thread_idx) {
+    for (u64 step = 1;; ++step) {
+      steps_.wait_for(step);  // asleep in the kernel while the engine is idle
+      const StepPlan* plan = plan_;
+      if (plan == nullptr) return;
+      run_program(params_, *plan, thread_idx, barrier_);
+    }
+  }
+
+  const EngineParams& params_;
+  ThreadBarrier barrier_;
+  GenerationWord steps_;            // writer: the director's thread; readers: the others
+  const StepPlan* plan_ = nullptr;  // of the step that runs; null: leave
+  std::vector<std::thread> threads_;
+};
+
+class IdleBackoff {
+ public:
+  explicit IdleBackoff(u32 idle_sleep_ns) : idle_sleep_ns_(idle_sleep_ns) {}
+
+  void was_busy() { busy_until_ns_ = device_clock_ns() + kIdleSpinNs; }
+
+  void wait() const {
+    if (device_clock_ns() < busy_until_ns_) {
+      pause_cpu();
+    } else {
+      sleep_ns(idle_sleep_ns_);
+    }
+  }
+
+ private:
+  const u32 idle_sleep_ns_;
+  u64 busy_until_ns_ = 0;
+};
+
+}  // namespace
+}  // namespace blinkimp
+
+using namespace blinkimp;
+
+extern "C" {
+
+// num_bytes: [kNumWorkspaces], 0 = not used. Of params only counts and dims are read.
+void bk_emulated_workspace_bytes(const EngineParams* params, u64* num_bytes) {
+  for (u32 workspace_idx = 0; workspace_idx < kNumWorkspaces; ++workspace_idx) {
+    num_bytes[workspace_idx] = reference_workspace_bytes(*params, workspace_idx);
+  }
+}
+
+// 0, or 1 with the reason in message: this interpreter cannot run params.
+int bk_emulated_device_check(const EngineParams* params, char* message, u64 message_bytes) {
+  return check_program(*params, message, message_bytes);
+}
+
+// Returns when COMMAND_STOP was carried out (0), a fault is on the engine page (1), or no thread could be made (2).
+int bk_emulated_device_run(const EngineParams* params) try {
+  const Lanes lanes = Lanes::single();
+  WorkerThreads workers(*params);
+  IdleBackoff idle(params->idle_sleep_ns);
+  director_init(*params, lanes);
+  for (u64 step = 0; !fault_recorded(*params);) {
+    director_poll(*params, lanes);
+    StepPlan* plan = plan_of_step(*params, step);
+    const u32 num_rows = director_plan(*params, lanes, plan);
+    if (plan->flags & kPlanExit) return 0;
+    if (num_rows > 0) {
+      workers.run(*plan);
+      if (fault_recorded(*params)) break;  // the step is not whole: nothing of it may be committed
+      director_commit(*params, lanes, plan);
+      idle.was_busy();
+      step += 1;
+    }
+    director_publish(*params, lanes);
+    if (num_rows == 0) idle.wait();
+  }
+  director_publish(*params, lanes);
+  return 1;
+} catch (const std::system_error&) {
+  return 2;
+}
+
+}  // extern "C"

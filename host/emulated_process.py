@@ -1,0 +1,176 @@
+"""The emulated device's process: loads a model into host memory and runs the director and the CPU interpreter until told to stop.
+
+Started by host/emulated_device.py as `python -m blinkimp.host.emulated_process`, with an Order in JSON on stdin. While it loads
+it writes events, one JSON object a line, to stdout; from then on it speaks only through the engine page, as a GPU does.
+Exit status: 0 stopped in order, 2 could not start (an "error" event says why), 3 a fault is recorded on the engine page.
+Test: pytest tests/host/test_engine.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+
+from blinkimp import native
+from blinkimp import ring_abi as abi
+from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of
+from blinkimp.host.program import Model, load_model
+from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair
+from blinkimp.host.weights import HostTarget
+from blinkimp.ring_abi import DType
+
+IDLE_SLEEP_NS: Final = 150_000  # an idle director looks at its rings 5,000 times a second: under 5 % of a CPU
+EXIT_STOPPED, EXIT_NOT_STARTED, EXIT_FAULTED = 0, 2, 3
+ALIGN_BYTES: Final = 64
+TIMER_SLACK_NS: Final = 10_000  # the default, 50 us, would be a third of IDLE_SLEEP_NS
+_PR_SET_TIMERSLACK: Final = 29
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What the host wants run."""
+
+    engine_name: str
+    model_folder: str
+    load_format: Literal["auto", "dummy"]
+    compute: int  # DType
+    kv_dtype: int  # DType
+    sizes: EngineSizes
+    num_threads: int
+    ingress_timeout_ns: int
+    spin_budget_ns: int
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the host hears before the director runs."""
+
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    error: str = ""
+
+
+class DeviceMemory:
+    """Zeroed memory that the operating system hands out page by page, as it is touched; kept until this object goes."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray[Any, Any]] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        array = np.zeros(num_bytes + ALIGN_BYTES, dtype=np.uint8)
+        self._arrays.append(array)
+        return -(-int(array.ctypes.data) // ALIGN_BYTES) * ALIGN_BYTES
+
+    def keep(self, array: np.ndarray[Any, Any]) -> int:
+        self._arrays.append(array)
+        return int(array.ctypes.data)
+
+
+def library() -> ctypes.CDLL:
+    """The native library with the signatures of device/emu/emulated_device.cpp."""
+    loaded = native.load()
+    loaded.bk_emulated_workspace_bytes.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)]
+    loaded.bk_emulated_workspace_bytes.restype = None
+    loaded.bk_emulated_device_run.argtypes = [ctypes.c_void_p]
+    loaded.bk_emulated_device_run.restype = ctypes.c_int
+    return loaded
+
+
+def workspace_bytes(params: np.ndarray[Any, Any]) -> list[int]:
+    """Bytes of each of the CPU interpreter's workspaces; of `params` only counts and dims are read."""
+    num_bytes = (ctypes.c_uint64 * abi.NUM_WORKSPACES)()
+    library().bk_emulated_workspace_bytes(params.ctypes.data, num_bytes)
+    return list(num_bytes)
+
+
+def fill_sizes(params: np.ndarray[Any, Any], sizes: EngineSizes, dims: np.ndarray[Any, Any], num_threads: int) -> None:
+    """The counts of EngineParams: all that workspace_bytes() needs."""
+    for name, value in dataclasses.asdict(sizes).items():
+        params[name] = value
+    params["dims"] = dims
+    params["num_workers"] = num_threads or len(os.sched_getaffinity(0))
+
+
+def build_params(
+    order: Order, model: Model, memory: DeviceMemory, engine_page: Region, queue_pairs: list[Region]
+) -> np.ndarray[Any, Any]:
+    """EngineParams over freshly allocated memory."""
+    params = np.zeros(1, dtype=abi.ENGINE_PARAMS)
+    sizes = order.sizes
+    fill_sizes(params, sizes, model.dims, order.num_threads)
+    params["num_ops"] = len(model.ops)
+    params["idle_sleep_ns"] = IDLE_SLEEP_NS
+    params["ingress_timeout_ns"] = order.ingress_timeout_ns
+    params["spin_budget_ns"] = order.spin_budget_ns
+    params["engine_page"] = engine_page.address
+    params["queue_pairs"][0, : len(queue_pairs)] = [region.address for region in queue_pairs]
+    params["director_state"] = memory.allocate(abi.DIRECTOR_STATE_BYTES)
+    params["requests"] = memory.allocate(abi.REQUEST_BYTES * sizes.num_requests)
+    params["tokens"] = memory.allocate(4 * sizes.num_requests * sizes.max_context)
+    params["page_tables"] = memory.allocate(4 * sizes.num_requests * sizes.max_pages_per_request)
+    params["free_pages"] = memory.allocate(4 * sizes.num_pages)
+    params["page_owners"] = memory.allocate(4 * sizes.num_pages)
+    params["plans"] = [memory.allocate(plan_bytes_of(sizes)) for _ in range(2)]
+    params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * sizes.max_batch)
+    params["ops"] = memory.keep(model.ops)
+    params["kv_cache"] = memory.allocate(kv_bytes(model, sizes))
+    params["workspaces"] = [memory.allocate(num_bytes) if num_bytes else 0 for num_bytes in workspace_bytes(params)]
+    params["grid_words"] = memory.allocate(abi.GRID_WORDS_BYTES)
+    return params
+
+
+def kv_bytes(model: Model, sizes: EngineSizes) -> int:
+    dims = model.dims[0]
+    item_bytes = 2 if int(dims["kv_dtype"]) == DType.BF16 else 4
+    page_elements = int(dims["num_layers"]) * int(dims["num_kv_heads"]) * 2 * abi.PAGE_TOKENS * int(dims["head_dim"])
+    return sizes.num_pages * page_elements * item_bytes
+
+
+def run(order: Order, emit: Callable[[Event], None]) -> int:
+    model = load_model(
+        Path(order.model_folder),
+        HostTarget(),
+        compute="f32" if order.compute == DType.F32 else "bf16",
+        max_context=order.sizes.max_context,
+        kv_dtype=DType(order.kv_dtype),
+        load_format=order.load_format,
+        progress=lambda done, total: emit(Event(stage="weights", done=done, total=total)),
+    )
+    memory = DeviceMemory()
+    engine_page = open_engine_page(order.engine_name, writable=True)
+    queue_pairs = [open_queue_pair(order.engine_name, idx) for idx in range(order.sizes.num_queue_pairs)]
+    params = build_params(order, model, memory, engine_page, queue_pairs)
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0)
+    emit(Event(stage="running", done=1, total=1))
+    # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
+    faulted: int = library().bk_emulated_device_run(params.ctypes.data)
+    return EXIT_FAULTED if faulted else EXIT_STOPPED
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the host, which drains first
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
+    # Events keep a descriptor of their own: whatever else prints goes to stderr.
+    events_fd = os.dup(1)
+    os.dup2(2, 1)
+
+    def emit(event: Event) -> None:
+        os.write(events_fd, msgspec.json.encode(event) + b"\n")
+
+    try:
+        return run(order, emit)
+    except Exception as error:
+        emit(Event(error=f"{type(error).__name__}: {error}"))
+        return EXIT_NOT_STARTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The engine: provisions a device for one model, watches it, drains it, stops it. No token passes through here.
+
+    with Engine(config) as engine:      # choose device -> plan memory -> create shared memory -> start device
+        ...                             # ingresses attach to the queue pairs by the engine's name
+        engine.check()                  # raises EngineFaultError; a few times a second
+        engine.drain(30.0)
+                                        # leaving: STOP, wait, remove the shared memory
+
+Called by host/supervisor.py (`blinkimp serve`), blinkimp/cli and tests. Test: pytest tests/host/test_engine.py
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import blinkimp
+from blinkimp import ring_abi as abi
+from blinkimp.config import Config, cache_folder
+from blinkimp.host.checkpoint import Checkpoint, read_model_config
+from blinkimp.host.device_protocol import DEFAULT_SPIN_BUDGET_NS, Device, DeviceError, Launch, Progress
+from blinkimp.host.dummy_weights import DummyWeights
+from blinkimp.host.emulated_device import EmulatedDevice
+from blinkimp.host.memory_plan import MemoryPlan, plan_memory
+from blinkimp.host.program import num_weight_elements
+from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
+from blinkimp.host.watchdog import Watchdog
+from blinkimp.ring_abi import DType, EngineCommand, EngineState
+
+_log = logging.getLogger(__name__)
+
+# Without a heartbeat for this long a device hangs. A step of the emulated device may take seconds with a large model.
+STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 60.0}
+STOP_TIMEOUT_S: Final = 10.0  # from COMMAND_STOP to the device's end
+_POLL_S: Final = 0.002
+
+
+class EngineFaultError(RuntimeError):
+    """The device died, hangs, or reported a fault."""
+
+
+def model_folder(config: Config) -> Path:
+    """The checkpoint that config.model names."""
+    if config.model == "embedded":
+        return Path(blinkimp.__file__).parent / "models" / "embedded"
+    return Path(config.model).expanduser()
+
+
+def choose_device(config: Config) -> Device:
+    """The device that config.device asks for. auto: a usable GPU, else the emulated device, and why, on stderr."""
+    if config.device == "emulated":
+        return EmulatedDevice(config.num_threads)
+    try:
+        from blinkimp.host.gpu_device import GpuDevice
+
+        return GpuDevice()
+    except (ImportError, RuntimeError) as error:  # no cuda-python; GpuError: no driver, no GPU, or not one we run on
+        if config.device == "gpu":
+            raise DeviceError(
+                f"device=gpu, but no GPU can be used: {error}; use device=emulated, or see `blinkimp doctor`"
+            ) from error
+        _log.warning("no GPU can be used (%s): running on the emulated device, on the CPU", error)
+        return EmulatedDevice(config.num_threads)
+
+
+def resolve_compute(config: Config, folder: Path, device: Device) -> DType:
+    """The type of GEMM inputs: what was asked for, else what the device and the checkpoint have."""
+    if device.kind == "gpu":
+        if config.compute_dtype == "f32":
+            raise DeviceError(
+                "compute_dtype is f32, but the GPU computes in bf16; use compute_dtype=bf16 or auto, or device=emulated"
+            )
+        return DType.BF16
+    if config.compute_dtype != "auto":
+        return DType.F32 if config.compute_dtype == "f32" else DType.BF16
+    provider = DummyWeights(0) if config.load_format == "dummy" else Checkpoint(folder)
+    return DType(provider.compute_dtype)
+
+
+class Engine:
+    """One engine of this process. start() or `with`; stop() is idempotent."""
+
+    def __init__(self, config: Config, *, device: Device | None = None, progress: Progress | None = None) -> None:
+        self.config = config
+        self.device = device or choose_device(config)
+        self.folder = model_folder(config)
+        self.model = read_model_config(self.folder)
+        self.compute = resolve_compute(config, self.folder, self.device)
+        self.plan: MemoryPlan = self._plan()
+        self._progress = progress
+        self._regions: EngineRegions | None = None
+        self._page: Any = None
+        self._watchdog: Watchdog | None = None
+
+    # ---- Life --------------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Returns once the director runs. Raises DeviceError, SharedMemoryError or UnsupportedModelError, leaving nothing behind."""
+        config, sizes = self.config, self.plan.sizes
+        _log.info("%s; model %s\n%s", self.device.describe(), self.folder, self.plan.table())
+        self._regions = create_engine_regions(
+            config.engine_name,
+            num_queue_pairs=sizes.num_queue_pairs,
+            geometry=QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes),
+            max_context=sizes.max_context,
+            vocab_size=self.model.vocab,
+        )
+        self._page = self._regions.engine_page.view(abi.ENGINE_PAGE)
+        started_at = time.monotonic()
+        try:
+            self.device.start(self._launch(self._regions), self._progress)
+        except BaseException:
+            self.stop()
+            raise
+        self._watchdog = Watchdog(self._regions.engine_page, self.device, STALL_TIMEOUT_S[self.device.kind])
+        _log.info("engine %s runs after %.1f s", config.engine_name, time.monotonic() - started_at)
+
+    def check(self) -> None:
+        """Raises EngineFaultError when the device is dead, hangs, or has faulted."""
+        report = self._watchdog.check() if self._watchdog is not None else "the engine is not started"
+        if report is not None:
+            raise EngineFaultError(f"engine {self.config.engine_name}: {report}")
+
+    def drain(self, timeout_s: float, should_give_up: Callable[[], bool] = lambda: False) -> bool:
+        """No new requests from now on; waits until the others have ended and are published. False: some have not, by then."""
+        self._command(EngineCommand.DRAIN)
+        deadline = time.monotonic() + timeout_s
+        while self.is_busy():
+            self.check()
+            if time.monotonic() >= deadline or should_give_up():
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def is_busy(self) -> bool:
+        """Whether a drain has not been noticed yet, or requests are still on their way."""
+        status = self.status()
+        return status["state"] == EngineState.RUNNING or any(
+            status[name] for name in ("num_running", "num_waiting", "num_finishing")
+        )
+
+    def halt(self) -> bool:
+        """STOP: what still runs is finished as `draining`; the device ends. The shared memory stays until stop()."""
+        if self._regions is None:
+            return True
+        self._command(EngineCommand.STOP)
+        return self.device.stop(STOP_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """halt(), then removes the shared memory."""
+        self.halt()
+        if self._regions is not None:
+            self._page = self._watchdog = None
+            self._regions.unlink()
+            self._regions = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # ---- What it is doing --------------------------------------------------------------------------------------------
+    def status(self) -> dict[str, int]:
+        """StatusLines (device/ring_abi.h) by name. Each word is right by itself; two of them may be a loop apart."""
+        if self._page is None:
+            raise EngineFaultError(f"engine {self.config.engine_name} is not started; expected start() before status()")
+        record = self._page["status"][0]
+        return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+
+    # ---- Inside ------------------------------------------------------------------------------------------------------
+    def _command(self, command: EngineCommand) -> None:
+        # One aligned word with one writer, this host; the director polls it.
+        self._page["control"]["command"][0] = int(command)
+
+    def _plan(self) -> MemoryPlan:
+        item_bytes = 2 if self.compute == DType.BF16 else 4
+        return plan_memory(
+            self.config,
+            self.model,
+            kind=self.device.kind,
+            kv_dtype=self.compute,
+            weight_bytes=num_weight_elements(self.model) * item_bytes,
+            available_bytes=self.device.memory_available_bytes(),
+            workspace_bytes=lambda sizes: self.device.workspace_bytes(self.model, sizes),
+        )
+
+    def _launch(self, regions: EngineRegions) -> Launch:
+        return Launch(
+            model_folder=self.folder,
+            model=self.model,
+            load_format=self.config.load_format,
+            compute=self.compute,
+            kv_dtype=self.compute,
+            sizes=self.plan.sizes,
+            num_threads=self.config.num_threads,
+            cache_dir=cache_folder(self.config),
+            ingress_timeout_ns=int(self.config.ingress_timeout_s * 1e9),
+            spin_budget_ns=DEFAULT_SPIN_BUDGET_NS,
+            regions=regions,
+        )

@@ -1,0 +1,176 @@
+"""The process tree of `blinkimp serve`: the engine in this process, its device, and the ingress processes.
+
+    python -m blinkimp.host.supervisor [--config FILE]      configuration also from BLINKIMP_* variables
+
+    supervisor (this) -- engine host: watches the device's heartbeat, touches no token
+      |- emulated device          only without a GPU
+      |- ingress 0 .. num_ingress - 1, one queue pair each; a dead one is started anew
+
+SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most), ingresses flush, exit 0. A second
+signal stops at once. SIGSTOP stops only this process: device and ingresses go on. If this process dies, the others die with it.
+Exit status: 0 drained, 1 the engine could not start or has faulted.
+Called by blinkimp/cli and tests. Test: pytest tests/host/test_faults.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from blinkimp.config import Config, ConfigError, load_config
+from blinkimp.host.child_process import ChildProcess
+from blinkimp.host.device_protocol import DeviceError, Progress
+from blinkimp.host.engine import Engine, EngineFaultError, model_folder
+from blinkimp.host.engine_lock import SharedMemoryError
+from blinkimp.host.memory_plan import MemoryPlanError
+from blinkimp.host.model_config import UnsupportedModelError
+
+_log = logging.getLogger(__name__)
+
+WATCH_PERIOD_S: Final = 0.1
+INGRESS_FLUSH_S: Final = 5.0  # from the engine's end to the ingress's
+FIRST_BACKOFF_S: Final = 0.1  # before a dead ingress is started anew; doubles each time
+MAX_BACKOFF_S: Final = 10.0
+HEALTHY_S: Final = 30.0  # an ingress that lived for so long starts again with the first back-off
+
+
+class IngressSlot:
+    """One place for an ingress process, and its queue pair. Starts it again when it dies."""
+
+    def __init__(self, config: Config, idx: int) -> None:
+        self.idx = idx
+        self.endpoint = endpoint_of(config.bind, idx)
+        # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
+        drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
+        self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--bind", self.endpoint]
+        self._arguments += ["--tokenizer", str(model_folder(config)), "--drain-timeout", str(drain_s)]
+        self._backoff_s = FIRST_BACKOFF_S
+        self._restart_at = 0.0
+        self.child = self._start()
+
+    def _start(self) -> ChildProcess:
+        self._started_at = time.monotonic()
+        name, module = f"ingress {self.idx}", "blinkimp.nic_shim.zmq_ingress"
+        return ChildProcess(name, module, self._arguments, on_line=self._on_line)
+
+    def _on_line(self, line: bytes) -> None:
+        """`ready ENDPOINT`, on the child's thread."""
+        word, _, endpoint = line.decode(errors="replace").strip().partition(" ")
+        if word == "ready":
+            _log.info("ingress %d serves on %s", self.idx, endpoint)
+
+    def look(self) -> None:
+        """Restarts a dead process once its back-off is over."""
+        now = time.monotonic()
+        if self.child.is_alive():
+            return
+        if self._restart_at == 0.0:
+            if now - self._started_at > HEALTHY_S:
+                self._backoff_s = FIRST_BACKOFF_S
+            _log.error("%s; it is started again in %g s", self.child.describe_exit(), self._backoff_s)
+            self._restart_at = now + self._backoff_s
+            self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+        elif now >= self._restart_at:
+            self._restart_at = 0.0
+            self.child = self._start()
+
+
+class Supervisor:
+    """Runs one server until a signal or a fault."""
+
+    def __init__(self, config: Config, progress: Progress | None = None) -> None:
+        self._config = config
+        self._progress = progress
+        self._num_signals = 0
+        self._ingresses: list[IngressSlot] = []
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            with Engine(self._config, progress=self._progress) as engine:
+                return self._serve(engine)
+        except (DeviceError, SharedMemoryError, MemoryPlanError, UnsupportedModelError) as error:
+            _log.error("the engine could not start: %s", error)
+        except EngineFaultError as error:
+            _log.error("%s", error)
+        finally:
+            for slot in self._ingresses:
+                slot.child.send_signal(signal.SIGTERM)
+            self._end_ingresses()
+        return 1
+
+    def _serve(self, engine: Engine) -> int:
+        self._ingresses = [IngressSlot(self._config, idx) for idx in range(self._config.num_ingress)]
+        while self._num_signals == 0:
+            engine.check()
+            for slot in self._ingresses:
+                slot.look()
+            time.sleep(WATCH_PERIOD_S)
+        self._shut_down(engine)
+        return 0
+
+    def _shut_down(self, engine: Engine) -> None:
+        status = engine.status()
+        num_requests = status["num_running"] + status["num_waiting"] + status["num_finishing"]
+        timeout_s = self._config.drain_timeout_s
+        _log.info("draining: %d requests have %g s to finish; another signal stops at once", num_requests, timeout_s)
+        for slot in self._ingresses:  # from now on they refuse requests themselves, and end when theirs are delivered
+            slot.child.send_signal(signal.SIGTERM)
+        if engine.drain(timeout_s, should_give_up=lambda: self._num_signals > 1):
+            _log.info("drained")
+        else:
+            _log.warning("requests were still running when the drain ended; they finish with reason `draining`")
+        engine.halt()
+        self._end_ingresses()
+
+    def _end_ingresses(self) -> None:
+        slots, self._ingresses = self._ingresses, []
+        deadline = time.monotonic() + INGRESS_FLUSH_S
+        for slot in slots:
+            if slot.child.wait(max(0.0, deadline - time.monotonic())):
+                continue
+            _log.warning("ingress %d did not end within %g s and is killed", slot.idx, INGRESS_FLUSH_S)
+            slot.child.send_signal(signal.SIGKILL)
+            slot.child.wait()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
+
+
+def endpoint_of(bind: str, idx: int) -> str:
+    """Where ingress idx listens: the first at `bind`, the others at the next ports, or at numbered paths."""
+    if idx == 0:
+        return bind
+    base, colon, port = bind.rpartition(":")
+    if bind.startswith("tcp://") and port.isdecimal():
+        return f"{base}{colon}{int(port) + idx}"
+    return f"{bind}.{idx}"
+
+
+def serve(config: Config, progress: Progress | None = None) -> int:
+    """Runs the server in this process's main thread. Returns the exit status."""
+    return Supervisor(config, progress).run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m blinkimp.host.supervisor", description="Runs a blinkimp server.")
+    parser.add_argument("--config", type=Path, help="TOML file; BLINKIMP_* variables have precedence")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(path=arguments.config)
+    except ConfigError as error:
+        print(f"blinkimp: {error}", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
