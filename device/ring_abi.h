@@ -15,7 +15,12 @@ using i32 = int;
 using f32 = float;
 
 #define ABI_SIZE(T, num_bytes) static_assert(sizeof(T) == (num_bytes), #T " must be " #num_bytes " bytes")
-#define ABI_AT(T, member, offset) static_assert(__builtin_offsetof(T, member) == (offset), #T "." #member " must be at " #offset)
+#if defined(__CUDACC_RTC__)  // NVRTC has no offsetof before 13.5
+#define ABI_OFFSET_OF(T, member) (unsigned long long)__INTADDR__(&(((T*)0)->member))
+#else
+#define ABI_OFFSET_OF(T, member) __builtin_offsetof(T, member)
+#endif
+#define ABI_AT(T, member, offset) static_assert(ABI_OFFSET_OF(T, member) == (offset), #T "." #member " must be at " #offset)
 
 // ---- Limits and versions -----------------------------------------------------------------------------------------
 constexpr u64 kQueuePairMagic = 0x31305051'4b4e4c42;   // "BLNKQP01"
