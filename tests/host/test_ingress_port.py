@@ -188,10 +188,14 @@ def test_header_is_checked_word_by_word(director: FakeDirector) -> None:
     check_header(region)
     header = np.frombuffer(region.buffer, dtype=abi.QUEUE_PAIR_HEADER, count=1)
     bad_values = {
-        **{"magic": 1, "abi_version": 77, "header_bytes": 64, "region_bytes": 1 << 40, "num_submissions": 3},
-        **{"submission_entry_bytes": 32, "completion_entry_bytes": 64, "num_completions": 0, "arena_bytes": 1000},
-        **{"submissions_offset": 8, "completions_offset": 1 << 62, "arena_offset": (1 << 64) - 64},
+        "magic": 1,
+        "abi_version": 77,
+        "header_bytes": 64,
+        "region_bytes": 1 << 40,
+        "submission_entry_bytes": 32,
     }
+    bad_values |= {"completion_entry_bytes": 64, "num_submissions": 3, "num_completions": 0, "arena_bytes": 1000}
+    bad_values |= {"submissions_offset": 8, "completions_offset": 1 << 62, "arena_offset": (1 << 64) - 64}
     for field, bad in bad_values.items():
         good = int(header[0][field])
         header[field] = bad
@@ -215,8 +219,11 @@ def test_request_arrives_whole(director: FakeDirector, port: QueuePairPort) -> N
     assert (request.request_id, request.max_tokens, request.stop_ids) == (2**63 + 5, 13, (7, 8, 9))
     assert request.prompt_ids == tuple(range(1, 101)) and request.ignore_eos
     assert request.sampling == {
-        **{"temperature": pytest.approx(0.7), "top_p": pytest.approx(0.9), "min_p": 0.125},
-        **{"top_k": 40, "seed": 2**64 - 1},
+        "temperature": pytest.approx(0.7),
+        "top_p": pytest.approx(0.9),
+        "min_p": 0.125,
+        "top_k": 40,
+        "seed": 2**64 - 1,
     }
 
 

@@ -1,0 +1,221 @@
+"""The synchronous client of a blinkimp server.
+
+    from blinkimp.client import Client
+
+    with Client("tcp://127.0.0.1:5555") as client:
+        for chunk in client.submit("def read_file(path):", max_tokens=64, temperature=0):
+            print(chunk.text, end="", flush=True)
+        completion = client.generate([1, 2, 3], max_tokens=8)      # token ids, whole result
+        print(client.health().status, client.stats().engine["num_running"])
+
+Several streams of one client may run at once; the client belongs to one thread. It outlives restarts of the server: requests go on
+where they stopped. Test: pytest tests/host/test_clients.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from blinkimp.client_core import (
+    CallState,
+    Chunk,
+    ClientCore,
+    ClientError,
+    Completion,
+    RequestRefusedError,
+    RequestState,
+    ServerTimeoutError,
+)
+from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
+
+__all__ = ["Chunk", "Client", "ClientError", "Completion", "RequestRefusedError", "ServerTimeoutError", "TokenStream"]
+
+DEFAULT_TIMEOUT_S = 30.0
+HEARTBEAT_IVL_MS = 2000  # ZMTP pings: a server whose host vanished is disconnected, and ZeroMQ connects anew
+HEARTBEAT_TIMEOUT_MS = 6000
+
+Security = Callable[["zmq.Socket[Any]"], None]  # configures CURVE on the socket before it connects
+
+
+def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None:
+    """What the sync and the async client's DEALER sockets have in common."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    if security is not None:
+        security(socket)
+
+
+class Client:
+    """One connection. timeout_s: how long the server may be silent while something is asked of it."""
+
+    def __init__(
+        self, endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, security: Security | None = None
+    ) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        configure_socket(self._socket, security)
+        self._socket.connect(endpoint)
+        self._core = ClientCore(endpoint, self._send, timeout_s=timeout_s, now=time.monotonic())
+
+    def close(self) -> None:
+        """Cancels what runs and disconnects."""
+        if self._socket.closed:
+            return
+        for state in list(self._core.requests.values()):
+            self._core.cancel(state)
+        self._socket.setsockopt(zmq.LINGER, 200)  # for the cancels
+        self._socket.close()
+        self._context.term()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- Requests --------------------------------------------------------------------------------------------------
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: bool = True,
+        detokenize: bool = True,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> TokenStream:
+        """Starts a request with text or token ids; iterate over the result.
+
+        sampling: fields of blinkimp.protocol.Sampling (temperature, top_k, top_p, min_p, seed, max_tokens, stop_token_ids,
+        ignore_eos). deadline_s: time for the whole request; then it is cancelled and ServerTimeoutError raised.
+        """
+        now = time.monotonic()
+        state = self._core.submit(prompt, sampling, now, stream=stream, detokenize=detokenize)
+        return TokenStream(self, state, None if deadline_s is None else now + deadline_s)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        detokenize: bool = True,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Completion:
+        """The whole completion, in one message."""
+        return self.submit(prompt, stream=False, detokenize=detokenize, deadline_s=deadline_s, **sampling).result()
+
+    def stats(self) -> Stats:
+        reply = self._ask(GetStats)
+        assert isinstance(reply, Stats)
+        return reply
+
+    def health(self) -> Health:
+        reply = self._ask(GetHealth)
+        assert isinstance(reply, Health)
+        return reply
+
+    def _ask(self, kind: type[GetStats] | type[GetHealth]) -> Stats | Health:
+        call: CallState = self._core.ask(kind, time.monotonic())
+        while call.reply is None:
+            if call.failure is not None:
+                raise call.failure
+            self._pump(None)
+        return call.reply
+
+    # ---- Socket ----------------------------------------------------------------------------------------------------
+    def _send(self, frame: bytes) -> bool:
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _pump(self, deadline: float | None) -> None:
+        """Waits for the server's next frame, the next tick or the deadline, and handles what there is."""
+        now = time.monotonic()
+        wait_s = self._core.seconds_to_tick(now)
+        if deadline is not None:
+            wait_s = min(wait_s, max(0.0, deadline - now))
+        if self._socket.poll(max(1, int(wait_s * 1000))):
+            while True:
+                try:
+                    frame = self._socket.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._core.handle(frame, time.monotonic())
+        self._core.tick(time.monotonic())
+
+
+class TokenStream:
+    """One running request: iterate over its chunks, or take the `result()`."""
+
+    def __init__(self, client: Client, state: RequestState, deadline: float | None) -> None:
+        self._client = client
+        self._state = state
+        self._deadline = deadline
+        self._taken: list[Chunk] = []
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        state = self._state
+        while not state.chunks:
+            if state.failure is not None:
+                raise state.failure
+            if state.finish is not None:
+                raise StopIteration
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._client._core.forget(state)
+                state.failure = ServerTimeoutError(
+                    f"the request had {len(state.output_ids)} of {state.submit.sampling.max_tokens} tokens at its deadline; "
+                    "expected all; raise deadline_s or ask for fewer"
+                )
+                raise state.failure
+            self._client._pump(self._deadline)
+        chunk = state.chunks.popleft()
+        self._taken.append(chunk)
+        return chunk
+
+    def text_pieces(self) -> Iterator[str]:
+        """Only the text, as it becomes whole."""
+        for chunk in self:
+            if chunk.text:
+                yield chunk.text
+
+    def tokens(self) -> Iterator[int]:
+        """Only the token ids, one at a time."""
+        for chunk in self:
+            yield from chunk.token_ids
+
+    def result(self) -> Completion:
+        """Waits for the end; what was iterated over before is part of it."""
+        for _ in self:
+            pass
+        return self._state.completion(self._taken)
+
+    @property
+    def finish(self) -> Finish | None:
+        """The server's last message, once it is here."""
+        return self._state.finish
+
+    def cancel(self) -> None:
+        """Asks the server to stop; the stream ends with finish reason "cancelled" unless it ended before."""
+        self._client._core.cancel(self._state)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        """Leaving early cancels."""
+        if not self._state.is_ended:
+            self._client._core.forget(self._state)

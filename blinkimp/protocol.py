@@ -1,0 +1,240 @@
+"""The messages between clients and the ZeroMQ ingress, and how a message that is none of them is explained.
+
+Client to server: one msgpack map per ZeroMQ message. Server to client: one msgpack array of maps per ZeroMQ message. The field
+`type` says which struct a map is. nic_shim/PROTOCOL.md is the whole description for writers of other clients.
+Used by blinkimp/client_core.py and nic_shim/. Test: pytest tests/null/test_protocol.py
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+MAX_STOP_TOKEN_IDS = 16  # kMaxStopIds of device/ring_abi.h; a test compares
+
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Id = Annotated[int, Meta(ge=0)]  # u64: msgpack has no larger integer
+
+
+class Sampling(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """How tokens are chosen and when to stop. The defaults are vLLM's."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0  # 0 is greedy
+    top_k: U32 = 0  # 0 is off
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # 1 is off
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0  # 0 is off
+    seed: Annotated[int, Meta(ge=0)] | None = None  # u64; absent: the server draws one and reports it in `finish`
+    max_tokens: Annotated[int, Meta(ge=1, le=2**32 - 1)] = 16
+    stop_token_ids: Annotated[list[U32], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
+    ignore_eos: bool = False
+
+
+# ---- Client to server ------------------------------------------------------------------------------------------------
+class Submit(msgspec.Struct, tag="submit", tag_field="type", forbid_unknown_fields=True, omit_defaults=True):
+    """Start a request. `id` is the client's choice, unique among its unfinished requests."""
+
+    id: Id
+    prompt: str | list[U32]  # text, or token ids taken as they are
+    sampling: Sampling = Sampling()
+    stream: bool = True  # false: one `tokens` message at the end
+    detokenize: bool = True  # false: token ids only
+    delivered_ids: list[U32] = []  # output that the client has already (it resumes after a lost connection)
+
+
+class Cancel(msgspec.Struct, tag="cancel", tag_field="type", forbid_unknown_fields=True):
+    """Stop a request; it ends with `finish`, reason "cancelled". An unknown id is ignored: it may have just finished."""
+
+    id: Id
+
+
+class Alive(msgspec.Struct, tag="alive", tag_field="type", forbid_unknown_fields=True, omit_defaults=True):
+    """The client lives, and believes these requests to be unfinished."""
+
+    ids: list[Id] = []
+
+
+class GetStats(msgspec.Struct, tag="stats", tag_field="type", forbid_unknown_fields=True):
+    id: Id
+
+
+class GetHealth(msgspec.Struct, tag="health", tag_field="type", forbid_unknown_fields=True):
+    id: Id
+
+
+ClientMessage = Submit | Cancel | Alive | GetStats | GetHealth
+
+
+# ---- Server to client ------------------------------------------------------------------------------------------------
+class Tokens(msgspec.Struct, tag="tokens", tag_field="type"):
+    """Output of a request. Text lags behind ids where a character is not complete yet; ids may be empty when it catches up."""
+
+    id: int
+    index: int  # output position of the first id
+    token_ids: list[int]
+    logprobs: list[float]  # natural log, one per id
+    text: str
+
+
+class Finish(msgspec.Struct, tag="finish", tag_field="type"):
+    """The last message of a request that was accepted."""
+
+    id: int
+    reason: str  # eos, stop_id, length, cancelled, draining
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seed: int
+    accepted_ns: int  # the device's clock; 0 where it did not come to that
+    first_token_ns: int
+    finished_ns: int
+    ingress_ns: int  # the ingress's clock, from the arrival of `submit` to this message
+
+
+class Error(msgspec.Struct, tag="error", tag_field="type"):
+    """Something was refused or has failed. `id` is nil where the message did not tell one."""
+
+    id: int | None
+    code: str
+    what: str
+    got: str
+    expected: str
+    remedy: str
+    final: bool  # true: request `id` has ended with this, there will be no `finish`
+
+
+class AliveReply(msgspec.Struct, tag="alive", tag_field="type"):
+    """The server lives. `unknown_ids`: of the ids in `alive`, those that this server does not (or no longer) run."""
+
+    unknown_ids: list[int]
+
+
+class Stats(msgspec.Struct, tag="stats", tag_field="type"):
+    id: int
+    engine: dict[str, int]  # StatusLines of device/ring_abi.h
+    ingress: dict[str, int]
+
+
+class Health(msgspec.Struct, tag="health", tag_field="type"):
+    id: int
+    status: str  # ok, starting, draining, engine_lost, engine_faulted
+    protocol_version: int
+    queue_pair_idx: int
+    engine_state: str
+    engine_heartbeat_age_ms: int
+    max_context: int
+    vocab_size: int
+    eos_ids: list[int]
+
+
+ServerMessage = Tokens | Finish | Error | AliveReply | Stats | Health
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_server_decoder: msgspec.msgpack.Decoder[list[ServerMessage]] = msgspec.msgpack.Decoder(list[ServerMessage])
+
+
+def encode_client_message(message: ClientMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def encode_server_messages(messages: list[ServerMessage]) -> bytes:
+    return _encoder.encode(messages)
+
+
+def decode_server_messages(payload: bytes) -> list[ServerMessage]:
+    """Raises msgspec.DecodeError for what no server of this version sends."""
+    return _server_decoder.decode(payload)
+
+
+class BadMessageError(Exception):
+    """A client's message that cannot be understood; `error` is the reply to it."""
+
+    def __init__(self, error: Error) -> None:
+        super().__init__(f"{error.what}: got {error.got}, expected {error.expected}; {error.remedy}")
+        self.error = error
+
+
+def decode_client_message(payload: bytes) -> ClientMessage:
+    """Raises BadMessageError, which holds the reply."""
+    try:
+        return _client_decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadMessageError(_explain(payload, error)) from None
+
+
+# ---- Explanations ----------------------------------------------------------------------------------------------------
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING_FIELD = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+_WRONG_VALUE = re.compile(r"Expected (.*?)(?:, got `.*`)?$", re.DOTALL)
+_PATH_STEP = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
+_REMEDY = "correct the message as nic_shim/PROTOCOL.md describes it"
+MAX_QUOTED_CHARS = 200
+
+
+def quote(value: object) -> str:
+    """A value from outside, short enough for an error message."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}... ({len(text)} characters)"
+
+
+@functools.cache
+def _fields_of(message_type: str | None, in_sampling: bool) -> tuple[str, ...]:
+    structs = {"submit": Submit, "cancel": Cancel, "alive": Alive, "stats": GetStats, "health": GetHealth}
+    struct = Sampling if in_sampling else structs.get(message_type or "")
+    return tuple(struct.__struct_fields__) if struct is not None else ()
+
+
+def _explain(payload: bytes, error: Exception) -> Error:
+    try:
+        content: Any = msgspec.msgpack.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, TypeError):
+        return Error(
+            id=None,
+            code="bad_message",
+            what="the message is not valid msgpack",
+            got=f"{len(payload)} bytes: {error}",
+            expected="one msgpack map",
+            remedy=_REMEDY,
+            final=False,
+        )
+    message_type = content.get("type") if isinstance(content, dict) else None
+    message_id = content.get("id") if isinstance(content, dict) else None
+    request_id = message_id if isinstance(message_id, int) and 0 <= message_id < 2**64 else None
+    complaint, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`")
+    where = path.lstrip(".") or "the message"
+    what, expected = f"{where} cannot be used", complaint
+    got = quote(_value_at(content, path))
+    if match := _UNKNOWN_FIELD.match(complaint):
+        what, got = f"unknown field in {where}", quote(match[1])
+        known = _fields_of(message_type if isinstance(message_type, str) else None, path == ".sampling")
+        expected = "one of " + ", ".join(known)
+    elif match := _MISSING_FIELD.match(complaint):
+        what, got, expected = f"a field is missing in {where}", f"no field {match[1]!r}", f"the field {match[1]!r}"
+    elif path == ".type":
+        expected = "one of submit, cancel, alive, stats, health"
+    elif match := _WRONG_VALUE.match(complaint):
+        expected = match[1].replace("`", "")
+    return Error(
+        id=request_id,
+        code="bad_sampling" if path.startswith(".sampling") else "bad_message",
+        what=what,
+        got=got,
+        expected=expected,
+        remedy=_REMEDY,
+        final=message_type == "submit",
+    )
+
+
+def _value_at(content: Any, path: str) -> Any:
+    """What stands at msgspec's path; the whole content where the path cannot be followed (`[...]` steps)."""
+    for field, index in _PATH_STEP.findall(path):
+        try:
+            content = content[field] if field else content[int(index)]
+        except (KeyError, IndexError, TypeError):
+            break
+    return content

@@ -1,0 +1,309 @@
+"""An ingress's tie to the engine: puts requests on the ring, routes completions back, and survives the engine's absences.
+
+Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, all from one thread. Test: pytest tests/host/test_zmq_ingress.py
+
+Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
+Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
+          again, with the output it already has at the end of its prompt.
+Hazard    A FINISH may be lost with the epoch while its last token was read: reason_to_stop() finds that before a resubmission.
+
+Invariants
+I1  A request is in exactly one place: waiting (in order), on the ring (_on_ring has its ring_id), or ended.
+I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored.
+I3  Tokens of one submission arrive with index 0, 1, 2, ...; anything else is counted and ends the request with an error.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.nic_shim.engine_watch import EngineWatch
+from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
+from blinkimp.protocol import MAX_QUOTED_CHARS
+
+LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
+ATTACH_RETRY_S = 0.1
+REOPEN_PERIOD_S = 0.25  # between looks for an engine of the same name
+MAX_COMPLETIONS_PER_POLL = 16384
+
+_KIND_SHIFT, _REASON_SHIFT = abi.COMMIT_KIND_SHIFT, abi.COMMIT_REASON_SHIFT
+
+
+@dataclass
+class LinkCounters:
+    attaches: int = 0
+    resubmissions: int = 0
+    ring_full: int = 0
+    arena_full: int = 0
+    stray_completions: int = 0  # I2
+    broken_sequences: int = 0  # I3
+    tokens: int = 0
+
+
+class EngineLink:
+    """One attached queue pair and the requests on it."""
+
+    def __init__(
+        self, engine_name: str, queue_pair_idx: int, *, eos_ids: tuple[int, ...], loss_timeout_s: float
+    ) -> None:
+        self.engine_name = engine_name
+        self.queue_pair_idx = queue_pair_idx
+        self.eos_ids = frozenset(eos_ids)
+        self.loss_timeout_s = loss_timeout_s
+        self.counters = LinkCounters()
+        self.watch = EngineWatch(engine_name)
+        self.port = QueuePairPort.open(engine_name, queue_pair_idx)
+        self._waiting: deque[LiveRequest] = deque()
+        self._cancels: deque[int] = deque()  # ring ids
+        self._on_ring: dict[int, LiveRequest] = {}
+        # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
+        self._next_ring_id = secrets.randbits(62) | 1
+        self._attached = False
+        self._asked = False  # an attach is under way
+        self._retry_at = 0.0
+        self._reopen_at = 0.0
+        self._lost_since: float | None = None
+
+    # ---- Attach ----------------------------------------------------------------------------------------------------
+    def attach(self, timeout_s: float) -> None:
+        """The first attach: raises QueuePairError where the queue pair is taken or the engine does not answer."""
+        self.port.attach(timeout_s)
+        self.port.start_heartbeat(lease_s=LEASE_S)
+        self._attached = True
+        self.counters.attaches += 1
+
+    def close(self) -> None:
+        self.port.close()
+        self.watch.close()
+
+    @property
+    def is_attached(self) -> bool:
+        return self._attached
+
+    @property
+    def num_live(self) -> int:
+        return len(self._waiting) + len(self._on_ring)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether completions may come, or something waits to go out."""
+        return bool(self._on_ring or self._waiting or self._cancels)
+
+    # ---- Requests --------------------------------------------------------------------------------------------------
+    def submit(self, request: LiveRequest) -> None:
+        """Takes the request; it goes to the ring as soon as there is room. Call pump() afterwards."""
+        reason = request.reason_to_stop(self.eos_ids)
+        if reason:
+            request.finish(reason)
+        else:
+            self._waiting.append(request)
+
+    def cancel(self, request: LiveRequest) -> None:
+        """Stops the request: at once where it is still waiting, else by the director's FINISH."""
+        request.cancelled = True
+        if request.end is not None:
+            return
+        if request.ring_id in self._on_ring:
+            self._cancels.append(request.ring_id)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+            request.finish(abi.FINISH_CANCELLED)
+
+    def pump(self) -> list[LiveRequest]:
+        """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
+        ended: list[LiveRequest] = []
+        while self._attached and self._cancels:
+            if self._cancels[0] in self._on_ring and not self._took(self.port.try_cancel(self._cancels[0])):
+                return ended
+            self._cancels.popleft()
+        while self._attached and self._waiting:
+            request = self._waiting[0]
+            ring_id = self._next_ring_id
+            status = self.port.try_submit(
+                ring_id,
+                request.ring_prompt(),
+                request.ring_sampling(),
+                stop_ids=request.sampling.stop_token_ids,
+                max_tokens=request.max_tokens - len(request.output_ids),
+            )
+            if status == PortStatus.TOO_LARGE:
+                request.fail(
+                    "prompt_too_long",
+                    "the prompt does not fit into the queue pair",
+                    f"{len(request.prompt_ids)} tokens",
+                    f"a request body of at most {self.port.arena_bytes // 2} bytes",
+                    "shorten the prompt, or start the engine with a larger arena",
+                )
+                ended.append(self._waiting.popleft())
+                continue
+            if not self._took(status):
+                break
+            self._waiting.popleft()
+            self._next_ring_id += 1
+            request.ring_id = ring_id
+            request.num_resumed = len(request.output_ids)
+            self._on_ring[ring_id] = request
+        return ended
+
+    def _took(self, status: PortStatus) -> bool:
+        if status == PortStatus.OK:
+            return True
+        if status == PortStatus.RING_FULL:
+            self.counters.ring_full += 1
+        elif status == PortStatus.ARENA_FULL:
+            self.counters.arena_full += 1
+        else:  # DETACHED, STOLEN, CORRUPT: keep_attached() acts on it
+            self._attached = False
+        return False
+
+    # ---- Completions -----------------------------------------------------------------------------------------------
+    def poll(self) -> dict[LiveRequest, None]:
+        """Drains the completion ring. Returns the requests that have something new, in order of arrival."""
+        touched: dict[LiveRequest, None] = {}
+        num_read = 0
+        while num_read < MAX_COMPLETIONS_PER_POLL:
+            entries = self.port.poll()
+            if not len(entries):
+                break
+            num_read += len(entries)
+            for commit, token, ring_id, index, logprob, device_ns in entries.tolist():
+                request = self._on_ring.get(ring_id)
+                if request is None:
+                    self.counters.stray_completions += 1
+                    continue
+                kind = commit >> _KIND_SHIFT & 0xFF
+                if kind == abi.COMPLETION_TOKEN:
+                    if index + request.num_resumed != len(request.output_ids):
+                        self._break(request, index)
+                    else:
+                        self.counters.tokens += 1
+                        request.push_token(token, logprob, device_ns)
+                elif kind == abi.COMPLETION_ACK:
+                    request.accepted_ns = request.accepted_ns or device_ns
+                    continue
+                elif kind == abi.COMPLETION_FINISH:
+                    del self._on_ring[ring_id]
+                    request.finish(commit >> _REASON_SHIFT & 0xFF, device_ns)
+                elif kind == abi.COMPLETION_REJECT:
+                    del self._on_ring[ring_id]
+                    _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
+                touched[request] = None
+        return touched
+
+    def _break(self, request: LiveRequest, index: int) -> None:
+        self.counters.broken_sequences += 1
+        del self._on_ring[request.ring_id]
+        request.fail(
+            "engine_error",
+            "the engine's tokens are out of order",
+            f"output position {index + request.num_resumed}",
+            f"position {len(request.output_ids)}",
+            "submit again, and report this with the engine's log: it is a defect",
+        )
+
+    def wait(self, timeout_s: float, fd: int) -> WaitEvent:
+        return self.port.wait(timeout_s, fd)
+
+    # ---- Staying attached ------------------------------------------------------------------------------------------
+    def keep_attached(self) -> list[LiveRequest]:
+        """To be called each turn: renews the lease, attaches again after a drop. Returns requests that ended by a loss."""
+        now = time.monotonic()
+        self.port.renew_lease(LEASE_S)
+        self.watch.look()
+        if self._attached and self.port.state != PortStatus.OK:
+            self._attached = False
+        ended = [] if self._attached else self._attach_again(now)
+        if self._attached and not self.watch.is_lost:
+            self._lost_since = None
+            return ended
+        self._lost_since = self._lost_since or now
+        self._look_for_new_engine(now)
+        if now - self._lost_since > self.loss_timeout_s:
+            ended += self._give_up(now - self._lost_since)
+        return ended
+
+    def _attach_again(self, now: float) -> list[LiveRequest]:
+        if self._asked:
+            status = self.port.attach_answered()
+            if status == PortStatus.OK:
+                self._asked = False
+                self._attached = True
+                self.counters.attaches += 1
+                return self._resubmit()
+            self._asked = status == PortStatus.PENDING
+        if not self._asked and now >= self._retry_at:
+            self._retry_at = now + ATTACH_RETRY_S
+            self._asked = self.port.try_attach() == PortStatus.OK
+        return []
+
+    def _look_for_new_engine(self, now: float) -> None:
+        """An engine started anew has new regions under the old names: take its queue pair in place of ours."""
+        if now < self._reopen_at:
+            return
+        self._reopen_at = now + REOPEN_PERIOD_S
+        try:
+            port = QueuePairPort.open(self.engine_name, self.queue_pair_idx)
+        except (SharedMemoryError, QueuePairError):
+            return
+        if port.engine_id == self.port.engine_id or not self.watch.reopen():
+            port.close()
+            return
+        self.port.close()
+        self.port = port
+        self.port.start_heartbeat(lease_s=LEASE_S)
+        self._attached = self._asked = False
+
+    def _resubmit(self) -> list[LiveRequest]:
+        """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
+        self._cancels.clear()
+        ended = []
+        for ring_id in sorted(self._on_ring, reverse=True):
+            request = self._on_ring.pop(ring_id)
+            request.ring_id = 0
+            reason = abi.FINISH_CANCELLED if request.cancelled else request.reason_to_stop(self.eos_ids)
+            if reason:
+                request.finish(reason)
+                ended.append(request)
+            else:
+                self._waiting.appendleft(request)
+                self.counters.resubmissions += 1
+        return ended
+
+    def _give_up(self, lost_s: float) -> list[LiveRequest]:
+        ended = [*self._on_ring.values(), *self._waiting]
+        self._on_ring.clear()
+        self._waiting.clear()
+        self._cancels.clear()
+        for request in ended:
+            request.fail(
+                "engine_lost",
+                "the engine is gone",
+                f"no answer for {lost_s:.1f} s",
+                f"an engine named {self.engine_name!r} within {self.loss_timeout_s:g} s",
+                "submit again when `health` says ok; restart the engine if it does not come back",
+            )
+        return ended
+
+
+_REJECT_CODES = {
+    abi.REJECT_PROMPT_EMPTY: ("prompt_empty", "give at least one token"),
+    abi.REJECT_TOO_LONG: ("prompt_too_long", "shorten the prompt or lower max_tokens"),
+    abi.REJECT_BAD_SAMPLING: ("bad_sampling", "keep sampling fields within the ranges of nic_shim/PROTOCOL.md"),
+    abi.REJECT_BAD_TOKEN: ("bad_token", "use token ids of this model's vocabulary"),
+    abi.REJECT_DRAINING: ("draining", "submit to another server, or again after the restart"),
+}
+_REJECT_NAMES = {reason.value: reason.name.lower() for reason in abi.RejectReason}
+
+
+def _reject(request: LiveRequest, reason: int, limit: int) -> None:
+    code, remedy = _REJECT_CODES.get(reason, ("rejected", "report this with the ingress's log: it is a defect"))
+    name = _REJECT_NAMES.get(reason, f"reason {reason}")
+    got = f"{len(request.prompt_ids)} prompt tokens, max_tokens {request.max_tokens}, {request.sampling}"
+    expected = f"a request within the engine's limit {limit}" if limit else "a request that the engine can run"
+    request.fail(code, f"the engine rejected the request: {name}", got[:MAX_QUOTED_CHARS], expected, remedy)

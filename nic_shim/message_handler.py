@@ -1,0 +1,332 @@
+"""What the ZeroMQ ingress does with each message of a client: checks it, answers it, or makes a request of it.
+
+Every refusal is an `error` reply with what, got, expected, remedy; nothing that a client sends raises out of handle().
+Called by nic_shim/zmq_ingress.py, from one thread. Test: pytest tests/host/test_zmq_ingress.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.sessions import Session, SessionTable
+from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
+from blinkimp.protocol import (
+    PROTOCOL_VERSION,
+    Alive,
+    AliveReply,
+    BadMessageError,
+    Cancel,
+    Error,
+    GetHealth,
+    GetStats,
+    Health,
+    Stats,
+    Submit,
+    decode_client_message,
+    quote,
+)
+
+MAX_INLINE_PROMPT_BYTES = (
+    4096  # longer prompts are tokenised on a thread of their own, so that streams do not wait for them
+)
+
+
+@dataclass(frozen=True)
+class IngressLimits:
+    """What one ingress grants. All on by default; `python -m blinkimp.nic_shim.zmq_ingress --help` has the flags."""
+
+    max_message_bytes: int = 4 << 20
+    max_prompt_bytes: int = 2 << 20  # of a prompt given as text
+    max_clients: int = 1024  # that have requests or unread replies
+    max_requests_per_client: int = 256  # unfinished, or finished and not read
+    max_requests: int = 4096
+    stall_timeout_s: float = 60.0  # a client that reads nothing for longer is dropped
+    loss_timeout_s: float = 60.0  # without an engine for longer, its requests fail
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value <= 0:
+                raise ValueError(f"{field.name} is {value}; expected more than 0; correct the ingress's options")
+
+
+@dataclass
+class HandlerCounters:
+    messages: int = 0
+    bad_messages: int = 0
+    refused: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+
+
+class MessageHandler:
+    """Messages in, requests and replies out."""
+
+    def __init__(self, link: EngineLink, sessions: SessionTable, tokenizer: Tokenizer, limits: IngressLimits) -> None:
+        self.counters = HandlerCounters()
+        self.is_draining = False
+        self._link = link
+        self._sessions = sessions
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
+        self._tokenised: deque[tuple[LiveRequest, npt.NDArray[np.uint32] | Exception]] = deque()
+        self.num_tokenising = 0
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # ---- Messages --------------------------------------------------------------------------------------------------
+    def handle(self, identity: bytes, frames: list[bytes]) -> None:
+        """One message: all frames after the identity."""
+        self.counters.messages += 1
+        session = self._sessions.open(identity)
+        problem = self._frame_problem(frames)
+        if problem is not None:
+            self._refuse_bad(session, problem)
+            return
+        try:
+            message = decode_client_message(frames[0])
+        except BadMessageError as error:
+            self._refuse_bad(session, error.error)
+            return
+        if isinstance(message, Submit):
+            self._submit(session, message)
+        elif isinstance(message, Cancel):
+            self._cancel(session, message)
+        elif isinstance(message, Alive):
+            unknown_ids = [client_id for client_id in message.ids if client_id not in session.requests]
+            self._sessions.reply(session, AliveReply(unknown_ids=unknown_ids))
+        elif isinstance(message, GetStats):
+            self._sessions.reply(session, Stats(message.id, self._link.watch.counters(), self._ingress_counters()))
+        else:
+            self._sessions.reply(session, self._health(message))
+
+    def _frame_problem(self, frames: list[bytes]) -> Error | None:
+        if len(frames) != 1:
+            return _error(
+                None,
+                "bad_message",
+                "a message has the wrong number of frames",
+                f"{len(frames)} frames",
+                "1 frame, one msgpack map",
+                "use a DEALER socket and send each message as one frame",
+            )
+        if len(frames[0]) > self._limits.max_message_bytes:
+            return _error(
+                None,
+                "too_large",
+                "the message is too large",
+                f"{len(frames[0])} bytes",
+                f"at most {self._limits.max_message_bytes} bytes",
+                "send a shorter prompt, or start the ingress with a larger --max-message-bytes",
+            )
+        return None
+
+    def _refuse_bad(self, session: Session, error: Error) -> None:
+        self.counters.bad_messages += 1
+        # Of a request that runs under this id it is not the end.
+        error.final = error.final and error.id is not None and error.id not in session.requests
+        self._sessions.reply(session, error)
+
+    # ---- Requests --------------------------------------------------------------------------------------------------
+    def _submit(self, session: Session, submit: Submit) -> None:
+        refusal = self._refusal(session, submit)
+        if refusal is not None:
+            self.counters.refused += 1
+            self._sessions.reply(session, refusal)
+            return
+        request = LiveRequest(submit, session)
+        self._sessions.add_request(session, request)
+        if isinstance(submit.prompt, list):
+            self._start(request, np.asarray(submit.prompt, dtype=np.uint32))
+        elif len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
+            self._start(request, self._encode(submit.prompt))
+        else:
+            self.num_tokenising += 1
+            future = self._pool.submit(self._encode, submit.prompt)
+            # On the pool's thread; deque.append is atomic, and take_tokenised() picks it up.
+            future.add_done_callback(
+                lambda done: None if done.cancelled() else self._tokenised.append((request, done.result()))
+            )
+
+    def _encode(self, text: str) -> npt.NDArray[np.uint32] | Exception:
+        try:
+            return self._tokenizer.encode(text)
+        except Exception as error:  # the binding raises plain Exception
+            return error
+
+    def take_tokenised(self) -> None:
+        """Starts the requests whose long prompts are ready."""
+        while self._tokenised:
+            request, prompt_ids = self._tokenised.popleft()
+            self.num_tokenising -= 1
+            self._start(request, prompt_ids)
+
+    def _start(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32] | Exception) -> None:
+        if request.cancelled:
+            request.finish(abi.FINISH_CANCELLED)
+        elif isinstance(prompt_ids, Exception):
+            request.fail(
+                "bad_prompt",
+                "the prompt cannot be tokenised",
+                quote(str(prompt_ids)),
+                "text that the model's tokenizer takes",
+                "send other text, or token ids",
+            )
+        elif not self._fail_bad_prompt(request, prompt_ids):
+            request.prompt_ids = prompt_ids
+            self.counters.requests += 1
+            self.counters.prompt_tokens += len(prompt_ids)
+            if request.wants_text:
+                request.start_detokenizer(IncrementalDetokenizer(self._tokenizer, prompt_ids[-16:].tolist()))
+            self._link.submit(request)
+        if request.end is not None:
+            self._sessions.touch([request])
+
+    def _fail_bad_prompt(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32]) -> bool:
+        """Ends the request where its prompt cannot be run; the director would reject it too, less readably."""
+        port, num_prompt_tokens = self._link.port, len(prompt_ids)
+        if num_prompt_tokens == 0:
+            request.fail(
+                "prompt_empty",
+                "the prompt is empty",
+                "0 tokens",
+                "at least 1 token",
+                "send a longer prompt",
+            )
+        elif num_prompt_tokens + request.max_tokens > port.max_context:
+            request.fail(
+                "prompt_too_long",
+                "prompt and output do not fit into the model's context",
+                f"{num_prompt_tokens} prompt tokens + max_tokens {request.max_tokens}",
+                f"at most {port.max_context} together",
+                "shorten the prompt or lower max_tokens",
+            )
+        else:
+            ids = [int(prompt_ids.max()), *request.output_ids, *request.sampling.stop_token_ids]
+            if max(ids) < port.vocab_size:
+                return False
+            request.fail(
+                "bad_token",
+                "a token id of prompt, stop_token_ids or delivered_ids is not in the vocabulary",
+                str(max(ids)),
+                f"0 to {port.vocab_size - 1}",
+                "use this model's tokenizer",
+            )
+        self.counters.refused += 1
+        return True
+
+    def _refusal(self, session: Session, submit: Submit) -> Error | None:
+        """Why this request is not taken at all, or None."""
+        limits = self._limits
+        if submit.id in session.requests:
+            return _error(
+                submit.id,
+                "duplicate_id",
+                "the id belongs to an unfinished request",
+                str(submit.id),
+                "an id that no unfinished request of this client has",
+                "count ids up",
+            )
+        if self.is_draining:
+            return _error(
+                submit.id,
+                "draining",
+                "the server is about to stop",
+                "a new request",
+                "none: it only finishes what it has",
+                "submit to another server, or again after the restart",
+                final=True,
+            )
+        for code, what, num_unfinished, limit, flag in (
+            ("too_many_requests", "this client", len(session.requests), limits.max_requests_per_client, "per-client"),
+            ("busy", "the server", self._sessions.num_requests, limits.max_requests, "requests"),
+            ("busy", "the server (clients)", len(self._sessions.sessions) - 1, limits.max_clients, "clients"),
+        ):
+            if num_unfinished >= limit:
+                return _error(
+                    submit.id,
+                    code,
+                    f"{what} has too many unfinished",
+                    str(num_unfinished),
+                    f"fewer than {limit}",
+                    f"wait for some to finish, or raise the ingress's limit ({flag})",
+                    final=True,
+                )
+        num_bytes = len(submit.prompt) if isinstance(submit.prompt, str) else 0
+        if num_bytes > limits.max_prompt_bytes:
+            return _error(
+                submit.id,
+                "prompt_too_long",
+                "the prompt's text is too long",
+                f"{num_bytes} characters",
+                f"at most {limits.max_prompt_bytes}",
+                "shorten the prompt, or start the ingress with a larger --max-prompt-bytes",
+                final=True,
+            )
+        if len(submit.delivered_ids) > submit.sampling.max_tokens:
+            return _error(
+                submit.id,
+                "bad_message",
+                "delivered_ids holds more tokens than were asked for",
+                str(len(submit.delivered_ids)),
+                f"at most max_tokens = {submit.sampling.max_tokens}",
+                "send the tokens of this request that have arrived, no others",
+                final=True,
+            )
+        return None
+
+    def _cancel(self, session: Session, cancel: Cancel) -> None:
+        request = session.requests.get(cancel.id)
+        if request is not None:
+            self._link.cancel(request)
+            if request.end is not None:
+                self._sessions.touch([request])
+
+    # ---- Stats and health ------------------------------------------------------------------------------------------
+    def _ingress_counters(self) -> dict[str, int]:
+        sources = (self.counters, self._link.counters, self._sessions.counters)
+        counters = {name: value for source in sources for name, value in dataclasses.asdict(source).items()}
+        counters["num_clients"] = len(self._sessions.sessions)
+        counters["num_unfinished"] = self._sessions.num_requests
+        return counters
+
+    def status(self) -> str:
+        state = self._link.watch.state
+        if state == abi.EngineState.FAULTED:
+            return "engine_faulted"
+        if self._link.watch.is_lost or not self._link.is_attached:
+            return "engine_lost"
+        if self.is_draining or state == abi.EngineState.DRAINING:
+            return "draining"
+        return "starting" if state == abi.EngineState.STARTING else "ok"
+
+    def _health(self, message: GetHealth) -> Health:
+        watch, port = self._link.watch, self._link.port
+        return Health(
+            id=message.id,
+            status=self.status(),
+            protocol_version=PROTOCOL_VERSION,
+            queue_pair_idx=port.queue_pair_idx,
+            engine_state=watch.state.name.lower(),
+            engine_heartbeat_age_ms=int(watch.heartbeat_age_s * 1000),
+            max_context=port.max_context,
+            vocab_size=port.vocab_size,
+            eos_ids=sorted(self._link.eos_ids),
+        )
+
+
+def _error(
+    request_id: int | None, code: str, what: str, got: str, expected: str, remedy: str, *, final: bool = False
+) -> Error:
+    return Error(request_id, code, what, got, expected, remedy, final)

@@ -1,0 +1,301 @@
+"""The ZeroMQ ingress: a ROUTER socket on one side, a queue pair on the other, one loop on a thread of its own in between.
+
+    python -m blinkimp.nic_shim.zmq_ingress --engine NAME --queue-pair 0 --bind tcp://127.0.0.1:5555 --tokenizer FOLDER
+
+Run as a process by `blinkimp serve` (several at once: each its own queue pair and endpoint); PROTOCOL.md describes the wire.
+SIGTERM drains: no new requests, running ones finish (bounded by --drain-timeout), then exit 0; a second one ends it at once.
+Test: pytest tests/host/test_zmq_ingress.py
+
+One turn of the loop: read messages, write to the ring, drain completions, send, look after the attachment, wait. Nothing in it
+blocks: not on a client that does not read, not on a full ring, not on a long prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import zmq
+
+from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.native import NativeLibraryError
+from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
+from blinkimp.nic_shim.queue_pair import QueuePairError
+from blinkimp.nic_shim.sessions import SendResult, SessionTable
+from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger("blinkimp.ingress")
+
+SEND_HWM = 64  # frames that ZeroMQ holds for one client
+RECV_HWM = 256  # messages that ZeroMQ holds from one client
+# A frame beyond max_message_bytes is refused with a reply; one beyond this factor of it closes the connection unread.
+HARD_LIMIT_FACTOR = 8
+HEARTBEAT_IVL_MS = 2000  # ZMTP pings: a peer whose host vanished is disconnected
+HEARTBEAT_TIMEOUT_MS = 6000
+MESSAGES_PER_TURN = 256
+BUSY_WAIT_S = 0.002  # longest sleep while requests run; completions and messages end it early
+IDLE_WAIT_MS = 20
+HOUSEKEEPING_PERIOD_S = 0.05
+ATTACH_TIMEOUT_S = 10.0
+CANCEL_GRACE_S = 1.0  # after a drain that timed out: for the engine's FINISH, and for clients to read it
+LINGER_MS = 1000  # at the end: for what ZeroMQ still holds
+
+Security = Callable[["zmq.Socket[bytes]"], None]  # configures CURVE on the socket before it is bound
+
+
+class ZmqIngress:
+    """One ingress. start() attaches and binds; drain() lets it end; join() waits for that."""
+
+    def __init__(
+        self,
+        engine_name: str,
+        queue_pair_idx: int,
+        bind: str,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: Sequence[int] | None = None,
+        limits: IngressLimits | None = None,
+        security: Security | None = None,
+    ) -> None:
+        limits = limits or IngressLimits()
+        self.error: BaseException | None = None
+        self.link = EngineLink(
+            engine_name,
+            queue_pair_idx,
+            eos_ids=tuple(tokenizer.eos_ids if eos_ids is None else eos_ids),
+            loss_timeout_s=limits.loss_timeout_s,
+        )
+        self.sessions = SessionTable(self._send, self.link.cancel, stall_timeout_s=limits.stall_timeout_s)
+        self.handler = MessageHandler(self.link, self.sessions, tokenizer, limits)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._bind = bind
+        self._max_message_bytes = limits.max_message_bytes
+        self._security = security
+        self._thread: threading.Thread | None = None
+        self._drain_deadline: float | None = None  # set once by drain(), read by the loop
+        self._cancelled_at: float | None = None  # when the drain ran out of patience
+        self._stop = threading.Event()
+        self._fd = -1
+
+    def start(self) -> str:
+        """Attaches, binds, starts the loop. Returns the endpoint, with the port that a wildcard became."""
+        try:
+            self.link.attach(ATTACH_TIMEOUT_S)
+            self._open_socket()
+        except BaseException:
+            self._close()
+            raise
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._fd = self._socket.fileno()
+        # From here on the socket belongs to the loop's thread (starting a thread is the full fence that ZeroMQ asks for).
+        self._thread = threading.Thread(target=self._run, name="blinkimp-ingress", daemon=True)
+        self._thread.start()
+        return endpoint
+
+    def _open_socket(self) -> None:
+        socket = self._socket
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
+        socket.setsockopt(zmq.SNDHWM, SEND_HWM)
+        socket.setsockopt(zmq.RCVHWM, RECV_HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._max_message_bytes * HARD_LIMIT_FACTOR)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        if self._security is not None:
+            self._security(socket)
+        try:
+            socket.bind(self._bind)
+        except zmq.ZMQError as error:
+            raise OSError(
+                f"cannot bind {self._bind}: {error.strerror}; expected a free endpoint such as tcp://127.0.0.1:5555; "
+                "choose another port, or stop what holds it"
+            ) from error
+
+    def drain(self, timeout_s: float) -> None:
+        """No new requests from now on; ends when all are finished, or cancels what is left after timeout_s. Any thread."""
+        self._drain_deadline = time.monotonic() + timeout_s
+
+    def stop(self) -> None:
+        """Ends at the next turn, whatever runs. Any thread."""
+        self._stop.set()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits for the loop's end; True when it has ended. Raises what ended it, if that was an error."""
+        assert self._thread is not None, "join() before start()"
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+    # ---- The loop --------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            housekeeping_at = 0.0
+            while not self._stop.is_set():
+                self._receive()
+                self.handler.take_tokenised()
+                self.sessions.touch(self.link.pump())
+                self.sessions.touch(self.link.poll())
+                self.sessions.flush()
+                self.sessions.touch(self.link.keep_attached())
+                now = time.monotonic()
+                if now >= housekeeping_at:
+                    housekeeping_at = now + HOUSEKEEPING_PERIOD_S
+                    self.sessions.probe()
+                if self._drain_deadline is not None and self._is_drained(now, self._drain_deadline):
+                    break
+                self._wait()
+        except BaseException as error:  # on a thread of our own: join() raises it
+            log.exception("the ingress's loop failed")
+            self.error = error
+        finally:
+            self._close()
+
+    def _receive(self) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.handler.handle(identity, frames)
+
+    def _send(self, identity: bytes, frame: bytes) -> SendResult:
+        try:
+            self._socket.send_multipart((identity, frame), zmq.NOBLOCK)
+        except zmq.Again:
+            return SendResult.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return SendResult.GONE
+            raise
+        return SendResult.SENT
+
+    def _wait(self) -> None:
+        # The descriptor is edge-triggered and a send may have eaten the edge: ask ZeroMQ itself before relying on it.
+        if self._socket.poll(0):
+            return
+        if self.link.has_work or self.sessions.has_blocked or self.handler.num_tokenising:
+            self.link.wait(BUSY_WAIT_S, self._fd)
+        else:
+            self._socket.poll(IDLE_WAIT_MS)
+
+    def _is_drained(self, now: float, deadline: float) -> bool:
+        if not self.handler.is_draining:
+            self.handler.is_draining = True
+            log.info("draining: %d unfinished requests", self.sessions.num_requests)
+        if self.sessions.is_idle and not self.link.has_work:
+            return True
+        if now <= deadline:
+            return False
+        if self._cancelled_at is None:
+            log.warning("drain timed out: cancelling %d requests", self.sessions.num_requests)
+            self._cancelled_at = now
+            for session in list(self.sessions.sessions.values()):
+                for request in session.requests.values():
+                    self.link.cancel(request)
+                self.sessions.touch(request for request in list(session.requests.values()) if request.end is not None)
+        return now - self._cancelled_at > CANCEL_GRACE_S
+
+    def _close(self) -> None:
+        self._socket.close()
+        self._context.term()  # waits LINGER_MS at most for unsent frames
+        self.handler.close()
+        self.link.close()
+
+
+# ---- The process -----------------------------------------------------------------------------------------------------
+def _parser() -> argparse.ArgumentParser:
+    limits = IngressLimits()
+    parser = argparse.ArgumentParser(
+        prog="python -m blinkimp.nic_shim.zmq_ingress",
+        description="Serves one engine's queue pair to ZeroMQ clients (nic_shim/PROTOCOL.md).",
+        epilog="Prints `ready ENDPOINT` once clients can connect. SIGTERM drains and exits 0.",
+    )
+    parser.add_argument("--engine", required=True, help="name of the running engine (blinkimp serve --engine-name)")
+    parser.add_argument("--queue-pair", type=int, default=0, help="index; each ingress needs its own (default 0)")
+    parser.add_argument(
+        "--bind", required=True, help="endpoint, e.g. tcp://127.0.0.1:5555, tcp://127.0.0.1:*, ipc:///path"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="tokenizer.json, or the checkpoint folder that holds it"
+    )
+    parser.add_argument(
+        "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
+    )
+    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
+    integer_limits = {
+        "max_message_bytes": "bytes of one message; larger ones get an error reply",
+        "max_prompt_bytes": "characters of a prompt given as text",
+        "max_clients": "clients with requests at once",
+        "max_requests_per_client": "unfinished requests of one client",
+        "max_requests": "unfinished requests of this ingress",
+    }
+    for name, text in integer_limits.items():
+        default = getattr(limits, name)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=int, default=default, help=f"{text} (default {default})"
+        )
+    parser.add_argument(
+        "--stall-timeout-s",
+        type=float,
+        default=limits.stall_timeout_s,
+        help=f"a client that reads nothing for so long is dropped (default {limits.stall_timeout_s:g})",
+    )
+    parser.add_argument(
+        "--loss-timeout-s",
+        type=float,
+        default=limits.loss_timeout_s,
+        help=f"without an engine for so long, requests fail (default {limits.loss_timeout_s:g})",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        limits = IngressLimits(
+            **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
+        )
+        eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
+        ingress = ZmqIngress(
+            arguments.engine,
+            arguments.queue_pair,
+            arguments.bind,
+            Tokenizer(arguments.tokenizer),
+            eos_ids=eos_ids,
+            limits=limits,
+        )
+        endpoint = ingress.start()
+    except (SharedMemoryError, QueuePairError, TokenizerError, NativeLibraryError, OSError, ValueError) as error:
+        print(f"blinkimp ingress: {error}", file=sys.stderr)
+        return 1
+
+    def on_signal(number: int, _frame: object) -> None:
+        if ingress.handler.is_draining:
+            ingress.stop()
+        ingress.drain(arguments.drain_timeout)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    gc.freeze()  # what is here now stays: collections need not walk it again
+    print(f"ready {endpoint}", flush=True)
+    while not ingress.join(0.5):  # a timeout, so that the main thread runs signal handlers
+        pass
+    log.info("ended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
