@@ -1,0 +1,88 @@
+"""The `blinkimp` command: serve, generate, chat, doctor, compile.
+
+Each subcommand is a module of its own with `add_parser()` and `run()`; it is imported only when its name is given, so that `--help`
+answers at once. Test: pytest tests/null/test_cli_arguments.py tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from blinkimp import __version__
+
+COMMANDS = {
+    "serve": "load a model and serve it to clients",
+    "generate": "complete a prompt and stream the completion to the terminal",
+    "chat": "talk to a model in the terminal",
+    "doctor": "check this machine, and say what to do about each problem",
+    "compile": "compile the GPU kernels for a model ahead of time",
+}
+
+DESCRIPTION = """\
+LLM serving without a CPU on the path of a token: one persistent CUDA kernel polls queues in shared memory, schedules,
+batches, runs the model and samples. Without a GPU the same scheduler and model run on an emulated device.
+
+commands:
+"""
+
+EPILOG = """\
+where to start:
+  blinkimp generate 'def read_file(path):'       complete a prompt with the embedded model; nothing to download
+  blinkimp serve                                 serve the embedded model on tcp://127.0.0.1:5555
+  blinkimp generate --connect tcp://127.0.0.1:5555 'import os'
+  blinkimp serve --model ~/models/Qwen3-4B       serve a Hugging Face checkpoint (Llama, Mistral, Qwen2, Qwen3)
+  blinkimp doctor                                something does not work? this looks for the reason
+
+`blinkimp COMMAND --help` explains a command, what happens when it runs, and where to go next.
+"""
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser. The options of the subcommand `only` are filled in, of the others just the names (None: of all)."""
+    listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="blinkimp",
+        description=DESCRIPTION + listing,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="blinkimp COMMAND [options]",
+    )
+    parser.add_argument("--version", action="version", version=f"blinkimp {__version__}")
+    # The list of commands stands in the description, with a line each.
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    for name, summary in COMMANDS.items():
+        if only in (None, name):
+            importlib.import_module(f"blinkimp.cli.{name}").add_parser(subparsers, summary)
+        else:
+            subparsers.add_parser(name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((argument for argument in arguments if argument in COMMANDS), "")
+    parser = build_parser(only=command)
+    if not arguments:
+        parser.print_help()
+        return 2
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
+    try:
+        status: int = importlib.import_module(f"blinkimp.cli.{options.command}").run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `blinkimp generate ... | head`
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        # Errors of this package are written for the user; anything else is a defect and keeps its traceback.
+        if not type(error).__module__.startswith("blinkimp."):
+            raise
+        print(f"blinkimp {options.command}: {error}", file=sys.stderr)
+        return 1
+    return status

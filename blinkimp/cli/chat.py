@@ -1,0 +1,107 @@
+"""`blinkimp chat`: a conversation in the terminal.
+
+Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from blinkimp.cli.local_server import add_server_flags, server_for
+from blinkimp.cli.options import add_sampling_flags, config_of, new_parser, sampling_of
+from blinkimp.cli.terminal import stderr_console
+from blinkimp.config import model_folder
+
+if TYPE_CHECKING:
+    from blinkimp.cli.chat_template import Conversation
+    from blinkimp.client import Client
+
+USER_SPEAKS = "\n\nUser:"  # what ends a reply where the checkpoint has no chat template
+
+EPILOG = """\
+examples:
+  blinkimp chat --model ~/models/Qwen3-4B
+  blinkimp chat --model ~/models/Qwen3-4B --system 'Answer in one sentence.' --temperature 0.7
+  blinkimp chat --model ~/models/Qwen3-4B --connect tcp://127.0.0.1:5555
+
+what happens: the conversation is written in the checkpoint's own chat template and sent as token ids; the reply streams back. With
+--connect, --model must be the folder that the server serves. The oldest exchanges are forgotten when the context is full.
+Ctrl-C stops a reply, Ctrl-D ends. The embedded model completes code; it was not trained to converse.
+"""
+
+
+def add_parser(subparsers: Any, summary: str) -> None:
+    parser = new_parser(subparsers, "chat", summary, EPILOG, usage="[options]")
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told first")
+    add_sampling_flags(parser, max_tokens=512)
+    add_server_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from blinkimp.cli.chat_template import Conversation
+    from blinkimp.client import Client
+
+    folder = model_folder(config_of(options))
+    conversation = Conversation(folder, options.system)
+    if conversation.is_plain:
+        stderr_console.print(
+            f"[yellow]{folder} has no chat template: plain `User:` and `Assistant:` paragraphs are used[/]"
+        )
+    with server_for(options) as endpoint, Client(endpoint) as client:
+        max_context = check_same_model(client, conversation)
+        while (line := read_line()) is not None:
+            if not line.strip():
+                continue
+            conversation.add("user", line)
+            if num_forgotten := conversation.fit(max_context - options.max_tokens):
+                stderr_console.print(f"[dim]the context is full: the oldest {num_forgotten} messages are forgotten[/]")
+            conversation.add("assistant", stream_reply(client, conversation, sampling_of(options)))
+    return 0
+
+
+class WrongModelError(RuntimeError):
+    """The conversation is tokenised for another model than the server's."""
+
+
+def check_same_model(client: Client, conversation: Conversation) -> int:
+    """The server's max_context. Raises WrongModelError when its vocabulary cannot be this tokenizer's."""
+    health = client.health()
+    if conversation.tokenizer.vocab_size > health.vocab_size:
+        raise WrongModelError(
+            f"{conversation.tokenizer.path} has {conversation.tokenizer.vocab_size} tokens, the server's model {health.vocab_size}; "
+            "give --model the folder that the server serves"
+        )
+    return health.max_context
+
+
+def read_line() -> str | None:
+    """The user's next message; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def stream_reply(client: Client, conversation: Conversation, sampling: dict[str, Any]) -> str:
+    """Prints the reply as it comes; Ctrl-C ends it early. Returns its text."""
+    text, num_printed = "", 0
+    # Where the model may go on to speak for the user, what could be the beginning of that is held back.
+    held_back = len(USER_SPEAKS) if conversation.is_plain else 0
+    with client.submit(conversation.prompt_ids(), **sampling) as stream:
+        try:
+            for piece in stream.text_pieces():
+                text += piece
+                if conversation.is_plain and USER_SPEAKS in text:
+                    text = text[: text.index(USER_SPEAKS)]
+                    break  # leaving the block cancels the request
+                shown = max(num_printed, len(text) - held_back)
+                sys.stdout.write(text[num_printed:shown])
+                sys.stdout.flush()
+                num_printed = shown
+        except KeyboardInterrupt:
+            pass
+    sys.stdout.write(text[num_printed:] + "\n")
+    sys.stdout.flush()
+    return text.strip()

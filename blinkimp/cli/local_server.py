@@ -1,0 +1,72 @@
+"""A server of one's own for the length of a command: `blinkimp serve` as a child, on a private socket, quiet unless something is wrong.
+
+    with server_for(options) as endpoint: ...      endpoint of --connect, or of a child that ends with the block
+
+Called by blinkimp/cli/generate.py and chat.py. Test: pytest tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from blinkimp.cli.options import add_config_flags, config_of
+from blinkimp.config import keys
+from blinkimp.host.child_process import ChildProcess
+
+END_TIMEOUT_S: Final = 15.0  # from SIGTERM to the child's end; it has nothing left to drain
+POLL_S: Final = 0.02
+
+
+class LocalServerError(RuntimeError):
+    """The server of this command could not start."""
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--connect",
+        metavar="ENDPOINT",
+        help="use the server that runs there, such as tcp://127.0.0.1:5555 (default: start one)",
+    )
+    add_config_flags(parser, without=("bind", "engine_name", "num_ingress"))
+
+
+@contextlib.contextmanager
+def server_for(options: argparse.Namespace) -> Iterator[str]:
+    """Yields an endpoint where a server answers or is about to."""
+    if options.connect is not None:
+        yield options.connect
+        return
+    with tempfile.TemporaryDirectory(prefix="blinkimp-") as folder:  # mode 0700: nobody else can connect
+        socket_path = Path(folder) / "ingress"
+        child = ChildProcess("the local server", "blinkimp", ["serve", *serve_arguments(options, socket_path)])
+        try:
+            wait_until_bound(child, socket_path)
+            yield f"ipc://{socket_path}"
+        finally:
+            child.end(END_TIMEOUT_S)
+
+
+def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]:
+    """Flags of `blinkimp serve` for the same settings; nothing is logged below warnings unless --log-level asks for it."""
+    config_of(options)  # a bad value is reported here, by this command
+    given = {name: value for name, value in vars(options).items() if name in keys()}
+    if "log_level" not in given and "BLINKIMP_LOG_LEVEL" not in os.environ:
+        given["log_level"] = "warning"
+    given |= {"engine_name": f"local-{os.getpid()}", "bind": f"ipc://{socket_path}", "num_ingress": 1}
+    arguments = [f"{keys()[name].flag}={value}" for name, value in given.items()]
+    return arguments if options.config is None else ["--config", str(options.config), *arguments]
+
+
+def wait_until_bound(child: ChildProcess, socket_path: Path) -> None:
+    """Until the ingress listens: loading a model takes as long as it takes, and the child shows its progress."""
+    while not socket_path.exists():
+        if child.wait(POLL_S):
+            raise LocalServerError(
+                f"{child.describe_exit()} before it served; its messages stand above; try `blinkimp doctor`"
+            )

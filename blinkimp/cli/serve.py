@@ -1,0 +1,41 @@
+"""`blinkimp serve`: the engine and its ingress processes, until SIGTERM.
+
+Called by blinkimp/cli/__init__.py, and as a child by blinkimp/cli/local_server.py. Test: pytest tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from blinkimp.cli.options import add_config_flags, config_of, new_parser
+from blinkimp.cli.terminal import LoadingBars, set_up_logging
+
+EPILOG = """\
+examples:
+  blinkimp serve                                        the embedded model, tcp://127.0.0.1:5555
+  blinkimp serve --model ~/models/Qwen3-4B --num-ingress 2
+  blinkimp serve --config engine.toml                   settings from a file; BLINKIMP_* variables and flags win over it
+
+what happens: weights are loaded, kernels compiled (once; then cached), memory is planned, the persistent kernel is launched (without a
+GPU: the emulated device starts), and --num-ingress processes listen for clients, the first at --bind, the others at the next ports.
+From then on this process only watches. SIGTERM or Ctrl-C drains: running requests finish, new ones are refused; a second one stops at once.
+
+where next:
+  blinkimp generate --connect tcp://127.0.0.1:5555 'import os'
+  python -c 'from blinkimp.client import Client; ...'   README, "Clients"; the wire is nic_shim/PROTOCOL.md
+"""
+
+
+def add_parser(subparsers: Any, summary: str) -> None:
+    parser = new_parser(subparsers, "serve", summary, EPILOG, usage="[options]")
+    add_config_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from blinkimp.host.supervisor import serve
+
+    config = config_of(options)
+    set_up_logging(config.log_level)
+    with LoadingBars() as bars:
+        return serve(config, bars)

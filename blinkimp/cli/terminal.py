@@ -1,0 +1,59 @@
+"""What the terminal shows besides a command's own output: log lines and progress bars, both on stderr.
+
+Called by the subcommands. Test: pytest tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+stderr_console = Console(stderr=True)
+
+
+def set_up_logging(log_level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+
+
+class LoadingBars:
+    """A bar per stage of starting (weights, compile, ...) while inside `with`; nothing where stderr is no terminal.
+
+    Calling it with (stage, done, total) moves that stage's bar; total 0 is a stage of unknown length.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=stderr_console,
+            transient=True,
+            disable=not stderr_console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=None)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
