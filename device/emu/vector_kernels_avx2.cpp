@@ -4,6 +4,7 @@
 #define BK_KERNEL_WIDTH 8
 #define BK_KERNEL_ROWS 2
 #define BK_KERNEL_COLUMNS 2
+#define BK_KERNEL_SINGLE_COLUMNS 4
 #define BK_KERNEL_NAME "avx2"
 #define BK_KERNEL_TABLE kAvx2Kernels
 #include <emu/vector_kernels_impl.h>

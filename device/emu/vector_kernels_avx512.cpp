@@ -4,6 +4,7 @@
 #define BK_KERNEL_WIDTH 16
 #define BK_KERNEL_ROWS 4
 #define BK_KERNEL_COLUMNS 4
+#define BK_KERNEL_SINGLE_COLUMNS 8
 #define BK_KERNEL_NAME "avx512"
 #define BK_KERNEL_TABLE kAvx512Kernels
 #include <emu/vector_kernels_impl.h>

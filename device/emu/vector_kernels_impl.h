@@ -1,7 +1,8 @@
 // Body of the vector kernels. Included once by each vector_kernels_<isa>.cpp, which defines
 //   BK_KERNEL_TARGET   the target attribute of the instruction set (may be empty)
 //   BK_KERNEL_WIDTH    f32 per vector register: 4, 8 or 16
-//   BK_KERNEL_ROWS, BK_KERNEL_COLUMNS   register tile of dot_block: rows of x by rows of weight
+//   BK_KERNEL_ROWS, BK_KERNEL_COLUMNS   register tile of dot_block: rows of x (at most 4) by rows of weight
+//   BK_KERNEL_SINGLE_COLUMNS            rows of weight against a single row of x
 //   BK_KERNEL_NAME, BK_KERNEL_TABLE     name and symbol of the resulting table
 // Everything is in an unnamed namespace and carries the target attribute, so no wider instruction leaks into shared inline functions.
 // The arithmetic is GCC/Clang vector extensions: no intrinsics, the same source for every machine.
@@ -9,6 +10,7 @@
 #include <emu/vector_kernels.h>
 
 #define BK_KERNEL BK_KERNEL_TARGET __attribute__((noinline))
+#define BK_UNROLL _Pragma("GCC unroll 16")  // of loops over registers: arrays that are indexed by a variable live in memory
 #define BK_HELPER BK_KERNEL_TARGET __attribute__((always_inline)) inline
 
 namespace blinkimp {
@@ -22,21 +24,29 @@ typedef f32 Vec __attribute__((vector_size(kWidth * 4)));
 typedef i32 VecI __attribute__((vector_size(kWidth * 4)));
 typedef u32 VecU __attribute__((vector_size(kWidth * 4)));
 typedef u16 VecH __attribute__((vector_size(kWidth * 2)));
+// The same in memory, at any address.
+typedef f32 VecMemory __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+typedef u16 VecHMemory __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
 struct Lanes16 {  // 16 values in kParts registers
   Vec part[kParts];
 };
 
 BK_HELPER void clear(Lanes16& lanes) {
+  BK_UNROLL
   for (int i = 0; i < kParts; ++i) lanes.part[i] = Vec{};
 }
 
-BK_HELPER void load(Lanes16& lanes, const f32* source) { __builtin_memcpy(&lanes, source, sizeof(lanes)); }
+// Part by part, and never by memcpy: taking their address would keep them in memory instead of registers.
+BK_HELPER void load(Lanes16& lanes, const f32* source) {
+  BK_UNROLL
+  for (int i = 0; i < kParts; ++i) lanes.part[i] = *reinterpret_cast<const VecMemory*>(source + i * kWidth);
+}
 
 BK_HELPER void load(Lanes16& lanes, const u16* source) {  // bf16
+  BK_UNROLL
   for (int i = 0; i < kParts; ++i) {
-    VecH half;
-    __builtin_memcpy(&half, source + i * kWidth, sizeof(half));
+    const VecH half = *reinterpret_cast<const VecHMemory*>(source + i * kWidth);
     lanes.part[i] = (Vec)(__builtin_convertvector(half, VecU) << 16);
   }
 }
@@ -48,17 +58,23 @@ BK_HELPER void load_partial(Lanes16& lanes, const T* source, u32 num) {  // the 
   load(lanes, values);
 }
 
-BK_HELPER void store(f32* target, const Lanes16& lanes) { __builtin_memcpy(target, &lanes, sizeof(lanes)); }
+BK_HELPER void store(f32* target, const Lanes16& lanes) {
+  BK_UNROLL
+  for (int i = 0; i < kParts; ++i) *reinterpret_cast<VecMemory*>(target + i * kWidth) = lanes.part[i];
+}
 
 BK_HELPER void multiply_add(Lanes16& sum, const Lanes16& a, const Lanes16& b) {
+  BK_UNROLL
   for (int i = 0; i < kParts; ++i) sum.part[i] += a.part[i] * b.part[i];
 }
 
 // Fixed tree over 16 lanes: i + (i + 8), then 4, 2, 1.
 BK_HELPER f32 sum_lanes(const Lanes16& lanes) {
   typedef f32 Vec4 __attribute__((vector_size(16)));
+  f32 values[kNumLanes];
+  store(values, lanes);
   Vec4 quad[4];
-  __builtin_memcpy(quad, &lanes, sizeof(quad));
+  __builtin_memcpy(quad, values, sizeof(quad));
   const Vec4 eight_low = quad[0] + quad[2], eight_high = quad[1] + quad[3];
   const Vec4 four = eight_low + eight_high;
   return (four[0] + four[2]) + (four[1] + four[3]);
@@ -68,28 +84,38 @@ BK_HELPER f32 sum_lanes(const Lanes16& lanes) {
 template <int ROWS, int COLUMNS, class T>
 BK_HELPER void dot_tile(const DotBlock& block, const f32* x, const T* weight, f32* out) {
   Lanes16 sums[ROWS][COLUMNS];
+  BK_UNROLL
   for (int r = 0; r < ROWS; ++r)
+    BK_UNROLL
     for (int c = 0; c < COLUMNS; ++c) clear(sums[r][c]);
   u32 k = 0;
   for (; k + kNumLanes <= block.num_k; k += kNumLanes) {
     Lanes16 x_lanes[ROWS];
+    BK_UNROLL
     for (int r = 0; r < ROWS; ++r) load(x_lanes[r], x + r * block.x_stride + k);
+    BK_UNROLL
     for (int c = 0; c < COLUMNS; ++c) {
       Lanes16 weight_lanes;
       load(weight_lanes, weight + c * block.weight_stride + k);
+      BK_UNROLL
       for (int r = 0; r < ROWS; ++r) multiply_add(sums[r][c], x_lanes[r], weight_lanes);
     }
   }
   if (k < block.num_k) {
     Lanes16 x_lanes[ROWS];
+    BK_UNROLL
     for (int r = 0; r < ROWS; ++r) load_partial(x_lanes[r], x + r * block.x_stride + k, block.num_k - k);
+    BK_UNROLL
     for (int c = 0; c < COLUMNS; ++c) {
       Lanes16 weight_lanes;
       load_partial(weight_lanes, weight + c * block.weight_stride + k, block.num_k - k);
+      BK_UNROLL
       for (int r = 0; r < ROWS; ++r) multiply_add(sums[r][c], x_lanes[r], weight_lanes);
     }
   }
+  BK_UNROLL
   for (int r = 0; r < ROWS; ++r)
+    BK_UNROLL
     for (int c = 0; c < COLUMNS; ++c) out[r * block.out_stride + c] = sum_lanes(sums[r][c]);
 }
 
@@ -104,23 +130,59 @@ BK_HELPER void dot_rows(const DotBlock& block, u32 row, u32 first, u32 end) {
   for (; f < end; ++f) dot_tile<ROWS, 1>(block, x, weight + f * block.weight_stride, out + f);
 }
 
+// All rows of x against all features; the weight rows of one pass stay in L1 while the rows of x go by.
+template <class T>
+BK_HELPER void dot_pass(const DotBlock& block, u32 first, u32 end) {
+  constexpr u32 kRows = BK_KERNEL_ROWS, kColumns = BK_KERNEL_COLUMNS;
+  u32 row = 0;
+  for (; row + kRows <= block.num_rows; row += kRows) dot_rows<kRows, kColumns, T>(block, row, first, end);
+  const u32 left = block.num_rows - row;
+  if (kRows > 3 && left == 3) dot_rows<3, kColumns, T>(block, row, first, end);
+  if (kRows > 2 && left == 2) dot_rows<2, kColumns, T>(block, row, first, end);
+  if (left == 1) dot_rows<1, BK_KERNEL_SINGLE_COLUMNS, T>(block, row, first, end);
+}
+
 template <class T>
 BK_KERNEL void dot_block_of(const DotBlock& block) {
-  constexpr u32 kWeightCacheBytes = 16 * 1024;  // weight rows kept in L1 while all rows of x pass by
-  constexpr u32 kRows = BK_KERNEL_ROWS, kColumns = BK_KERNEL_COLUMNS;
+  constexpr u32 kWeightCacheBytes = 16 * 1024;
   const u64 row_bytes = u64{block.num_k} * sizeof(T) + 1;
-  const u32 step = kColumns * static_cast<u32>(1 + kWeightCacheBytes / (kColumns * row_bytes));
+  const u32 step = BK_KERNEL_SINGLE_COLUMNS * static_cast<u32>(1 + kWeightCacheBytes / (BK_KERNEL_SINGLE_COLUMNS * row_bytes));
   for (u32 first = 0; first < block.num_features; first += step) {
-    const u32 end = block.num_features - first < step ? block.num_features : first + step;
-    u32 row = 0;
-    for (; row + kRows <= block.num_rows; row += kRows) dot_rows<kRows, kColumns, T>(block, row, first, end);
-    // One row needs as many sums in flight as a whole tile, to hide the latency of the additions.
-    for (; row < block.num_rows; ++row) dot_rows<1, 2 * kColumns, T>(block, row, first, end);
+    dot_pass<T>(block, first, block.num_features - first < step ? block.num_features : first + step);
+  }
+}
+
+// bf16 weights that many rows share are widened once per pass instead of once per tile: the same numbers, so the same sums.
+BK_KERNEL void dot_block_widened(const DotBlock& block) {
+  constexpr u32 kWideElements = 8 * 1024;  // 32 KB: half to two thirds of an L1
+  alignas(64) f32 wide[kWideElements];
+  const u32 wide_stride = (block.num_k + kNumLanes - 1) / kNumLanes * kNumLanes;
+  const u32 step = kWideElements / wide_stride / BK_KERNEL_COLUMNS * BK_KERNEL_COLUMNS;
+  for (u32 first = 0; first < block.num_features; first += step) {
+    const u32 num = block.num_features - first < step ? block.num_features - first : step;
+    for (u32 f = 0; f < num; ++f) {
+      const u16* weight = static_cast<const u16*>(block.weight) + (first + f) * block.weight_stride;
+      Lanes16 lanes;
+      u32 k = 0;
+      for (; k + kNumLanes <= block.num_k; k += kNumLanes) {
+        load(lanes, weight + k);
+        store(wide + f * wide_stride + k, lanes);
+      }
+      if (k < block.num_k) {
+        load_partial(lanes, weight + k, block.num_k - k);
+        store(wide + f * wide_stride + k, lanes);
+      }
+    }
+    dot_pass<f32>(DotBlock{block.x, block.x_stride, block.num_rows, kF32, wide, wide_stride, num, block.num_k, block.out + first,
+                           block.out_stride}, 0, num);
   }
 }
 
 BK_KERNEL void dot_block(const DotBlock& block) {
-  block.weight_dtype == kBF16 ? dot_block_of<u16>(block) : dot_block_of<f32>(block);
+  constexpr u32 kRowsWorthWidening = 8, kLargestWidenedK = 1024 * 8 / BK_KERNEL_COLUMNS;
+  if (block.weight_dtype == kF32) return dot_block_of<f32>(block);
+  if (block.num_rows >= kRowsWorthWidening && block.num_k <= kLargestWidenedK) return dot_block_widened(block);
+  dot_block_of<u16>(block);
 }
 
 // ---- Elementwise -------------------------------------------------------------------------------------------------
@@ -204,6 +266,7 @@ template <int QUERIES, bool WHOLE, class T>
 BK_HELPER void add_weighted(const AttendPage& page, u32 query, u32 dim, u32 num_keys) {
   const u32 num = WHOLE ? kNumLanes : page.head_dim - dim;
   Lanes16 sums[QUERIES];
+  BK_UNROLL
   for (int q = 0; q < QUERIES; ++q) {
     const f32* output = page.outputs + u64{query + q} * page.head_dim + dim;
     WHOLE ? load(sums[q], output) : load_partial(sums[q], output, num);
@@ -213,9 +276,12 @@ BK_HELPER void add_weighted(const AttendPage& page, u32 query, u32 dim, u32 num_
   for (u32 key = 0; key < num_keys; ++key) {
     Lanes16 value;
     WHOLE ? load(value, values + u64{key} * page.head_dim) : load_partial(value, values + u64{key} * page.head_dim, num);
+    BK_UNROLL
     for (int q = 0; q < QUERIES; ++q)
+      BK_UNROLL
       for (int i = 0; i < kParts; ++i) sums[q].part[i] += value.part[i] * weights[q * kPageTokens + key];
   }
+  BK_UNROLL
   for (int q = 0; q < QUERIES; ++q) {
     f32* output = page.outputs + u64{query + q} * page.head_dim + dim;
     if (WHOLE) {
@@ -263,6 +329,7 @@ BK_HELPER void softmax_step(const AttendPage& page, u32 query) {
   for (u32 key = 0; key < kPageTokens; key += kNumLanes) {
     Lanes16 weights;
     load(weights, scores + key);
+    BK_UNROLL
     for (int i = 0; i < kParts; ++i) {
       weights.part[i] -= maximum;
       exponential(weights.part[i]);
