@@ -1,0 +1,99 @@
+"""Conversations as token ids, with a checkpoint's template and without. Covers blinkimp/cli/chat_template.py.
+
+Run: pytest tests/null/test_chat_template.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blinkimp.cli.chat_template import ChatTemplateError, Conversation
+from blinkimp.config import Config, model_folder
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def checkpoint(folder: Path, settings: dict[str, object] | None = None, jinja: str | None = None) -> Path:
+    """A folder with the embedded model's tokenizer and the given settings."""
+    shutil.copy(model_folder(Config()) / "tokenizer.json", folder)
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja)
+    return folder
+
+
+def text_of(conversation: Conversation) -> str:
+    return str(conversation.tokenizer.hf.decode(conversation.prompt_ids(), skip_special_tokens=False))
+
+
+def test_without_a_template_the_prompt_is_plain_paragraphs(tmp_path: Path) -> None:
+    conversation = Conversation(checkpoint(tmp_path), system="Be brief.")
+    conversation.add("user", "Hello")
+    assert conversation.is_plain
+    assert text_of(conversation).endswith("System: Be brief.\n\nUser: Hello\n\nAssistant:")
+
+
+@pytest.mark.parametrize("place", ["text", "list", "file"])
+def test_the_template_is_found_wherever_checkpoints_keep_it(tmp_path: Path, place: str) -> None:
+    match place:
+        case "text":
+            folder = checkpoint(tmp_path, {"chat_template": TEMPLATE, "bos_token": {"content": "[B]"}})
+        case "list":
+            templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+            folder = checkpoint(tmp_path, {"chat_template": templates, "bos_token": "[B]"})
+        case _:
+            folder = checkpoint(tmp_path, {"bos_token": "[B]"}, TEMPLATE)
+    conversation = Conversation(folder, system="S")
+    conversation.add("user", " Hi ")
+    assert not conversation.is_plain
+    assert text_of(conversation) == "[B]<system>S\n<user>Hi\n<assistant>"
+
+
+def test_the_oldest_exchanges_are_forgotten_first_and_the_system_message_never(tmp_path: Path) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE), system="S")
+    for turn_idx in range(20):
+        conversation.add("user", f"question {turn_idx} of many words")
+        conversation.add("assistant", f"answer {turn_idx}")
+    conversation.add("user", "the last one")
+    num_messages = len(conversation.messages)
+    num_forgotten = conversation.fit(100)
+    assert num_forgotten > 0
+    assert len(conversation.messages) == num_messages - num_forgotten
+    assert len(conversation.prompt_ids()) <= 100
+    assert conversation.messages[0] == {"role": "system", "content": "S"}
+    assert conversation.messages[1]["role"] == "user"
+    assert conversation.messages[-1]["content"] == "the last one"
+    assert conversation.fit(100) == 0
+
+
+def test_the_last_message_stays_even_where_it_does_not_fit(tmp_path: Path) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE))
+    conversation.add("user", "many words " * 50)
+    assert conversation.fit(5) == 0  # the server's refusal says what is wrong
+
+
+def test_a_template_that_refuses_is_an_error_for_the_user(tmp_path: Path) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja="{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        conversation.prompt_ids()
+
+
+def test_a_broken_template_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ChatTemplateError, match="expected a Jinja template"):
+        Conversation(checkpoint(tmp_path, jinja="{% for %}"))
+
+
+def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
+    source = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    conversation = Conversation(checkpoint(tmp_path, jinja=source))
+    conversation.add("user", "x")
+    with pytest.raises(ChatTemplateError, match="unsafe"):
+        conversation.prompt_ids()

@@ -1,0 +1,104 @@
+"""The command line's flags and help: nothing is started. Covers blinkimp/cli/__init__.py, options.py, local_server.py.
+
+Run: pytest tests/null/test_cli_arguments.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from blinkimp.cli import COMMANDS, build_parser, main
+from blinkimp.cli.local_server import serve_arguments
+from blinkimp.cli.options import config_of, sampling_of
+from blinkimp.config import Config, ConfigError, keys
+from blinkimp.protocol import Sampling
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return build_parser().parse_args(arguments)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in keys().values():
+        monkeypatch.delenv(key.variable, raising=False)
+    monkeypatch.delenv("BLINKIMP_CONFIG", raising=False)
+
+
+def test_without_flags_the_configuration_is_the_default() -> None:
+    assert config_of(parse("serve")) == Config()
+
+
+def test_every_key_is_a_flag_of_serve() -> None:
+    arguments = ["serve"]
+    for key in keys().values():
+        arguments.append(f"{key.flag}={key.default}")
+    assert config_of(parse(*arguments)) == Config()
+
+
+def test_flags_win_over_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "engine.toml").write_text("max_batch = 2\nnum_ingress = 2\n")
+    monkeypatch.setenv("BLINKIMP_MAX_BATCH", "3")
+    config = config_of(parse("serve", "--config", str(tmp_path / "engine.toml"), "--num-queue-pairs", "8"))
+    assert (config.max_batch, config.num_ingress, config.num_queue_pairs) == (3, 2, 8)
+
+
+def test_a_bad_flag_value_is_reported_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--max-batch", "lots"]) == 1
+    message = capsys.readouterr().err
+    assert "max_batch (flag --max-batch): got 'lots', expected an integer from 0 to 4096" in message
+    with pytest.raises(ConfigError):
+        config_of(parse("serve", "--device", "tpu"))
+
+
+def test_sampling_flags_are_fields_of_the_protocol() -> None:
+    options = parse(
+        "generate", "--temperature", "0.5", "--top-k", "9", "--seed", "3", "--max-tokens", "5", "--ignore-eos", "x"
+    )
+    sampling = Sampling(**sampling_of(options))
+    assert sampling == Sampling(temperature=0.5, top_k=9, seed=3, max_tokens=5, ignore_eos=True)
+
+
+def test_a_local_server_gets_the_same_settings_and_is_quiet(tmp_path: Path) -> None:
+    options = parse("generate", "--max-batch", "8", "--device", "emulated", "x")
+    arguments = serve_arguments(options, tmp_path / "socket")
+    config = config_of(parse("serve", *arguments))
+    assert (config.max_batch, config.device, config.log_level) == (8, "emulated", "warning")
+    assert config.bind == f"ipc://{tmp_path}/socket"
+    louder = serve_arguments(parse("generate", "--log-level", "debug", "x"), tmp_path / "socket")
+    assert config_of(parse("serve", *louder)).log_level == "debug"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*filter(None, [command]), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"blinkimp {command}".strip() in text
+    assert "where to start:" in text if command == "" else "examples:" in text
+    if command:
+        assert "what happens:" in text
+    else:
+        for name, summary in COMMANDS.items():
+            assert name in text
+            assert summary in text
+
+
+def test_no_command_prints_help_and_counts_as_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "where to start:" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sevre"])
+    assert ended.value.code == 2
+    assert "serve" in capsys.readouterr().err
+
+
+def test_a_prompt_may_be_named_like_a_command() -> None:
+    assert parse("generate", "serve").prompt == "serve"

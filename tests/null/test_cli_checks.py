@@ -1,0 +1,119 @@
+"""The checks of `blinkimp doctor` on machines that lack something. Covers blinkimp/cli/checks.py.
+
+Run: pytest tests/null/test_cli_checks.py
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blinkimp import native
+from blinkimp.cli import checks
+from blinkimp.cli.checks import Verdict
+from blinkimp.config import Config
+
+
+def test_packages_are_found_and_missing_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_versions().verdict is Verdict.OK
+    monkeypatch.setattr(checks, "PACKAGES", ("numpy", "no-such-package"))
+    finding = checks.check_versions()
+    assert finding.verdict is Verdict.FAIL
+    assert finding.remedy == "pip install no-such-package"
+
+
+def test_shared_memory_that_is_missing_or_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_shared_memory(Config(), tmp_path / "none").verdict is Verdict.FAIL
+    assert checks.check_shared_memory(Config(num_queue_pairs=1, arena_bytes=4096), tmp_path).verdict is Verdict.OK
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    finding = checks.check_shared_memory(Config(), tmp_path)
+    assert finding.verdict is Verdict.FAIL
+    assert "1 MiB free" in finding.found
+    assert "--shm-size" in finding.remedy
+
+
+def test_shared_memory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuse)
+    finding = checks.check_shared_memory(Config(), tmp_path)
+    assert finding.verdict is Verdict.FAIL
+    assert "chmod 1777" in finding.remedy
+
+
+def test_a_small_limit_of_locked_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    finding = checks.check_locked_memory(Config())
+    assert finding.verdict is Verdict.WARN
+    assert "ulimit -l" in finding.remedy
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert checks.check_locked_memory(Config()).verdict is Verdict.OK
+
+
+def test_one_core_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert checks.check_cores().verdict is Verdict.WARN
+
+
+def test_no_compiler_is_a_warning_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    finding = checks.check_compiler()
+    assert finding.verdict is Verdict.WARN
+    assert "apt-get install g++" in finding.remedy
+
+
+def test_a_missing_native_library_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, str(tmp_path / "none.so"))
+    native.load.cache_clear()
+    try:
+        finding = checks.check_native_library()
+    finally:
+        native.load.cache_clear()
+    assert finding.verdict is Verdict.FAIL
+    assert finding.remedy
+
+
+def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert checks.check_cache(Config(cache_dir=str(tmp_path / "file" / "cache"))).verdict is Verdict.WARN
+    assert checks.check_cache(Config(cache_dir=str(tmp_path / "cache"))).verdict is Verdict.OK
+
+
+def test_no_gpu_fails_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from blinkimp.host import gpu_driver
+
+    def no_gpu(_: int = 0) -> None:
+        raise gpu_driver.GpuError("cuInit: got no driver")
+
+    monkeypatch.setattr(gpu_driver, "probe_gpu", no_gpu)
+    assert checks.check_gpu(Config()).verdict is Verdict.WARN
+    assert checks.check_gpu(Config(device="emulated")).verdict is Verdict.OK
+    assert checks.check_gpu(Config(device="gpu")).verdict is Verdict.FAIL
+    assert checks.check_driver(Config()).verdict is Verdict.OK
+    assert checks.check_driver(Config(device="gpu")).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(("version", "verdict"), [(12090, Verdict.FAIL), (13000, Verdict.OK)])
+def test_an_old_driver_fails(monkeypatch: pytest.MonkeyPatch, version: int, verdict: Verdict) -> None:
+    from blinkimp.host import gpu_driver
+
+    properties = gpu_driver.GpuProperties("NVIDIA H200", (9, 0), 132, 141 << 30, version)
+    monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
+    assert checks.check_driver(Config()).verdict is verdict
+    assert checks.check_gpu(Config()).verdict is Verdict.OK
+
+
+def test_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from blinkimp.host import gpu_driver
+
+    properties = gpu_driver.GpuProperties("NVIDIA A100", (8, 0), 108, 80 << 30, 13000)
+    monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
+    assert checks.check_gpu(Config()).verdict is Verdict.WARN
+    assert checks.check_gpu(Config(device="gpu")).verdict is Verdict.FAIL
