@@ -72,7 +72,7 @@ class StoredTensor:
 
     def view(self, dtype: DType) -> Weights | None:
         same = (self.stored, dtype) in (("BF16", DType.BF16), ("F32", DType.F32))
-        # The CPU interpreter's loads take any multiple of the element, which a foreign writer need not keep to.
+        # A foreign writer need not align tensors, but what reads them must not meet half an element.
         aligned = self.data.ctypes.data % np.dtype(STORED_DTYPES[self.stored]).itemsize == 0
         return self._elements() if same and aligned else None
 
@@ -84,7 +84,8 @@ class StoredTensor:
         return bf16_from_f32(values) if dtype == DType.BF16 else values
 
     def _elements(self) -> NDArray[Any]:
-        return self.data.view(STORED_DTYPES[self.stored]).reshape(self.shape)
+        elements: NDArray[Any] = self.data.view(STORED_DTYPES[self.stored]).reshape(self.shape)
+        return elements
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -1,8 +1,9 @@
-"""Where the program's weights go: the target protocol, what it is handed, and the host-memory target of the CPU interpreter.
+"""Where the program's weights go: the target protocol, what it is handed, and the CPU interpreter's target in host memory.
 
-The builder (host/program.py) is the same for every device. It hands each matrix to a `WeightTarget` as a `MatrixSource`, which reads rows on
-demand straight from the memory-mapped checkpoint, in the order Op.weight wants (QKV concatenated, gate and up interleaved), so
-a target never needs the whole model twice. Called by host/program.py. Test: pytest tests/null/test_checkpoint_weights.py
+The builder (host/program.py) is the same for every device. It hands each matrix to a `WeightTarget` as a `MatrixSource`, which
+reads rows on demand straight from the memory-mapped checkpoint, in the order Op.weight wants (QKV concatenated, gate and up
+interleaved), so a target never needs the whole model twice.
+Called by host/program.py. Test: pytest tests/null/test_checkpoint_weights.py
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ Weights = NDArray[Any]  # float32, or uint16 that holds bf16 bits
 class Tensor(Protocol):
     """One stored tensor, read on demand: host/checkpoint.py and host/dummy_weights.py make them."""
 
-    name: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read_rows(self, begin: int, end: int, dtype: DType) -> Weights:
         """Rows [begin, end) of the first axis, in dtype (bf16 as uint16)."""
@@ -117,7 +121,8 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     buffer = np.empty(num_bytes + ALIGN_BYTES, np.uint8)
     offset = -buffer.ctypes.data % ALIGN_BYTES
-    return buffer[offset : offset + num_bytes].view(dtype).reshape(tuple(shape))
+    array: NDArray[Any] = buffer[offset : offset + num_bytes].view(dtype).reshape(tuple(shape))
+    return array
 
 
 class HostTarget:
