@@ -17,6 +17,7 @@ namespace {
 
 // An idle director goes on looking for this long before it sleeps between looks: the answer to a token often brings the next request.
 constexpr u64 kIdleSpinNs = 50'000;
+constexpr u32 kFirstSleepNs = 20'000;
 
 // Threads 1 .. num_workers - 1 of the interpreter; thread 0 is the director's own.
 class WorkerThreads {
@@ -60,22 +61,29 @@ class WorkerThreads {
   std::vector<std::thread> threads_;
 };
 
+// Spins for a moment, then sleeps, each time twice as long, up to idle_sleep_ns.
 class IdleBackoff {
  public:
   explicit IdleBackoff(u32 idle_sleep_ns) : idle_sleep_ns_(idle_sleep_ns) {}
 
-  void was_busy() { busy_until_ns_ = device_clock_ns() + kIdleSpinNs; }
+  void was_busy() {
+    busy_until_ns_ = device_clock_ns() + kIdleSpinNs;
+    next_sleep_ns_ = kFirstSleepNs;
+  }
 
-  void wait() const {
+  void wait() {
     if (device_clock_ns() < busy_until_ns_) {
       pause_cpu();
-    } else {
-      sleep_ns(idle_sleep_ns_);
+      return;
     }
+    if (next_sleep_ns_ > idle_sleep_ns_) next_sleep_ns_ = idle_sleep_ns_;
+    sleep_ns(next_sleep_ns_);
+    next_sleep_ns_ *= 2;
   }
 
  private:
   const u32 idle_sleep_ns_;
+  u32 next_sleep_ns_ = kFirstSleepNs;
   u64 busy_until_ns_ = 0;
 };
 
