@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -138,21 +139,46 @@ def test_an_export_that_disagrees_with_the_model_is_refused(tmp_path: Path) -> N
         export.verify_checkpoint(model, bpe, tmp_path)
 
 
-def test_training_fits_its_steps_into_the_time_and_keeps_the_best_weights() -> None:
+torch.set_num_threads(1)  # the models here are tiny: threads would only contend with whatever else runs
+
+QUICK = training.TrainingPlan(
+    window_tokens=32, batch_windows=4, warmup_steps=5, num_validations=6, average_decay=0.9, compile=False
+)
+PATTERN = torch.arange(1, 41).repeat(60)  # learnable at once
+
+
+def test_training_learns_and_returns_the_best_weights() -> None:
     torch.manual_seed(4)
     model = LlamaModel(TINY)
-    pattern = torch.arange(1, 41).repeat(60)  # learnable at once
-    plan = training.TrainingPlan(
-        minutes=0.05, window_tokens=32, batch_windows=4, warmup_steps=5, num_validations=6, compile=False
-    )
-    lines: list[str] = []
-    result = training.train(model, pattern, pattern[:400], plan, lines.append)
-    assert result.num_steps > training.CALIBRATION_STEPS
-    assert 0.5 < result.seconds / 3.0 < training.OVERTIME_FACTOR + 0.5
+    result = training.train(model, PATTERN, PATTERN[:400], dataclasses.replace(QUICK, num_steps=120), lambda line: None)
+    assert result.num_steps == 120
+    assert len(result.curve) == 6
     assert result.validation_loss == pytest.approx(min(loss for _, loss in result.curve), abs=1e-4)
     assert result.validation_loss < 0.5 * math.log(40)
-    assert evaluation.window_loss(model, pattern[:400], 32) == pytest.approx(result.validation_loss, abs=1e-4)
+    assert evaluation.window_loss(model, PATTERN[:400], 32) == pytest.approx(result.validation_loss, abs=1e-4)
+
+
+def test_training_fits_its_steps_into_the_time() -> None:
+    model = LlamaModel(TINY)
+    lines: list[str] = []
+    result = training.train(model, PATTERN, PATTERN[:400], dataclasses.replace(QUICK, minutes=0.08), lines.append)
+    assert result.num_steps > training.CALIBRATION_STEPS
+    assert result.seconds < 0.08 * 60 * training.OVERTIME_FACTOR + 2.0  # a busy machine finishes its last step late
     assert any("ms a step" in line for line in lines)
+
+
+def test_averaged_weights_keep_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without no_grad around the average, every step would stay in memory for a backward pass that never comes."""
+    seen = []
+
+    def spy(averaged: LlamaModel, tokens: torch.Tensor, window_tokens: int) -> float:
+        seen.extend(parameter.requires_grad for parameter in averaged.parameters())
+        return 1.0
+
+    monkeypatch.setattr(training, "window_loss", spy)
+    training.train(LlamaModel(TINY), PATTERN, PATTERN[:400], dataclasses.replace(QUICK, num_steps=4), lambda line: None)
+    assert seen
+    assert not any(seen)
 
 
 def test_bad_dimensions_are_refused() -> None:
@@ -173,7 +199,12 @@ def test_smoke_run_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "model"
     command = [sys.executable, str(TOOLS / "train_embedded.py"), "--smoke", "--device", "cpu", "--steps", "60"]
     run = subprocess.run(
-        [*command, "--corpus", str(text), "--out", str(out)], capture_output=True, text=True, timeout=240, check=False
+        [*command, "--corpus", str(text), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert {p.name for p in out.iterdir()} == {*export.CHECKPOINT_FILES, "training_report.json", "MODEL_CARD.md"}

@@ -147,7 +147,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         # Early on the average follows quickly, else it would remember the random start.
         decay = min(plan.average_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1.0 - decay)
+        with torch.no_grad():  # else the average would record every step for a backward pass that never comes
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1.0 - decay)
         losses.append(loss.detach())
         step += 1
 
