@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         stderr_console.print(
             f"[yellow]{folder} has no chat template: plain `User:` and `Assistant:` paragraphs are used[/]"
         )
-    with server_for(options) as endpoint, Client(endpoint) as client:
+    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout) as client:
         max_context = check_same_model(client, conversation)
         while (line := read_line()) is not None:
             if not line.strip():

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.client import Client
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    with server_for(options) as endpoint, Client(endpoint) as client:
+    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout) as client:
         if sys.stdout.isatty():
             sys.stdout.write(prompt)
         with client.submit(prompt, **sampling_of(options)) as stream:

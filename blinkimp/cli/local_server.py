@@ -33,6 +33,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help="use the server that runs there, such as tcp://127.0.0.1:5555 (default: start one)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long the server may be silent (default %(default)g)",
+    )
     add_config_flags(parser, without=("bind", "engine_name", "num_ingress"))
 
 

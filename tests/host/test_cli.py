@@ -1,0 +1,186 @@
+"""The commands as a user runs them: processes, exit codes, what they print, and that nothing is left behind. Emulated device.
+
+Run: pytest tests/host/test_cli.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+SHARED_MEMORY = Path("/dev/shm")
+START_TIMEOUT_S = 60.0
+PROMPT = "def read_file(path):"
+EMULATED = ("--device", "emulated", "--num-threads", "2")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "blinkimp", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("BLINKIMP_") or key == "BLINKIMP_NATIVE_LIBRARY"
+    }
+    return {**kept, "PYTHONPATH": str(ROOT), **more}
+
+
+def run(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(**more),
+    )
+
+
+def regions_of(engine_name: str) -> list[Path]:
+    return [path for path in SHARED_MEMORY.iterdir() if path.name.startswith(f"blinkimp.{engine_name}.")]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(endpoint, process) of a running `blinkimp serve`."""
+    endpoint = f"ipc://{tmp_path}/ingress"
+    engine_name = f"cli-{os.getpid()}"
+    process = subprocess.Popen(
+        command("serve", *EMULATED, "--bind", endpoint, "--engine-name", engine_name),
+        text=True,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (tmp_path / "ingress").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "the server did not listen in time"
+            time.sleep(0.05)
+        yield endpoint, process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    assert regions_of(engine_name) == []
+
+
+def test_generate_starts_its_own_server_and_ends_it() -> None:
+    result = run("generate", *EMULATED, "--max-tokens", "40", PROMPT)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 40
+    assert re.search(r"40 tokens; the first after \d+ ms, then \d+ tokens/s; finished: length", result.stderr), (
+        result.stderr
+    )
+    again = run("generate", *EMULATED, "--max-tokens", "40", "-", stdin=PROMPT)
+    assert again.stdout == result.stdout  # greedy, and the prompt from stdin
+    assert not [path for path in SHARED_MEMORY.iterdir() if path.name.startswith("blinkimp.local-")]
+
+
+def test_generate_says_when_the_emulated_device_stands_in() -> None:
+    result = run("generate", "--max-tokens", "2", PROMPT, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert "emulated device" in result.stderr
+
+
+def test_serve_answers_and_drains_on_sigterm(server: tuple[str, subprocess.Popen[str]]) -> None:
+    endpoint, process = server
+    first = run("generate", "--connect", endpoint, "--max-tokens", "20", PROMPT)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip()
+    # A request in flight when SIGTERM comes is finished: all of its tokens arrive.
+    running = subprocess.Popen(
+        command("generate", "--connect", endpoint, "--max-tokens", "300", "--ignore-eos", PROMPT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert running.stdout is not None
+    assert running.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, messages = running.communicate(timeout=60)
+    assert running.returncode == 0, messages
+    assert "300 tokens;" in messages
+    assert "finished: length" in messages
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 0, log
+    assert "drain" in log
+
+
+def test_a_second_engine_of_the_same_name_is_refused(server: tuple[str, subprocess.Popen[str]], tmp_path: Path) -> None:
+    result = run("serve", *EMULATED, "--engine-name", f"cli-{os.getpid()}", "--bind", f"ipc://{tmp_path}/other")
+    assert result.returncode == 1
+    assert "already" in result.stderr or "running" in result.stderr
+
+
+def test_chat_answers_each_line(server: tuple[str, subprocess.Popen[str]]) -> None:
+    endpoint, _ = server
+    result = run("chat", "--connect", endpoint, "--max-tokens", "16", stdin="def f(x):\n\nimport os\n")
+    assert result.returncode == 0, result.stderr
+    assert "no chat template" in result.stderr
+    assert result.stdout.count("\n") >= 2
+
+
+def test_doctor_measures_a_round_trip() -> None:
+    result = run("doctor", "--json", *EMULATED)
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert findings["ring round trip"]["verdict"] == "ok", findings
+    assert re.search(r"p50 [\d.]+ us, p99 [\d.]+ us over 500 pings", findings["ring round trip"]["found"])
+    assert result.returncode == 0, result.stdout
+
+
+def test_doctor_fails_where_a_gpu_is_asked_for_and_none_is_there() -> None:
+    result = run("doctor", "--device", "gpu", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert re.search(r"^FAIL GPU", result.stdout, flags=re.MULTILINE)
+    assert "->" in result.stdout
+
+
+def test_compile_prints_times_registers_and_spills(tmp_path: Path) -> None:
+    arguments = ("compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path))
+    first = run(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "persistent_kernel" in first.stdout
+    assert "compiled now" in first.stdout
+    assert "was in the cache" in run(*arguments, BLINKIMP_EXPECT_CACHED="1").stdout
+    empty = run(
+        "compile",
+        "--arch",
+        "sm_90a",
+        "--num-workers",
+        "131",
+        "--cache-dir",
+        str(tmp_path / "empty"),
+        BLINKIMP_EXPECT_CACHED="1",
+    )
+    assert empty.returncode == 1
+    assert "forbids" in empty.stderr
+
+
+def test_a_folder_that_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> None:
+    result = run("generate", *EMULATED, "--model", str(tmp_path), PROMPT)
+    assert result.returncode == 1
+    assert "config.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nobody_listens_at_the_endpoint(tmp_path: Path) -> None:
+    result = run("generate", "--connect", f"ipc://{tmp_path}/nobody", "--timeout", "1", PROMPT)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "nobody" in result.stderr
