@@ -92,7 +92,7 @@ def build(output: Path = DEFAULT_OUTPUT, sanitize: str | None = None, werror: bo
     if output.exists() and marker in output.read_bytes():
         return False
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".native-", dir=output.parent) as scratch_name:
+    with tempfile.TemporaryDirectory(prefix="blinkimp-native-") as scratch_name:
         scratch = Path(scratch_name)
         marker_source = scratch / "build_marker.cpp"
         marker_source.write_text(f'extern "C" const char* bk_build_marker() {{ return "{marker.decode()}"; }}\n')
@@ -104,9 +104,12 @@ def build(output: Path = DEFAULT_OUTPUT, sanitize: str | None = None, werror: bo
                 for source, target in zip(sources, objects, strict=True)
             ]:
                 job.result()
-        library = scratch / "library.so"
-        run([compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
-        os.replace(library, output)  # never a half-written library under its final name
+        library = output.with_name(f".{output.name}.{os.getpid()}.so")
+        try:
+            run([compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
+            os.replace(library, output)  # never a half-written library under its final name
+        finally:
+            library.unlink(missing_ok=True)
     return True
 
 

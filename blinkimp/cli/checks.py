@@ -26,7 +26,6 @@ NUM_PINGS = 500
 PING_TIMEOUT_S = 5.0
 PACKAGES = (
     "numpy",
-    "numba",
     "pyzmq",
     "msgspec",
     "tokenizers",

@@ -55,7 +55,7 @@ def test_a_compile_error_carries_the_command_and_the_log(small_tree: Path) -> No
     with pytest.raises(build_native.BuildError, match=r"(?s)one\.cpp.*error:"):
         build_native.build(small_tree / "library.so")
     assert not (small_tree / "library.so").exists()
-    assert not list(small_tree.glob(".native-*"))
+    assert not list(small_tree.glob(".library*"))
 
 
 def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
