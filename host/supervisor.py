@@ -31,7 +31,7 @@ from blinkimp.host.engine_lock import SharedMemoryError
 from blinkimp.host.memory_plan import MemoryPlanError
 from blinkimp.host.model_config import UnsupportedModelError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
 WATCH_PERIOD_S: Final = 0.1
 INGRESS_FLUSH_S: Final = 5.0  # from the engine's end to the ingress's
