@@ -3,8 +3,8 @@
 
     python tools/check_families.py [--case llama3.1 ...]    -> a table, and tools/results/families_cpu.json when all cases run
 
-For each case: several requests of different lengths share steps, their prompts cut into odd chunks; then 64 greedy tokens each, decoded as a
-batch. The logits of every position, prompt and output, are held against one fp32 forward pass over the whole sequence.
+For each case several requests of different lengths share steps, their prompts cut into odd chunks; then 64 greedy tokens each,
+decoded as a batch. The logits of every position, prompt and output, are held against one fp32 forward pass over the whole sequence.
 Needs torch and transformers (pip install .[dev]). Test: pytest tests/host/test_families.py
 """
 

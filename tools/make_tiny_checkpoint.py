@@ -5,6 +5,7 @@
 
 All parameters are random, norm gains and biases too (transformers would leave them 1 and 0, which hides mistakes).
 Needs torch and transformers (pip install .[dev]). Called by tools/check_families.py, tests/host, tests/gpu.
+Test: pytest tests/host/test_families.py
 """
 
 from __future__ import annotations

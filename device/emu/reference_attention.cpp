@@ -1,7 +1,7 @@
 // Attention of the CPU interpreter: causal, paged, grouped heads, sliding window; one source for prefill and decode.
 //
-// A task is (a few rows of one request, one KV head). It walks the request's pages in rising order with a running softmax, so what is added to an
-// output, and in which order, follows from the row's position alone: not from the chunk or the batch it came in.
+// A task is (a few rows of one request, one KV head). It walks the request's pages in rising order with a running softmax, so what
+// is added to an output, and in which order, follows from the row's position alone: not from the chunk or the batch it came in.
 // Called by reference_ops.cpp. Test: pytest tests/host/test_reference_ops.py
 #include <string.h>
 
@@ -18,14 +18,14 @@ struct AttentionTask {
   u32 kv_head;
 };
 
-struct TaskScratch {
-  f32* queries;
-  f32* outputs;
-  f32* scores;
-  f32* maxima;
-  f32* sums;
-  u32* first_key;
-  u32* end_key;
+struct TaskScratch {  // this thread's; the members of AttendPage
+  f32* queries;    // [num_queries, head_dim]
+  f32* outputs;    // [num_queries, head_dim]
+  f32* scores;     // [num_queries, kPageTokens]
+  f32* maxima;     // [num_queries]
+  f32* sums;       // [num_queries]
+  u32* first_key;  // [num_queries]
+  u32* end_key;    // [num_queries]
 };
 
 TaskScratch task_scratch(const OpContext& context) {

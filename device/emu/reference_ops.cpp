@@ -1,7 +1,8 @@
-// The ops of the CPU interpreter, save attention (reference_attention.cpp). See reference_ops.h.
+// The ops of the CPU interpreter, save attention (reference_attention.cpp).
 //
-// A GEMM op: each thread owns a range of output features over the whole K. It walks the step's rows in blocks whose input stays in its L2
-// cache, prepares a block's input (norm gain, rounding) for itself, computes a tile of outputs, and finishes the tile in an epilogue.
+// A GEMM op: each thread owns a range of output features over the whole K. It walks the step's rows in blocks whose input stays
+// in its L2 cache, prepares a block's input (norm gain, rounding) for itself, computes a tile of outputs, and finishes the tile in
+// an epilogue. Called through reference_ops.h. Test: pytest tests/host/test_reference_ops.py
 #include <math.h>
 #include <string.h>
 
@@ -108,16 +109,16 @@ void write_kv(const OpContext& context, const PlanRow& row, u32 kv_head, bool is
 }
 
 // One head of one row: row scale, bias, q/k norm, rotary embedding, rounding; then to the query buffer or the KV page.
-void finish_head(const OpContext& context, u32 row_idx, u32 head, f32 scale, f32* values) {
+void finish_head(const OpContext& context, u32 row_idx, u32 head_idx, f32 scale, f32* values) {
   const ModelDims& dims = context.params.dims;
   const Op& op = context.op;
   const PlanRow& row = plan_rows(context.params, &context.plan)[row_idx];
   const u32 head_dim = dims.head_dim;
-  const bool is_query = head < dims.num_heads;
-  const bool is_value = head >= dims.num_heads + dims.num_kv_heads;
+  const bool is_query = head_idx < dims.num_heads;
+  const bool is_value = head_idx >= dims.num_heads + dims.num_kv_heads;
   for (u32 i = 0; i < head_dim; ++i) values[i] *= scale;
   if (op.bias != 0) {
-    const f32* bias = reinterpret_cast<const f32*>(op.bias) + u64{head} * head_dim;
+    const f32* bias = reinterpret_cast<const f32*>(op.bias) + u64{head_idx} * head_dim;
     for (u32 i = 0; i < head_dim; ++i) values[i] += bias[i];
   }
   const u64 gain_address = is_value ? 0 : is_query ? op.q_norm : op.k_norm;
@@ -140,9 +141,9 @@ void finish_head(const OpContext& context, u32 row_idx, u32 head, f32 scale, f32
     for (u32 i = 0; i < head_dim; ++i) values[i] = round_to_bf16(values[i]);
   }
   if (is_query) {
-    memcpy(context.buffer(kBufQuery) + (u64{row_idx} * dims.num_heads + head) * head_dim, values, head_dim * sizeof(f32));
+    memcpy(context.buffer(kBufQuery) + (u64{row_idx} * dims.num_heads + head_idx) * head_dim, values, head_dim * sizeof(f32));
   } else {
-    write_kv(context, row, (head - dims.num_heads) % dims.num_kv_heads, is_value, values);
+    write_kv(context, row, (head_idx - dims.num_heads) % dims.num_kv_heads, is_value, values);
   }
 }
 

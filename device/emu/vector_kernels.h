@@ -1,7 +1,7 @@
 // The inner loops of the CPU interpreter, compiled once per instruction set; the machine's best one is chosen at start.
 //
-// The order of additions of each output is fixed: 16 lanes along the reduced axis, lane i adding elements i, i + 16, ... in turn, then a
-// fixed tree over the lanes. Tiling, row count and thread count change which outputs are computed together, never that order.
+// The order of additions of each output is fixed: 16 lanes along the reduced axis, lane i adding elements i, i + 16, ... in turn,
+// then a fixed tree over the lanes. Tiling, row count and thread count change which outputs are computed together, never the order.
 // Called by reference_ops.cpp and reference_attention.cpp. Test: pytest tests/host/test_reference_ops.py
 #pragma once
 #include <program_abi.h>
@@ -40,7 +40,7 @@ struct AttendPage {       // one page of keys and values against the queries of 
 };
 
 struct VectorKernels {
-  const char* name;
+  const char* name;  // of the instruction set
   void (*dot_block)(const DotBlock& block);
   void (*attend_page)(const AttendPage& page);
   f32 (*sum_of_squares)(const f32* values, u32 num_values);

@@ -28,8 +28,8 @@ typedef u16 VecH __attribute__((vector_size(kWidth * 2)));
 typedef f32 VecMemory __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 typedef u16 VecHMemory __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
-struct Lanes16 {  // 16 values in kParts registers
-  Vec part[kParts];
+struct Lanes16 {
+  Vec part[kParts];  // 16 values
 };
 
 BK_HELPER void clear(Lanes16& lanes) {
