@@ -112,7 +112,6 @@ def compile_cubin(
         ) from error
     except Exception as error:  # cuda.core's NVRTCError, whose message holds the compiler's log
         settings = " ".join([f"-arch={arch}", f"-I{DEVICE_DIR}", *(f"-D{name}={value}" for name, value in macros)])
-        raise CompileError(
-            f"NVRTC {nvrtc_version()} refused {source}\noptions: {settings}\n{error}\n{log.getvalue()}"
-        ) from error
+        words = f"{error}\n{log.getvalue()}".replace("\0", "").strip()
+        raise CompileError(f"NVRTC {nvrtc_version()} refused {source}\noptions: {settings}\n{words}") from error
     return bytes(code.code), parse_report(log.getvalue())

@@ -58,5 +58,6 @@ def run(options: argparse.Namespace) -> int:
                 f"[dim]{finish.num_output_tokens} tokens; the first after {(first_s - start_s) * 1e3:.0f} ms{speed}; "
                 f"finished: {finish.reason}; seed {finish.seed}[/]",
                 highlight=False,
+                soft_wrap=True,
             )
     return 0

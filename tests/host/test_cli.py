@@ -74,8 +74,12 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         yield endpoint, process
     finally:
         if process.poll() is None:
-            process.kill()
-        process.communicate()
+            process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its regions stay: the assertion below fails
+            process.communicate()
     assert regions_of(engine_name) == []
 
 
