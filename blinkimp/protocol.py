@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,25 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, f
     max_tokens: Annotated[int, Meta(ge=1, le=2**32 - 1)] = 16
     stop_token_ids: Annotated[list[U32], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
     ignore_eos: bool = False
+
+
+# For programs; PROTOCOL.md says when each is sent.
+ErrorCode = Literal[
+    "bad_message",
+    "bad_sampling",
+    "too_large",
+    "prompt_empty",
+    "prompt_too_long",
+    "bad_token",
+    "bad_prompt",
+    "duplicate_id",
+    "too_many_requests",
+    "busy",
+    "draining",
+    "rejected",
+    "engine_lost",
+    "engine_error",
+]
 
 
 # ---- Client to server ------------------------------------------------------------------------------------------------
@@ -98,7 +117,7 @@ class Error(msgspec.Struct, tag="error", tag_field="type"):
     """Something was refused or has failed. `id` is nil where the message did not tell one."""
 
     id: int | None
-    code: str
+    code: str  # ErrorCode; a newer server may have others
     what: str
     got: str
     expected: str

@@ -25,7 +25,7 @@ from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
-from blinkimp.protocol import MAX_QUOTED_CHARS
+from blinkimp.protocol import MAX_QUOTED_CHARS, ErrorCode
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
 ATTACH_RETRY_S = 0.1
@@ -291,7 +291,7 @@ class EngineLink:
         return ended
 
 
-_REJECT_CODES = {
+_REJECT_CODES: dict[int, tuple[ErrorCode, str]] = {
     abi.REJECT_PROMPT_EMPTY: ("prompt_empty", "give at least one token"),
     abi.REJECT_TOO_LONG: ("prompt_too_long", "shorten the prompt or lower max_tokens"),
     abi.REJECT_BAD_SAMPLING: ("bad_sampling", "keep sampling fields within the ranges of nic_shim/PROTOCOL.md"),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.queue_pair import sampling_record
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
-from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens
+from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
 FINISH_REASONS = {reason.value: reason.name.lower() for reason in abi.FinishReason}
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd: another key for each number of tokens that a request resumes with
@@ -120,7 +120,7 @@ class LiveRequest:
             ingress_ns=time.monotonic_ns() - self.received_ns,
         )
 
-    def fail(self, code: str, what: str, got: str, expected: str, remedy: str) -> None:
+    def fail(self, code: ErrorCode, what: str, got: str, expected: str, remedy: str) -> None:
         self.end = Error(self.client_id, code, what, got, expected, remedy, final=True)
 
     def has_unsent(self) -> bool:

@@ -26,6 +26,7 @@ from blinkimp.protocol import (
     BadMessageError,
     Cancel,
     Error,
+    ErrorCode,
     GetHealth,
     GetStats,
     Health,
@@ -248,19 +249,26 @@ class MessageHandler:
                 "submit to another server, or again after the restart",
                 final=True,
             )
-        for code, what, num_unfinished, limit, flag in (
-            ("too_many_requests", "this client", len(session.requests), limits.max_requests_per_client, "per-client"),
-            ("busy", "the server", self._sessions.num_requests, limits.max_requests, "requests"),
-            ("busy", "the server (clients)", len(self._sessions.sessions) - 1, limits.max_clients, "clients"),
-        ):
+        quotas: tuple[tuple[ErrorCode, str, int, str], ...] = (
+            (
+                "too_many_requests",
+                "unfinished requests of this client",
+                len(session.requests),
+                "max_requests_per_client",
+            ),
+            ("busy", "unfinished requests of the server", self._sessions.num_requests, "max_requests"),
+            ("busy", "clients with unfinished requests", len(self._sessions.sessions) - 1, "max_clients"),
+        )
+        for code, what, num_unfinished, limit_name in quotas:
+            limit = getattr(limits, limit_name)
             if num_unfinished >= limit:
                 return _error(
                     submit.id,
                     code,
-                    f"{what} has too many unfinished",
+                    f"too many {what}",
                     str(num_unfinished),
                     f"fewer than {limit}",
-                    f"wait for some to finish, or raise the ingress's limit ({flag})",
+                    f"wait for some to finish, or raise the ingress's --{limit_name.replace('_', '-')}",
                     final=True,
                 )
         num_bytes = len(submit.prompt) if isinstance(submit.prompt, str) else 0
@@ -327,6 +335,6 @@ class MessageHandler:
 
 
 def _error(
-    request_id: int | None, code: str, what: str, got: str, expected: str, remedy: str, *, final: bool = False
+    request_id: int | None, code: ErrorCode, what: str, got: str, expected: str, remedy: str, *, final: bool = False
 ) -> Error:
     return Error(request_id, code, what, got, expected, remedy, final)

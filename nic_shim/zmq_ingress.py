@@ -116,7 +116,7 @@ class ZmqIngress:
             socket.bind(self._bind)
         except zmq.ZMQError as error:
             raise OSError(
-                f"cannot bind {self._bind}: {error.strerror}; expected a free endpoint such as tcp://127.0.0.1:5555; "
+                f"cannot bind {self._bind}: {zmq.strerror(error.errno or 0)}; expected a free endpoint such as tcp://127.0.0.1:5555; "
                 "choose another port, or stop what holds it"
             ) from error
 

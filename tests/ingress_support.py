@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zmq
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
@@ -66,13 +67,22 @@ def serve(
     limits: IngressLimits | None = None,
     bind: str = "tcp://127.0.0.1:*",
     eos_ids: Sequence[int] = (),
+    send_buffer_bytes: int = -1,
     **director_options: Any,
 ) -> Iterator[Served]:
     """A running fake engine with one ingress, both on threads of this process."""
     tokenizer = Tokenizer(write_byte_tokenizer(folder))
     script = tokenizer.encode(TEXT).tolist()
     with FakeDirector(engine_name(), script=script, eos_ids=eos_ids, vocab_size=258, **director_options) as director:
-        ingress = ZmqIngress(director.regions.engine_name, 0, bind, tokenizer, eos_ids=eos_ids, limits=limits)
+        ingress = ZmqIngress(
+            director.regions.engine_name,
+            0,
+            bind,
+            tokenizer,
+            eos_ids=eos_ids,
+            limits=limits,
+            security=lambda socket: socket.setsockopt(zmq.SNDBUF, send_buffer_bytes),
+        )
         endpoint = ingress.start()
         try:
             yield Served(director, ingress, endpoint, tokenizer, script)

@@ -1,0 +1,196 @@
+"""The sync and the async client against a running ingress: iteration, deadlines, silence, and restarts of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import zmq
+
+from blinkimp.async_client import AsyncClient
+from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from tests.ingress_support import Served, serve
+
+Result = TypeVar("Result")
+
+
+def expected_ids(served: Served, num_prompt_tokens: int, num_tokens: int) -> list[int]:
+    return [served.script[(num_prompt_tokens + i) % len(served.script)] for i in range(num_tokens)]
+
+
+def with_async_client(served: Served, use: Callable[[AsyncClient], Awaitable[Result]]) -> Result:
+    async def run() -> Result:
+        async with AsyncClient(served.endpoint, timeout_s=10) as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def restart_ingress(served: Served) -> ZmqIngress:
+    """Ends the ingress without a drain, as a crash would, and starts another at the same endpoint."""
+    served.ingress.stop()
+    assert served.ingress.join(10)
+    served.ingress = ZmqIngress(
+        served.director.regions.engine_name, 0, served.endpoint, served.tokenizer, eos_ids=served.ingress.link.eos_ids
+    )
+    served.ingress.start()
+    return served.ingress
+
+
+# ---- Sync ------------------------------------------------------------------------------------------------------------
+def test_iteration_over_chunks_text_and_tokens(tmp_path: Path) -> None:
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=10) as client:
+        assert list(client.submit("x", max_tokens=50).tokens()) == expected_ids(served, 1, 50)
+        stream = client.submit("x", max_tokens=50)
+        text = "".join(stream.text_pieces())
+        assert text == served.tokenizer.decode(expected_ids(served, 1, 50)).rstrip("\ufffd")
+        assert stream.result().text == text and stream.finish is not None
+
+
+def test_deadline_cancels(tmp_path: Path) -> None:
+    with serve(tmp_path, step_s=0.01) as served, Client(served.endpoint, timeout_s=10) as client:
+        started = time.monotonic()
+        with pytest.raises(ServerTimeoutError, match="of 2000 tokens at its deadline"):
+            client.generate("x", max_tokens=2000, deadline_s=0.2)
+        assert 0.2 <= time.monotonic() - started < 1.0
+        deadline = time.monotonic() + 5
+        while served.director.queue_pairs[0].running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert client.generate("x", max_tokens=2).num_output_tokens == 2  # the client is still good
+
+
+def test_no_server_is_a_timeout() -> None:
+    with Client("tcp://127.0.0.1:1", timeout_s=0.5) as client:
+        with pytest.raises(ServerTimeoutError, match=r"no word from tcp://127\.0\.0\.1:1 for .* s; expected"):
+            client.generate("x")
+        with pytest.raises(ServerTimeoutError):
+            client.health()
+
+
+def test_server_of_another_protocol_is_noticed() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with contextlib.closing(context.socket(zmq.ROUTER)) as router:
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        with Client(f"tcp://127.0.0.1:{port}", timeout_s=5) as client:
+            stream = client.submit("x")
+            identity, _ = router.recv_multipart()
+            router.send_multipart([identity, b"what?"])
+            with pytest.raises(ClientError, match="no message of this protocol"):
+                stream.result()
+    context.term()
+
+
+def test_client_waits_for_a_server_that_starts_later(tmp_path: Path) -> None:
+    with serve(tmp_path) as served:
+        served.ingress.stop()
+        assert served.ingress.join(10)
+        with Client(served.endpoint, timeout_s=10) as client:
+            stream = client.submit("x", max_tokens=20)
+            time.sleep(0.2)
+            restart_ingress(served)
+            assert stream.result().token_ids == expected_ids(served, 1, 20)
+
+
+def test_streams_outlive_a_restarted_server(tmp_path: Path) -> None:
+    with serve(tmp_path, step_s=0.002) as served, Client(served.endpoint, timeout_s=20) as client:
+        streams = [client.submit([7] * number, max_tokens=400, temperature=0) for number in (1, 2, 3)]
+        for stream in streams:
+            next(stream)
+        restart_ingress(served)
+        for number, stream in zip((1, 2, 3), streams, strict=True):
+            completion = stream.result()
+            assert completion.token_ids == expected_ids(served, number, 400)
+            assert completion.text == served.tokenizer.decode(completion.token_ids).rstrip("\ufffd")
+            assert (completion.num_prompt_tokens, completion.num_output_tokens) == (number, 400)
+        resumed = [request for request in served.director.queue_pairs[0].seen if request.max_tokens < 400]
+        assert len(resumed) == 3  # they went on with what they had, not from the start
+
+
+# ---- Async -----------------------------------------------------------------------------------------------------------
+def test_async_streams_run_together(tmp_path: Path) -> None:
+    with serve(tmp_path) as served:
+
+        async def use(client: AsyncClient) -> None:
+            health = await client.health()
+            assert health.status == "ok"
+            completions = await asyncio.gather(*(client.generate([7] * n, max_tokens=50) for n in range(1, 33)))
+            for number, completion in enumerate(completions, start=1):
+                assert completion.token_ids == expected_ids(served, number, 50)
+            pieces = [piece async for piece in client.submit("x", max_tokens=50).text_pieces()]
+            assert len(pieces) > 5
+            tokens = [token async for token in client.submit("x", max_tokens=50).tokens()]
+            assert tokens == expected_ids(served, 1, 50)
+            assert (await client.stats()).ingress["requests"] == 34
+
+        with_async_client(served, use)
+
+
+def test_async_cancel_deadline_and_early_exit(tmp_path: Path) -> None:
+    with serve(tmp_path, step_s=0.005) as served:
+
+        async def use(client: AsyncClient) -> None:
+            stream = client.submit("x", max_tokens=2000)
+            await anext(aiter(stream))
+            stream.cancel()
+            assert (await stream.result()).finish_reason == "cancelled"
+            with pytest.raises(ServerTimeoutError, match="at its deadline"):
+                await client.generate("x", max_tokens=2000, deadline_s=0.1)
+            async with client.submit("x", max_tokens=2000) as left_early:
+                await anext(aiter(left_early))
+            deadline = time.monotonic() + 5
+            while served.director.queue_pairs[0].running:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            with pytest.raises(RequestRefusedError) as caught:
+                await client.generate("x", max_tokens=5000)
+            assert caught.value.code == "prompt_too_long"
+            with pytest.raises(ValueError, match="expected fields out of"):
+                client.submit("x", banana=1)
+
+        with_async_client(served, use)
+
+
+def test_async_task_cancellation_leaves_the_client_good(tmp_path: Path) -> None:
+    with serve(tmp_path, step_s=0.005) as served:
+
+        async def use(client: AsyncClient) -> None:
+            task = asyncio.create_task(client.generate("x", max_tokens=2000))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await client.generate("x", max_tokens=2)).num_output_tokens == 2
+
+        with_async_client(served, use)
+
+
+def test_async_streams_outlive_a_restarted_server(tmp_path: Path) -> None:
+    with serve(tmp_path, step_s=0.002) as served:
+
+        async def use(client: AsyncClient) -> None:
+            streams = [client.submit([7] * number, max_tokens=400, temperature=0) for number in (1, 2)]
+            for stream in streams:
+                await anext(aiter(stream))
+            await asyncio.to_thread(restart_ingress, served)
+            for number, stream in zip((1, 2), streams, strict=True):
+                assert (await stream.result()).token_ids == expected_ids(served, number, 400)
+
+        with_async_client(served, use)
+
+
+def test_async_silence_is_a_timeout() -> None:
+    async def run() -> None:
+        async with AsyncClient("tcp://127.0.0.1:1", timeout_s=0.5) as client:
+            with pytest.raises(ServerTimeoutError):
+                await client.generate("x")
+            with pytest.raises(ServerTimeoutError):
+                await client.stats()
+
+    asyncio.run(run())

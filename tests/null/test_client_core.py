@@ -1,0 +1,163 @@
+"""The clients' shared core against a server made of plain calls: reconnection, silence, cancel, refusal. Time is a number here."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from blinkimp.client_core import ClientCore, ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.protocol import (
+    Alive,
+    AliveReply,
+    Cancel,
+    ClientMessage,
+    Error,
+    Finish,
+    GetHealth,
+    ServerMessage,
+    Submit,
+    Tokens,
+    decode_client_message,
+    encode_server_messages,
+)
+
+
+class Wire:
+    """What the core sends, and a connection that can be cut."""
+
+    def __init__(self) -> None:
+        self.is_up = True
+        self.sent: list[ClientMessage] = []
+        self.core = ClientCore("test", self.send, timeout_s=10, now=0.0)
+
+    def send(self, frame: bytes) -> bool:
+        if self.is_up:
+            self.sent.append(decode_client_message(frame))
+        return self.is_up
+
+    def receive(self, *messages: ServerMessage, now: float = 0.0) -> None:
+        self.core.handle(encode_server_messages(list(messages)), now)
+
+    def take(self) -> list[ClientMessage]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+def finish(request_id: int, num_output_tokens: int, reason: str = "length") -> Finish:
+    return Finish(request_id, reason, 2, num_output_tokens, 5, 1, 2, 3, 4)
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+def test_submit_stream_finish(wire: Wire) -> None:
+    state = wire.core.submit("hi", {"max_tokens": 3, "temperature": 0}, 0.0, stream=True, detokenize=True)
+    (message,) = wire.take()
+    assert isinstance(message, Submit) and message.prompt == "hi" and message.sampling.max_tokens == 3
+    wire.receive(Tokens(message.id, 0, [5, 6], [-1.0, -2.0], "ab"))
+    wire.receive(Tokens(message.id, 2, [7], [-3.0], "c"), finish(message.id, 3))
+    completion = state.completion(list(state.chunks))
+    assert (completion.text, completion.token_ids, completion.logprobs) == ("abc", [5, 6, 7], [-1.0, -2.0, -3.0])
+    assert completion.finish_reason == "length" and not wire.core.is_busy
+
+
+def test_unknown_sampling_field_is_refused_before_anything_is_sent(wire: Wire) -> None:
+    with pytest.raises(ValueError, match=r"unknown field `temprature`.*expected fields out of temperature"):
+        wire.core.submit("hi", {"temprature": 1}, 0.0, stream=True, detokenize=True)
+    assert wire.take() == [] and not wire.core.is_busy
+
+
+def test_lost_connection_resumes_under_a_new_id(wire: Wire) -> None:
+    state = wire.core.submit([1, 2], {"max_tokens": 4}, 0.0, stream=True, detokenize=True)
+    (first,) = wire.take()
+    assert isinstance(first, Submit)
+    old_id = first.id
+    wire.receive(Tokens(old_id, 0, [5, 6], [-1.0, -1.0], "ab"))
+    wire.core.tick(1.0)
+    (alive,) = wire.take()
+    assert isinstance(alive, Alive) and alive.ids == [old_id]
+    wire.receive(AliveReply(unknown_ids=[old_id]), now=1.0)
+    (again,) = wire.take()
+    assert isinstance(again, Submit) and again.id != old_id and again.delivered_ids == [5, 6]
+    wire.receive(AliveReply(unknown_ids=[old_id]))  # a second answer about the old id starts nothing
+    wire.receive(Tokens(old_id, 2, [9], [-1.0], "stale"))  # still in the old connection's pipe
+    assert wire.take() == []
+    wire.receive(Tokens(again.id, 2, [7, 8], [-1.0, -1.0], "cd"), finish(again.id, 4))
+    completion = state.completion(list(state.chunks))
+    assert (completion.text, completion.token_ids) == ("abcd", [5, 6, 7, 8])  # I1
+
+
+def test_submit_without_a_connection_goes_out_later(wire: Wire) -> None:
+    wire.is_up = False
+    wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    wire.core.tick(1.0)
+    wire.is_up = True
+    wire.core.tick(2.0)
+    submit, alive = wire.take()
+    assert isinstance(submit, Submit) and isinstance(alive, Alive) and alive.ids == [submit.id]
+
+
+def test_silence_ends_everything(wire: Wire) -> None:
+    state = wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    call = wire.core.ask(GetHealth, 0.0)
+    for now in range(1, 10):
+        wire.core.tick(float(now))
+    assert state.failure is None
+    wire.core.tick(10.5)
+    assert isinstance(state.failure, ServerTimeoutError) and isinstance(call.failure, TimeoutError)
+    assert "no word from test for 10.5 s" in str(state.failure)
+    state = wire.core.submit("hi", {}, 100.0, stream=True, detokenize=True)  # silence before it does not count
+    wire.core.tick(105.0)
+    assert state.failure is None
+
+
+def test_cancel_of_a_request_that_no_server_knows_ends_it(wire: Wire) -> None:
+    state = wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    wire.core.cancel(state)
+    submit, cancel = wire.take()
+    assert isinstance(submit, Submit) and isinstance(cancel, Cancel) and cancel.id == submit.id
+    wire.receive(AliveReply(unknown_ids=[submit.id]))
+    assert wire.take() == [] and state.finish is not None and state.finish.reason == "cancelled"
+
+
+def test_cancel_without_a_connection_goes_out_later(wire: Wire) -> None:
+    state = wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    wire.is_up = False
+    wire.core.cancel(state)
+    wire.is_up = True
+    wire.core.tick(1.0)
+    assert [type(message) for message in wire.take()] == [Submit, Cancel, Alive]
+
+
+def test_refusals_end_what_they_are_about(wire: Wire) -> None:
+    state = wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    request_id = state.submit.id
+    error = Error(request_id, "duplicate_id", "what", "got", "expected", "remedy", final=False)
+    wire.receive(error)
+    assert not state.is_ended
+    wire.receive(Error(None, "bad_message", "what", "got", "expected", "remedy", final=False))
+    wire.receive(Error(request_id, "busy", "what", "got", "expected", "remedy", final=True))
+    assert isinstance(state.failure, RequestRefusedError) and state.failure.code == "busy"
+    assert str(state.failure) == "what: got got, expected expected; remedy [busy]"
+
+
+def test_gap_in_the_output_is_an_error(wire: Wire) -> None:
+    state = wire.core.submit("hi", {}, 0.0, stream=True, detokenize=True)
+    wire.receive(Tokens(state.submit.id, 1, [5], [-1.0], "a"))
+    assert isinstance(state.failure, ClientError) and "output position 1" in str(state.failure)
+
+
+def test_other_protocols_are_noticed(wire: Wire) -> None:
+    for payload in (
+        b"HTTP/1.1 400",
+        msgspec.msgpack.encode({"type": "tokens"}),
+        msgspec.msgpack.encode([{"type": "?"}]),
+    ):
+        with pytest.raises(ClientError, match="no message of this protocol"):
+            wire.core.handle(payload, 0.0)
+
+
+def test_new_fields_of_a_newer_server_are_ignored(wire: Wire) -> None:
+    wire.core.handle(msgspec.msgpack.encode([{"type": "alive", "unknown_ids": [], "motd": "hello"}]), 0.0)

@@ -1,0 +1,186 @@
+"""Detokenisation one token at a time: whole characters only (I1), and nothing lost or doubled (I2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from blinkimp.nic_shim.tokenizer import (
+    MAX_HELD_TOKENS,
+    REPLACEMENT,
+    IncrementalDetokenizer,
+    Tokenizer,
+    TokenizerError,
+    chat_prompt,
+    read_eos_ids,
+)
+from tests.ingress_support import write_byte_tokenizer
+
+TEXTS = [
+    "hello",
+    "naïve café",
+    "😀😁",
+    "👨‍👩‍👧 family",
+    "日本語のテキスト",
+    "",
+    "a\ufffdb",
+    "e\u0301",
+    " leading",
+    "tab\tnew\n",
+]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+@pytest.fixture(scope="module")
+def merged_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Byte-level BPE with merges, some of which join the end of one character with the start of the next."""
+    tokenizer = HfTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["日本語 日本 本語 😀😁😀 naïve café the then there"] * 20, trainer)
+    path = tmp_path_factory.mktemp("merged") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As of Llama 2: spaces as a symbol, bytes as tokens where a character is unknown, a leading space that is dropped."""
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.", "▁the"]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = HfTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    path = tmp_path_factory.mktemp("metaspace") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return Tokenizer(path)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], prompt_ids: list[int] | None = None) -> list[str]:
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids or [])
+    return [*(detokenizer.push(token) for token in ids), detokenizer.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("which", ["byte_tokenizer", "merged_tokenizer"])
+def test_text_comes_back_in_whole_characters(text: str, which: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    ids = tokenizer.encode(text).tolist()
+    got = pieces(tokenizer, ids)
+    assert "".join(got) == text
+    assert all(REPLACEMENT not in piece for piece in got) or REPLACEMENT in text
+
+
+@pytest.mark.parametrize("which", ["byte_tokenizer", "merged_tokenizer"])
+def test_a_character_cut_by_the_end_is_left_out(which: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    ids = tokenizer.encode("abc ").tolist() + Tokenizer.encode(tokenizer, "€").tolist()[:1]
+    got = pieces(tokenizer, ids)
+    assert "".join(got).startswith("abc ") and REPLACEMENT not in "".join(got)
+
+
+def test_half_a_character_is_never_emitted(byte_tokenizer: Tokenizer) -> None:
+    ids = byte_tokenizer.encode("x😀y").tolist()
+    assert pieces(byte_tokenizer, ids) == ["x", "", "", "", "😀", "y", ""]
+
+
+def test_invalid_bytes_are_replaced_once_they_are_certain(byte_tokenizer: Tokenizer) -> None:
+    emoji, letters = byte_tokenizer.encode("😀").tolist(), byte_tokenizer.encode("ab").tolist()
+    ids = emoji[:2] + letters
+    assert "".join(pieces(byte_tokenizer, ids)) == byte_tokenizer.decode(ids) == f"{REPLACEMENT}ab"
+
+
+def test_garbage_is_cheap_and_does_not_stick(byte_tokenizer: Tokenizer) -> None:
+    stray = byte_tokenizer.encode("é").tolist()[1]  # a continuation byte
+    ids = [stray] * (10 * MAX_HELD_TOKENS) + byte_tokenizer.encode("then text 😀").tolist()
+    assert "".join(pieces(byte_tokenizer, ids)).endswith("then text 😀")
+
+
+def test_special_tokens_have_no_text(byte_tokenizer: Tokenizer) -> None:
+    ids = [0, *byte_tokenizer.encode("ab").tolist(), 1]
+    assert "".join(pieces(byte_tokenizer, ids)) == "ab"
+
+
+def test_unknown_ids_do_no_harm(byte_tokenizer: Tokenizer) -> None:
+    ids = [999_999, *byte_tokenizer.encode("ab").tolist()]
+    assert "".join(pieces(byte_tokenizer, ids)) == "ab"
+
+
+def test_first_token_keeps_its_space_after_a_prompt(metaspace_tokenizer: Tokenizer) -> None:
+    ids = metaspace_tokenizer.encode("abc the def").tolist()
+    for cut in range(1, len(ids)):
+        before = metaspace_tokenizer.decode(ids[:cut])
+        assert before + "".join(pieces(metaspace_tokenizer, ids[cut:], ids[:cut])) == "abc the def"
+
+
+def test_byte_fallback_characters(metaspace_tokenizer: Tokenizer) -> None:
+    ids = metaspace_tokenizer.encode("a 😀 é b").tolist()
+    got = pieces(metaspace_tokenizer, ids)
+    assert "".join(got) == "a 😀 é b" and all(REPLACEMENT not in piece for piece in got)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(max_size=40), cut=st.integers(0, 200))
+def test_any_text_from_any_cut(merged_tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = merged_tokenizer.encode(text).tolist()[:cut]
+    whole = merged_tokenizer.decode(ids)
+    joined = "".join(pieces(merged_tokenizer, ids))
+    assert whole.startswith(joined) and set(whole[len(joined) :]) <= {REPLACEMENT}  # I2
+    assert not joined.endswith(REPLACEMENT) or joined == whole or REPLACEMENT in text
+
+
+@settings(deadline=None, max_examples=200)
+@given(ids=st.lists(st.integers(0, 257), max_size=200))
+def test_any_tokens_never_fail(byte_tokenizer: Tokenizer, ids: list[int]) -> None:
+    joined = "".join(pieces(byte_tokenizer, ids))
+    whole = byte_tokenizer.decode(ids)
+    strip = str.maketrans("", "", REPLACEMENT)
+    if len(ids) < MAX_HELD_TOKENS:
+        assert whole.startswith(joined) and set(whole[len(joined) :]) <= {REPLACEMENT}
+    assert joined.translate(strip) in whole.translate(strip)
+
+
+def test_missing_and_broken_files_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        TokenizerError, match=r"no tokenizer at .*tokenizer\.json; expected .*; give its folder or file"
+    ):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"cannot be read: .*; expected a tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_eos_ids_of_a_checkpoint(tmp_path: Path) -> None:
+    assert read_eos_ids(tmp_path) == ()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert read_eos_ids(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128009]}))
+    assert read_eos_ids(tmp_path) == (128001, 128009)
+    (tmp_path / "generation_config.json").write_text("broken")
+    assert read_eos_ids(tmp_path) == (2,)
+
+
+def test_chat_prompt() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
+    assert chat_prompt(messages) == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+    with pytest.raises(ValueError, match="expected role"):
+        chat_prompt([{"role": "robot", "content": "x"}])
+
+
+def test_special_tokens_in_text_are_recognised(byte_tokenizer: Tokenizer) -> None:
+    assert byte_tokenizer.encode("</s>").tolist() == [1]
