@@ -32,6 +32,7 @@ from blinkimp.ring_abi import DType
 # half a millisecond keeps an idle engine below 5 % of one CPU, and the first request of a quiet time waits a quarter on average.
 IDLE_SLEEP_NS: Final = 500_000
 EXIT_STOPPED, EXIT_NOT_STARTED, EXIT_FAULTED = 0, 2, 3
+_RUN_NO_THREADS: Final = 2  # bk_emulated_device_run
 ALIGN_BYTES: Final = 64
 
 
@@ -79,6 +80,8 @@ def library() -> ctypes.CDLL:
     loaded = native.load()
     loaded.bk_emulated_workspace_bytes.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)]
     loaded.bk_emulated_workspace_bytes.restype = None
+    loaded.bk_emulated_device_check.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64]
+    loaded.bk_emulated_device_check.restype = ctypes.c_int
     loaded.bk_emulated_device_run.argtypes = [ctypes.c_void_p]
     loaded.bk_emulated_device_run.restype = ctypes.c_int
     return loaded
@@ -148,10 +151,20 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
     engine_page = open_engine_page(order.engine_name, writable=True)
     queue_pairs = [open_queue_pair(order.engine_name, idx) for idx in range(order.sizes.num_queue_pairs)]
     params = build_params(order, model, memory, engine_page, queue_pairs)
-    emit(Event(stage="running", done=1, total=1))
+    check_params(params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
-    faulted: int = library().bk_emulated_device_run(params.ctypes.data)
-    return EXIT_FAULTED if faulted else EXIT_STOPPED
+    outcome = library().bk_emulated_device_run(params.ctypes.data)
+    if outcome == _RUN_NO_THREADS:
+        num_threads = int(params["num_workers"][0])
+        raise RuntimeError(f"the system refused {num_threads} worker threads; lower num_threads, or raise `ulimit -u`")
+    return EXIT_FAULTED if outcome else EXIT_STOPPED
+
+
+def check_params(params: np.ndarray[Any, Any]) -> None:
+    """Raises unless the CPU interpreter can run this program."""
+    message = ctypes.create_string_buffer(512)
+    if library().bk_emulated_device_check(params.ctypes.data, message, len(message)):
+        raise RuntimeError(f"the CPU interpreter cannot run this program: {message.value.decode()}")
 
 
 def main() -> int:

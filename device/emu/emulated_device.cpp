@@ -2,12 +2,16 @@
 //
 //   poll -> plan -> [run the program on params.num_workers threads] -> commit -> publish, until COMMAND_STOP is carried out
 //
+// As on the GPU, the director goes on polling and publishing while a long step runs: Pulse does it, from a thread of its own.
 // Called by host/emulated_process.py, in a process of its own, with EngineParams over that process's memory.
 // Test: pytest tests/host/test_engine.py
 #include <emu/reference_ops.h>
 
 #include <director.cuh>
 
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -18,21 +22,23 @@ namespace {
 // An idle director goes on looking for this long before it sleeps between looks: the answer to a token often brings the next request.
 constexpr u64 kIdleSpinNs = 50'000;
 constexpr u32 kFirstSleepNs = 20'000;
+constexpr u64 kPulseNs = 50'000'000;
 
 // Threads 1 .. num_workers - 1 of the interpreter; thread 0 is the director's own.
 class WorkerThreads {
  public:
   explicit WorkerThreads(const EngineParams& params) : params_(params), barrier_(params.num_workers) {
-    for (u32 thread_idx = 1; thread_idx < params.num_workers; ++thread_idx) {
-      threads_.emplace_back([this, thread_idx] { work(thread_idx); });
+    try {
+      for (u32 thread_idx = 1; thread_idx < params.num_workers; ++thread_idx) {
+        threads_.emplace_back([this, thread_idx] { work(thread_idx); });
+      }
+    } catch (...) {
+      leave();  // those that could be made
+      throw;
     }
   }
 
-  ~WorkerThreads() {
-    plan_ = nullptr;
-    steps_.advance();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~WorkerThreads() { leave(); }
 
   WorkerThreads(const WorkerThreads&) = delete;
   WorkerThreads& operator=(const WorkerThreads&) = delete;
@@ -45,9 +51,16 @@ class WorkerThreads {
   }
 
  private:
+  void leave() {
+    plan_ = nullptr;
+    steps_.advance();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void work(u32 thread_idx) {
+    u64 spin_ns = kMostSpinNs;
     for (u64 step = 1;; ++step) {
-      steps_.wait_for(step);  // asleep in the kernel while the engine is idle
+      steps_.wait_for(step, &spin_ns);  // asleep in the kernel while the engine is idle
       const StepPlan* plan = plan_;
       if (plan == nullptr) return;
       run_program(params_, *plan, thread_idx, barrier_);
@@ -59,6 +72,52 @@ class WorkerThreads {
   GenerationWord steps_;            // writer: the director's thread; readers: the others
   const StepPlan* plan_ = nullptr;  // of the step that runs; null: leave
   std::vector<std::thread> threads_;
+};
+
+// Polls and publishes during a step: heartbeats, answers to pings, acknowledgements. A prompt of thousands of tokens takes seconds here.
+// I1  director_ is held by whoever calls the director: the loop's thread, except while the workers run; then this one, for a moment.
+class Pulse {
+ public:
+  explicit Pulse(const EngineParams& params) : params_(params), loop_(director_), thread_([this] { run(); }) {}
+
+  ~Pulse() {
+    stops_ = true;
+    loop_.unlock();
+    wake_.notify_one();
+    thread_.join();
+  }
+
+  Pulse(const Pulse&) = delete;
+  Pulse& operator=(const Pulse&) = delete;
+
+  template <typename Step>
+  void during(Step&& step) {
+    step_runs_ = true;
+    loop_.unlock();
+    step();
+    loop_.lock();  // waits for a poll at most
+    step_runs_ = false;
+  }
+
+ private:
+  void run() {
+    const Lanes lanes = Lanes::single();
+    std::unique_lock<std::mutex> lock(director_);
+    while (!stops_) {
+      wake_.wait_for(lock, std::chrono::nanoseconds(kPulseNs));
+      if (stops_ || !step_runs_) continue;
+      director_poll(params_, lanes);
+      director_publish(params_, lanes);
+    }
+  }
+
+  const EngineParams& params_;
+  std::mutex director_;
+  std::condition_variable wake_;
+  std::unique_lock<std::mutex> loop_;  // the loop's hold on director_
+  bool step_runs_ = false;             // under director_
+  bool stops_ = false;                 // under director_
+  std::thread thread_;                 // last: it uses all of the above
 };
 
 // Spins for a moment, then sleeps, each time twice as long, up to idle_sleep_ns.
@@ -111,6 +170,7 @@ int bk_emulated_device_run(const EngineParams* params) try {
   const Lanes lanes = Lanes::single();
   WorkerThreads workers(*params);
   IdleBackoff idle(params->idle_sleep_ns);
+  Pulse pulse(*params);
   director_init(*params, lanes);
   for (u64 step = 0; !fault_recorded(*params);) {
     director_poll(*params, lanes);
@@ -118,7 +178,7 @@ int bk_emulated_device_run(const EngineParams* params) try {
     const u32 num_rows = director_plan(*params, lanes, plan);
     if (plan->flags & kPlanExit) return 0;
     if (num_rows > 0) {
-      workers.run(*plan);
+      pulse.during([&] { workers.run(*plan); });
       if (fault_recorded(*params)) break;  // the step is not whole: nothing of it may be committed
       director_commit(*params, lanes, plan);
       idle.was_busy();

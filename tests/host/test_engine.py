@@ -216,6 +216,25 @@ def test_one_stream_of_the_embedded_model_is_fast_enough() -> None:
     assert batch_rate > max(rates)
 
 
+def test_director_goes_on_during_a_long_step() -> None:
+    options = {"max_step_tokens": 2048, "prefill_chunk_tokens": 2048, "num_threads": 1}
+    with running_engine("embedded", **options) as engine, PortClient(engine.config.engine_name, 0) as client:
+        prompt = [int(token) for token in np.random.default_rng(1).integers(3, engine.model.vocab, 2000)]
+        stream = client.streams[client.submit(prompt, 1)]
+        heartbeat, changed_at, longest_s, num_pongs = -1, time.monotonic(), 0.0, 0
+        while stream.end is None:
+            client.port.try_ping(1, 0)
+            num_pongs += client.poll(0.01)
+            now, seen = time.monotonic(), engine.status()["heartbeat"]
+            if seen != heartbeat:
+                longest_s, heartbeat, changed_at = max(longest_s, now - changed_at), seen, now
+        step_s = engine.status()["step_ns_last"] / 1e9
+    print(f"step of {len(prompt)} rows: {step_s:.2f} s, longest pause of the heartbeat {longest_s:.3f} s")
+    assert step_s > 0.3, "the step must be long for this test to say anything"
+    assert longest_s < max(0.25, step_s / 3)
+    assert num_pongs > 3, "pings are answered while it runs"
+
+
 # ---- Start and stop ------------------------------------------------------------------------------------------------
 def test_drain_finishes_what_runs_and_rejects_what_comes(tiny: Path) -> None:
     with running_engine(tiny, num_threads=1) as engine, PortClient(engine.config.engine_name, 0) as client:
