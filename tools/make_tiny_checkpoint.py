@@ -103,6 +103,18 @@ def make_checkpoint(case: Case, folder: Path, dtype: str = "float32", seed: int 
     return model
 
 
+def load_widened(folder: Path) -> Any:
+    """The checkpoint as an fp32 torch.nn.Module. Unlike module.float(), it keeps the rotary frequencies in full precision."""
+    import torch
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=sorted(CASES))

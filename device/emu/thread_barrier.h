@@ -44,6 +44,11 @@ struct alignas(64) GenerationWord {
     if (seen & 1) syscall(SYS_futex, futex_word(), FUTEX_WAKE_PRIVATE, 0x7fffffff, nullptr, nullptr, 0);
   }
 
+  void wait_for(u64 wanted) {
+    u64 spin_ns = kMostSpinNs;
+    wait_for(wanted, &spin_ns);
+  }
+
   // *spin_ns: the waiting thread's own budget, kept from wait to wait.
   void wait_for(u64 wanted, u64* spin_ns) {
     for (u32 poll = 0; poll < kPollsPerClock; ++poll) {

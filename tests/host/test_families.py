@@ -57,7 +57,8 @@ def test_half_precision_checkpoints_are_widened_exactly(dtype: str, tmp_path: Pa
     """compute f32 on stored halves: as close to transformers in fp32 as an fp32 checkpoint is."""
     import torch
 
-    reference = tiny.make_checkpoint(tiny.CASES["qwen2"], tmp_path, dtype).float()
+    tiny.make_checkpoint(tiny.CASES["qwen2"], tmp_path, dtype)
+    reference = tiny.load_widened(tmp_path)
     model = load_model(tmp_path, HostTarget(), compute="f32")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, 90).tolist()
     got = ReferenceRunner(model, num_requests=1, max_batch=90).step([Chunk(0, tokens, sample="all")]).logits
@@ -70,7 +71,8 @@ def test_bf16_compute_stays_within_bf16_of_fp32(tmp_path: Path) -> None:
     """auto takes bf16 for a bf16 checkpoint. Three layers of rounding at 2^-9 move logits of spread 1 by some hundredths."""
     import torch
 
-    reference = tiny.make_checkpoint(tiny.CASES["llama3"], tmp_path, "bfloat16").float()
+    tiny.make_checkpoint(tiny.CASES["llama3"], tmp_path, "bfloat16")
+    reference = tiny.load_widened(tmp_path)
     model = load_model(tmp_path, HostTarget())
     assert model.compute == DType.BF16 and int(model.dims[0]["kv_dtype"]) == DType.BF16
     tokens = np.random.default_rng(0).integers(0, model.config.vocab, 90).tolist()
