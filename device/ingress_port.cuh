@@ -95,14 +95,14 @@ BK_INLINE HeaderCheck check_queue_pair_header(const QueuePairHeader& header, u64
 
 // A claimed submission: private until commit(); dropping it is the abort, for nothing has been published.
 struct SubmissionClaim {
-  SubmissionEntry* entry;
-  RequestBody* body;   // in the arena, body_bytes long; null for an operation without a body
-  u64 arena_pos;       // monotonic position of `body`
+  SubmissionEntry* entry;  // in the ring, ours until commit()
+  RequestBody* body;       // in the arena, body_bytes long; null for an operation without a body
+  u64 arena_pos;           // monotonic position of `body`
   u32 body_bytes;
 };
 
 struct IngressPort {
-  QueuePair* queue_pair;          // start of the region
+  QueuePair* queue_pair;          // start of the region, the engine's memory
   SubmissionEntry* submissions;   // [num_submissions]
   CompletionEntry* completions;   // [num_completions]
   u8* arena;                      // [arena_bytes]

@@ -1,5 +1,7 @@
 """What the tests of the ingress and of the clients share: a byte-level tokenizer, a fake engine with an ingress in this process.
 
+Used by tests/host/test_zmq_ingress.py, test_ingress_*.py, test_clients.py.
+
 Token ids of the tokenizer: 0 is `<s>`, 1 is `</s>`, then one token per byte, so every character beyond ASCII is split over tokens.
 """
 
@@ -7,20 +9,28 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
 import zmq
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
+from blinkimp import ring_abi as abi
+from blinkimp.host.shared_memory import QueuePairGeometry
 from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
-from tests.fake_director import FakeDirector
+from blinkimp.protocol import ServerMessage, decode_server_messages
+from tests.fake_director import FakeDirector, FakeQueuePair
 
 EOS_ID = 1
 TEXT = "naïve café 😀 👨‍👩‍👧 日本語 — done. "  # what the scripted model says, over and over
@@ -41,12 +51,6 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 def engine_name() -> str:
     return f"test-{os.getpid()}-{secrets.token_hex(3)}"
-
-
-def script_text(tokenizer: Tokenizer, script: Sequence[int], num_prompt_tokens: int, num_tokens: int) -> str:
-    """What the scripted model's output decodes to, less an incomplete character at its end."""
-    ids = [script[(num_prompt_tokens + i) % len(script)] for i in range(num_tokens)]
-    return tokenizer.decode(ids).rstrip("\ufffd")
 
 
 @dataclass
@@ -89,3 +93,81 @@ def serve(
         finally:
             ingress.stop()
             assert ingress.join(10), "the ingress's loop does not end"
+
+
+def expected_ids(served: Served, num_prompt_tokens: int, num_tokens: int) -> list[int]:
+    return [served.script[(num_prompt_tokens + i) % len(served.script)] for i in range(num_tokens)]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out: {what}"
+        time.sleep(0.005)
+
+
+def encoded(**fields: Any) -> bytes:
+    """A `submit` as bytes; fields may be wrong on purpose."""
+    return msgspec.msgpack.encode({"type": "submit", "id": 1, "prompt": "x"} | fields)
+
+
+class RawClient:
+    """A DEALER socket that sends what it is told to."""
+
+    def __init__(self, endpoint: str, *, recv_hwm: int = 1000, recv_bytes: int = -1) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, recv_hwm)
+        self.socket.setsockopt(zmq.RCVBUF, recv_bytes)
+        self.socket.connect(endpoint)
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def send_message(self, message: Any) -> None:
+        self.send(msgspec.msgpack.encode(message))
+
+    def receive(self, timeout_s: float = 5.0) -> list[ServerMessage]:
+        if not self.socket.poll(int(timeout_s * 1000)):
+            raise TimeoutError("no frame from the server")
+        return decode_server_messages(self.socket.recv())
+
+    def receive_until(self, wanted: Callable[[ServerMessage], bool]) -> list[ServerMessage]:
+        messages: list[ServerMessage] = []
+        while not any(wanted(message) for message in messages):
+            messages += self.receive()
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- The queue pair alone ---------------------------------------------------------------------------------------------
+SMALL_RINGS = QueuePairGeometry(num_submissions=4, num_completions=8, arena_bytes=4096)
+
+
+def prompt(num_tokens: int, first: int = 1) -> npt.NDArray[np.uint32]:
+    return np.arange(first, first + num_tokens, dtype=np.uint32)
+
+
+def kind_of(entry: np.void) -> int:
+    return int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT & 0xFF
+
+
+def reason_of(entry: np.void) -> int:
+    return int(entry["commit"]) >> abi.COMMIT_REASON_SHIFT & 0xFF
+
+
+def attach(port: QueuePairPort, queue_pair: FakeQueuePair) -> None:
+    assert port.try_attach() == PortStatus.OK
+    assert port.attach_answered() == PortStatus.PENDING
+    queue_pair.poll()
+    assert port.attach_answered() == PortStatus.OK

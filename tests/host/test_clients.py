@@ -1,4 +1,7 @@
-"""The sync and the async client against a running ingress: iteration, deadlines, silence, and restarts of the server."""
+"""The sync and the async client against a running ingress: iteration, deadlines, silence, and restarts of the server.
+
+Run: pytest tests/host/test_clients.py
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,9 @@ import zmq
 from blinkimp.async_client import AsyncClient
 from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
-from tests.ingress_support import Served, serve
+from tests.ingress_support import Served, expected_ids, serve
 
 Result = TypeVar("Result")
-
-
-def expected_ids(served: Served, num_prompt_tokens: int, num_tokens: int) -> list[int]:
-    return [served.script[(num_prompt_tokens + i) % len(served.script)] for i in range(num_tokens)]
 
 
 def with_async_client(served: Served, use: Callable[[AsyncClient], Awaitable[Result]]) -> Result:

@@ -1,26 +1,23 @@
 """The ingress end of a queue pair against a director in Python: laps, arena wrap, back-pressure, attach, drop, takeover.
 
 Invariants cited are those of device/ingress_port.cuh. A failing test prints the ring's words (QueuePairPort.dump).
+
+Run: pytest tests/host/test_ingress_port.py
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from blinkimp import ring_abi as abi
-from blinkimp.host.shared_memory import QueuePairGeometry, SharedMemoryError
+from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.nic_shim.queue_pair import (
     AttachTimeoutError,
     PortStatus,
@@ -31,31 +28,14 @@ from blinkimp.nic_shim.queue_pair import (
     check_header,
     sampling_record,
 )
-from tests.fake_director import DEFAULT_SCRIPT, FakeDirector, FakeQueuePair
+from tests.fake_director import DEFAULT_SCRIPT, FakeDirector
+from tests.ingress_support import SMALL_RINGS, attach, engine_name, kind_of, prompt
 from tests.support import ROOT
-
-SMALL = QueuePairGeometry(num_submissions=4, num_completions=8, arena_bytes=4096)
-
-
-def engine_name() -> str:
-    return f"test-{os.getpid()}-{secrets.token_hex(3)}"
-
-
-def prompt(num_tokens: int, first: int = 1) -> npt.NDArray[np.uint32]:
-    return np.arange(first, first + num_tokens, dtype=np.uint32)
-
-
-def kind_of(entry: np.void) -> int:
-    return int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT & 0xFF
-
-
-def reason_of(entry: np.void) -> int:
-    return int(entry["commit"]) >> abi.COMMIT_REASON_SHIFT & 0xFF
 
 
 @pytest.fixture
 def director() -> Iterator[FakeDirector]:
-    fake = FakeDirector(engine_name(), geometry=SMALL, num_queue_pairs=2)  # not started: the test turns it
+    fake = FakeDirector(engine_name(), geometry=SMALL_RINGS, num_queue_pairs=2)  # not started: the test turns it
     yield fake
     fake.close()
 
@@ -65,13 +45,6 @@ def port(director: FakeDirector) -> Iterator[QueuePairPort]:
     with QueuePairPort.open(director.regions.engine_name, 0) as attached:
         attach(attached, director.queue_pairs[0])
         yield attached
-
-
-def attach(port: QueuePairPort, queue_pair: FakeQueuePair) -> None:
-    assert port.try_attach() == PortStatus.OK
-    assert port.attach_answered() == PortStatus.PENDING
-    queue_pair.poll()
-    assert port.attach_answered() == PortStatus.OK
 
 
 # ---- Attach ----------------------------------------------------------------------------------------------------------
@@ -228,7 +201,7 @@ def test_request_arrives_whole(director: FakeDirector, port: QueuePairPort) -> N
 
 
 def test_wrap_at_lap_boundary(director: FakeDirector, port: QueuePairPort) -> None:
-    for lap_request in range(5 * SMALL.num_submissions + 1):  # the parity of entry 0 changes at each lap
+    for lap_request in range(5 * SMALL_RINGS.num_submissions + 1):  # the parity of entry 0 changes at each lap
         assert port.try_ping(lap_request, client_ns=1000 + lap_request) == PortStatus.OK
         director.turn()
         (pong,) = port.poll()
@@ -238,17 +211,17 @@ def test_wrap_at_lap_boundary(director: FakeDirector, port: QueuePairPort) -> No
 
 
 def test_full_ring_is_a_result(director: FakeDirector, port: QueuePairPort) -> None:
-    for request_id in range(SMALL.num_submissions):
+    for request_id in range(SMALL_RINGS.num_submissions):
         assert port.try_cancel(request_id) == PortStatus.OK
     assert port.try_cancel(99) == PortStatus.RING_FULL
     assert port.try_submit(99, prompt(3), sampling_record(), max_tokens=1) == PortStatus.RING_FULL
     director.queue_pairs[0].poll()
-    assert director.queue_pairs[0].num_cancels == SMALL.num_submissions  # I2: none was overwritten
+    assert director.queue_pairs[0].num_cancels == SMALL_RINGS.num_submissions  # I2: none was overwritten
     assert port.try_cancel(99) == PortStatus.OK
 
 
 def test_full_arena_is_a_result(director: FakeDirector, port: QueuePairPort) -> None:
-    num_tokens = SMALL.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4  # body of exactly half of the arena
+    num_tokens = SMALL_RINGS.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4  # body of exactly half of the arena
     assert port.try_submit(1, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.OK
     assert port.try_submit(2, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.OK
     assert port.try_submit(3, prompt(1), sampling_record(), max_tokens=1) == PortStatus.ARENA_FULL
@@ -258,7 +231,7 @@ def test_full_arena_is_a_result(director: FakeDirector, port: QueuePairPort) -> 
 
 
 def test_body_larger_than_half_of_the_arena_can_never_fit(port: QueuePairPort) -> None:
-    num_tokens = SMALL.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4 + 1
+    num_tokens = SMALL_RINGS.arena_bytes // 2 // 4 - abi.REQUEST_BODY.itemsize // 4 + 1
     assert port.try_submit(1, prompt(num_tokens), sampling_record(), max_tokens=1) == PortStatus.TOO_LARGE
 
 
@@ -316,129 +289,3 @@ def test_wait_sees_completion_readable_and_timeout(director: FakeDirector, port:
     finally:
         os.close(read_fd)
         os.close(write_fd)
-
-
-# ---- Any order of events ---------------------------------------------------------------------------------------------
-class IngressMachine(RuleBasedStateMachine):
-    """Both ends in any order. Every request is acknowledged and gets its tokens in order and one end, or was lost in a drop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fake = FakeDirector(engine_name(), geometry=SMALL)
-        self.queue_pair = self.fake.queue_pairs[0]
-        self.queue_pair.timeout_s = 3600
-        self.port = QueuePairPort.open(self.fake.regions.engine_name, 0)
-        self.next_id = 1
-        self.live: dict[int, tuple[int, int, list[int]]] = {}  # id -> prompt tokens, max_tokens, output so far
-        self.acknowledged: set[int] = set()
-        self.pings: list[int] = []
-
-    @initialize()
-    def start(self) -> None:
-        attach(self.port, self.queue_pair)
-
-    def attached(self) -> bool:
-        return self.port.state == PortStatus.OK
-
-    @precondition(attached)
-    @rule(num_tokens=st.integers(1, 460), max_tokens=st.integers(1, 12), num_stop_ids=st.integers(0, 16))
-    def submit(self, num_tokens: int, max_tokens: int, num_stop_ids: int) -> None:
-        status = self.port.try_submit(
-            self.next_id, prompt(num_tokens), sampling_record(), stop_ids=[4000] * num_stop_ids, max_tokens=max_tokens
-        )
-        body_bytes = abi.REQUEST_BODY.itemsize + 4 * (num_tokens + num_stop_ids)
-        if -(-body_bytes // 64) * 64 > SMALL.arena_bytes // 2:
-            assert status in (PortStatus.TOO_LARGE, PortStatus.RING_FULL)
-        elif status == PortStatus.OK:
-            self.live[self.next_id] = (num_tokens, max_tokens, [])
-        else:
-            assert status in (PortStatus.RING_FULL, PortStatus.ARENA_FULL)
-            taken = self.queue_pair.submission_consumer_pos == int(
-                self.queue_pair.ingress["submission_producer_pos"][0]
-            )
-            assert not taken, f"refused although everything was taken\n{self.port.dump()}"
-        self.next_id += 1
-
-    @precondition(attached)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from([*self.live, 10**9]))
-        assert self.port.try_cancel(request_id) in (PortStatus.OK, PortStatus.RING_FULL)
-
-    @precondition(attached)
-    @rule()
-    def ping(self) -> None:
-        if self.port.try_ping(self.next_id, self.next_id) == PortStatus.OK:
-            self.pings.append(self.next_id)
-        self.next_id += 1
-
-    @rule()
-    def director_polls(self) -> None:
-        self.queue_pair.poll()
-
-    @rule(num_steps=st.integers(1, 6))
-    def director_steps(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            self.queue_pair.step()
-
-    @rule()
-    def director_publishes(self) -> None:
-        self.queue_pair.publish()
-
-    @rule()
-    def director_drops(self) -> None:
-        if self.attached():
-            self.queue_pair.drop()
-
-    @precondition(lambda self: not self.attached())
-    @rule()
-    def attach_again(self) -> None:
-        self.poll()
-        attach(self.port, self.queue_pair)
-        self.live.clear()
-        self.acknowledged.clear()
-        self.pings.clear()
-
-    @rule()
-    def poll(self) -> None:
-        for entry in self.port.poll().copy():
-            request_id, kind = int(entry["request_id"]), kind_of(entry)
-            if kind == abi.COMPLETION_PONG:
-                assert self.pings.pop(0) == request_id == int(entry["device_ns"])
-                continue
-            num_prompt_tokens, max_tokens, output = self.live[request_id]
-            if kind == abi.COMPLETION_ACK:
-                assert request_id not in self.acknowledged
-                self.acknowledged.add(request_id)
-                continue
-            assert request_id in self.acknowledged
-            if kind == abi.COMPLETION_TOKEN:
-                position = num_prompt_tokens + len(output)
-                assert int(entry["index"]) == len(output)
-                assert int(entry["token"]) == DEFAULT_SCRIPT[position % len(DEFAULT_SCRIPT)]
-                output.append(int(entry["token"]))
-            else:
-                assert kind == abi.COMPLETION_FINISH and int(entry["index"]) == len(output)
-                assert reason_of(entry) == abi.FINISH_CANCELLED or len(output) == max_tokens
-                del self.live[request_id]
-
-    @invariant()
-    def positions_hold(self) -> None:
-        ingress, director = self.queue_pair.ingress[0], self.queue_pair.director[0]
-        ahead = int(ingress["submission_producer_pos"]) - int(director["submission_consumer_pos"])
-        assert 0 <= ahead <= SMALL.num_submissions or not self.attached(), self.port.dump()  # I2
-
-    def teardown(self) -> None:
-        if self.attached():  # then everything that was taken comes to its end
-            for _ in range(200):
-                self.fake.turn()
-                self.poll()
-            assert not self.live and not self.pings, self.port.dump()
-        self.port.close()
-        self.fake.close()
-
-
-TestIngressMachine = IngressMachine.TestCase
-TestIngressMachine.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)

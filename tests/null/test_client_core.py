@@ -1,4 +1,7 @@
-"""The clients' shared core against a server made of plain calls: reconnection, silence, cancel, refusal. Time is a number here."""
+"""The clients' shared core against a server made of plain calls: reconnection, silence, cancel, refusal. Time is a number here.
+
+Run: pytest tests/null/test_client_core.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The wire messages: what is refused and how it is explained, and that PROTOCOL.md's bytes are the truth."""
+"""The wire messages: what is refused and how it is explained, and that PROTOCOL.md's bytes are the truth.
+
+Run: pytest tests/null/test_protocol.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Detokenisation one token at a time: whole characters only (I1), and nothing lost or doubled (I2)."""
+"""Detokenisation one token at a time: whole characters only (I1), and nothing lost or doubled (I2).
+
+Run: pytest tests/null/test_tokenizer.py
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""Drain, and ingresses as processes of their own: killed, replaced, ended, started wrongly.
+
+Run: pytest tests/host/test_ingress_processes.py
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blinkimp.client import Client, RequestRefusedError
+from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from tests.fake_director import FakeDirector
+from tests.ingress_support import (
+    Served,
+    engine_name,
+    serve,
+    wait_until,
+    write_byte_tokenizer,
+)
+from tests.support import ROOT
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with Client(served.endpoint, timeout_s=10) as connected:
+        yield connected
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest(served: Served, client: Client) -> None:
+    stream = client.submit("x", max_tokens=500)
+    next(stream)
+    served.ingress.drain(20)
+    wait_until(lambda: served.ingress.handler.is_draining, "draining")
+    with pytest.raises(RequestRefusedError) as caught:
+        client.generate("y")
+    assert caught.value.code == "draining"
+    assert client.health().status == "draining"
+    assert stream.result().num_output_tokens == 500
+    assert served.ingress.join(5)
+
+
+def test_drain_is_bounded(served: Served, client: Client) -> None:
+    served.director.step_s = 0.05
+    stream = client.submit("x", max_tokens=2000)
+    next(stream)
+    started = time.monotonic()
+    served.ingress.drain(0.2)
+    completion = stream.result()
+    assert completion.finish_reason == "cancelled" and completion.num_output_tokens < 2000
+    assert served.ingress.join(5) and time.monotonic() - started < 4
+
+
+def start_process(name: str, tokenizer: Path, queue_pair_idx: int, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", name, "--tokenizer", str(tokenizer)]
+    command += ["--queue-pair", str(queue_pair_idx), "--bind", "tcp://127.0.0.1:*", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    ready = process.stdout.readline().split()
+    assert ready and ready[0] == "ready", f"the ingress said {ready}"
+    return process, ready[1]
+
+
+def end_process(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) -> None:
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with FakeDirector(
+        engine_name(), num_queue_pairs=2, vocab_size=258, ingress_timeout_s=0.5, step_s=0.002
+    ) as director:
+        first, first_endpoint = start_process(director.regions.engine_name, tokenizer, 0)
+        second, second_endpoint = start_process(director.regions.engine_name, tokenizer, 1)
+        try:
+            with Client(first_endpoint, timeout_s=20) as doomed, Client(second_endpoint, timeout_s=20) as client:
+                lost = doomed.submit("x", max_tokens=2000)
+                stream = client.submit("x", max_tokens=400)
+                next(lost), next(stream)
+                first.kill()
+                first.wait()
+                killed_at = time.monotonic()
+                wait_until(lambda: not director.queue_pairs[0].running, "the dead one's requests are gone", 2)
+                assert time.monotonic() - killed_at < 2
+                second.send_signal(signal.SIGTERM)
+                assert stream.result().num_output_tokens == 400  # untouched, and finished during the drain
+                assert second.wait(10) == 0
+                # A new process takes the dead one's place, and the client's request goes on where it stopped.
+                third, third_endpoint = start_process(
+                    director.regions.engine_name, tokenizer, 0, "--bind", first_endpoint
+                )
+                try:
+                    assert third_endpoint == first_endpoint
+                    assert lost.result().num_output_tokens == 2000
+                    third.terminate()
+                    assert third.wait(10) == 0
+                finally:
+                    end_process(third)
+        finally:
+            for process in (first, second):
+                end_process(process)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--engine", "no-such-engine"], "no-such-engine"),
+        (["--tokenizer", "/nowhere"], "no tokenizer at /nowhere"),
+        (["--max-requests", "0"], "max_requests is 0"),
+        (["--queue-pair", "7"], "qp7"),
+    ],
+)
+def test_process_says_what_is_wrong(tmp_path: Path, flags: list[str], complaint: str) -> None:
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", director.regions.engine_name]
+        command += ["--tokenizer", str(tokenizer), "--bind", "tcp://127.0.0.1:*", *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
+    assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_bind_to_a_taken_port_is_explained(served: Served, tmp_path: Path) -> None:
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        rival = ZmqIngress(director.regions.engine_name, 0, served.endpoint, served.tokenizer)
+        with pytest.raises(OSError, match=r"cannot bind .*: Address already in use; expected a free endpoint"):
+            rival.start()
+        assert int(director.queue_pairs[0].ingress["owner_pid"][0]) == 0  # the queue pair was given back

@@ -1,0 +1,138 @@
+"""Clients that stop reading, flood, or vanish: they cost bounded memory and nobody else notices (I1 to I3 of nic_shim/sessions.py).
+
+Run: pytest tests/host/test_ingress_slow_clients.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blinkimp.client import Client
+from blinkimp.nic_shim import sessions
+from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.protocol import Error, Finish, Tokens
+from tests.ingress_support import (
+    RawClient,
+    Served,
+    encoded,
+    expected_ids,
+    serve,
+    wait_until,
+)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with Client(served.endpoint, timeout_s=10) as connected:
+        yield connected
+
+
+SMALL_BUFFERS = {"recv_hwm": 1, "recv_bytes": 4096}  # of a client, so that it is soon seen not to read
+
+
+@pytest.fixture
+def small_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blinkimp.nic_shim.zmq_ingress.SEND_HWM", 2)
+    monkeypatch.setattr(sessions, "MAX_TOKENS_PER_FRAME", 64)
+
+
+@pytest.mark.usefixtures("small_pipes")
+def test_client_that_stops_reading_loses_nothing_and_others_go_on(tmp_path: Path) -> None:
+    num_requests, max_tokens = 64, 500
+    limits = IngressLimits(max_requests_per_client=num_requests)
+    with (
+        serve(tmp_path, limits=limits, step_s=0.0, send_buffer_bytes=8192) as served,
+        RawClient(served.endpoint, **SMALL_BUFFERS) as slow,
+        Client(served.endpoint, timeout_s=10) as fast,
+    ):
+        for request_id in range(num_requests):
+            slow.send(encoded(id=request_id, sampling={"max_tokens": max_tokens}))
+        deadline = time.monotonic() + 30
+        while (stats := fast.stats()).ingress["tokens"] < num_requests * max_tokens:
+            assert time.monotonic() < deadline, stats
+            assert fast.generate("x", max_tokens=3).num_output_tokens == 3  # others do not notice
+        (blocked,) = [session for session in served.ingress.sessions.sessions.values() if session.requests]
+        assert blocked.blocked_since is not None  # the pipe is full: what is left waits in the session (I1)
+        for request_id in range(num_requests, 2 * num_requests):  # what it has not read counts against its limit
+            slow.send(encoded(id=request_id))
+        output, refused = _collect(slow, num_requests)
+        assert {error.code for error in refused} == {"too_many_requests"}
+        for request_id, tokens in output.items():
+            assert tokens == expected_ids(served, 1, max_tokens), f"request {request_id} lost output"
+        assert fast.stats().ingress["clients_stalled"] == 0
+
+
+def _collect(raw: RawClient, num_requests: int) -> tuple[dict[int, list[int]], list[Error]]:
+    """Everything that the requests 0 to num_requests - 1 are owed."""
+    output: dict[int, list[int]] = {request_id: [] for request_id in range(num_requests)}
+    refused: list[Error] = []
+    num_finished = 0
+    while num_finished < num_requests:
+        for message in raw.receive(10):
+            if isinstance(message, Tokens) and message.id in output:
+                assert message.index == len(output[message.id])
+                output[message.id] += message.token_ids
+            elif isinstance(message, Finish) and message.id in output:
+                num_finished += 1
+            elif isinstance(message, Error):
+                refused.append(message)
+    return output, refused
+
+
+@pytest.mark.usefixtures("small_pipes")
+def test_client_that_never_reads_again_is_dropped(tmp_path: Path) -> None:
+    limits = IngressLimits(stall_timeout_s=0.3)
+    with (
+        serve(tmp_path, limits=limits, step_s=0.0, send_buffer_bytes=8192, max_context=1 << 20) as served,
+        RawClient(served.endpoint, **SMALL_BUFFERS) as slow,
+        Client(served.endpoint, timeout_s=10) as other,
+    ):
+        for request_id in range(20):
+            slow.send(encoded(id=request_id, sampling={"max_tokens": 1_000_000}))
+        wait_until(lambda: other.stats().ingress["clients_stalled"] == 1, "the stalled client is dropped", 30)
+        wait_until(lambda: not served.director.queue_pairs[0].running, "its requests are cancelled")
+        assert other.stats().ingress["num_unfinished"] == 0
+
+
+@pytest.mark.usefixtures("small_pipes")
+def test_flood_of_bad_messages_without_reading_is_bounded(tmp_path: Path) -> None:
+    with (
+        serve(tmp_path, send_buffer_bytes=8192) as served,
+        RawClient(served.endpoint, **SMALL_BUFFERS) as flood,
+        Client(served.endpoint, timeout_s=10) as other,
+    ):
+        deadline = time.monotonic() + 30
+        while other.stats().ingress["replies_dropped"] == 0:
+            assert time.monotonic() < deadline
+            for _ in range(500):
+                flood.send(b"\xc1" * 150)
+        (flooding,) = [session for session in served.ingress.sessions.sessions.values() if session.blocked_since]
+        assert len(flooding.control) <= sessions.MAX_CONTROL_MESSAGES  # I1
+        assert other.generate("x", max_tokens=3).num_output_tokens == 3
+
+
+def test_vanished_client_has_its_requests_cancelled(served: Served, client: Client) -> None:
+    with RawClient(served.endpoint) as raw:
+        raw.send(encoded(sampling={"max_tokens": 2000}))
+        raw.receive()
+    wait_until(lambda: served.director.queue_pairs[0].num_cancels == 1, "the cancel reaches the director")
+    wait_until(lambda: not served.director.queue_pairs[0].running, "the request is gone")
+    assert client.stats().ingress["clients_gone"] == 1
+
+
+def test_vanished_client_without_output_is_found_out(served: Served) -> None:
+    served.director.paused = True
+    with RawClient(served.endpoint) as raw:
+        raw.send(encoded())
+        wait_until(lambda: bool(served.director.queue_pairs[0].running), "the request runs")
+    wait_until(lambda: not served.director.queue_pairs[0].running, "nothing is sent, yet the probe finds out")
