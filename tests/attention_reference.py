@@ -23,7 +23,10 @@ Array = np.ndarray[Any, Any]
 ARGS = np.dtype(  # AttentionArgs of device/attention_schedule.cuh
     [
         ("seqs", "<u8"),
-        *((name, "<u4") for name in ("num_seqs", "num_heads", "num_kv_heads", "group", "window", "max_pages_per_request")),
+        *(
+            (name, "<u4")
+            for name in ("num_seqs", "num_heads", "num_kv_heads", "group", "window", "max_pages_per_request")
+        ),
         ("scale", "<f4"),
         *((name, "<u4") for name in ("cta_idx", "num_ctas", "num_slots")),
         *((name, "<u8") for name in ("page_tables", "query", "kv", "part_outputs", "part_softmax")),
@@ -69,10 +72,15 @@ class Sequence:
 
 def random_sequence(rng: np.random.Generator, shape: Shape, num_tokens: int, sharpness: float = 1.0) -> Sequence:
     """sharpness > 1 makes softmax peaky, so that one wrong key shows."""
-    def normal(num_heads: int, scale: float) -> Array:
-        return to_bf16(rng.standard_normal((num_tokens, num_heads, shape.head_dim), dtype=np.float32) * np.float32(scale))
 
-    return Sequence(normal(shape.num_heads, sharpness), normal(shape.num_kv_heads, 1.0), normal(shape.num_kv_heads, 1.0))
+    def normal(num_heads: int, scale: float) -> Array:
+        return to_bf16(
+            rng.standard_normal((num_tokens, num_heads, shape.head_dim), dtype=np.float32) * np.float32(scale)
+        )
+
+    return Sequence(
+        normal(shape.num_heads, sharpness), normal(shape.num_kv_heads, 1.0), normal(shape.num_kv_heads, 1.0)
+    )
 
 
 def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> Array:
@@ -103,10 +111,10 @@ class Share:
 class Step:
     shape: Shape
     shares: list[Share]
-    seqs: Array          # PLAN_SEQ
-    query: Array         # bf16 [rows, num_heads, head_dim]
-    kv: Array            # bf16 [num_pages, num_kv_heads, 2, PAGE, head_dim]
-    page_tables: Array   # u32 [num_requests, max_pages]
+    seqs: Array  # PLAN_SEQ
+    query: Array  # bf16 [rows, num_heads, head_dim]
+    kv: Array  # bf16 [num_pages, num_kv_heads, 2, PAGE, head_dim]
+    page_tables: Array  # u32 [num_requests, max_pages]
     num_slots: int
 
     @property
@@ -197,11 +205,16 @@ def check_chunking(
         begin = 0
         for chunk in chunks:
             other = random_sequence(rng, shape, int(rng.integers(1, 300)))
-            shares = [Share(other, int(rng.integers(0, other.num_tokens)), other.num_tokens), Share(sequence, begin, begin + chunk)]
+            shares = [
+                Share(other, int(rng.integers(0, other.num_tokens)), other.num_tokens),
+                Share(sequence, begin, begin + chunk),
+            ]
             own_first = bool(rng.integers(2))
             step = make_step(rng, shape, shares[::-1] if own_first else shares, int(rng.integers(0, 40)))
             output = run(step, int(rng.integers(1, num_ctas + 1)))
             rows = output[:chunk] if own_first else output[-chunk:]
             different = int((rows != whole[begin : begin + chunk]).sum())
-            assert different == 0, f"{different} outputs of tokens {begin}..{begin + chunk} differ from the unchunked run"
+            assert different == 0, (
+                f"{different} outputs of tokens {begin}..{begin + chunk} differ from the unchunked run"
+            )
             begin += chunk
