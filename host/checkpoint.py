@@ -120,6 +120,8 @@ def _stored_tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8]) -
     try:
         stored, shape = entry["dtype"], tuple(int(num) for num in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
+        if any(num < 0 for num in shape):
+            raise ValueError("negative dimension")
     except (KeyError, TypeError, ValueError):
         raise refusal(where, repr(entry), "dtype, shape and data_offsets", "Download the file again") from None
     if stored not in STORED_DTYPES:
