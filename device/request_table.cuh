@@ -53,7 +53,8 @@ struct Request {
   u32 last_token;                // tokens[num_tokens - 1], the input of its next decode row
   u32 finish_reason;             // FinishReason, valid with kFlagStopAsked, kFlagFinished or kRequestFinishing
   u32 step_rows;                 // rows in the step that is being planned or runs
-  u32 reserved1[18];
+  u32 num_stalled_plans;         // plans in a row that left it out for lack of credit
+  u32 reserved1[17];
 };
 ABI_SIZE(Request, 256);
 ABI_AT(Request, sampling, 0);

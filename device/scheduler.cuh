@@ -13,13 +13,16 @@
 //   S2  a request is in a step only with kStepCredit promised to it (C1 counts the promise).
 //   S3  a running request has pages for all its tokens, except that a decode row takes its next page when it is planned.
 //   S4  the oldest running request that has credit is in every step: nobody preempts it but itself, and alone it fits (T2).
-//   S5  a queue pair without credit keeps no other from batch places or pages: its running requests are preempted for them.
+//   S5  a queue pair without credit keeps no other from batch places or pages for longer than kStallPatience plans: its running
+//       requests are preempted for them. Not at once: a reader that is a step late would lose its KV for it, step after step.
 //   S6  a step that preempts for a page admits nobody: what was just preempted would only come back.
 #pragma once
 #include <director_state.cuh>
 #include <request_life.cuh>
 
 namespace blinkimp {
+
+constexpr u32 kStallPatience = 16;  // plans
 
 struct StepDraft {  // of one director_plan, uniform over the lanes
   u32 num_seqs;
@@ -29,6 +32,17 @@ struct StepDraft {  // of one director_plan, uniform over the lanes
 };
 
 BK_INLINE bool needs_page(const Request& request) { return pages_for_tokens(request.num_tokens) > request.num_pages; }
+
+// Lack of credit keeps a running request out of this step.
+BK_INLINE void stall(Request* request) {
+  request->step_rows = 0;
+  request->flags |= kFlagStalled;
+  request->num_stalled_plans += 1;
+}
+
+BK_INLINE bool must_give_way(const Request& request) {  // S5
+  return (request.flags & kFlagStalled) && request.num_stalled_plans >= kStallPatience;
+}
 
 // ---- Stage 1: credit of decode rows ------------------------------------------------------------------------------
 // All lanes. Every running decode request gets step_rows = 1 unless its queue pair's credit ends before it (S2).
@@ -42,6 +56,7 @@ BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, Di
     if (i < num_running) {
       Request* request = request_at(params, state.running[i]);
       prefill = !is_decode(*request);
+      if (!(request->flags & kFlagStalled)) request->num_stalled_plans = 0;
       request->step_rows = prefill ? 0 : 1;
       request->flags &= ~u32{kFlagStalled};
     }
@@ -71,10 +86,7 @@ BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, Di
       Request* request = i < num_running ? request_at(params, state.running[i]) : nullptr;
       const bool decode = request != nullptr && request->queue_pair_idx == q && request->step_rows == 1;
       const u32 rank = num_decodes + lanes.exclusive_sum(decode ? 1 : 0);
-      if (decode && rank >= num_affordable) {
-        request->step_rows = 0;
-        request->flags |= kFlagStalled;
-      }
+      if (decode && rank >= num_affordable) stall(request);
       num_decodes += lanes.sum(decode ? 1 : 0);
     }
     const u32 num_promised = num_decodes < num_affordable ? num_decodes : num_affordable;
@@ -101,7 +113,7 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
     Request* request = request_at(params, state.running[state.scratch[k]]);
     QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
     if (completion_credit(queue_pair) < kStepCredit) {
-      request->flags |= kFlagStalled;
+      stall(request);
       state.status.credit_stalls += 1;
       continue;
     }
@@ -236,8 +248,8 @@ BK_INLINE u32 watermark_pages(const EngineParams& params, const DirectorState& s
   return state.status.num_running > 0 ? 1 + params.num_pages / 128 : 0;
 }
 
-// Lane 0. Makes room for a request of num_needed pages: a batch place and free pages. Only stalled requests give way (S5), and only if
-// that is enough.
+// Lane 0. Makes room for a request of num_needed pages: a batch place and free pages. Only requests that have stalled for long give way
+// (S5), and only if that is enough.
 BK_INLINE bool make_room(const EngineParams& params, DirectorState& state, u32 num_needed) {
   const bool has_place = state.status.num_running < params.max_batch;
   if (has_place && state.pages.num_free >= num_needed + watermark_pages(params, state)) return true;
@@ -245,7 +257,7 @@ BK_INLINE bool make_room(const EngineParams& params, DirectorState& state, u32 n
   u32 num_stalled_pages = 0;
   for (u32 i = 0; i < state.status.num_running; ++i) {
     const Request* request = request_at(params, state.running[i]);
-    if (!(request->flags & kFlagStalled)) continue;
+    if (!must_give_way(*request)) continue;
     num_stalled += 1;
     num_stalled_pages += request->num_pages;
   }
@@ -254,7 +266,7 @@ BK_INLINE bool make_room(const EngineParams& params, DirectorState& state, u32 n
   if (state.pages.num_free + num_stalled_pages < num_needed + num_kept) return false;
   bool is_enough = false;
   for (u32 i = state.status.num_running; i-- > 0 && !is_enough;) {
-    if (!(request_at(params, state.running[i])->flags & kFlagStalled)) continue;
+    if (!must_give_way(*request_at(params, state.running[i]))) continue;
     preempt_running(params, state, i);
     num_stalled -= 1;
     is_enough = state.pages.num_free >= num_needed + watermark_pages(params, state) || num_stalled == 0;

@@ -1,0 +1,392 @@
+"""The director as a reader of DESIGN section 6 would write it: plain lists, one request after the other, no lanes, no memory layout.
+
+test_director_stateful.py runs it beside the real one and compares every step: plans, completions, counters, pages.
+It shares no code with device/: where the two differ, one of them is wrong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from blinkimp import ring_abi as abi
+from tests.host.director_rig import Completion, PlannedSeq, Shape
+
+STEP_CREDIT = 2
+MAX_STAGED_BY_POLL = 512
+MAX_TAKE_ROUNDS = 8
+STALL_PATIENCE = 16
+
+
+@dataclass(eq=False)
+class Job:
+    """A request."""
+
+    queue_pair: Lane
+    request_id: int
+    num_prompt: int
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    ignore_eos: bool
+    num_tokens: int = 0
+    num_computed: int = 0
+    num_pages: int = 0
+    finish_reason: int = 0
+    finished: bool = False
+    stop_asked: bool = False
+    dropped: bool = False
+    num_stalled_plans: int = 0
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_tokens - self.num_computed == 1
+
+    @property
+    def needs_page(self) -> bool:
+        return pages_for(self.num_tokens) > self.num_pages
+
+    def completion(self, kind: int, reason: int, token: int, index: int) -> Completion:
+        return Completion(kind, reason, token, self.request_id, index)
+
+
+@dataclass(frozen=True)
+class Submission:
+    op: int
+    request_id: int
+    num_prompt: int = 0
+    max_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    reject: tuple[int, int] | None = None  # (reason, limit) that the entry or body deserves by itself
+    needs_body: bool = False  # the reason shows in the body only, so quota and duplicates come first
+    epoch: int = 0
+
+
+@dataclass(eq=False)
+class Lane:
+    """A queue pair."""
+
+    num_completions: int
+    epoch: int = 0
+    ring: deque[Submission] = field(default_factory=deque)
+    waiting: deque[Job] = field(default_factory=deque)
+    finishing: deque[Job] = field(default_factory=deque)
+    staged: list[Completion] = field(default_factory=list)
+    unread: deque[Completion] = field(default_factory=deque)  # in the ring, for the ingress to read
+    num_owed: int = 0  # unread as far as the last poll saw
+    promised: int = 0
+
+    @property
+    def is_attached(self) -> bool:
+        return self.epoch % 2 == 1
+
+    @property
+    def credit(self) -> int:
+        if not self.is_attached:
+            return 0
+        return max(0, self.num_completions - self.num_owed - len(self.staged) - self.promised)
+
+
+def pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // abi.PAGE_TOKENS)
+
+
+class Reference:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.lanes = [Lane(shape.num_completions) for _ in range(shape.num_queue_pairs)]
+        self.running: list[Job] = []
+        self.free_pages = shape.num_pages
+        self.counts: Counter[str] = Counter()
+        self.next_admit = 0
+        self.next_take = 0
+        self.command = abi.COMMAND_RUN
+        self.in_flight: list[tuple[Job, PlannedSeq]] | None = None
+
+    # ---- Poll ----------------------------------------------------------------------------------------------------
+    def poll(self, asked_epochs: list[int], stale: set[int], command: int) -> None:
+        first_look = [bool(lane.ring) and lane.is_attached for lane in self.lanes]
+        for q, lane in enumerate(self.lanes):
+            if asked_epochs[q] > lane.epoch or (q in stale and lane.is_attached):
+                first_look[q] = False
+                self.drop(lane)
+                if asked_epochs[q] > lane.epoch:
+                    lane.epoch = asked_epochs[q]
+                else:
+                    lane.epoch += 1
+                    self.counts["ingress_drops"] += 1
+                if lane.is_attached:
+                    lane.ring.clear()
+                    lane.unread.clear()
+                    lane.num_owed = 0
+            elif lane.is_attached:
+                lane.num_owed = len(lane.unread)
+        if command > self.command:
+            self.command = command
+            if command == abi.COMMAND_STOP:
+                for lane in self.lanes:
+                    while lane.waiting:
+                        self.stop(lane.waiting[0], abi.FINISH_DRAINING)
+                for job in reversed(list(self.running)):
+                    self.stop(job, abi.FINISH_DRAINING)
+        for lane in self.lanes:
+            while lane.finishing and self.can_stage(lane):
+                self.stage_finish(lane.finishing.popleft())
+        ready = first_look
+        for _ in range(MAX_TAKE_ROUNDS):
+            if not any(ready):
+                break
+            order = [(self.next_take + k) % len(self.lanes) for k in range(len(self.lanes))]
+            taken = {q for q in order if ready[q] and self.take(self.lanes[q])}
+            ready = [q in taken and bool(lane.ring) for q, lane in enumerate(self.lanes)]
+            self.next_take = (self.next_take + 1) % len(self.lanes)
+
+    def can_stage(self, lane: Lane) -> bool:
+        return sum(len(other.staged) for other in self.lanes) < MAX_STAGED_BY_POLL and lane.credit > 0
+
+    def find(self, lane: Lane, request_id: int) -> Job | None:
+        live = [*lane.waiting, *lane.finishing, *(job for job in self.running if job.queue_pair is lane and not job.dropped)]
+        return next((job for job in live if job.request_id == request_id), None)
+
+    def num_live(self, lane: Lane) -> int:
+        return len(lane.waiting) + len(lane.finishing) + sum(job.queue_pair is lane for job in self.running)
+
+    def take(self, lane: Lane) -> bool:
+        entry = lane.ring[0]
+        if entry.epoch != lane.epoch & 0xFFFFFFFF:
+            lane.ring.popleft()
+            return True
+        if entry.op == abi.SUBMISSION_CANCEL and entry.reject is None:
+            lane.ring.popleft()
+            if job := self.find(lane, entry.request_id):
+                self.stop(job, abi.FINISH_CANCELLED)
+            return True
+        if not self.can_stage(lane):
+            return False
+        if entry.op == abi.SUBMISSION_PING and entry.reject is None:
+            lane.ring.popleft()
+            lane.staged.append(Completion(abi.COMPLETION_PONG, 0, 0, entry.request_id, 0))
+            return True
+        reject = None if entry.needs_body else entry.reject
+        if entry.op == abi.SUBMISSION_REQUEST and self.command != abi.COMMAND_RUN and reject != (abi.REJECT_MALFORMED, 0):
+            reject = (abi.REJECT_DRAINING, 0)
+        if reject is None and self.find(lane, entry.request_id):
+            reject = (abi.REJECT_DUPLICATE, 0)
+        if reject is None:
+            num_free = self.shape.num_requests - sum(self.num_live(other) for other in self.lanes)
+            kept_back = 0
+            if num_free <= len(self.lanes):
+                kept_back = sum(
+                    other is not lane and other.is_attached and self.num_live(other) == 0 for other in self.lanes
+                )
+            if self.num_live(lane) >= self.shape.max_requests_per_queue_pair or num_free <= kept_back:
+                return False
+            reject = entry.reject
+        lane.ring.popleft()
+        if reject is not None:
+            lane.staged.append(Completion(abi.COMPLETION_REJECT, reject[0], reject[1], entry.request_id, 0))
+            self.counts["requests_rejected"] += 1
+            return True
+        job = Job(lane, entry.request_id, entry.num_prompt, entry.max_tokens, entry.stop_ids, entry.ignore_eos, entry.num_prompt)
+        lane.waiting.append(job)
+        lane.staged.append(job.completion(abi.COMPLETION_ACK, 0, 0, 0))
+        self.counts["requests_accepted"] += 1
+        return True
+
+    # ---- Ends ----------------------------------------------------------------------------------------------------
+    def count_finish(self, reason: int) -> None:
+        self.counts["finished_" + abi.FinishReason(reason).name.lower()] += 1
+
+    def stage_finish(self, job: Job) -> None:
+        num_outputs = job.num_tokens - job.num_prompt
+        job.queue_pair.staged.append(job.completion(abi.COMPLETION_FINISH, job.finish_reason, job.num_prompt, num_outputs))
+
+    def finish(self, job: Job, reason: int) -> None:
+        job.finish_reason = reason
+        self.count_finish(reason)
+        if not job.queue_pair.finishing and self.can_stage(job.queue_pair):
+            self.stage_finish(job)
+        else:
+            job.queue_pair.finishing.append(job)
+
+    def stop(self, job: Job, reason: int) -> None:
+        if job in job.queue_pair.waiting:
+            job.queue_pair.waiting.remove(job)
+            self.finish(job, reason)
+        elif job in self.running and self.in_flight is not None:
+            if not job.stop_asked and not job.dropped:
+                job.stop_asked, job.finish_reason = True, reason
+        elif job in self.running:
+            self.release(job)
+            self.finish(job, reason)
+
+    def release(self, job: Job) -> None:
+        self.running.remove(job)
+        self.free_pages += job.num_pages
+        job.num_pages = 0
+
+    def drop(self, lane: Lane) -> None:
+        for _ in lane.waiting:
+            self.count_finish(abi.FINISH_CANCELLED)
+        lane.waiting.clear()
+        lane.finishing.clear()
+        for job in [job for job in self.running if job.queue_pair is lane and not job.dropped]:
+            if self.in_flight is not None:
+                job.dropped = True
+            else:
+                self.release(job)
+                self.count_finish(abi.FINISH_CANCELLED)
+        lane.staged.clear()
+        lane.promised = 0
+
+    # ---- Plan ----------------------------------------------------------------------------------------------------
+    def preempt(self, job: Job) -> None:
+        self.release(job)
+        job.num_computed = 0
+        job.num_stalled_plans = 0
+        job.queue_pair.waiting.appendleft(job)
+        self.counts["preemptions"] += 1
+
+    def watermark(self, num_running: int) -> int:
+        return 1 + self.shape.num_pages // 128 if num_running else 0
+
+    def plan(self) -> list[PlannedSeq]:
+        rows: dict[Job, int] = {}
+        stalled: list[Job] = []
+        for lane in self.lanes:
+            lane.promised = 0
+
+        def promise(job: Job) -> bool:
+            if job.queue_pair.credit < STEP_CREDIT:
+                stalled.append(job)
+                job.num_stalled_plans += 1
+                self.counts["credit_stalls"] += 1
+                return False
+            job.num_stalled_plans = 0
+            job.queue_pair.promised += STEP_CREDIT
+            return True
+
+        decodes = [job for job in self.running if job.is_decode]
+        chunks = [job for job in self.running if not job.is_decode]
+        for job in decodes:
+            if promise(job):
+                rows[job] = 1
+        rows_left = self.shape.max_step_tokens - len(decodes)
+        for job in chunks:
+            count = min(job.num_tokens - job.num_computed, self.shape.prefill_chunk_tokens, rows_left)
+            if promise(job):
+                if count == 0:
+                    job.queue_pair.promised -= STEP_CREDIT
+                else:
+                    rows[job] = count
+                    rows_left -= count
+
+        num_preemptions = self.counts["preemptions"]
+        for job in decodes:
+            while rows.get(job) and job.needs_page and self.free_pages == 0:
+                victim = next((other for other in reversed(self.running) if other in stalled), self.running[-1])
+                if rows.pop(victim, 0):
+                    victim.queue_pair.promised -= STEP_CREDIT
+                self.preempt(victim)
+            if rows.get(job) and job.needs_page:
+                self.free_pages -= 1
+                job.num_pages += 1
+
+        order = [job for job in self.running if rows.get(job) and job.is_decode]
+        order += [job for job in self.running if rows.get(job) and not job.is_decode]
+        num_rows = sum(rows[job] for job in order)
+        while num_preemptions == self.counts["preemptions"] and num_rows < self.shape.max_step_tokens:
+            job_or_none = self.choose_admission(stalled)
+            num_preemptions = self.counts["preemptions"]  # those of stalled requests do not end admission
+            if job_or_none is None:
+                break
+            job = job_or_none
+            job.queue_pair.waiting.remove(job)
+            job.num_pages = pages_for(job.num_tokens)
+            self.free_pages -= job.num_pages
+            job.queue_pair.promised += STEP_CREDIT
+            rows[job] = min(job.num_tokens, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
+            num_rows += rows[job]
+            self.running.append(job)
+            order.append(job)
+
+        planned = [
+            PlannedSeq(
+                job.request_id, rows[job], job.num_computed, job.num_computed + rows[job] == job.num_tokens,
+                job.num_tokens - job.num_prompt,
+            )
+            for job in order
+        ]  # fmt: skip
+        self.in_flight = list(zip(order, planned, strict=True)) if planned else None
+        return planned
+
+    def choose_admission(self, stalled: list[Job]) -> Job | None:
+        num_lanes = len(self.lanes)
+        for q in ((self.next_admit + k) % num_lanes for k in range(num_lanes)):
+            lane = self.lanes[q]
+            if lane.waiting and lane.credit >= STEP_CREDIT:
+                self.next_admit = q
+                job = lane.waiting[0]
+                if not self.make_room(pages_for(job.num_tokens), stalled):
+                    return None
+                self.next_admit = (q + 1) % num_lanes
+                return job
+        return None
+
+    def make_room(self, needed: int, stalled: list[Job]) -> bool:
+        def is_enough() -> bool:
+            has_place = len(self.running) < self.shape.max_batch
+            return has_place and self.free_pages >= needed + self.watermark(len(self.running))
+
+        if is_enough():
+            return True
+        idle = [job for job in self.running if job in stalled and job.num_stalled_plans >= STALL_PATIENCE]
+        reachable = self.free_pages + sum(job.num_pages for job in idle)
+        if not idle or reachable < needed + self.watermark(len(self.running) - len(idle)):
+            return False
+        while not is_enough():
+            self.preempt(idle.pop())
+        return True
+
+    # ---- Commit, publish -----------------------------------------------------------------------------------------
+    def commit(self, sampler: Callable[[int, int], int], eos_ids: tuple[int, ...]) -> None:
+        assert self.in_flight is not None
+        for job, seq in self.in_flight:
+            job.num_computed += seq.num_rows
+            if job.dropped:
+                continue
+            if job.stop_asked:
+                job.finished = True
+                self.stage_finish(job)
+            elif seq.samples:
+                token = sampler(job.request_id, seq.output_idx)
+                job.num_tokens += 1
+                job.queue_pair.staged.append(job.completion(abi.COMPLETION_TOKEN, 0, token, seq.output_idx))
+                self.counts["output_tokens"] += 1
+                if token in eos_ids and not job.ignore_eos:
+                    job.finish_reason = abi.FINISH_EOS
+                elif token in job.stop_ids:
+                    job.finish_reason = abi.FINISH_STOP_ID
+                elif job.num_tokens - job.num_prompt == job.max_tokens:
+                    job.finish_reason = abi.FINISH_LENGTH
+                if job.finish_reason:
+                    job.finished = True
+                    self.stage_finish(job)
+        self.in_flight = None
+        for lane in self.lanes:
+            lane.promised = 0
+        for job in [job for job in self.running if job.finished or job.stop_asked or job.dropped]:
+            self.release(job)
+            if job.dropped:
+                self.count_finish(abi.FINISH_CANCELLED)
+            elif job.finished:
+                self.count_finish(job.finish_reason)
+            else:
+                self.finish(job, job.finish_reason)
+
+    def publish(self) -> None:
+        for lane in self.lanes:
+            lane.unread.extend(lane.staged)
+            lane.num_owed += len(lane.staged)
+            lane.staged.clear()

@@ -1,0 +1,459 @@
+"""A director in this process, called step by step: EngineParams and queue pairs in numpy memory, and an ingress written in Python.
+
+The ingress here is single-threaded and may misbehave on purpose (malformed entries, no reading, no heartbeat); the real one is
+nic_shim/queue_pair.py. Two libraries run the same tests: "single" is what the emulated device runs, "lanes" runs every call on four lanes,
+each a thread, as a warp does (tests/host/lanes/lanes.cuh).
+Used by tests/host/test_director_*.py, test_ring_director.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blinkimp import native
+from blinkimp import ring_abi as abi
+from tests.support import ROOT
+
+EOS_ID = 2
+VOCAB = 512
+LANE_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread", "-DBK_TEST_LANES"]
+Sampler = Callable[[int, int], int]  # (request id, output position) -> token
+
+
+@functools.cache
+def library(kind: str) -> ctypes.CDLL:
+    """kind: "single" or "lanes"."""
+    opened = native.load() if kind == "single" else ctypes.CDLL(str(_build_lanes()))
+    params, plan = ctypes.c_void_p, ctypes.c_void_p
+    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+    out = ctypes.c_void_p
+    for name, result, arguments in (
+        ("num_lanes", u32, []),
+        ("plan_bytes", u64, [params]),
+        ("init", None, [params]),
+        ("poll", None, [params]),
+        ("plan", u32, [params, plan]),
+        ("commit", None, [params, plan]),
+        ("publish", None, [params]),
+        ("check_integrity", u32, [params]),
+        ("age_heartbeat", None, [params, u32, u64]),
+        ("age_integrity", None, [params, u64]),
+        ("running", u32, [params, out]),
+        ("request", None, [params, u32, out]),
+        ("queue_pair", None, [params, u32, out]),
+        ("damage", None, [params, u32, u32, u32]),
+    ):
+        function = getattr(opened, f"bk_director_{name}")
+        function.restype = result
+        function.argtypes = arguments
+    return opened
+
+
+def _build_lanes() -> Path:
+    """The harness alone, on threads as lanes. Built once per change of the sources."""
+    output = ROOT / "build" / "tests" / "director_lanes.so"
+    sources = [*(ROOT / "device").glob("*.cuh"), *(ROOT / "device").glob("*.h"), ROOT / "tests/host/lanes/lanes.cuh"]
+    harness = ROOT / "device" / "emu" / "director_harness.cpp"
+    newest = max(path.stat().st_mtime for path in [*sources, harness])
+    if not output.exists() or output.stat().st_mtime < newest:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fresh = output.with_suffix(".tmp")
+        includes = [f"-I{ROOT / 'tests/host/lanes'}", f"-I{ROOT / 'device'}"]
+        subprocess.run(["g++", *LANE_FLAGS, *includes, str(harness), "-o", str(fresh)], check=True)
+        fresh.replace(output)
+    return output
+
+
+class Completion(NamedTuple):
+    kind: int
+    reason: int
+    token: int
+    request_id: int
+    index: int
+
+
+class RequestView(NamedTuple):
+    state: int
+    flags: int
+    queue_pair_idx: int
+    request_id: int
+    num_prompt_tokens: int
+    max_tokens: int
+    num_tokens: int
+    num_computed: int
+    num_pages: int
+    finish_reason: int
+    num_preemptions: int
+
+
+class QueuePairView(NamedTuple):
+    epoch: int
+    submission_consumer_pos: int
+    arena_consumer_pos: int
+    published_pos: int
+    consumer_pos: int
+    num_staged: int
+    num_promised: int
+    num_waiting: int
+    num_running: int
+    num_finishing: int
+    credit: int
+    has_entry: int
+    num_staged_in_all: int
+
+
+class PlannedSeq(NamedTuple):
+    request_id: int
+    num_rows: int
+    position_begin: int
+    samples: bool
+    output_idx: int
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.ctypes.data)
+
+
+class PyIngress:
+    """The ingress end of one queue pair. Whatever it does wrong it does because a test asks for it."""
+
+    def __init__(self, queue_pair_idx: int, num_submissions: int, num_completions: int, arena_bytes: int) -> None:
+        self.num_submissions, self.num_completions, self.arena_bytes = num_submissions, num_completions, arena_bytes
+        submissions_offset = abi.QUEUE_PAIR.itemsize
+        completions_offset = submissions_offset + num_submissions * abi.SUBMISSION_ENTRY.itemsize
+        arena_offset = (completions_offset + num_completions * abi.COMPLETION_ENTRY.itemsize + 63) // 64 * 64
+        region_bytes = arena_offset + arena_bytes
+        self.memory = np.zeros(region_bytes + 128, np.uint8)
+        start = -_address(self.memory) % 128
+        self.region = self.memory[start : start + region_bytes]
+        self.words = self.region[: abi.QUEUE_PAIR.itemsize].view(abi.QUEUE_PAIR)[0]
+        self.submissions = self.region[submissions_offset:completions_offset].view(abi.SUBMISSION_ENTRY)
+        completions_end = completions_offset + num_completions * abi.COMPLETION_ENTRY.itemsize
+        self.completions = self.region[completions_offset:completions_end].view(abi.COMPLETION_ENTRY)
+        self.arena = self.region[arena_offset:]
+        header = self.words["header"]
+        header["magic"] = abi.QUEUE_PAIR_MAGIC
+        header["abi_version"] = abi.ABI_VERSION
+        header["header_bytes"] = abi.QUEUE_PAIR.itemsize
+        header["region_bytes"] = region_bytes
+        header["submission_entry_bytes"] = abi.SUBMISSION_ENTRY.itemsize
+        header["num_submissions"] = num_submissions
+        header["completion_entry_bytes"] = abi.COMPLETION_ENTRY.itemsize
+        header["num_completions"] = num_completions
+        header["arena_bytes"] = arena_bytes
+        header["submissions_offset"] = submissions_offset
+        header["completions_offset"] = completions_offset
+        header["arena_offset"] = arena_offset
+        header["queue_pair_idx"] = queue_pair_idx
+        self.epoch = 0
+        self.producer_pos = 0
+        self.arena_pos = 0
+        self.consumer_pos = 0
+
+    # ---- Attach --------------------------------------------------------------------------------------------------
+    def ask_attach(self) -> None:
+        self.epoch = (max(int(self.words["ingress"]["epoch"]), int(self.words["director"]["epoch"])) + 1) | 1
+        self.words["ingress"]["epoch"] = self.epoch
+        self.beat()
+
+    def finish_attach(self) -> bool:
+        director = self.words["director"]
+        if int(director["epoch"]) != self.epoch:
+            return False
+        self.producer_pos = int(director["submission_consumer_pos"])
+        self.arena_pos = (int(director["arena_consumer_pos"]) + 63) // 64 * 64
+        self.consumer_pos = int(director["completion_producer_pos"])
+        self.words["ingress"]["completion_consumer_pos"] = self.consumer_pos
+        return True
+
+    def detach(self) -> None:
+        self.words["ingress"]["epoch"] = self.epoch + 1
+
+    def beat(self) -> None:
+        self.words["ingress"]["heartbeat_ns"] += 1
+
+    @property
+    def is_attached(self) -> bool:
+        return self.epoch % 2 == 1 and int(self.words["director"]["epoch"]) == self.epoch
+
+    # ---- Submissions ---------------------------------------------------------------------------------------------
+    def num_free_entries(self) -> int:
+        return self.num_submissions - (self.producer_pos - int(self.words["director"]["submission_consumer_pos"]))
+
+    def write_entry(self, op: int, request_id: int, commit_bits: int = 0, **words: int) -> None:
+        """One committed entry, as it is asked for; the caller has looked for room."""
+        entry = np.zeros(1, abi.SUBMISSION_ENTRY)[0]
+        entry["epoch"] = self.epoch & 0xFFFFFFFF
+        entry["request_id"] = request_id
+        for name, value in words.items():
+            entry[name] = value
+        even_lap = self.producer_pos // self.num_submissions % 2 == 0
+        entry["commit"] = int(even_lap) | op << abi.COMMIT_KIND_SHIFT | commit_bits
+        self.submissions[self.producer_pos % self.num_submissions] = entry
+        self.producer_pos += 1
+
+    def claim_arena(self, body_bytes: int) -> int | None:
+        """Position of a free, aligned, unbroken piece of the arena."""
+        claimed = (body_bytes + 63) // 64 * 64
+        pos = self.arena_pos
+        if pos % self.arena_bytes + claimed > self.arena_bytes:
+            pos += self.arena_bytes - pos % self.arena_bytes
+        if pos + claimed - int(self.words["director"]["arena_consumer_pos"]) > self.arena_bytes:
+            return None
+        self.arena_pos = pos + claimed
+        return pos
+
+    def write_body(
+        self, pos: int, prompt: Sequence[int], stop_ids: Sequence[int] = (), sampling: dict[str, Any] | None = None, **words: int
+    ) -> int:
+        """Returns body_bytes."""
+        body = np.zeros(1, abi.REQUEST_BODY)
+        body[0]["sampling"]["top_p"] = 1.0
+        for name, value in (sampling or {}).items():
+            body[0]["sampling"][name] = value
+        body[0]["num_stop_ids"] = len(stop_ids)
+        for name, value in words.items():
+            body[0][name] = value
+        ids = np.array([*stop_ids, *prompt], np.uint32)
+        raw = body.tobytes() + ids.tobytes()
+        offset = pos % self.arena_bytes
+        self.arena[offset : offset + len(raw)] = np.frombuffer(raw, np.uint8)
+        return len(raw)
+
+    def submit(
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        sampling: dict[str, Any] | None = None,
+        body: dict[str, int] | None = None,
+        **entry: int,
+    ) -> bool:
+        """False: no entry or no arena bytes are free."""
+        body_bytes = abi.REQUEST_BODY.itemsize + 4 * (len(stop_ids) + len(prompt))
+        if self.num_free_entries() == 0 or (pos := self.claim_arena(body_bytes)) is None:
+            return False
+        self.write_body(pos, prompt, stop_ids, sampling, **(body or {}))
+        words = {
+            "arena_pos": pos, "body_bytes": body_bytes, "num_prompt_tokens": len(prompt), "max_tokens": max_tokens, **entry
+        }  # fmt: skip
+        self.write_entry(abi.SUBMISSION_REQUEST, request_id, **words)
+        return True
+
+    # ---- Completions ---------------------------------------------------------------------------------------------
+    def read(self, max_entries: int | None = None) -> list[Completion]:
+        found: list[Completion] = []
+        while max_entries is None or len(found) < max_entries:
+            entry = self.completions[self.consumer_pos % self.num_completions]
+            commit = int(entry["commit"])
+            if commit & abi.COMMIT_PARITY_MASK != int(self.consumer_pos // self.num_completions % 2 == 0):
+                break
+            kind, reason = commit >> abi.COMMIT_KIND_SHIFT & 0xFF, commit >> abi.COMMIT_REASON_SHIFT & 0xFF
+            assert commit >> 24 == 0 and commit & 0xFE == 0, hex(commit)
+            found.append(Completion(kind, reason, int(entry["token"]), int(entry["request_id"]), int(entry["index"])))
+            self.consumer_pos += 1
+        self.words["ingress"]["completion_consumer_pos"] = self.consumer_pos
+        return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a test chooses of EngineParams and of the queue pairs."""
+
+    num_queue_pairs: int = 1
+    num_requests: int = 64
+    max_requests_per_queue_pair: int = 64
+    max_batch: int = 8
+    max_step_tokens: int = 64
+    prefill_chunk_tokens: int = 32
+    max_context: int = 1024
+    num_pages: int = 64
+    num_submissions: int = 16
+    num_completions: int = 64
+    arena_bytes: int = 16384
+    eos_ids: tuple[int, ...] = (EOS_ID,)
+    ingress_timeout_ns: int = 3_600_000_000_000  # a test that wants a stale heartbeat ages it
+
+
+@dataclass
+class Rig:
+    """The engine's memory, the director's calls, and one PyIngress for each queue pair."""
+
+    shape: Shape
+    kind: str = "single"
+    ingresses: list[PyIngress] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        self.native = library(self.kind)
+        self.ingresses = [
+            PyIngress(q, shape.num_submissions, shape.num_completions, shape.arena_bytes) for q in range(shape.num_queue_pairs)
+        ]
+        pages_per_request = -(-shape.max_context // abi.PAGE_TOKENS)
+        self.params = np.zeros(1, abi.ENGINE_PARAMS)
+        params = self.params[0]
+        for name in (
+            "num_queue_pairs", "num_requests", "max_requests_per_queue_pair", "max_batch", "max_step_tokens",
+            "prefill_chunk_tokens", "max_context", "num_pages", "ingress_timeout_ns",
+        ):  # fmt: skip
+            params[name] = getattr(shape, name)
+        params["max_pages_per_request"] = pages_per_request
+        params["num_workers"] = 1
+        params["idle_sleep_ns"] = 1000
+        params["dims"]["vocab"] = VOCAB
+        params["dims"]["num_eos_ids"] = len(shape.eos_ids)
+        params["dims"]["eos_ids"][: len(shape.eos_ids)] = shape.eos_ids
+        self.engine_page = np.zeros(1, abi.ENGINE_PAGE)
+        self.engine_page[0]["header"]["engine_id"] = 0x1234_5678_9ABC
+        self.director_state = np.zeros(abi.DIRECTOR_STATE_BYTES // 8, np.uint64)
+        self.requests = np.zeros(abi.REQUEST_BYTES * shape.num_requests // 8, np.uint64)
+        self.tokens = np.zeros((shape.num_requests, shape.max_context), np.uint32)
+        self.page_tables = np.zeros((shape.num_requests, pages_per_request), np.uint32)
+        self.free_pages = np.zeros(shape.num_pages, np.uint32)
+        self.page_owners = np.zeros(shape.num_pages, np.uint32)
+        self.sampled = np.zeros(shape.max_batch, abi.SAMPLE_RESULT)
+        for name, array in (
+            ("engine_page", self.engine_page), ("director_state", self.director_state), ("requests", self.requests),
+            ("tokens", self.tokens), ("page_tables", self.page_tables), ("free_pages", self.free_pages),
+            ("page_owners", self.page_owners), ("sampled", self.sampled),
+        ):  # fmt: skip
+            params[name] = _address(array)
+        for q, ingress in enumerate(self.ingresses):
+            params["queue_pairs"][q] = _address(ingress.region)
+        self.address = _address(self.params)
+        plan_bytes = int(self.native.bk_director_plan_bytes(self.address))
+        self.plans = [np.zeros(plan_bytes, np.uint8) for _ in range(2)]
+        for i, plan in enumerate(self.plans):
+            params["plans"][i] = _address(plan)
+        self.plan_memory = self.plans[0]
+        self.native.bk_director_init(self.address)
+        self.check()
+
+    # ---- Calls ---------------------------------------------------------------------------------------------------
+    def poll(self) -> None:
+        self.native.bk_director_poll(self.address)
+
+    def plan(self) -> list[PlannedSeq]:
+        """The planned sequences; every word of the plan is checked against the request table."""
+        self.plan_memory = self.plans[int(self.engine_status("step")) & 1]
+        num_rows = int(self.native.bk_director_plan(self.address, _address(self.plan_memory)))
+        return self.read_plan(num_rows)
+
+    def read_plan(self, num_rows: int) -> list[PlannedSeq]:
+        header = self.plan_memory[:64].view(abi.STEP_PLAN)[0]
+        num_seqs, num_sample_rows = int(header["num_seqs"]), int(header["num_sample_rows"])
+        assert num_rows == header["num_rows"] <= self.shape.max_step_tokens
+        seqs_end = 64 + self.shape.max_batch * abi.PLAN_SEQ.itemsize
+        rows_end = seqs_end + self.shape.max_step_tokens * abi.PLAN_ROW.itemsize
+        seqs = self.plan_memory[64:seqs_end].view(abi.PLAN_SEQ)[:num_seqs]
+        rows = self.plan_memory[seqs_end:rows_end].view(abi.PLAN_ROW)[:num_rows]
+        sampled_rows = self.plan_memory[rows_end:].view(np.uint32)[:num_sample_rows]
+        planned, row, sample_row, longest = [], 0, 0, 0
+        self.sample_of: list[tuple[int, int]] = []  # (request id, output position) of each sampled row
+        for seq_idx, seq in enumerate(seqs):
+            request_idx, begin, count = int(seq["request_idx"]), int(seq["position_begin"]), int(seq["num_rows"])
+            request = self.request(request_idx)
+            assert int(seq["row_begin"]) == row and count >= 1, "rows are packed"
+            assert begin == request.num_computed and begin + count <= request.num_tokens
+            assert request.num_pages * abi.PAGE_TOKENS >= begin + count, "S3: pages for every row"
+            samples = begin + count == request.num_tokens
+            assert int(seq["sample_row"]) == (sample_row if samples else abi.NO_ROW)
+            own = rows[row : row + count]
+            assert np.array_equal(own["token"], self.tokens[request_idx, begin : begin + count])
+            assert np.array_equal(own["position"], np.arange(begin, begin + count))
+            assert (own["seq_idx"] == seq_idx).all() and (own["sample_row"][:-1] == abi.NO_ROW).all()
+            assert own["sample_row"][-1] == seq["sample_row"]
+            if samples:
+                assert sampled_rows[sample_row] == row + count - 1
+                self.sample_of.append((request.request_id, int(seq["output_idx"])))
+                sample_row += 1
+            assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens
+            planned.append(PlannedSeq(request.request_id, count, begin, samples, int(seq["output_idx"])))
+            row += count
+            longest = max(longest, begin + count)
+        assert row == num_rows and sample_row == num_sample_rows and int(header["max_kv_tokens"]) == longest
+        return planned
+
+    def commit(self, sampler: Sampler) -> None:
+        for sample_row, (request_id, output_idx) in enumerate(self.sample_of):
+            self.sampled[sample_row] = (sampler(request_id, output_idx), -0.5)
+        self.native.bk_director_commit(self.address, _address(self.plan_memory))
+
+    def publish(self) -> None:
+        self.native.bk_director_publish(self.address)
+
+    def step(self, sampler: Sampler) -> int:
+        """One turn of the emulated device's loop. Returns the rows."""
+        self.poll()
+        planned = self.plan()
+        if planned:
+            self.commit(sampler)
+        self.publish()
+        self.check()
+        return sum(seq.num_rows for seq in planned)
+
+    def attach_all(self) -> None:
+        for ingress in self.ingresses:
+            ingress.ask_attach()
+        self.poll()
+        assert all(ingress.finish_attach() for ingress in self.ingresses)
+
+    # ---- Looks ---------------------------------------------------------------------------------------------------
+    def engine_status(self, name: str) -> int:
+        return int(self.engine_page[0]["status"][name])
+
+    def request(self, request_idx: int) -> RequestView:
+        out = np.zeros(len(RequestView._fields), np.uint64)
+        self.native.bk_director_request(self.address, request_idx, _address(out))
+        return RequestView(*(int(value) for value in out))
+
+    def live_requests(self) -> dict[tuple[int, int], RequestView]:
+        """By (queue pair, request id)."""
+        views = (self.request(request_idx) for request_idx in range(self.shape.num_requests))
+        return {(view.queue_pair_idx, view.request_id): view for view in views if view.state != 0}
+
+    def queue_pair(self, queue_pair_idx: int) -> QueuePairView:
+        out = np.zeros(len(QueuePairView._fields), np.uint64)
+        self.native.bk_director_queue_pair(self.address, queue_pair_idx, _address(out))
+        return QueuePairView(*(int(value) for value in out))
+
+    def running(self) -> list[int]:
+        out = np.zeros(self.shape.max_batch, np.uint32)
+        count = int(self.native.bk_director_running(self.address, _address(out)))
+        return [self.request(int(request_idx)).request_id for request_idx in out[:count]]
+
+    def fault(self) -> dict[str, int]:
+        record = self.engine_page[0]["fault"]
+        return {name: int(record[name]) for name in ("code", "site", "expected", "seen", "step")}
+
+    def check(self) -> None:
+        """Every invariant of the director, as the director itself checks them."""
+        assert self.native.bk_director_check_integrity(self.address) == 1, f"integrity fault: {self.fault()}"
+        assert self.fault()["code"] == abi.FAULT_NONE, self.fault()
+
+    def age_heartbeat(self, queue_pair_idx: int, age_ns: int) -> None:
+        self.native.bk_director_age_heartbeat(self.address, queue_pair_idx, age_ns)
+
+    def command(self, command: int) -> None:
+        self.engine_page[0]["control"]["command"] = command
+
+
+def outputs(completions: Iterable[Completion], request_id: int) -> list[int]:
+    """The tokens of one request, with their positions checked."""
+    tokens = [entry for entry in completions if entry.kind == abi.COMPLETION_TOKEN and entry.request_id == request_id]
+    assert [entry.index for entry in tokens] == list(range(len(tokens))), "M1: each position once, in order"
+    return [entry.token for entry in tokens]
+
+
+def plain_sampler(request_id: int, output_idx: int) -> int:
+    """Never EOS; the same token for the same position, however often it is asked."""
+    return 100 + (request_id * 7 + output_idx * 13) % 300
