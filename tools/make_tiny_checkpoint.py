@@ -110,9 +110,9 @@ def load_widened(folder: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        return model.eval()
 
 
 def main() -> None:

@@ -1,33 +1,23 @@
 """Each op of the CPU interpreter against float64 numpy on fresh random inputs, for every instruction set that this machine has.
 
-Memory that an op must not read is NaN, outputs are poisoned before. Then what the ops promise together: the same bits whatever the
-number of threads, the cut of a prompt into chunks, and the company in the batch. Run: pytest tests/host/test_reference_ops.py
+Memory that an op must not read is NaN, outputs are poisoned before. What the ops promise together: test_reference_invariance.py.
+Run: pytest tests/host/test_reference_ops.py
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
-from blinkimp.host.model_config import ModelConfig, RopeConfig
-from blinkimp.host.program import Model, model_dims
-from blinkimp.host.reference import Chunk, ReferenceRunner, StepResult, kernels_in_use, select_kernels
+from blinkimp.host.reference import Chunk, ReferenceRunner, kernels_in_use, select_kernels
 from blinkimp.host.rope import rope_table
-from blinkimp.host.weights import HostTarget
-from blinkimp.ring_abi import OP, PAGE_TOKENS, BufferId, DType, OpKind
+from blinkimp.ring_abi import PAGE_TOKENS, BufferId, OpKind
+from tests.reference_support import PRECISIONS, Array, OpBench, fresh_rng
 
 KERNELS = ("baseline", "avx2", "avx512")
-PRECISIONS = ("f32", "bf16")
-HALF_ULP_BF16 = 2.0**-9
-
-Array = NDArray[Any]
 
 
 @pytest.fixture(params=KERNELS, autouse=True)
@@ -41,73 +31,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    seed = int(os.environ.get("BLINKIMP_TEST_SEED", np.random.SeedSequence().generate_state(1)[0]))
-    print(f"BLINKIMP_TEST_SEED={seed}")  # shown when the test fails
-    return np.random.default_rng(seed)
-
-
-def small_config(**changes: Any) -> ModelConfig:
-    """Sizes that are no multiple of any vector, tile or page."""
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        num_layers=2,
-        hidden=84,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=18,
-        intermediate=56,
-        vocab=203,
-        max_positions=512,
-        norm_eps=1e-5,
-        tied_embeddings=False,
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=False,
-        windows=(0, 0),
-        rope=RopeConfig("default", 10000.0),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-class OpBench:
-    """A one-op program with random operands, in f32 or bf16."""
-
-    def __init__(self, rng: np.random.Generator, precision: str, **changes: Any) -> None:
-        self.rng, self.config = rng, small_config(**changes)
-        self.dtype = DType.BF16 if precision == "bf16" else DType.F32
-        self.is_bf16 = precision == "bf16"
-        self._keepalive: list[Array] = []
-
-    def values(self, *shape: int, scale: float = 1.0) -> Array:
-        return (self.rng.standard_normal(shape) * scale).astype(np.float32)
-
-    def stored(self, values: Array) -> tuple[int, Array]:
-        """(address, values as the op sees them) of a matrix in the bench's precision."""
-        kept = bf16_from_f32(values) if self.is_bf16 else values
-        return self.address(kept), f32_from_bf16(kept) if self.is_bf16 else kept
-
-    def address(self, values: Array) -> int:
-        kept = np.ascontiguousarray(values)
-        self._keepalive.append(kept)
-        return int(kept.ctypes.data)
-
-    def round(self, values: Array) -> Array:
-        """What the interpreter's rounding makes of an exact value."""
-        narrow = values.astype(np.float32)
-        return (f32_from_bf16(bf16_from_f32(narrow)) if self.is_bf16 else narrow).astype(np.float64)
-
-    def runner(self, num_workers: int = 3, **members: Any) -> ReferenceRunner:
-        op = np.zeros(1, OP)
-        op["weight_dtype"] = self.dtype
-        for name, value in members.items():
-            op[name] = value
-        dims = model_dims(self.config, self.dtype, self.dtype, ())
-        model = Model(self.config, dims, op, (), 512, self.dtype, 0, HostTarget())
-        return ReferenceRunner(model, num_workers=num_workers, max_step_tokens=300, max_batch=64)
-
-    def tolerance(self, magnitude: float) -> float:
-        """fp32 sums of some hundred terms; a rounded output may also fall to the other side of a rounding boundary."""
-        return magnitude * (2.1 * HALF_ULP_BF16 if self.is_bf16 else 3e-6)
+    return fresh_rng()
 
 
 def set_rows(buffer: Array, values: Array) -> None:
@@ -355,103 +279,3 @@ def test_a_program_spoilt_after_its_check_stops_with_a_fault(rng: np.random.Gene
     runner.model.ops["kind"] = 42
     with pytest.raises(RuntimeError, match="fault 3 at op 0, kind 42"):
         runner.step([Chunk(0, [0], "none")])
-
-
-# ---- What the ops promise together ---------------------------------------------------------------------------------
-def whole_model(rng: np.random.Generator, precision: str) -> Model:
-    """Two layers with window, biases and q/k norms."""
-    bench = OpBench(rng, precision, windows=(0, 70))
-    config = bench.config
-    target = HostTarget()
-    rope = bench.address(rope_table(config.rope, config.head_dim, 512))
-    ops = []
-
-    def append(kind: OpKind, out_features: int = 0, in_features: int = 0, **members: Any) -> None:
-        op = np.zeros(1, OP)
-        op["kind"], op["weight_dtype"], op["in_features"], op["out_features"] = (
-            kind,
-            bench.dtype,
-            in_features,
-            out_features,
-        )
-        if in_features:
-            op["weight"] = bench.stored(bench.values(out_features, in_features, scale=in_features**-0.5))[0]
-        for name, value in members.items():
-            op[name] = value
-        ops.append(op)
-
-    def gain(num: int) -> int:
-        return bench.address(1 + bench.values(num, scale=0.2))
-
-    num_qkv = config.query_features + 2 * config.kv_features
-    append(OpKind.EMBED, config.vocab, config.hidden)
-    for layer, window in enumerate(config.windows):
-        head_gains = {"q_norm": gain(config.head_dim), "k_norm": gain(config.head_dim)}
-        append(
-            OpKind.QKV,
-            num_qkv,
-            config.hidden,
-            layer=layer,
-            rope=rope,
-            norm=gain(config.hidden),
-            bias=gain(num_qkv),
-            **head_gains,
-        )
-        append(OpKind.ATTENTION, layer=layer, window=window, input=BufferId.QUERY)
-        append(OpKind.PROJECT, config.hidden, config.query_features, layer=layer, input=BufferId.ATTENTION)
-        append(OpKind.GATE_UP, 2 * config.intermediate, config.hidden, layer=layer, norm=gain(config.hidden))
-        append(OpKind.PROJECT, config.hidden, config.intermediate, layer=layer, input=BufferId.ACTIVATION)
-    append(OpKind.LM_HEAD, config.vocab, config.hidden, norm=gain(config.hidden))
-    append(OpKind.SAMPLE, input=BufferId.LOGITS)
-    model = Model(
-        config, model_dims(config, bench.dtype, bench.dtype, ()), np.concatenate(ops), (), 512, bench.dtype, 0, target
-    )
-    object.__setattr__(model, "keepalive", bench)
-    return model
-
-
-def logits_in_chunks(runner: ReferenceRunner, request_idx: int, tokens: list[int], lengths: list[int]) -> Array:
-    pieces, begin = [], 0
-    for length in lengths:
-        result: StepResult = runner.step([Chunk(request_idx, tokens[begin : begin + length], "all")])
-        pieces.append(result.logits)
-        begin += length
-    assert begin == len(tokens)
-    return np.concatenate(pieces)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_bits_do_not_depend_on_threads_chunks_or_batch(rng: np.random.Generator, precision: str) -> None:
-    model = whole_model(rng, precision)
-    tokens = rng.integers(0, model.config.vocab, 200).tolist()
-    others = [rng.integers(0, model.config.vocab, length).tolist() for length in (33, 90)]
-    sizes: dict[str, Any] = {"max_batch": 200, "max_step_tokens": 330}
-    expected = logits_in_chunks(ReferenceRunner(model, num_workers=1, **sizes), 0, tokens, [200])
-    assert np.isfinite(expected).all() and np.abs(expected).max() > 0.5
-    for num_workers in (2, 3, 7):
-        got = logits_in_chunks(
-            ReferenceRunner(model, num_workers=num_workers, page_seed=num_workers, **sizes), 0, tokens, [200]
-        )
-        assert np.array_equal(got, expected), f"{num_workers} threads"
-    for lengths in ([1] * 200, [64, 64, 72], [3, 130, 1, 1, 65], [7, 8, 9, 16, 17, 143]):
-        got = logits_in_chunks(ReferenceRunner(model, **sizes), 2, tokens, lengths)
-        assert np.array_equal(got, expected), f"chunks {lengths[:6]}"
-    runner = ReferenceRunner(model, **sizes)
-    got_rows = []
-    for begin in range(0, 200, 40):  # beside other requests, in front and behind
-        chunks = [
-            Chunk(1, others[0][:], "none", 0),
-            Chunk(0, tokens[begin : begin + 40], "all"),
-            Chunk(3, others[1][:], "none", 0),
-        ]
-        got_rows.append(runner.step(chunks).logits)
-    assert np.array_equal(np.concatenate(got_rows), expected), "batch"
-
-
-def test_more_threads_than_cores_finish(rng: np.random.Generator) -> None:
-    """Waits sleep in the kernel when spinning does not pay; no wake-up may be lost."""
-    runner = ReferenceRunner(whole_model(rng, "f32"), num_workers=24, max_batch=64)
-    reference = ReferenceRunner(runner.model, num_workers=1, max_batch=64)
-    for step in range(20):
-        chunks = [Chunk(0, [step % 7, step % 5], "all")]
-        assert np.array_equal(runner.step(chunks).logits, reference.step(chunks).logits)
