@@ -92,7 +92,7 @@ class EmulatedDevice:
     def stop(self, timeout_s: float) -> bool:
         if self._child is None or self._child.wait(timeout_s):
             return True
-        _log.warning("%s did not stop within %g s; it is killed", self._child.describe_exit(), timeout_s)
+        _log.warning("%s and did not stop within %g s: it is killed", self._child.describe_exit(), timeout_s)
         self._child.send_signal(signal.SIGKILL)
         self._child.wait()
         return False

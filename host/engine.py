@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 # Without a heartbeat for this long a device hangs. A step of the emulated device may take seconds with a large model.
 STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 60.0}
 STOP_TIMEOUT_S: Final = 10.0  # from COMMAND_STOP to the device's end
+ABANDON_TIMEOUT_S: Final = 1.0  # the same for a device that has not begun: it may be loading for minutes
 _POLL_S: Final = 0.002
 
 
@@ -95,6 +96,7 @@ class Engine:
         self._regions: EngineRegions | None = None
         self._page: Any = None
         self._watchdog: Watchdog | None = None
+        self._is_halted = False
 
     # ---- Life --------------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -113,7 +115,9 @@ class Engine:
         try:
             self.device.start(self._launch(self._regions), self._progress)
         except BaseException:
-            self.stop()
+            self._command(EngineCommand.STOP)
+            self.device.stop(ABANDON_TIMEOUT_S)
+            self._release()
             raise
         self._watchdog = Watchdog(self._regions.engine_page, self.device, STALL_TIMEOUT_S[self.device.kind])
         _log.info("engine %s runs after %.1f s", config.engine_name, time.monotonic() - started_at)
@@ -144,18 +148,16 @@ class Engine:
 
     def halt(self) -> bool:
         """STOP: what still runs is finished as `draining`; the device ends. The shared memory stays until stop()."""
-        if self._regions is None:
+        if self._regions is None or self._is_halted:
             return True
+        self._is_halted = True
         self._command(EngineCommand.STOP)
         return self.device.stop(STOP_TIMEOUT_S)
 
     def stop(self) -> None:
         """halt(), then removes the shared memory."""
         self.halt()
-        if self._regions is not None:
-            self._page = self._watchdog = None
-            self._regions.unlink()
-            self._regions = None
+        self._release()
 
     def __enter__(self) -> Self:
         self.start()
@@ -175,6 +177,12 @@ class Engine:
         return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
 
     # ---- Inside ------------------------------------------------------------------------------------------------------
+    def _release(self) -> None:
+        if self._regions is not None:
+            self._page = self._watchdog = None
+            self._regions.unlink()
+            self._regions = None
+
     def _command(self, command: EngineCommand) -> None:
         # One aligned word with one writer, this host; the director polls it.
         self._page["control"]["command"][0] = int(command)

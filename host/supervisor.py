@@ -25,11 +25,8 @@ from typing import Final
 
 from blinkimp.config import Config, ConfigError, load_config
 from blinkimp.host.child_process import ChildProcess
-from blinkimp.host.device_protocol import DeviceError, Progress
+from blinkimp.host.device_protocol import Progress
 from blinkimp.host.engine import Engine, EngineFaultError, model_folder
-from blinkimp.host.engine_lock import SharedMemoryError
-from blinkimp.host.memory_plan import MemoryPlanError
-from blinkimp.host.model_config import UnsupportedModelError
 
 _log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
@@ -38,6 +35,10 @@ INGRESS_FLUSH_S: Final = 5.0  # from the engine's end to the ingress's
 FIRST_BACKOFF_S: Final = 0.1  # before a dead ingress is started anew; doubles each time
 MAX_BACKOFF_S: Final = 10.0
 HEALTHY_S: Final = 30.0  # an ingress that lived for so long starts again with the first back-off
+
+
+class StartInterrupted(BaseException):
+    """A signal came while the engine was loading: there is nothing to drain. Like KeyboardInterrupt, not an Exception."""
 
 
 class IngressSlot:
@@ -52,6 +53,7 @@ class IngressSlot:
         self._arguments += ["--tokenizer", str(model_folder(config)), "--drain-timeout", str(drain_s)]
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
+        self._is_ending = False
         self.child = self._start()
 
     def _start(self) -> ChildProcess:
@@ -64,6 +66,12 @@ class IngressSlot:
         word, _, endpoint = line.decode(errors="replace").strip().partition(" ")
         if word == "ready":
             _log.info("ingress %d serves on %s", self.idx, endpoint)
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, once: a second one would make it drop what it has not delivered."""
+        if not self._is_ending:
+            self._is_ending = True
+            self.child.send_signal(signal.SIGTERM)
 
     def look(self) -> None:
         """Restarts a dead process once its back-off is over."""
@@ -88,22 +96,36 @@ class Supervisor:
         self._config = config
         self._progress = progress
         self._num_signals = 0
+        self._is_starting = True
         self._ingresses: list[IngressSlot] = []
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        engine = None
         try:
-            with Engine(self._config, progress=self._progress) as engine:
-                return self._serve(engine)
-        except (DeviceError, SharedMemoryError, MemoryPlanError, UnsupportedModelError) as error:
-            _log.error("the engine could not start: %s", error)
+            engine = Engine(self._config, progress=self._progress)
+            engine.start()
+            self._is_starting = False
+            return self._serve(engine)
+        except StartInterrupted:
+            _log.info("stopped by a signal before the engine ran")
+            return 0
         except EngineFaultError as error:
             _log.error("%s", error)
+        except (RuntimeError, ValueError, OSError) as error:
+            # Refusals are of these types (device, driver, compiler, shared memory, checkpoint, sizes), and say what to do.
+            _log.error("the engine could not %s: %s", "start" if self._is_starting else "go on", error)
+            _log.debug("where", exc_info=True)
         finally:
+            self._is_starting = False  # from here on a signal interrupts nothing
             for slot in self._ingresses:
-                slot.child.send_signal(signal.SIGTERM)
-            self._end_ingresses()
+                slot.ask_to_end()
+            if engine is not None:
+                engine.halt()
+            self._end_ingresses()  # after the engine: what it ended at its stop is still delivered
+            if engine is not None:
+                engine.stop()
         return 1
 
     def _serve(self, engine: Engine) -> int:
@@ -122,13 +144,11 @@ class Supervisor:
         timeout_s = self._config.drain_timeout_s
         _log.info("draining: %d requests have %g s to finish; another signal stops at once", num_requests, timeout_s)
         for slot in self._ingresses:  # from now on they refuse requests themselves, and end when theirs are delivered
-            slot.child.send_signal(signal.SIGTERM)
+            slot.ask_to_end()
         if engine.drain(timeout_s, should_give_up=lambda: self._num_signals > 1):
             _log.info("drained")
         else:
             _log.warning("requests were still running when the drain ended; they finish with reason `draining`")
-        engine.halt()
-        self._end_ingresses()
 
     def _end_ingresses(self) -> None:
         slots, self._ingresses = self._ingresses, []
@@ -142,11 +162,13 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._num_signals += 1
+        if self._is_starting:
+            raise StartInterrupted
 
 
 def endpoint_of(bind: str, idx: int) -> str:
     """Where ingress idx listens: the first at `bind`, the others at the next ports, or at numbered paths."""
-    if idx == 0:
+    if idx == 0 or bind.endswith(":*"):  # any free port
         return bind
     base, colon, port = bind.rpartition(":")
     if bind.startswith("tcp://") and port.isdecimal():

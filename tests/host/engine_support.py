@@ -36,51 +36,59 @@ TINY_POSITIONS = 512
 GREEDY = sampling_record(temperature=0.0, ignore_eos=True)
 
 
-def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama in fp32; some 90,000 parameters, so that a step costs microseconds."""
-    hidden, intermediate, num_layers, num_heads, num_kv_heads, head_dim = 64, 96, 2, 4, 2, 16
-    rng = np.random.default_rng(seed)
-
-    def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
-
-    tensors = {
-        "model.embed_tokens.weight": matrix(TINY_VOCAB, hidden),
-        "model.norm.weight": np.ones(hidden, np.float32),
-    }
-    tensors["lm_head.weight"] = matrix(TINY_VOCAB, hidden) * 4
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.input_layernorm.weight"] = np.ones(hidden, np.float32)
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
-        tensors[f"{prefix}.self_attn.q_proj.weight"] = matrix(num_heads * head_dim, hidden)
-        tensors[f"{prefix}.self_attn.k_proj.weight"] = matrix(num_kv_heads * head_dim, hidden)
-        tensors[f"{prefix}.self_attn.v_proj.weight"] = matrix(num_kv_heads * head_dim, hidden)
-        tensors[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, num_heads * head_dim)
-        tensors[f"{prefix}.mlp.gate_proj.weight"] = matrix(intermediate, hidden)
-        tensors[f"{prefix}.mlp.up_proj.weight"] = matrix(intermediate, hidden)
-        tensors[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, intermediate)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
+def make_tiny_checkpoint(folder: Path, seed: int = 0, *, config_only: bool = False, **changes: int) -> Path:
+    """A random two-layer Llama in fp32; some 90,000 parameters, so that a step costs microseconds. `changes` go to config.json."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
         "vocab_size": TINY_VOCAB,
         "max_position_embeddings": TINY_POSITIONS,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "eos_token_id": 2,
+        **changes,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    if not config_only:
+        save_file(random_tensors(config, seed), folder / "model.safetensors")
     return folder
+
+
+def random_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
+        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    query_features = config["num_attention_heads"] * config["head_dim"]
+    kv_features = config["num_key_value_heads"] * config["head_dim"]
+    tensors = {
+        "model.embed_tokens.weight": matrix(TINY_VOCAB, hidden),
+        "model.norm.weight": np.ones(hidden, np.float32),
+    }
+    tensors["lm_head.weight"] = matrix(TINY_VOCAB, hidden) * 4
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = np.ones(hidden, np.float32)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
+        tensors[f"{prefix}.self_attn.q_proj.weight"] = matrix(query_features, hidden)
+        tensors[f"{prefix}.self_attn.k_proj.weight"] = matrix(kv_features, hidden)
+        tensors[f"{prefix}.self_attn.v_proj.weight"] = matrix(kv_features, hidden)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, query_features)
+        tensors[f"{prefix}.mlp.gate_proj.weight"] = matrix(intermediate, hidden)
+        tensors[f"{prefix}.mlp.up_proj.weight"] = matrix(intermediate, hidden)
+        tensors[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, intermediate)
+    return tensors
 
 
 def engine_config(model: Path | str, **changes: Any) -> Config:

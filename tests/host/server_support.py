@@ -20,9 +20,9 @@ from tests.support import ROOT
 
 
 class ServerProcess:
-    """Runs once the constructor has returned: every ingress has said that it serves."""
+    """Runs once the constructor has returned: every ingress has said that it serves, unless wait is False."""
 
-    def __init__(self, folder: Path, model: Path | str = "embedded", **changes: Any) -> None:
+    def __init__(self, folder: Path, model: Path | str = "embedded", *, wait: bool = True, **changes: Any) -> None:
         self.config: Config = engine_config(
             model, **{"bind": f"ipc://{folder}/ingress", "log_level": "info", **changes}
         )
@@ -45,7 +45,8 @@ class ServerProcess:
 
         self._reader = threading.Thread(target=read, daemon=True)
         self._reader.start()
-        self.wait_for_log("serves on", self.config.num_ingress)
+        if wait:
+            self.wait_for_log("serves on", self.config.num_ingress)
 
     @property
     def endpoints(self) -> list[str]:

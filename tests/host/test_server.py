@@ -13,11 +13,16 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive
-from tests.host.engine_support import assert_all_pages_are_back, wait_for
+from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, wait_for
 from tests.host.server_support import ServerProcess
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPT = [17, 33, 260, 9]
+
+
+def child_pids(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 class Streams:
@@ -127,10 +132,33 @@ def test_second_signal_ends_a_drain_at_once(tmp_path: Path) -> None:
         assert [reason for _, reason in streams.join(20)] == ["draining"] * 16
 
 
+def test_signal_during_loading_ends_the_server_at_once(tmp_path: Path) -> None:
+    # Large enough to load for many seconds; its weights are made up.
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16}
+    make_tiny_checkpoint(tmp_path, **shape, num_key_value_heads=4, head_dim=128, config_only=True)
+    with ServerProcess(tmp_path, tmp_path, load_format="dummy", wait=False) as server:
+        server.wait_for_log("emulated device")
+        wait_for(lambda: len(child_pids(server.process.pid)) == 1, 10, "the device loads")
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert time.monotonic() - begin < 5
+        assert "before the engine ran" in "".join(server.log)
+        assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))
+
+
+def test_broken_checkpoint_ends_the_server_with_what_is_wrong(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with ServerProcess(tmp_path, tmp_path, wait=False) as server:
+        assert server.wait(30) == 1
+        log = "".join(server.log)
+        assert "could not start" in log and "model.safetensors" in log and "Traceback" not in log
+
+
 def test_killed_device_ends_the_server_with_a_clear_error(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
-        children = Path(f"/proc/{server.process.pid}/task")
-        pids = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
+        pids = child_pids(server.process.pid)
         device_pid = next(pid for pid in pids if "emulated_process" in Path(f"/proc/{pid}/cmdline").read_text())
         os.kill(device_pid, signal.SIGKILL)
         assert server.wait(30) == 1
@@ -141,8 +169,7 @@ def test_killed_device_ends_the_server_with_a_clear_error(tmp_path: Path) -> Non
 
 def test_killed_supervisor_takes_its_tree_with_it(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, num_ingress=2) as server:
-        children = Path(f"/proc/{server.process.pid}/task")
-        pids = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
+        pids = child_pids(server.process.pid)
         assert len(pids) == 3, "device and two ingresses"
         server.process.kill()
         server.wait(10)

@@ -1,0 +1,92 @@
+"""The supervisor's decisions that need no process. Test: pytest tests/null/test_supervisor.py"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from blinkimp.config import Config
+from blinkimp.host import supervisor
+from blinkimp.host.supervisor import FIRST_BACKOFF_S, HEALTHY_S, MAX_BACKOFF_S, IngressSlot, endpoint_of
+
+
+class FakeChild:
+    """A process that ends when the test says so."""
+
+    started: list[FakeChild]
+
+    def __init__(self, name: str, module: str, arguments: list[str], **_: Any) -> None:
+        self.alive = True
+        self.arguments = arguments
+        self.signals: list[signal.Signals] = []
+        FakeChild.started.append(self)
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def describe_exit(self) -> str:
+        return "ingress ended"
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.signals.append(number)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    FakeChild.started = []
+    monkeypatch.setattr(supervisor, "ChildProcess", FakeChild)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    return now
+
+
+def seconds_to_restart(slot: IngressSlot, clock: list[float]) -> float:
+    FakeChild.started[-1].alive = False
+    num_started, died_at = len(FakeChild.started), clock[0]
+    while len(FakeChild.started) == num_started:
+        slot.look()
+        clock[0] += 0.01
+        assert clock[0] - died_at < 60
+    return clock[0] - died_at
+
+
+@pytest.mark.parametrize(
+    ("bind", "third"),
+    [
+        ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5557"),
+        ("tcp://[::1]:5555", "tcp://[::1]:5557"),
+        ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
+        ("ipc:///run/blinkimp", "ipc:///run/blinkimp.2"),
+    ],
+)
+def test_endpoints_of_further_ingresses(bind: str, third: str) -> None:
+    assert endpoint_of(bind, 0) == bind
+    assert endpoint_of(bind, 2) == third
+
+
+def test_dead_ingress_is_restarted_with_growing_pauses(clock: list[float]) -> None:
+    slot = IngressSlot(Config(), 0)
+    pauses = [seconds_to_restart(slot, clock) for _ in range(10)]
+    assert pauses[0] == pytest.approx(FIRST_BACKOFF_S, abs=0.05)
+    assert pauses[2] == pytest.approx(4 * FIRST_BACKOFF_S, abs=0.05)
+    assert pauses[-1] == pytest.approx(MAX_BACKOFF_S, abs=0.05)
+    clock[0] += HEALTHY_S + 1
+    slot.look()
+    assert seconds_to_restart(slot, clock) == pytest.approx(FIRST_BACKOFF_S, abs=0.05), "a long life starts afresh"
+
+
+def test_each_ingress_has_its_queue_pair_and_endpoint(clock: list[float]) -> None:
+    slots = [IngressSlot(Config(engine_name="name", num_ingress=2), idx) for idx in range(2)]
+    second = FakeChild.started[1].arguments
+    assert second[second.index("--queue-pair") + 1] == "1"
+    assert second[second.index("--engine") + 1] == "name"
+    assert second[second.index("--bind") + 1] == slots[1].endpoint == "tcp://127.0.0.1:5556"
+
+
+def test_ingress_is_asked_to_end_once(clock: list[float]) -> None:
+    slot = IngressSlot(Config(), 0)
+    slot.ask_to_end()
+    slot.ask_to_end()
+    assert FakeChild.started[0].signals == [signal.SIGTERM]
