@@ -37,11 +37,6 @@ BK_INLINE u32 slices_per_stage(u32 tile_rows) {
   return fitting >= 4 ? 4 : (fitting >= 2 ? 2 : 1);
 }
 
-struct ConsumerCursors {
-  RingCursor weights;
-  RingCursor inputs;
-};
-
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
 BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.tile_rows * 128;
@@ -162,7 +157,8 @@ BK_INLINE void load_row_scales(const EngineParams& params, u32 row_begin, u32 nu
 // Runs all items of an op for this CTA. Epilogue: void operator()(row_begin, tile_idx, d) for one warpgroup's 64 x kTileRows fragment.
 // kScaled: the op normalises its input, so shared.row_scale must hold the group's scales before its epilogue.
 template <int kTileRows, bool kScaled, class Epilogue>
-BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, ConsumerCursors& cursors, const Epilogue& epilogue) {
+BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
+  ConsumerCursors cursors = shared.compute.cursors;
   u8* input_ring = shared_memory + kScratchOffset;
   f32* reduce = reinterpret_cast<f32*>(input_ring + kInputStages * kInputStageBytes);
   const u32 warpgroup = threadIdx.x / 128;
@@ -197,6 +193,7 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
     if (shape.wide || warpgroup == 0) epilogue(fragment_row_begin, tile_idx, even);
     named_barrier_sync<1, kComputeThreads>();  // `reduce` and `row_scale` are overwritten by the next item
   }
+  if (threadIdx.x == 0) shared.compute.cursors = cursors;  // equal in all threads; read again after the grid barrier
 }
 
 }  // namespace blinkimp

@@ -74,6 +74,14 @@ BK_INLINE void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kNumThreads) : "memory");
 }
 
+// A value whose origin the compiler cannot see: what is computed from it stays where it is used, instead of being hoisted out of a long
+// loop into registers that the loop's other parts need.
+template <class T>
+BK_INLINE T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // Two floats to bf16, round to nearest even; `low` stands at the lower address.
 BK_INLINE u32 pack_bf16x2(f32 low, f32 high) {
   u32 packed;

@@ -6,6 +6,7 @@
 //                     [ scratch: 96 KB ]          in a GEMM: input ring 4 x 16 KB, then the reduction buffer 32 KB
 //                                                 in attention and sampling: their own use of the whole
 //                     [ WorkerShared ]            mbarriers and row scales
+//                     [ AttentionShared ]         arguments and current item of attention
 //
 // Used by device/gemm.cuh, device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
@@ -27,16 +28,46 @@ constexpr u32 kReduceBytes = 32768;       // 64 fragment registers x 128 threads
 constexpr u32 kScratchBytes = kInputStages * kInputStageBytes + kReduceBytes;
 constexpr u32 kScratchOffset = kWeightStages * kWeightStageBytes;
 
+// Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
+struct RingCursor {
+  u32 stage;
+  u32 phase;
+  BK_INLINE void advance(u32 num_stages) {
+    if (++stage == num_stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct ConsumerCursors {
+  RingCursor weights;
+  RingCursor inputs;
+};
+
+// Where the compute threads are in the program. In shared memory, because attention needs their registers.
+// Writer: thread 0 between two barriers, so that nobody reads it meanwhile; readers: all compute threads.
+struct ComputeState {
+  ConsumerCursors cursors;
+  u32 num_barriers;  // grid barriers passed since launch
+  u32 step;
+  u32 op_idx;
+  u32 reserved0;
+};
+
 struct WorkerShared {
   u64 weights_full[kWeightStages];
   u64 weights_empty[kWeightStages];
   u64 inputs_full[kInputStages];
   u64 inputs_empty[kInputStages];
   f32 row_scale[2 * kRowTile];  // 1 / rms of the rows of the current pair of row tiles
+  ComputeState compute;
 };
 
+constexpr u32 kAttentionBlockBytes = 256;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kScratchOffset + kScratchBytes;
-constexpr u32 kSharedMemoryBytes = kSharedOffset + sizeof(WorkerShared) + 1024;  // 1024: rounding up to the swizzle's alignment
+constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
+constexpr u32 kSharedMemoryBytes = kAttentionBlockOffset + kAttentionBlockBytes + 1024;  // 1024: rounding up to the swizzle's alignment
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
 // Workspaces of the GPU interpreter (EngineParams.workspaces); rows padded to 128. host/gpu_memory.py allocates by the same list.
@@ -61,20 +92,9 @@ BK_INLINE u64 tiled_offset(u32 row, u32 column, u32 num_slices) {
   return (static_cast<u64>(row / kRowTile) * num_slices + column / kSliceColumns) * (kRowTile * kSliceColumns) + within;
 }
 
-// Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
-struct RingCursor {
-  u32 stage;
-  u32 phase;
-  BK_INLINE void advance(u32 num_stages) {
-    if (++stage == num_stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
-BK_INLINE void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
+// Out of line: inlined into every wait, its addresses would take registers from the loops around.
+__device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
   record_fault(params, code, site, expected, seen);
   fence_acq_rel_sys();  // the record has left the SM before the trap
   trap();

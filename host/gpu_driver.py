@@ -7,6 +7,7 @@ multicast objects are never used. Called by host/gpu_device.py, host/gpu_weights
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,9 @@ def probe_gpu(device_idx: int = 0) -> GpuProperties:
     except GpuError:
         raise
     except RuntimeError as error:  # cuda.bindings found no libcuda
-        raise GpuError(f"cuInit: got {error}, expected an installed NVIDIA driver; install one, or use device=emulated") from error
+        raise GpuError(
+            f"cuInit: got {error}, expected an installed NVIDIA driver; install one, or use device=emulated"
+        ) from error
     device = check(driver.cuDeviceGet(device_idx), "cuDeviceGet")
     attribute = driver.CUdevice_attribute
 
@@ -70,7 +73,10 @@ def probe_gpu(device_idx: int = 0) -> GpuProperties:
     name = bytes(check(driver.cuDeviceGetName(128, device), "cuDeviceGetName")).split(b"\0")[0].decode()
     return GpuProperties(
         name,
-        (get(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR), get(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)),
+        (
+            get(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+            get(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        ),
         get(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         int(check(driver.cuDeviceTotalMem(device), "cuDeviceTotalMem")),
         int(check(driver.cuDriverGetVersion(), "cuDriverGetVersion")),
@@ -125,7 +131,10 @@ class GpuContext:
         """Copies an array to device memory; returns when it is there."""
         contiguous = np.ascontiguousarray(values)
         if contiguous.nbytes:
-            check(driver.cuMemcpyHtoDAsync(address, contiguous.ctypes.data, contiguous.nbytes, self.stream), "cuMemcpyHtoDAsync")
+            check(
+                driver.cuMemcpyHtoDAsync(address, contiguous.ctypes.data, contiguous.nbytes, self.stream),
+                "cuMemcpyHtoDAsync",
+            )
             self.synchronize()
 
     def download(self, address: int, values: NDArray[Any]) -> None:
@@ -134,7 +143,8 @@ class GpuContext:
         self.synchronize()
 
     def register_host(self, address: int, num_bytes: int) -> int:
-        """Pins host memory and maps it; returns its device address."""
+        """Pins host memory (whole pages, from a page's begin) and maps it; returns its device address."""
+        num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         flags = driver.CU_MEMHOSTREGISTER_PORTABLE | driver.CU_MEMHOSTREGISTER_DEVICEMAP
         check(driver.cuMemHostRegister(address, num_bytes, flags), f"cuMemHostRegister({num_bytes} bytes)")
         self._registered.append(address)
@@ -148,7 +158,10 @@ class GpuContext:
         function = check(driver.cuModuleGetFunction(module, name.encode()), f"cuModuleGetFunction({name})")
         if shared_memory_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(driver.cuFuncSetAttribute(function, attribute, shared_memory_bytes), f"cuFuncSetAttribute({shared_memory_bytes} bytes)")
+            check(
+                driver.cuFuncSetAttribute(function, attribute, shared_memory_bytes),
+                f"cuFuncSetAttribute({shared_memory_bytes} bytes)",
+            )
         return function
 
     def launch(

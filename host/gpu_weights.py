@@ -19,7 +19,12 @@ from blinkimp.host.weights import READ_BYTES, MatrixSource, PlacedMatrix
 from blinkimp.ring_abi import DType, OpKind
 
 # Tile widths that device/worker.cuh has code for, per kind. Rows of 32 for PROJECT: a tile is one group of the sums of squares.
-TILE_ROWS: Final = {OpKind.QKV: (48, 64, 128), OpKind.PROJECT: (32,), OpKind.GATE_UP: (48, 64, 112), OpKind.LM_HEAD: (112,)}
+TILE_ROWS: Final = {
+    OpKind.QKV: (48, 64, 128),
+    OpKind.PROJECT: (32,),
+    OpKind.GATE_UP: (48, 64, 112),
+    OpKind.LM_HEAD: (112,),
+}
 HEAD_DIMS: Final = (64, 128)
 SLICE_COLUMNS: Final = 64
 PACK_THREADS: Final = 256
@@ -45,7 +50,11 @@ class GpuTarget:
     """Device memory of one GPU; what it places lives as long as the context."""
 
     def __init__(self, context: GpuContext, config: ModelConfig, pack_cubin: bytes, num_workers: int) -> None:
-        for name, got in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate), ("query features", config.query_features)):
+        for name, got in (
+            ("hidden_size", config.hidden),
+            ("intermediate_size", config.intermediate),
+            ("query features", config.query_features),
+        ):
             if got % SLICE_COLUMNS:
                 raise refusal(f"{name} on the GPU", got, f"a multiple of {SLICE_COLUMNS}", "use device=emulated")
         if config.head_dim not in HEAD_DIMS:

@@ -74,7 +74,7 @@ def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
         assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"{call}: {status.name}"
         return values[0] if values else None
 
-    flags = [f"-arch={ARCH}", "-std=c++17", "-default-device", f"-I{ROOT / 'device'}", "-Xptxas=-v", *options]
+    flags = [f"-arch={ARCH}", "-std=c++17", "-default-device", *options, f"-I{ROOT / 'device'}", "-Xptxas=-v"]
     program = check(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []), "nvrtcCreateProgram")
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
     log_buffer = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
@@ -86,6 +86,11 @@ def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
     check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
     nvrtc.nvrtcDestroyProgram(program)
     return CompiledKernel(cubin, log, parse_usage(log))
+
+
+def compile_path(path: Path, options: tuple[str, ...]) -> CompiledKernel:
+    """Any kernel source, headers from its own folder first."""
+    return _compile(path, (f"-I{path.parent}", *options))
 
 
 def compile_kernel(file_name: str, options: list[str] | None = None) -> CompiledKernel:

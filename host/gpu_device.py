@@ -1,0 +1,175 @@
+"""The GPU as a device: compiles and loads the persistent kernel, places the weights, registers the queue pairs, launches once.
+
+After start() nothing of this process is on the path of a token: it may be stopped, or busy, and the kernel serves on.
+Implements host/device_protocol.py. Called by host/engine.py. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.compile_cache import CompiledKernel, get_kernel
+from blinkimp.host.device_protocol import DeviceError, Launch, Progress
+from blinkimp.host.gpu_driver import GpuContext, GpuError
+from blinkimp.host.gpu_kernel import (
+    KERNEL_NAME,
+    KERNEL_SOURCE,
+    PACK_SOURCE,
+    SHARED_MEMORY_BYTES,
+    WORKER_THREADS,
+    kernel_shape,
+)
+from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
+from blinkimp.host.gpu_weights import GpuTarget
+from blinkimp.host.memory_plan import DeviceKind, EngineSizes
+from blinkimp.host.model_config import ModelConfig
+from blinkimp.host.program import Model, load_model
+from blinkimp.ring_abi import EngineState
+
+_log = logging.getLogger(__name__)
+
+IDLE_SLEEP_NS: Final = 500  # between an idle director's polls of host memory
+START_TIMEOUT_S: Final = 20.0  # from the launch to the director's first sign of life
+# Kernels, the context's growth, and packing pad: kept free when memory is planned.
+RESERVED_BYTES: Final = 1 << 30
+
+
+class GpuDevice:
+    """One GPU. Raises GpuError at once where there is none that the kernel runs on."""
+
+    kind: DeviceKind = "gpu"
+
+    def __init__(self, device_idx: int = 0) -> None:
+        self._context = GpuContext(device_idx)
+        major, minor = self._context.properties.compute_capability
+        if (major, minor) != (9, 0):
+            properties = self._context.properties
+            self._context.close()
+            raise GpuError(
+                f"{properties.name} has compute capability {major}.{minor}, expected 9.0 (Hopper); use device=emulated"
+            )
+        self._stream: Any = None
+        self._error: str | None = None
+        self._model: Model | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Worker CTAs: every SM but the director's."""
+        return self._context.properties.num_multiprocessors - 1
+
+    def describe(self) -> str:
+        properties = self._context.properties
+        version = properties.driver_version
+        return f"{properties.name}, {self.num_workers} worker SMs, driver for CUDA {version // 1000}.{version % 1000 // 10}"
+
+    def memory_available_bytes(self) -> int:
+        self._context.make_current()
+        return max(0, self._context.free_bytes() - RESERVED_BYTES)
+
+    def workspace_bytes(self, model: ModelConfig, sizes: EngineSizes) -> int:
+        return sum(workspace_sizes(model, sizes))
+
+    def start(self, launch: Launch, progress: Progress | None = None) -> None:
+        self._context.make_current()
+        try:
+            kernel = self._compile(launch, progress)
+            self._launch(launch, kernel, self._load(launch, progress))
+        except GpuError as error:
+            raise DeviceError(str(error)) from error
+        status = launch.regions.engine_page.view(abi.ENGINE_PAGE)["status"]
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while int(status["state"][0]) == EngineState.STARTING:
+            if not self.is_alive():
+                raise DeviceError(self.fault() or "the persistent kernel ended before it started")
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"the director showed no sign of life for {START_TIMEOUT_S:g} s after the launch; see `blinkimp doctor`"
+                )
+            time.sleep(0.001)
+
+    def is_alive(self) -> bool:
+        if self._stream is None or self._error is not None:
+            return False
+        self._context.make_current()
+        try:
+            return not self._context.stream_is_done(self._stream)
+        except GpuError as error:
+            self._error = str(error)
+            return False
+
+    def fault(self) -> str | None:
+        return self._error
+
+    def stop(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        ended = not self.is_alive()
+        if not ended:
+            _log.warning(
+                "the persistent kernel did not stop within %g s; its context goes with this process", timeout_s
+            )
+            return False  # freeing memory under a running kernel would wait for it, for ever
+        self._context.make_current()
+        self._context.close()
+        self._stream = None
+        return True
+
+    # ---- Inside ------------------------------------------------------------------------------------------------------
+    def _compile(self, launch: Launch, progress: Progress | None) -> CompiledKernel:
+        if progress is not None:
+            progress("compile", 0, 2)
+        shape = kernel_shape(launch.model, self.num_workers)
+        self._pack = get_kernel(PACK_SOURCE, launch.cache_dir)
+        if progress is not None:
+            progress("compile", 1, 2)
+        kernel = get_kernel(KERNEL_SOURCE, launch.cache_dir, defines=shape.defines())
+        if progress is not None:
+            progress("compile", 2, 2)
+        source = "loaded from the cache" if kernel.from_cache else "compiled"
+        _log.info("persistent kernel %s in %.2f s", source, kernel.load_ns / 1e9)
+        return kernel
+
+    def _load(self, launch: Launch, progress: Progress | None) -> Model:
+        started_at = time.monotonic()
+        target = GpuTarget(self._context, launch.model, self._pack.cubin, self.num_workers)
+        self._model = load_model(
+            launch.model_folder,
+            target,
+            compute="bf16",
+            max_context=launch.sizes.max_context,
+            load_format=launch.load_format,
+            progress=None if progress is None else (lambda done, total: progress("weights", done, total)),
+        )
+        target.finish()
+        seconds = time.monotonic() - started_at
+        _log.info(
+            "weights: %.2f GB in %.1f s (%.2f GB/s)", target.num_bytes / 1e9, seconds, target.num_bytes / 1e9 / seconds
+        )
+        return self._model
+
+    def _launch(self, launch: Launch, kernel: CompiledKernel, model: Model) -> None:
+        context, regions = self._context, launch.regions
+        params = allocate_engine(context, launch.model, launch.sizes, model.dims, model.ops)
+        params["num_workers"] = self.num_workers
+        params["idle_sleep_ns"] = IDLE_SLEEP_NS
+        params["ingress_timeout_ns"] = launch.ingress_timeout_ns
+        params["spin_budget_ns"] = launch.spin_budget_ns
+        params["engine_page"] = context.register_host(regions.engine_page.address, regions.engine_page.region_bytes)
+        for i, region in enumerate(regions.queue_pairs):
+            params["queue_pairs"][0, i] = context.register_host(region.address, region.region_bytes)
+        function = context.load_kernel(kernel.cubin, KERNEL_NAME, SHARED_MEMORY_BYTES)
+        self._stream = context.create_stream()
+        context.synchronize()
+        context.launch(
+            function,
+            self.num_workers + 1,
+            WORKER_THREADS,
+            [params],
+            shared_memory_bytes=SHARED_MEMORY_BYTES,
+            cooperative=True,
+            stream=self._stream,
+        )

@@ -1,0 +1,270 @@
+"""Runs single steps of the persistent kernel without a director: the test writes the plan, the workers run the program, or a part of it.
+
+    runner = StepRunner(folder)                              a checkpoint folder; weights packed and placed as in serving
+    runner.run([Request(tokens, num_computed)], ops=...)     one launch: plan 0 is the step, plan 1 says exit
+    runner.hidden(rows) / .tiled(...) / .logits(rows) ...    what the step left in the workspaces
+Used by tests/gpu/test_gemm.py and tests/gpu/test_model_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.checkpoint import read_model_config
+from blinkimp.host.gpu_driver import GpuContext
+from blinkimp.host.gpu_kernel import (
+    KERNEL_NAME,
+    KERNEL_SOURCE,
+    PACK_SOURCE,
+    SHARED_MEMORY_BYTES,
+    WORKER_THREADS,
+    kernel_shape,
+)
+from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
+from blinkimp.host.gpu_weights import GpuTarget
+from blinkimp.host.memory_plan import EngineSizes
+from blinkimp.host.program import load_model
+from tests.gpu.gpu_harness import compile_path
+from tests.support import ROOT
+
+PLAN_EXIT = 1
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], rng: np.random.Generator, dtype: Any = np.float32
+) -> dict[str, NDArray[Any]]:
+    """A random checkpoint of a supported family: weights of unit gain, so that activations stay of order one. Returns the tensors."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head_dim = config.get("head_dim", hidden // heads)
+
+    def matrix(rows: int, columns: int) -> NDArray[Any]:
+        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(dtype)
+
+    def gain(size: int) -> NDArray[Any]:
+        return (1 + 0.1 * rng.standard_normal(size)).astype(dtype)
+
+    tensors = {
+        "model.embed_tokens.weight": rng.standard_normal((vocab, hidden)).astype(dtype),
+        "model.norm.weight": gain(hidden),
+    }
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = matrix(vocab, hidden)
+    biased = config["architectures"][0] == "Qwen2ForCausalLM"
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, rows in (("q", heads * head_dim), ("k", kv_heads * head_dim), ("v", kv_heads * head_dim)):
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(rows, hidden)
+            if biased:
+                tensors[f"{prefix}.self_attn.{name}_proj.bias"] = (0.5 * rng.standard_normal(rows)).astype(dtype)
+        if config["architectures"][0] == "Qwen3ForCausalLM":
+            tensors[f"{prefix}.self_attn.q_norm.weight"] = gain(head_dim)
+            tensors[f"{prefix}.self_attn.k_norm.weight"] = gain(head_dim)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = matrix(hidden, heads * head_dim)
+        tensors[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
+        tensors[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
+        tensors[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
+        tensors[f"{prefix}.input_layernorm.weight"] = gain(hidden)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = gain(hidden)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def llama_config(**changes: Any) -> dict[str, Any]:
+    """A small Llama with every part that a large one has."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1344, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32",
+    }  # fmt: skip
+    return config | changes
+
+
+@dataclass
+class Request:
+    """One request's share of a step: rows [num_computed, len(tokens)) are computed, the last one is sampled."""
+
+    tokens: NDArray[np.uint32]
+    num_computed: int
+    request_idx: int
+    sample: bool = True
+    output_idx: int = 0
+
+
+class StepRunner:
+    """An engine's memory on the GPU and its kernel, driven step by step."""
+
+    def __init__(
+        self, folder: Path, *, max_step_tokens: int = 2048, max_batch: int = 256, num_requests: int = 256, max_context: int = 4096,
+        num_pages: int = 256, load_format: Any = "auto",
+    ) -> None:  # fmt: skip
+        self.context = GpuContext()
+        self.config = read_model_config(folder)
+        self.num_workers = self.context.properties.num_multiprocessors - 1
+        self.shape = kernel_shape(self.config, self.num_workers)
+        device = Path(os.environ.get("BLINKIMP_TEST_DEVICE_SOURCES", ROOT / "device"))
+        options = tuple(f"-D{name}={value}" for name, value in self.shape.defines().items())
+        self.kernel = compile_path(device / KERNEL_SOURCE, options)
+        target = GpuTarget(self.context, self.config, compile_path(device / PACK_SOURCE, ()).cubin, self.num_workers)
+        max_context = min(max_context, self.config.max_positions)
+        self.model = load_model(folder, target, compute="bf16", max_context=max_context, load_format=load_format)
+        target.finish()
+        self.sizes = EngineSizes(
+            num_queue_pairs=0, num_requests=num_requests, max_requests_per_queue_pair=num_requests, max_batch=max_batch,
+            max_step_tokens=max_step_tokens, prefill_chunk_tokens=max_step_tokens, max_context=max_context,
+            max_pages_per_request=-(-max_context // abi.PAGE_TOKENS), num_pages=num_pages,
+        )  # fmt: skip
+        self.params = allocate_engine(self.context, self.config, self.sizes, self.model.dims, self.model.ops)
+        self.params["num_workers"] = self.num_workers
+        self.params["spin_budget_ns"] = 2_000_000_000
+        self.page = np.frombuffer(
+            mmap.mmap(-1, mmap.PAGESIZE), np.uint8
+        )  # the engine page: where a fault would be recorded
+        self.params["engine_page"] = self.context.register_host(self.page.ctypes.data, self.page.nbytes)
+        self.function = self.context.load_kernel(self.kernel.cubin, KERNEL_NAME, SHARED_MEMORY_BYTES)
+        self.page_tables = np.zeros((num_requests, self.sizes.max_pages_per_request), np.uint32)
+        self.free_pages = list(np.random.default_rng(1).permutation(num_pages))  # scattered, as after hours of serving
+        self.num_pages_of = np.zeros(num_requests, int)
+        self.requests = np.zeros((num_requests, abi.REQUEST_BYTES), np.uint8)
+
+    def close(self) -> None:
+        self.context.close()
+
+    def __enter__(self) -> StepRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def set_sampling(self, request_idx: int, **values: Any) -> None:
+        sampling = np.zeros(1, abi.SAMPLING_PARAMS)
+        sampling["top_p"] = 1.0
+        for name, value in values.items():
+            sampling[name] = value
+        self.requests[request_idx, : sampling.nbytes] = sampling.view(np.uint8)
+
+    def release(self, request_idx: int) -> None:
+        """Gives a request's pages back."""
+        num = self.num_pages_of[request_idx]
+        self.free_pages.extend(self.page_tables[request_idx, :num])
+        self.num_pages_of[request_idx] = 0
+
+    def plan(self, requests: list[Request]) -> NDArray[np.uint8]:
+        """The bytes of a StepPlan and its arrays; pages are assigned on the way."""
+        sizes = self.sizes
+        header = np.zeros(1, abi.STEP_PLAN)
+        seqs = np.zeros(sizes.max_batch, abi.PLAN_SEQ)
+        rows = np.zeros(sizes.max_step_tokens, abi.PLAN_ROW)
+        sampled = np.zeros(sizes.max_batch, np.uint32)
+        num_rows = num_samples = 0
+        for i, request in enumerate(requests):
+            while self.num_pages_of[request.request_idx] * abi.PAGE_TOKENS < len(request.tokens):
+                self.page_tables[request.request_idx, self.num_pages_of[request.request_idx]] = self.free_pages.pop()
+                self.num_pages_of[request.request_idx] += 1
+            count = len(request.tokens) - request.num_computed
+            last = num_rows + count - 1
+            sample_row = num_samples if request.sample else abi.NO_ROW
+            seqs[i] = (request.request_idx, num_rows, count, request.num_computed, sample_row, request.output_idx, 0, 0)
+            block = rows[num_rows : num_rows + count]
+            block["token"], block["position"] = (
+                request.tokens[request.num_computed :],
+                np.arange(request.num_computed, len(request.tokens)),
+            )
+            block["seq_idx"], block["sample_row"] = i, abi.NO_ROW
+            if request.sample:
+                rows[last]["sample_row"] = num_samples
+                sampled[num_samples] = last
+                num_samples += 1
+            num_rows += count
+        header["num_rows"], header["num_seqs"], header["num_sample_rows"] = num_rows, len(requests), num_samples
+        header["max_kv_tokens"] = max(len(request.tokens) for request in requests)
+        return np.concatenate([part.view(np.uint8).reshape(-1) for part in (header, seqs, rows, sampled)])
+
+    def run(
+        self, requests: list[Request], *, ops: Callable[[NDArray[np.void]], NDArray[np.void]] | None = None
+    ) -> None:
+        """One step. `ops` picks the part of the program that runs."""
+        params = self.params.copy()
+        if ops is not None:
+            part = np.ascontiguousarray(ops(self.model.ops))
+            self.context.upload(int(params["ops"][0]), part)
+            params["num_ops"] = len(part)
+        context = self.context
+        context.upload(int(params["plans"][0, 0]), self.plan(requests))
+        exit_plan = np.zeros(1, abi.STEP_PLAN)
+        exit_plan["flags"] = PLAN_EXIT
+        context.upload(int(params["plans"][0, 1]), exit_plan)
+        context.upload(int(params["page_tables"][0]), self.page_tables)
+        context.upload(int(params["requests"][0]), self.requests)
+        words = np.zeros(abi.GRID_WORDS_BYTES // 4, np.uint32)
+        words[0] = 2  # both plans are published
+        context.upload(int(params["grid_words"][0]), words)
+        context.launch(
+            self.function,
+            self.num_workers,
+            WORKER_THREADS,
+            [params],
+            shared_memory_bytes=SHARED_MEMORY_BYTES,
+            cooperative=True,
+        )
+        try:
+            context.synchronize()
+        except Exception as error:
+            fault = self.page[: abi.ENGINE_PAGE.itemsize].view(abi.ENGINE_PAGE)[0]["fault"]
+            raise AssertionError(
+                f"{error}; fault record {dict(zip(abi.FAULT_RECORD.names or (), fault.tolist(), strict=True))}"
+            ) from error
+        if ops is not None:
+            context.upload(int(params["ops"][0]), self.model.ops)
+
+    # ---- Workspaces ----------------------------------------------------------------------------------------------
+    def workspace(self, idx: int, dtype: Any) -> NDArray[Any]:
+        values = np.empty(workspace_sizes(self.config, self.sizes)[idx] // np.dtype(dtype).itemsize, dtype)
+        self.context.download(int(self.params["workspaces"][0, idx]), values)
+        return values
+
+    def set_workspace(self, idx: int, values: NDArray[Any]) -> None:
+        self.context.upload(int(self.params["workspaces"][0, idx]), values)
+
+    def poison_workspaces(self) -> None:
+        for idx, num_bytes in enumerate(workspace_sizes(self.config, self.sizes)):
+            if num_bytes:
+                self.context.fill(int(self.params["workspaces"][0, idx]), 0xFF, num_bytes)
+
+    def sampled(self, num: int) -> NDArray[np.void]:
+        values = np.empty(self.sizes.max_batch, abi.SAMPLE_RESULT)
+        self.context.download(int(self.params["sampled"][0]), values)
+        return values[:num]
+
+    def logits(self, num: int) -> NDArray[np.float32]:
+        return self.workspace(6, np.float32).reshape(self.sizes.max_batch, self.config.vocab)[:num]
+
+    def kv_pages(self) -> NDArray[np.uint16]:
+        """[layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim] bf16 bits."""
+        config = self.config
+        values = np.empty(
+            (config.num_layers, self.sizes.num_pages, config.num_kv_heads, 2, abi.PAGE_TOKENS, config.head_dim),
+            np.uint16,
+        )
+        self.context.download(int(self.params["kv_cache"][0]), values)
+        return values
+
+
+def tiled_index(num_rows: int, num_columns: int) -> NDArray[np.int64]:
+    """[num_rows, num_columns] element offsets of tiled_offset() in device/worker_memory.cuh."""
+    row, column = np.arange(num_rows)[:, None], np.arange(num_columns)[None, :]
+    within = (row % 64) * 64 + ((column % 64 // 8) ^ (row % 8)) * 8 + column % 8
+    return ((row // 64) * (num_columns // 64) + column // 64) * 4096 + within
