@@ -118,16 +118,22 @@ def running_engine(model: Path | str, **changes: Any) -> Iterator[Engine]:
 
 
 class HostProcess:
-    """An engine host in a process of its own, as under `blinkimp serve`."""
+    """An engine host in a process of its own, as under `blinkimp serve`. `prefix`, `environment`: for sanitizer builds."""
 
-    def __init__(self, model: Path | str, **changes: Any) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        prefix: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        **changes: Any,
+    ) -> None:
         config = engine_config(model, **changes)
         self.engine_name = config.engine_name
         values = {name: getattr(config, name) for name in config.__struct_fields__}
-        command = [sys.executable, "-m", "tests.host.engine_support", json.dumps(values)]
+        command = [*prefix, sys.executable, "-m", "tests.host.engine_support", json.dumps(values)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
         )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -1,4 +1,7 @@
-"""A whole server (`python -m blinkimp.host.supervisor`) for a test: engine, emulated device, ingress processes, all as in production."""
+"""A whole server (`python -m blinkimp.host.supervisor`) for a test: engine, emulated device, ingress processes, all as in production.
+
+Used by tests/host/test_server.py. Test: pytest tests/host/test_server.py
+"""
 
 from __future__ import annotations
 
