@@ -65,7 +65,7 @@ struct QkvEpilogue {
   const EngineParams& params;
   const Op& op;
   const WorkerShared& shared;
-  const StepPlan* plan;
+  const StepPlan* plan;  // of the step that runs; the director writes
   u32 num_rows;
 
   BK_INLINE void operator()(u32 row_begin, u32 tile_idx, f32 (&d)[kTileRows / 2]) const {

@@ -8,7 +8,7 @@
 namespace blinkimp {
 
 struct PhiloxCounter {
-  u32 words[4];
+  u32 words[4];  // before: the counter; after: four random words
 };
 
 BK_INLINE PhiloxCounter philox4x32_10(PhiloxCounter counter, u64 key) {

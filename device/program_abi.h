@@ -77,7 +77,7 @@ struct ModelDims {
   f32 norm_eps;
   f32 attention_scale;  // 1 / sqrt(head_dim)
   u32 num_eos_ids;
-  u32 eos_ids[kMaxEosIds];
+  u32 eos_ids[kMaxEosIds];  // [num_eos_ids] token ids
 };
 ABI_SIZE(ModelDims, 80);
 

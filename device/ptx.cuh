@@ -3,6 +3,7 @@
 // Each function has a GPU branch (PTX) and a CPU branch (GCC __atomic builtins), so that the director compiles for both.
 // Names carry op, order, scope: sys = visible to the host and to other processes, gpu = visible to all CTAs.
 // Called by device/*_port.cuh, device/director.cuh, device/worker.cuh. The Hopper data path is in ptx_sm90.cuh.
+// Test: pytest tests/host/test_ingress_port.py tests/host/test_ring_director.py (both ends of a ring)
 #pragma once
 #include <program_abi.h>
 

@@ -1,6 +1,7 @@
 // The Hopper data path in PTX: mbarriers, bulk copies, wgmma control, register moves, named barriers. GPU only (sm_90a).
 //
 // Called by device/gemm.cuh and device/worker.cuh. Widths of wgmma itself: ptx_wgmma.cuh (generated).
+// Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
 #include <ptx.cuh>
 

@@ -40,8 +40,8 @@ constexpr u32 kNumFolds = kNumParts / kPartsPerFold;
 struct SampleScratch {        // 18,560 bytes
   u32 bins_low[kNumRadixBins];   // low words of each bin's weight: two 32-bit atomics with a carry, because a 64-bit
   u32 bins_high[kNumRadixBins];  // shared-memory add is a compare-and-swap loop
-  u64 parts[kNumParts];
-  u64 folds[kNumFolds];
+  u64 parts[kNumParts];          // weight of each part of the index range
+  u64 folds[kNumFolds];          // sums of kPartsPerFold parts
 };
 ABI_SIZE(SampleScratch, 18560);
 
@@ -70,7 +70,7 @@ struct SingleSampleGroup {
 namespace sampling {
 
 struct LogitQuad {
-  f32 values[4];
+  f32 values[4];  // logits of four neighbouring ids
 };
 
 // fn(idx, logit) for the logits [begin, end), by aligned 16-byte loads where four lie inside; quads start, start + stride, ...

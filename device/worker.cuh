@@ -147,7 +147,7 @@ BK_INLINE void gather_sampled_rows(const EngineParams& params, const StepPlan* p
 
 // kOpAttention, in two phases around a grid barrier; the output is the O projection's tiled input.
 struct TiledStore {
-  u8* output;
+  u8* output;  // bf16 tiles, the input layout of the O projection (tiled_offset)
   u32 num_slices;
   BK_INLINE void operator()(u32 row, u32 column, u32 pair) const { *reinterpret_cast<u32*>(output + 2 * tiled_offset(row, column, num_slices)) = pair; }
 };

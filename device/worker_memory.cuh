@@ -56,10 +56,11 @@ struct ComputeState {
 };
 
 struct WorkerShared {
-  u64 weights_full[kWeightStages];
-  u64 weights_empty[kWeightStages];
-  u64 inputs_full[kInputStages];
-  u64 inputs_empty[kInputStages];
+  // mbarriers of the two rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
+  u64 weights_full[kWeightStages];   // [stage]
+  u64 weights_empty[kWeightStages];  // [stage]
+  u64 inputs_full[kInputStages];     // [stage]
+  u64 inputs_empty[kInputStages];    // [stage]
   f32 row_scale[2 * kRowTile];  // 1 / rms of the rows of the current pair of row tiles
   ComputeState compute;
 };

@@ -14,7 +14,7 @@ namespace {
 struct ThreadSampleGroup {
   u32 id;
   u32 count;
-  pthread_barrier_t* barrier;
+  pthread_barrier_t* barrier;  // of all `count` threads; owner: bk_sample_row_lanes
   void sync() const { pthread_barrier_wait(barrier); }
   u32 atomic_add(u32* address, u32 value) const { return atom_add_relaxed_shared(address, value); }
 };
