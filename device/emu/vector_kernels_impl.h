@@ -171,6 +171,7 @@ BK_KERNEL void dot_block_widened(const DotBlock& block) {
       u32 k = 0;
       for (; k + kNumLanes <= block.num_k; k += kNumLanes) {
         load(lanes, weight + k);
+        __builtin_prefetch(weight + kPrefetchRows * block.weight_stride + k);
         store(wide + f * wide_stride + k, lanes);
       }
       if (k < block.num_k) {
@@ -184,7 +185,7 @@ BK_KERNEL void dot_block_widened(const DotBlock& block) {
 }
 
 BK_KERNEL void dot_block(const DotBlock& block) {
-  constexpr u32 kRowsWorthWidening = 8, kLargestWidenedK = 1024 * 8 / BK_KERNEL_COLUMNS;
+  constexpr u32 kRowsWorthWidening = 4 * BK_KERNEL_ROWS, kLargestWidenedK = 1024 * 8 / BK_KERNEL_COLUMNS;
   if (block.weight_dtype == kF32) return dot_block_of<f32>(block);
   if (block.num_rows >= kRowsWorthWidening && block.num_k <= kLargestWidenedK) return dot_block_widened(block);
   dot_block_of<u16>(block);
