@@ -1,4 +1,5 @@
 // Stands in for device/ptx_mma.cuh in the CPU emulation of warps: the same functions, after the PTX ISA's descriptions. See simt.h.
+// Used by tests/host/test_attention_simt.py.
 #pragma once
 #include <simt.h>
 
