@@ -17,7 +17,7 @@ from typing import Any
 
 import zmq
 
-from blinkimp.client import DEFAULT_TIMEOUT_S, Security, configure_socket
+from blinkimp.client import DEFAULT_TIMEOUT_S, configure_socket
 from blinkimp.client_core import (
     CallState,
     Chunk,
@@ -29,6 +29,7 @@ from blinkimp.client_core import (
     ServerTimeoutError,
 )
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
+from blinkimp.transport import Security
 
 __all__ = [
     "AsyncClient",

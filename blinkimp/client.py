@@ -15,7 +15,7 @@ where they stopped. Test: pytest tests/host/test_clients.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -32,14 +32,11 @@ from blinkimp.client_core import (
     ServerTimeoutError,
 )
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
+from blinkimp.transport import Security, detect_lost_hosts
 
 __all__ = ["Chunk", "Client", "ClientError", "Completion", "RequestRefusedError", "ServerTimeoutError", "TokenStream"]
 
 DEFAULT_TIMEOUT_S = 30.0
-HEARTBEAT_IVL_MS = 2000  # ZMTP pings: a server whose host vanished is disconnected, and ZeroMQ connects anew
-HEARTBEAT_TIMEOUT_MS = 6000
-
-Security = Callable[["zmq.Socket[Any]"], None]  # configures CURVE on the socket before it connects
 
 
 def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None:
@@ -47,8 +44,7 @@ def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    detect_lost_hosts(socket)
     if security is not None:
         security(socket)
 

@@ -50,6 +50,7 @@ ErrorCode = Literal[
     "rejected",
     "engine_lost",
     "engine_error",
+    "internal_error",
 ]
 
 

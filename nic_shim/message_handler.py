@@ -7,6 +7,7 @@ Called by nic_shim/zmq_ingress.py, from one thread. Test: pytest tests/host/test
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from blinkimp.protocol import (
     quote,
 )
 
+log = logging.getLogger("blinkimp.ingress")
+
 MAX_INLINE_PROMPT_BYTES = (
     4096  # longer prompts are tokenised on a thread of their own, so that streams do not wait for them
 )
@@ -45,8 +48,9 @@ MAX_INLINE_PROMPT_BYTES = (
 class IngressLimits:
     """What one ingress grants. All on by default; `python -m blinkimp.nic_shim.zmq_ingress --help` has the flags."""
 
-    max_message_bytes: int = 4 << 20
-    max_prompt_bytes: int = 2 << 20  # of a prompt given as text
+    max_message_bytes: int = 1 << 20
+    max_prompt_bytes: int = 512 << 10  # of a prompt given as text
+    max_memory_bytes: int = 4 << 30  # resident memory of the ingress
     max_clients: int = 1024  # that have requests or unread replies
     max_requests_per_client: int = 256  # unfinished, or finished and not read
     max_requests: int = 4096
@@ -65,6 +69,7 @@ class HandlerCounters:
     messages: int = 0
     bad_messages: int = 0
     refused: int = 0
+    failures: int = 0  # defects; their tracebacks are in the log
     requests: int = 0
     prompt_tokens: int = 0
 
@@ -91,6 +96,23 @@ class MessageHandler:
         """One message: all frames after the identity."""
         self.counters.messages += 1
         session = self._sessions.open(identity)
+        try:
+            self._handle(session, frames)
+        except Exception:  # a defect: it must not take the other clients' streams with it
+            log.exception("a message of %d frames could not be handled", len(frames))
+            self.counters.failures += 1
+            error = _error(
+                None,
+                "internal_error",
+                "the server failed on this message",
+                f"{len(frames)} frames",
+                "an answer",
+                "report this with the ingress's log: it is a defect",
+            )
+            self._sessions.reply(session, error)
+        self._sessions.settle(session)
+
+    def _handle(self, session: Session, frames: list[bytes]) -> None:
         problem = self._frame_problem(frames)
         if problem is not None:
             self._refuse_bad(session, problem)

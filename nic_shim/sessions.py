@@ -111,6 +111,11 @@ class SessionTable:
             session = self.sessions[identity] = Session(identity)
         return session
 
+    def settle(self, session: Session) -> None:
+        """A session that nothing is owed to, and nothing runs for, goes. (A message need not have an answer.)"""
+        if session.is_idle:
+            self.sessions.pop(session.identity, None)
+
     def add_request(self, session: Session, request: LiveRequest) -> None:
         session.requests[request.client_id] = request
         self.num_requests += 1
@@ -167,8 +172,7 @@ class SessionTable:
             session.blocked_since = None
             self._blocked.pop(session, None)
         self._ready.pop(session, None)
-        if session.is_idle:
-            self.sessions.pop(session.identity, None)
+        self.settle(session)
 
     def drop(self, session: Session) -> None:
         """Forgets a client (I3)."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import mmap
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
@@ -31,15 +32,16 @@ from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
+from blinkimp.transport import Security, detect_lost_hosts
 
 log = logging.getLogger("blinkimp.ingress")
 
 SEND_HWM = 64  # frames that ZeroMQ holds for one client
-RECV_HWM = 256  # messages that ZeroMQ holds from one client
 # A frame beyond max_message_bytes is refused with a reply; one beyond this factor of it closes the connection unread.
-HARD_LIMIT_FACTOR = 8
-HEARTBEAT_IVL_MS = 2000  # ZMTP pings: a peer whose host vanished is disconnected
-HEARTBEAT_TIMEOUT_MS = 6000
+HARD_LIMIT_FACTOR = 16
+# Receive queues without a limit: a full one lets any client's ZMTP ping abort this process (see blinkimp/transport.py). The loop
+# reads faster than a client can send large messages, and max_memory_bytes is the bound.
+RECV_HWM = 0
 MESSAGES_PER_TURN = 256
 BUSY_WAIT_S = 0.002  # longest sleep while requests run; completions and messages end it early
 IDLE_WAIT_MS = 20
@@ -47,8 +49,6 @@ HOUSEKEEPING_PERIOD_S = 0.05
 ATTACH_TIMEOUT_S = 10.0
 CANCEL_GRACE_S = 1.0  # after a drain that timed out: for the engine's FINISH, and for clients to read it
 LINGER_MS = 1000  # at the end: for what ZeroMQ still holds
-
-Security = Callable[["zmq.Socket[bytes]"], None]  # configures CURVE on the socket before it is bound
 
 
 class ZmqIngress:
@@ -78,7 +78,7 @@ class ZmqIngress:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._bind = bind
-        self._max_message_bytes = limits.max_message_bytes
+        self._limits = limits
         self._security = security
         self._thread: threading.Thread | None = None
         self._drain_deadline: float | None = None  # set once by drain(), read by the loop
@@ -106,9 +106,8 @@ class ZmqIngress:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.RCVHWM, RECV_HWM)
-        socket.setsockopt(zmq.MAXMSGSIZE, self._max_message_bytes * HARD_LIMIT_FACTOR)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._limits.max_message_bytes * HARD_LIMIT_FACTOR)
+        detect_lost_hosts(socket)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         if self._security is not None:
             self._security(socket)
@@ -153,6 +152,7 @@ class ZmqIngress:
                 if now >= housekeeping_at:
                     housekeeping_at = now + HOUSEKEEPING_PERIOD_S
                     self.sessions.probe()
+                    self._check_memory()
                 if self._drain_deadline is not None and self._is_drained(now, self._drain_deadline):
                     break
                 self._wait()
@@ -189,6 +189,15 @@ class ZmqIngress:
             self.link.wait(BUSY_WAIT_S, self._fd)
         else:
             self._socket.poll(IDLE_WAIT_MS)
+
+    def _check_memory(self) -> None:
+        """Ends the process rather than the machine: what runs here goes on in the next ingress, the clients see to that."""
+        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        if resident_bytes > self._limits.max_memory_bytes:
+            raise MemoryError(
+                f"the ingress uses {resident_bytes} bytes, expected at most {self._limits.max_memory_bytes}; it ends, to be started "
+                "anew; find the client that floods it, or raise --max-memory-bytes"
+            )
 
     def _is_drained(self, now: float, deadline: float) -> bool:
         if not self.handler.is_draining:
@@ -237,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     integer_limits = {
         "max_message_bytes": "bytes of one message; larger ones get an error reply",
         "max_prompt_bytes": "characters of a prompt given as text",
+        "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
         "max_clients": "clients with requests at once",
         "max_requests_per_client": "unfinished requests of one client",
         "max_requests": "unfinished requests of this ingress",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import ServerMessage, decode_server_messages
 from tests.fake_director import FakeDirector, FakeQueuePair
+from tests.support import ROOT
 
 EOS_ID = 1
 TEXT = "naïve café 😀 👨‍👩‍👧 日本語 — done. "  # what the scripted model says, over and over
@@ -148,6 +151,25 @@ class RawClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# ---- An ingress as a process ------------------------------------------------------------------------------------------
+def start_process(name: str, tokenizer: Path, queue_pair_idx: int, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", name, "--tokenizer", str(tokenizer)]
+    command += ["--queue-pair", str(queue_pair_idx), "--bind", "tcp://127.0.0.1:*", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    ready = process.stdout.readline().split()
+    assert ready and ready[0] == "ready", f"the ingress said {ready}"
+    return process, ready[1]
+
+
+def end_process(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 # ---- The queue pair alone ---------------------------------------------------------------------------------------------

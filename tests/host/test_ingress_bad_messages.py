@@ -22,7 +22,7 @@ from tests.ingress_support import (
     serve,
 )
 
-LIMITS = IngressLimits(max_message_bytes=1 << 20, max_prompt_bytes=100_000, max_requests_per_client=8, max_requests=20)
+LIMITS = IngressLimits(max_message_bytes=1 << 18, max_prompt_bytes=100_000, max_requests_per_client=8, max_requests=20)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_ten_megabyte_blobs(tmp_path: Path) -> None:
 def test_frame_beyond_the_hard_limit_closes_only_that_connection(served: Served, client: Client) -> None:
     stream = client.submit("x", max_tokens=500)
     with RawClient(served.endpoint) as raw:
-        raw.send(bytes(9 << 20))  # the limit is 8 x 1 MiB
+        raw.send(bytes(5 << 20))  # the limit is 16 x 256 KiB
         with pytest.raises(TimeoutError):
             raw.receive(0.3)
     assert stream.result().num_output_tokens == 500
@@ -128,3 +128,17 @@ def test_limits_of_a_client_and_of_the_server(served: Served) -> None:
     finally:
         for raw in raws:
             raw.close()
+
+
+def test_a_defect_on_one_message_harms_nobody_else(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = client.submit("x", max_tokens=300)
+    next(stream)
+    with RawClient(served.endpoint) as raw, monkeypatch.context() as patch:
+        patch.setattr(served.ingress.handler, "_submit", lambda *_: 1 / 0)
+        raw.send(encoded())
+        (error,) = raw.receive()
+        assert isinstance(error, Error) and error.code == "internal_error"
+    assert stream.result().num_output_tokens == 300
+    assert client.stats().ingress["failures"] == 1

@@ -20,8 +20,10 @@ from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (
     Served,
+    end_process,
     engine_name,
     serve,
+    start_process,
     wait_until,
     write_byte_tokenizer,
 )
@@ -62,24 +64,6 @@ def test_drain_is_bounded(served: Served, client: Client) -> None:
     completion = stream.result()
     assert completion.finish_reason == "cancelled" and completion.num_output_tokens < 2000
     assert served.ingress.join(5) and time.monotonic() - started < 4
-
-
-def start_process(name: str, tokenizer: Path, queue_pair_idx: int, *flags: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", name, "--tokenizer", str(tokenizer)]
-    command += ["--queue-pair", str(queue_pair_idx), "--bind", "tcp://127.0.0.1:*", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    ready = process.stdout.readline().split()
-    assert ready and ready[0] == "ready", f"the ingress said {ready}"
-    return process, ready[1]
-
-
-def end_process(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) -> None:

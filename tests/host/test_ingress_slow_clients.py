@@ -10,18 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from blinkimp.client import Client
 from blinkimp.nic_shim import sessions
 from blinkimp.nic_shim.message_handler import IngressLimits
 from blinkimp.protocol import Error, Finish, Tokens
+from tests.fake_director import FakeDirector
 from tests.ingress_support import (
     RawClient,
     Served,
     encoded,
+    end_process,
+    engine_name,
     expected_ids,
     serve,
+    start_process,
     wait_until,
+    write_byte_tokenizer,
 )
 
 
@@ -136,3 +142,39 @@ def test_vanished_client_without_output_is_found_out(served: Served) -> None:
         raw.send(encoded())
         wait_until(lambda: bool(served.director.queue_pairs[0].running), "the request runs")
     wait_until(lambda: not served.director.queue_pairs[0].running, "nothing is sent, yet the probe finds out")
+
+
+def test_clients_with_zmtp_heartbeats_cannot_abort_the_ingress(tmp_path: Path) -> None:
+    """A ping that meets a full receive queue aborts libzmq; the ingress's queues must never be full."""
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        process, endpoint = start_process(director.regions.engine_name, tokenizer, 0)
+        try:
+            for _ in range(20):
+                context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+                sockets = [context.socket(zmq.DEALER) for _ in range(4)]
+                for socket in sockets:
+                    socket.setsockopt(zmq.LINGER, 0)
+                    socket.setsockopt(zmq.HEARTBEAT_IVL, 5)
+                    socket.connect(endpoint)
+                for _ in range(2000):
+                    for socket in sockets:
+                        if socket.poll(0, zmq.POLLOUT):
+                            socket.send(b"\xc1" * 20, zmq.NOBLOCK)
+                time.sleep(0.02)
+                for socket in sockets:
+                    socket.close()
+                context.term()
+                assert process.poll() is None, f"the ingress ended with {process.poll()}"
+            with Client(endpoint, timeout_s=20) as client:
+                assert client.generate("x", max_tokens=3).num_output_tokens == 3
+        finally:
+            end_process(process)
+
+
+def test_memory_is_bounded_by_an_end(tmp_path: Path) -> None:
+    with serve(tmp_path) as served:
+        served.ingress._limits = IngressLimits(max_memory_bytes=1)
+        with pytest.raises(MemoryError, match="expected at most 1; it ends"):
+            served.ingress.join(5)
+        served.ingress.error = None

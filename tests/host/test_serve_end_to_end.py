@@ -24,7 +24,7 @@ from tests.ingress_support import RawClient, encoded
 from tests.support import ROOT
 
 PROMPT = "def read_file(path):"
-INGRESS_TIMEOUT_S = 0.5
+INGRESS_TIMEOUT_S = 0.4  # less than 8 streams of 500 tokens take
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,15 @@ def test_stop_ids_and_eos(server: ServerProcess, tokenizer: Tokenizer) -> None:
 def test_ingress_that_was_stopped_for_too_long_comes_back(server: ServerProcess) -> None:
     """The director drops it and frees its pages; once it runs again it attaches and resubmits, and no token is lost or doubled."""
     with Client(server.endpoints[0]) as client:
-        expected = client.generate(PROMPT, max_tokens=200, temperature=0, ignore_eos=True).token_ids
+        expected = client.generate(PROMPT, max_tokens=500, temperature=0, ignore_eos=True).token_ids
         before = client.stats()
-        streams = [client.submit(PROMPT, max_tokens=200, temperature=0, ignore_eos=True) for _ in range(4)]
+        streams = [client.submit(PROMPT, max_tokens=500, temperature=0, ignore_eos=True) for _ in range(8)]
         for stream in streams:
             next(stream)
         pid = server.ingress_pid(0)
         os.kill(pid, signal.SIGSTOP)
         try:
+            assert server.status()["num_running"] == 8, "they must still run for this test to say anything"
             wait_for(lambda: server.status()["ingress_drops"] > before.engine["ingress_drops"], 5, "it is dropped")
             wait_for(lambda: server.status()["num_pages_used"] == 0, 5, "its pages are free")
         finally:
@@ -114,7 +115,7 @@ def test_ingress_that_was_stopped_for_too_long_comes_back(server: ServerProcess)
         after = client.stats()
         assert server.ingress_pid(0) == pid
     assert after.ingress["attaches"] == before.ingress["attaches"] + 1
-    assert after.ingress["resubmissions"] == before.ingress["resubmissions"] + 4
+    assert after.ingress["resubmissions"] == before.ingress["resubmissions"] + 8
 
 
 def test_client_that_stops_reading_gets_everything_later(server: ServerProcess) -> None:

@@ -158,6 +158,7 @@ def test_cancel_of_unknown_id_is_ignored(served: Served, client: Client) -> None
         raw.send_message(Cancel(77))
         raw.send_message(GetStats(1))
         assert isinstance(raw.receive()[0], Stats)
+    wait_until(lambda: served.ingress.sessions.is_idle, "no session is left behind")
 
 
 def test_leaving_a_stream_early_cancels(served: Served, client: Client) -> None:
