@@ -146,7 +146,11 @@ class Reference:
         return sum(len(other.staged) for other in self.lanes) < MAX_STAGED_BY_POLL and lane.credit > 0
 
     def find(self, lane: Lane, request_id: int) -> Job | None:
-        live = [*lane.waiting, *lane.finishing, *(job for job in self.running if job.queue_pair is lane and not job.dropped)]
+        live = [
+            *lane.waiting,
+            *lane.finishing,
+            *(job for job in self.running if job.queue_pair is lane and not job.dropped),
+        ]
         return next((job for job in live if job.request_id == request_id), None)
 
     def num_live(self, lane: Lane) -> int:
@@ -169,7 +173,11 @@ class Reference:
             lane.staged.append(Completion(abi.COMPLETION_PONG, 0, 0, entry.request_id, 0))
             return True
         reject = None if entry.needs_body else entry.reject
-        if entry.op == abi.SUBMISSION_REQUEST and self.command != abi.COMMAND_RUN and reject != (abi.REJECT_MALFORMED, 0):
+        if (
+            entry.op == abi.SUBMISSION_REQUEST
+            and self.command != abi.COMMAND_RUN
+            and reject != (abi.REJECT_MALFORMED, 0)
+        ):
             reject = (abi.REJECT_DRAINING, 0)
         if reject is None and self.find(lane, entry.request_id):
             reject = (abi.REJECT_DUPLICATE, 0)
@@ -188,7 +196,15 @@ class Reference:
             lane.staged.append(Completion(abi.COMPLETION_REJECT, reject[0], reject[1], entry.request_id, 0))
             self.counts["requests_rejected"] += 1
             return True
-        job = Job(lane, entry.request_id, entry.num_prompt, entry.max_tokens, entry.stop_ids, entry.ignore_eos, entry.num_prompt)
+        job = Job(
+            lane,
+            entry.request_id,
+            entry.num_prompt,
+            entry.max_tokens,
+            entry.stop_ids,
+            entry.ignore_eos,
+            entry.num_prompt,
+        )
         lane.waiting.append(job)
         lane.staged.append(job.completion(abi.COMPLETION_ACK, 0, 0, 0))
         self.counts["requests_accepted"] += 1
@@ -200,7 +216,9 @@ class Reference:
 
     def stage_finish(self, job: Job) -> None:
         num_outputs = job.num_tokens - job.num_prompt
-        job.queue_pair.staged.append(job.completion(abi.COMPLETION_FINISH, job.finish_reason, job.num_prompt, num_outputs))
+        job.queue_pair.staged.append(
+            job.completion(abi.COMPLETION_FINISH, job.finish_reason, job.num_prompt, num_outputs)
+        )
 
     def finish(self, job: Job, reason: int) -> None:
         job.finish_reason = reason

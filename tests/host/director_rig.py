@@ -3,7 +3,7 @@
 The ingress here is single-threaded and may misbehave on purpose (malformed entries, no reading, no heartbeat); the real one is
 nic_shim/queue_pair.py. Two libraries run the same tests: "single" is what the emulated device runs, "lanes" runs every call on four lanes,
 each a thread, as a warp does (tests/host/lanes/lanes.cuh).
-Used by tests/host/test_director_*.py, test_ring_director.py.
+Used by tests/host/test_director_*.py, test_ring_director.py. Longer than 400 lines because the rig and its ingress share one memory map.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from tests.support import ROOT
 
 EOS_ID = 2
 VOCAB = 512
-LANE_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread", "-DBK_TEST_LANES"]
+LANE_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-DBK_TEST_LANES",
+]
 Sampler = Callable[[int, int], int]  # (request id, output position) -> token
 
 
@@ -212,7 +223,12 @@ class PyIngress:
         return pos
 
     def write_body(
-        self, pos: int, prompt: Sequence[int], stop_ids: Sequence[int] = (), sampling: dict[str, Any] | None = None, **words: int
+        self,
+        pos: int,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int] = (),
+        sampling: dict[str, Any] | None = None,
+        **words: int,
     ) -> int:
         """Returns body_bytes."""
         body = np.zeros(1, abi.REQUEST_BODY)
@@ -296,7 +312,8 @@ class Rig:
         shape = self.shape
         self.native = library(self.kind)
         self.ingresses = [
-            PyIngress(q, shape.num_submissions, shape.num_completions, shape.arena_bytes) for q in range(shape.num_queue_pairs)
+            PyIngress(q, shape.num_submissions, shape.num_completions, shape.arena_bytes)
+            for q in range(shape.num_queue_pairs)
         ]
         pages_per_request = -(-shape.max_context // abi.PAGE_TOKENS)
         self.params = np.zeros(1, abi.ENGINE_PARAMS)

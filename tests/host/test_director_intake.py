@@ -78,7 +78,9 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], int, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "reason", "limit"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS])
+@pytest.mark.parametrize(
+    ("words", "reason", "limit"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS]
+)
 def test_bad_request_is_rejected_with_its_reason(rig: Rig, words: dict[str, Any], reason: int, limit: int) -> None:
     ingress = rig.ingresses[0]
     good_arena_pos = ingress.arena_pos
@@ -88,7 +90,10 @@ def test_bad_request_is_rejected_with_its_reason(rig: Rig, words: dict[str, Any]
     # T3: the arena is freed by entries that lie in it only, and the next good request passes. An ingress that claimed more bytes than it
     # wrote goes on behind them.
     freed = rig.queue_pair(0).arena_consumer_pos
-    assert freed in (good_arena_pos, good_arena_pos + words.get("body_bytes", 64 + 4 * (3 + len(words.get("stop_ids", [])))))
+    assert freed in (
+        good_arena_pos,
+        good_arena_pos + words.get("body_bytes", 64 + 4 * (3 + len(words.get("stop_ids", [])))),
+    )
     ingress.arena_pos = max(ingress.arena_pos, (freed + 63) // 64 * 64)
     assert ingress.submit(8, [1, 2, 3], 2)
     assert len(outputs(serve(rig), 8)) == 2
@@ -108,7 +113,14 @@ def test_reserved_bits_of_the_commit_word_are_malformed(rig: Rig, bits: int) -> 
 
 def test_limits_themselves_are_accepted(rig: Rig) -> None:
     ingress = rig.ingresses[0]
-    sampling = {"temperature": 3.4e38, "top_p": 1e-30, "min_p": 1.0, "top_k": 0xFFFFFFFF, "seed": (1 << 64) - 1, "ignore_eos": 1}
+    sampling = {
+        "temperature": 3.4e38,
+        "top_p": 1e-30,
+        "min_p": 1.0,
+        "top_k": 0xFFFFFFFF,
+        "seed": (1 << 64) - 1,
+        "ignore_eos": 1,
+    }
     stop_ids = list(range(300, 300 + abi.MAX_STOP_IDS))
     assert ingress.submit(1, [VOCAB - 1, 0], 12 * 64 - 2, stop_ids, sampling)
     assert serve(rig, 1)[0].kind == abi.COMPLETION_ACK
@@ -189,7 +201,9 @@ def test_drain_rejects_new_requests_and_finishes_the_others(rig: Rig) -> None:
     rig.command(abi.COMMAND_DRAIN)
     assert ingress.submit(2, [1], 5)
     found = serve(rig, 8)
-    assert reject(abi.REJECT_DRAINING, 2) in found and found[-1] == Completion(abi.COMPLETION_FINISH, abi.FINISH_LENGTH, 1, 1, 5)
+    assert reject(abi.REJECT_DRAINING, 2) in found and found[-1] == Completion(
+        abi.COMPLETION_FINISH, abi.FINISH_LENGTH, 1, 1, 5
+    )
     assert rig.engine_status("state") == abi.ENGINE_DRAINING
 
 
@@ -218,7 +232,11 @@ def test_random_bytes_never_fault(seed: int) -> None:
             names = [name for name in abi.SUBMISSION_ENTRY.names or () if name != "commit"]
             if source.random() < 0.5:
                 ingress.arena[:] = rng.integers(0, 256, ingress.arena_bytes, np.uint8)
-            ingress.write_entry(source.choice([0, 1, 1, 1, 2, 3, 77]), turn, **{name: int(entry[name]) for name in names if name != "request_id"})
+            ingress.write_entry(
+                source.choice([0, 1, 1, 1, 2, 3, 77]),
+                turn,
+                **{name: int(entry[name]) for name in names if name != "request_id"},
+            )
         elif ingress.submit(100_000 + turn, [1, 2, 3], 2):
             num_good += 1
         rig.step(plain_sampler)

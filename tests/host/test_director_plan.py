@@ -54,10 +54,22 @@ def test_decode_rows_come_first_and_prefill_fills_the_budget(kind: str) -> None:
     assert ingress.submit(3, [3] * 70, 50)
     # 1 goes on with its prefill, 2 and 3 are admitted behind it until 40 rows are full.
     assert one_plan(rig) == [PlannedSeq(1, 32, 32, False, 0), PlannedSeq(2, 8, 0, False, 0)]
-    assert one_plan(rig) == [PlannedSeq(1, 32, 64, False, 0), PlannedSeq(2, 2, 8, True, 0), PlannedSeq(3, 6, 0, False, 0)]
+    assert one_plan(rig) == [
+        PlannedSeq(1, 32, 64, False, 0),
+        PlannedSeq(2, 2, 8, True, 0),
+        PlannedSeq(3, 6, 0, False, 0),
+    ]
     # 2 decodes: it stands first although it is younger than 1.
-    assert one_plan(rig) == [PlannedSeq(2, 1, 10, True, 1), PlannedSeq(1, 4, 96, True, 0), PlannedSeq(3, 32, 6, False, 0)]
-    assert one_plan(rig) == [PlannedSeq(1, 1, 100, True, 1), PlannedSeq(2, 1, 11, True, 2), PlannedSeq(3, 32, 38, True, 0)]
+    assert one_plan(rig) == [
+        PlannedSeq(2, 1, 10, True, 1),
+        PlannedSeq(1, 4, 96, True, 0),
+        PlannedSeq(3, 32, 6, False, 0),
+    ]
+    assert one_plan(rig) == [
+        PlannedSeq(1, 1, 100, True, 1),
+        PlannedSeq(2, 1, 11, True, 2),
+        PlannedSeq(3, 32, 38, True, 0),
+    ]
 
 
 def test_a_single_token_prompt_is_admitted_as_one_row_that_samples() -> None:

@@ -332,7 +332,10 @@ def test_ten_thousand_random_requests_end_with_every_page_free(seed: int) -> Non
             assert len(tokens) == max_tokens and not stops
         else:
             assert stops == tokens[-1:], "the first token that stops is the last one"
-    assert min(reasons[reason] for reason in (abi.FINISH_EOS, abi.FINISH_STOP_ID, abi.FINISH_LENGTH, abi.FINISH_CANCELLED)) > 100
+    assert (
+        min(reasons[reason] for reason in (abi.FINISH_EOS, abi.FINISH_STOP_ID, abi.FINISH_LENGTH, abi.FINISH_CANCELLED))
+        > 100
+    )
     assert rig.engine_status("preemptions") > 0 and rig.engine_status("credit_stalls") > 0
     free, cached = rig.engine_status("num_pages_free"), rig.engine_status("num_pages_cached")
     assert free + cached == shape.num_pages and rig.engine_status("num_free_requests") == shape.num_requests

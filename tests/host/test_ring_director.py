@@ -15,7 +15,9 @@ FINISH = abi.COMPLETION_FINISH
 
 def dump(rig: Rig, q: int) -> str:
     ingress = rig.ingresses[q]
-    return f"{rig.queue_pair(q)}\nsubmissions {ingress.submissions['commit']}\ncompletions {ingress.completions['commit']}"
+    return (
+        f"{rig.queue_pair(q)}\nsubmissions {ingress.submissions['commit']}\ncompletions {ingress.completions['commit']}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["single", "lanes"])
@@ -67,7 +69,9 @@ def test_unread_completions_are_never_overwritten() -> None:
         found += lazy.read(5)
         rig.step(plain_sampler)
     for request_id in range(1, 5):
-        assert outputs(found, request_id) == [plain_sampler(request_id, i) for i in range(40)], "nothing lost, nothing twice"
+        assert outputs(found, request_id) == [plain_sampler(request_id, i) for i in range(40)], (
+            "nothing lost, nothing twice"
+        )
     assert sum(entry.kind == FINISH for entry in found) == 4
 
 
@@ -93,14 +97,16 @@ def test_finish_of_a_cancelled_request_waits_for_credit() -> None:
     finishes = [entry for entry in found if entry.kind == FINISH]
     assert sorted(entry.request_id for entry in finishes) == [1, 2, 3]
     assert all(entry.reason == abi.FINISH_CANCELLED for entry in finishes)
-    assert all(entry.index == len(outputs(found, entry.request_id)) for entry in finishes), "usage is what was delivered"
+    assert all(entry.index == len(outputs(found, entry.request_id)) for entry in finishes), (
+        "usage is what was delivered"
+    )
 
 
 @pytest.mark.parametrize("nonsense", [1 << 63, 1000, (1 << 64) - 1])
 def test_nonsense_consumer_position_is_worth_no_credit(nonsense: int) -> None:
     rig = Rig(Shape(num_queue_pairs=2, num_completions=8))
     rig.attach_all()
-    bad, good = rig.ingresses
+    bad, _good = rig.ingresses
     for ingress in rig.ingresses:
         assert ingress.submit(1, [1], 20)
     bad.words["ingress"]["completion_consumer_pos"] = nonsense
@@ -254,7 +260,13 @@ def test_a_second_launch_goes_on_from_the_regions_positions() -> None:
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [("magic", 1), ("abi_version", 99), ("num_completions", 48), ("arena_bytes", 1 << 40), ("completions_offset", 1 << 30)],
+    [
+        ("magic", 1),
+        ("abi_version", 99),
+        ("num_completions", 48),
+        ("arena_bytes", 1 << 40),
+        ("completions_offset", 1 << 30),
+    ],
 )
 def test_a_header_that_cannot_be_right_is_a_fault_at_init(word: str, value: int) -> None:
     rig = Rig(Shape(num_queue_pairs=2))

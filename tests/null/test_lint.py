@@ -131,7 +131,8 @@ def test_every_file_opens_with_what_it_does_and_how_it_is_tested() -> None:
     untested = [
         name_of(path)
         for path in SOURCES
-        if path.name not in shared and not re.search(r"\b(?:Tests?|Run|Used by)\b|tests/|test_\w+\.py|its own test", head_of(path))
+        if path.name not in shared
+        and not re.search(r"\b(?:Tests?|Run|Used by)\b|tests/|test_\w+\.py|its own test", head_of(path))
     ]
     assert not untested, "\n".join(untested)
 
