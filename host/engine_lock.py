@@ -10,9 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from pathlib import Path
 
 SHM_DIR = Path("/dev/shm")
+LOOK_S = 0.1  # longer than anybody who is no host holds a lock
 _ENGINE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -45,6 +47,8 @@ class EngineLock:
         self._fd: int | None = self._acquire()
 
     def _acquire(self) -> int:
+        # Others hold the lock for a moment only to look (engine_is_alive) or to tidy up after the dead (remove_dead_engines).
+        give_up_at = time.monotonic() + LOOK_S
         while True:
             try:
                 fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -58,6 +62,9 @@ class EngineLock:
             except BlockingIOError:
                 holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 os.close(fd)
+                if time.monotonic() < give_up_at:
+                    time.sleep(0.005)
+                    continue
                 raise EngineAlreadyRunningError(
                     f"an engine named {self.engine_name!r} is running (process {holder}); "
                     "stop it, or start this one with another engine_name"

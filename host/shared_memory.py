@@ -50,6 +50,7 @@ __all__ = [
     "open_engine_page",
     "open_queue_pair",
     "queue_pair_name",
+    "remove_dead_engines",
 ]
 
 LINE_BYTES = 128  # offsets inside a region are multiples of it, so that no ring shares a line with another
@@ -159,12 +160,13 @@ def create_engine_regions(
     vocab_size: int,
     engine_id: int | None = None,
 ) -> EngineRegions:
-    """Creates the engine page and the queue pairs. Regions of a dead engine of this name are replaced; a live one is refused."""
+    """Creates the engine page and the queue pairs. A live engine of this name is refused; what dead ones left is removed."""
     if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
         raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
     regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), EngineLock(engine_name))
     try:
         _remove_regions(engine_name)
+        remove_dead_engines()
         for queue_pair_idx in range(num_queue_pairs):
             header = np.zeros(1, dtype=abi.QUEUE_PAIR_HEADER)
             _fill_queue_pair_header(header, geometry, regions.engine_id, queue_pair_idx, max_context, vocab_size)
@@ -318,6 +320,23 @@ def _open_region(name: str, least_bytes: int, *, writable: bool) -> Region:
     finally:
         os.close(fd)
     return Region(name, mapping, writable=writable)
+
+
+def remove_dead_engines() -> list[str]:
+    """Removes what killed hosts of this user left, whatever their names: memory that nobody else would ever free. Returns the names."""
+    removed = []
+    for path in SHM_DIR.glob("blinkimp.*.lock"):
+        engine_name = path.name.removeprefix("blinkimp.").removesuffix(".lock")
+        try:
+            if path.lstat().st_uid != os.geteuid() or engine_is_alive(engine_name):
+                continue
+            lock = EngineLock(engine_name)
+        except (SharedMemoryError, OSError):
+            continue  # it has just been started or removed, or is not an engine's
+        _remove_regions(engine_name)
+        lock.release()
+        removed.append(engine_name)
+    return removed
 
 
 def _remove_regions(engine_name: str) -> None:

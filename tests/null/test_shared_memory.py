@@ -146,9 +146,9 @@ def test_regions_of_a_killed_engine_are_replaced(engine_name: str) -> None:
         assert host.stdout is not None
         dead_engine_id = int(host.stdout.readline())
         assert shm.engine_is_alive(engine_name)
+        old = shm.open_queue_pair(engine_name, 2)  # an ingress that is still attached keeps its map
         os.kill(host.pid, signal.SIGKILL)
     assert not shm.engine_is_alive(engine_name)
-    old = shm.open_queue_pair(engine_name, 2)  # an ingress that is still attached keeps its map
     regions = create(engine_name, 1)
     assert regions.engine_id != dead_engine_id
     with pytest.raises(shm.EngineNotFoundError):
@@ -156,6 +156,41 @@ def test_regions_of_a_killed_engine_are_replaced(engine_name: str) -> None:
     assert old.view(abi.QUEUE_PAIR_HEADER)["engine_id"][0] == dead_engine_id
     old.close()
     regions.unlink()
+
+
+def test_what_a_killed_engine_of_another_name_left_is_removed_and_the_living_are_not(engine_name: str) -> None:
+    script = (
+        "import sys, os; from blinkimp.host import shared_memory as shm\n"
+        "shm.create_engine_regions(sys.argv[1], num_queue_pairs=2, max_context=1, vocab_size=1,"
+        " geometry=shm.QueuePairGeometry(16, 64, 4096))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    living = create(f"{engine_name}-living")
+    killed = subprocess.run([sys.executable, "-c", script, f"{engine_name}-dead"], check=False)
+    assert killed.returncode == -signal.SIGKILL  # after it had made its regions
+    regions = create(engine_name)
+    assert not list(shm.SHM_DIR.glob(f"blinkimp.{engine_name}-dead.*"))
+    assert len(list(shm.SHM_DIR.glob(f"blinkimp.{engine_name}-living.*"))) == 4
+    regions.unlink()
+    living.unlink()
+
+
+def test_somebody_who_only_looks_does_not_keep_an_engine_from_starting(engine_name: str) -> None:
+    create(engine_name).unlink()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            shm.engine_is_alive(engine_name)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(200):
+            create(engine_name).unlink()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_one_of_many_starters_wins(engine_name: str) -> None:
