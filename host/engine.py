@@ -18,9 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import blinkimp
 from blinkimp import ring_abi as abi
-from blinkimp.config import Config, cache_folder
+from blinkimp.config import Config, cache_folder, model_folder
 from blinkimp.host.checkpoint import Checkpoint, read_model_config
 from blinkimp.host.device_protocol import DEFAULT_SPIN_BUDGET_NS, Device, DeviceError, Launch, Progress
 from blinkimp.host.dummy_weights import DummyWeights
@@ -42,13 +41,6 @@ _POLL_S: Final = 0.002
 
 class EngineFaultError(RuntimeError):
     """The device died, hangs, or reported a fault."""
-
-
-def model_folder(config: Config) -> Path:
-    """The checkpoint that config.model names."""
-    if config.model == "embedded":
-        return Path(blinkimp.__file__).parent / "models" / "embedded"
-    return Path(config.model).expanduser()
 
 
 def choose_device(config: Config) -> Device:

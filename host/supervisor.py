@@ -23,10 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from blinkimp.config import Config, ConfigError, load_config
+from blinkimp.config import Config, ConfigError, load_config, model_folder
 from blinkimp.host.child_process import ChildProcess
 from blinkimp.host.device_protocol import Progress
-from blinkimp.host.engine import Engine, EngineFaultError, model_folder
+from blinkimp.host.engine import Engine, EngineFaultError
 
 _log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
@@ -51,6 +51,7 @@ class IngressSlot:
         drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
         self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--bind", self.endpoint]
         self._arguments += ["--tokenizer", str(model_folder(config)), "--drain-timeout", str(drain_s)]
+        self._arguments += ["--log-level", config.log_level]
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
         self._is_ending = False

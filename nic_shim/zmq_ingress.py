@@ -242,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
     )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     integer_limits = {
         "max_message_bytes": "bytes of one message; larger ones get an error reply",
@@ -273,7 +274,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    logging.basicConfig(level=arguments.log_level.upper(), format=log_format, stream=sys.stderr)
     try:
         limits = IngressLimits(
             **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
