@@ -196,24 +196,26 @@ def test_idle_device_sleeps_and_still_answers_at_once(tiny: Path) -> None:
     assert np.median(delays_ms) < 1.0
 
 
-def test_one_stream_of_the_embedded_model_is_fast_enough() -> None:
+def test_embedded_model_is_fast_enough_alone_and_faster_in_a_batch() -> None:
     with running_engine("embedded") as engine, PortClient(engine.config.engine_name, 0) as client:
         prompt = [int(token) for token in np.random.default_rng(1).integers(3, engine.model.vocab, 32)]
-        rates = []
-        for _ in range(5):  # the machine may be doing something else just now; the best run tells what it can
+
+        def tokens_per_second(num_streams: int) -> float:
             begin = time.monotonic()
-            assert client.generate(prompt, 128).end == finished(FinishReason.LENGTH)
-            rates.append(128 / (time.monotonic() - begin))
-            if rates[-1] >= 150:
+            for _ in range(num_streams):
+                client.submit(prompt, 128)
+            client.wait_all(60)
+            return num_streams * 128 / (time.monotonic() - begin)
+
+        alone = batch = 0.0
+        for _ in range(8):  # the machine may be doing something else just now; the best run tells what it can
+            alone, batch = max(alone, tokens_per_second(1)), max(batch, tokens_per_second(8))
+            if alone >= 150 and batch > alone:
                 break
-        begin = time.monotonic()
-        for _ in range(8):
-            client.submit(prompt, 64)
-        client.wait_all(60)
-        batch_rate = 8 * 64 / (time.monotonic() - begin)
-    print(f"embedded model: one stream {max(rates):.0f} tokens/s, 8 streams {batch_rate:.0f} tokens/s")
-    assert max(rates) >= 150
-    assert batch_rate > max(rates)
+        assert_all_pages_are_back(engine.status())
+    print(f"embedded model: one stream {alone:.0f} tokens/s, 8 streams {batch:.0f} tokens/s")
+    assert alone >= 150
+    assert batch > alone
 
 
 def test_director_goes_on_during_a_long_step() -> None:
