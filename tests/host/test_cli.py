@@ -44,7 +44,7 @@ def run(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedPr
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env=environment(**more),
     )
