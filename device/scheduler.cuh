@@ -293,9 +293,9 @@ BK_INLINE u32 choose_admission(const EngineParams& params, DirectorState& state)
 
 // All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan.
 BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, StepDraft& draft) {
-  while (state.status.num_waiting > 0 && draft.num_rows < params.max_step_tokens) {
+  while (draft.num_rows < params.max_step_tokens) {
     u32 request_idx = kNoRequest;
-    if (lanes.is_first()) request_idx = choose_admission(params, state);
+    if (lanes.is_first() && state.status.num_waiting > 0) request_idx = choose_admission(params, state);
     lanes.sync();  // hazard: the other lanes read the free stack that a preemption changed
     request_idx = lanes.broadcast(request_idx, 0);
     if (request_idx == kNoRequest) break;
@@ -316,7 +316,7 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
       queue_pair.num_promised += kStepCredit;
       write_chunk(params, plan, request_idx, draft);
     }
-    lanes.sync();  // hazard: the loop's condition reads the counters
+    lanes.sync();  // hazard: the next round copies from the stack that lane 0 lowered
     draft.num_rows = lanes.broadcast(draft.num_rows, 0);
   }
 }

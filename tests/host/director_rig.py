@@ -88,7 +88,7 @@ class Completion(NamedTuple):
     reason: int
     token: int
     request_id: int
-    index: int
+    output_idx: int
 
 
 class RequestView(NamedTuple):
@@ -467,7 +467,7 @@ class Rig:
 def outputs(completions: Iterable[Completion], request_id: int) -> list[int]:
     """The tokens of one request, with their positions checked."""
     tokens = [entry for entry in completions if entry.kind == abi.COMPLETION_TOKEN and entry.request_id == request_id]
-    assert [entry.index for entry in tokens] == list(range(len(tokens))), "M1: each position once, in order"
+    assert [entry.output_idx for entry in tokens] == list(range(len(tokens))), "M1: each position once, in order"
     return [entry.token for entry in tokens]
 
 

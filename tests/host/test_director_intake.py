@@ -37,6 +37,12 @@ def rig() -> Rig:
     return rig
 
 
+BAD_SAMPLING: dict[str, list[float]] = {
+    "temperature": [-1.0, NAN, INF, -INF],
+    "top_p": [0.0, -0.5, 1.001, NAN, INF],
+    "min_p": [-0.001, 1.5, NAN, INF],
+    "ignore_eos": [2, 0xFFFFFFFF],
+}
 BAD_REQUESTS: list[tuple[str, dict[str, Any], int, int]] = [
     ("reserved0", {"reserved0": 1}, abi.REJECT_MALFORMED, 0),
     ("reserved1", {"reserved1": 1 << 63}, abi.REJECT_MALFORMED, 0),
@@ -67,12 +73,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], int, int]] = [
     ("stop token", {"stop_ids": [1, VOCAB]}, abi.REJECT_BAD_TOKEN, VOCAB),
     *(
         (f"{name} {value}", {"sampling": {name: value}}, abi.REJECT_BAD_SAMPLING, 0)
-        for name, values in {
-            "temperature": [-1.0, NAN, INF, -INF],
-            "top_p": [0.0, -0.5, 1.001, NAN, INF],
-            "min_p": [-0.001, 1.5, NAN, INF],
-            "ignore_eos": [2, 0xFFFFFFFF],
-        }.items()
+        for name, values in BAD_SAMPLING.items()
         for value in values
     ),
 ]

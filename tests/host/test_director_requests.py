@@ -72,7 +72,7 @@ def check_cancelled(rig: Rig, found: list[Completion], request_id: int, num_outp
     """M2: one FINISH, after all its tokens; nothing is held any more."""
     of_request = [entry for entry in found if entry.request_id == request_id]
     assert of_request[-1].kind == FINISH and of_request[-1].reason == abi.FINISH_CANCELLED
-    assert of_request[-1].index == len(outputs(found, request_id)) == num_outputs
+    assert of_request[-1].output_idx == len(outputs(found, request_id)) == num_outputs
     assert sum(entry.kind == FINISH for entry in of_request) == 1
     assert rig.engine_status("finished_cancelled") == 1
 
@@ -325,7 +325,7 @@ def test_ten_thousand_random_requests_end_with_every_page_free(seed: int) -> Non
         stops = [token for token in tokens if (token == EOS_ID and not ignore_eos) or token in stop_ids]
         finish = entries[-1]
         reasons[finish.reason] += 1
-        assert finish.index == len(tokens) <= max_tokens
+        assert finish.output_idx == len(tokens) <= max_tokens
         if finish.reason == abi.FINISH_CANCELLED:
             assert (q, request_id) in cancel_asked and not stops
         elif finish.reason == abi.FINISH_LENGTH:

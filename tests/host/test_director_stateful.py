@@ -251,7 +251,7 @@ class LanesMachine(DirectorMachine):
     kind = "lanes"
 
 
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 TestDirector = DirectorMachine.TestCase
 TestDirector.settings = settings(max_examples=150, stateful_step_count=40, **COMMON)
 TestDirectorOnLanes = LanesMachine.TestCase

@@ -97,7 +97,7 @@ def test_finish_of_a_cancelled_request_waits_for_credit() -> None:
     finishes = [entry for entry in found if entry.kind == FINISH]
     assert sorted(entry.request_id for entry in finishes) == [1, 2, 3]
     assert all(entry.reason == abi.FINISH_CANCELLED for entry in finishes)
-    assert all(entry.index == len(outputs(found, entry.request_id)) for entry in finishes), (
+    assert all(entry.output_idx == len(outputs(found, entry.request_id)) for entry in finishes), (
         "usage is what was delivered"
     )
 

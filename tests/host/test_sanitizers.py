@@ -16,14 +16,20 @@ from tests.support import ROOT
 
 SOURCE = ROOT / "tests" / "host" / "stress" / "ring_stress.cpp"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
-LANES = ["-DBK_TEST_LANES", f"-I{ROOT / 'tests' / 'host' / 'lanes'}"]  # before device/: its lanes.cuh is the one to be found
+LANES = [
+    "-DBK_TEST_LANES",
+    f"-I{ROOT / 'tests' / 'host' / 'lanes'}",
+]  # before device/: its lanes.cuh is the one to be found
 RACE_STATUS = 66
 
 
 def build(directory: Path, name: str, flags: list[str]) -> Path:
     output = directory / name
     result = subprocess.run(
-        ["g++", *FLAGS, *flags, f"-I{ROOT / 'device'}", str(SOURCE), "-o", str(output)], capture_output=True, text=True, check=False
+        ["g++", *FLAGS, *flags, f"-I{ROOT / 'device'}", str(SOURCE), "-o", str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return output
@@ -31,7 +37,12 @@ def build(directory: Path, name: str, flags: list[str]) -> Path:
 
 def run(program: Path, num_requests: int) -> subprocess.CompletedProcess[str]:
     options = f"halt_on_error=1 exitcode={RACE_STATUS}"
-    environment = {**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": options,
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     # TSan's shadow memory and address randomisation do not go together on recent kernels.
     command = ["setarch", os.uname().machine, "-R", str(program), str(num_requests)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)

@@ -1,12 +1,14 @@
 // Lanes as threads: the director's warp code on several lanes of a CPU, so that ThreadSanitizer and the tests see every missing sync.
 //
 // Takes the place of device/lanes.cuh when tests/host/lanes stands before device/ on the include path (-DBK_TEST_LANES). Every member
-// waits for all lanes, as a warp's converged instruction does; a lane that skips a call hangs the test instead of passing it.
+// waits for all lanes, as a warp's converged instruction does; a lane that skips a call hangs the test instead of passing it. As on the
+// GPU only sync() orders memory: the collectives wait with relaxed atomics, from which ThreadSanitizer infers nothing.
 // Used by tests/host/director_rig.py and tests/host/test_sanitizers.py
 #pragma once
 #include <ptx.cuh>
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <thread>
 #include <vector>
@@ -17,7 +19,8 @@ constexpr u32 kNumTestLanes = 4;
 
 struct LaneGroup {
   pthread_barrier_t barrier;
-  u32 values[kNumTestLanes];  // [lane], one collective call at a time
+  u32 values[2][kNumTestLanes];  // [parity of the collective call][lane]
+  u64 num_arrived = 0;           // at collective calls, all lanes together
 
   LaneGroup() { pthread_barrier_init(&barrier, nullptr, kNumTestLanes); }
   ~LaneGroup() { pthread_barrier_destroy(&barrier); }
@@ -26,28 +29,29 @@ struct LaneGroup {
 struct Lanes {
   u32 id;
   u32 count;
-  LaneGroup* group = nullptr;  // null: one lane alone, `Lanes{0, 1}`
+  LaneGroup* group = nullptr;     // null: one lane alone, `Lanes{0, 1}`
+  u64* num_calls = nullptr;       // of collectives, by this lane
 
   bool is_first() const { return id == 0; }
-  // The collectives below go on waiting where a planted fault takes the syncs away.
   void sync() const {
 #if !defined(BK_PLANT_NO_SYNC)
-    wait();
+    if (group != nullptr) pthread_barrier_wait(&group->barrier);
 #endif
   }
-  void wait() const {
-    if (group != nullptr) pthread_barrier_wait(&group->barrier);
-  }
 
-  // Everybody's values, then `combine` over them. The second wait keeps the next call from overwriting what a slow lane still reads.
+  // Everybody's values, then `combine` over them. Two sets of values: a lane that writes for call n + 2 has seen everybody arrive at
+  // call n + 1, so nobody reads those of call n any more.
   template <typename Combine>
   u32 collect(u32 value, Combine combine) const {
     if (group == nullptr) return combine(&value, 1);
-    group->values[id] = value;
-    wait();
-    const u32 result = combine(group->values, count);
-    wait();
-    return result;
+    const u64 call = (*num_calls)++;
+    u32* shared = group->values[call & 1];
+    __atomic_store_n(&shared[id], value, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&group->num_arrived, 1, __ATOMIC_RELAXED);
+    while (__atomic_load_n(&group->num_arrived, __ATOMIC_RELAXED) < (call + 1) * count) sched_yield();
+    u32 seen[kNumTestLanes];
+    for (u32 i = 0; i < count; ++i) seen[i] = __atomic_load_n(&shared[i], __ATOMIC_RELAXED);
+    return combine(seen, count);
   }
 
   bool any(bool value) const {
@@ -116,9 +120,10 @@ class TestLanes {
     }
   }
 
-  Lanes lane(u32 id) { return Lanes{id, kNumTestLanes, &group_}; }
+  Lanes lane(u32 id) { return Lanes{id, kNumTestLanes, &group_, &num_calls_[id * 16]}; }
 
   LaneGroup group_;
+  u64 num_calls_[kNumTestLanes * 16] = {};  // [lane], a line each
   pthread_barrier_t begin_;
   pthread_barrier_t end_;
   void* context_ = nullptr;                          // the caller's, between begin_ and end_
