@@ -6,11 +6,10 @@
 // Test: pytest tests/host -k director
 //
 // Invariants beside those of the modules (asserted by tests):
-//   M1  each output token is published once, in order, with its output position; preemption neither repeats nor skips one.
-//   M2  a cancelled request publishes no token after the commit that follows its CANCEL, then one FINISH.
-//   M3  after kCommandStop the director exits once every staged completion is published and every FINISH had its credit, or the ingress
+//   M1  after kCommandStop the director exits once every staged completion is published and every FINISH had its credit, or the ingress
 //       gave none for ingress_timeout_ns.
 #pragma once
+#include <commit.cuh>
 #include <director_integrity.cuh>
 #include <intake.cuh>
 #include <scheduler.cuh>
@@ -131,7 +130,6 @@ BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
     obey_command(params, state, command);
     for (u32 q = 0; q < params.num_queue_pairs && state.status.num_finishing > 0; ++q) flush_finishing(params, state, q);
   }
-  lanes.sync();  // hazard: the intake reads credit in other lanes
   for (u32 round = 0; round < kMaxTakeRounds && ready_mask != 0; ++round) {
     u32 taken_mask = 0;
     const u32 first = state.next_take_idx;
@@ -145,16 +143,15 @@ BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
       if ((taken_mask >> q & 1) && fetch_entry(queue_pair, read_commit_word(queue_pair))) ready_mask |= 1u << q;
     }
     ready_mask = lanes.sum(ready_mask);
-    lanes.sync();  // hazard: lane 0 judges entries that other lanes fetched
     if (lanes.is_first()) state.next_take_idx = (first + 1) % params.num_queue_pairs;
-    lanes.sync();  // hazard: the next round starts from next_take_idx
+    lanes.sync();  // hazard: lane 0 judges entries that other lanes fetched; all start from next_take_idx
   }
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) store_positions(state.queue_pairs[q]);
   lanes.sync();  // hazard: lane 0 takes over in the next call
 }
 
 // ---- Plan --------------------------------------------------------------------------------------------------------
-// Lane 0. M3.
+// Lane 0. M1.
 BK_INLINE bool may_exit(const EngineParams& params, const DirectorState& state) {
   if (state.command != kCommandStop || state.num_staged > 0 || state.status.num_running > 0) return false;
   return state.status.num_finishing == 0 || device_clock_ns() - state.stop_seen_ns > params.ingress_timeout_ns;
@@ -202,180 +199,6 @@ BK_INLINE bool director_should_exit(const EngineParams& params, const Lanes&) {
 
 // The pause of a loop whose plan had no rows: polling without it would fill PCIe with reads for nothing.
 BK_INLINE void director_idle(const EngineParams& params, const Lanes&) { sleep_ns(params.idle_sleep_ns); }
-
-// ---- Commit ------------------------------------------------------------------------------------------------------
-// 0, or the FinishReason of a request that has just sampled `token` as its output number num_output.
-BK_INLINE u32 stop_reason(const EngineParams& params, const Request& request, u32 token, u32 num_output) {
-  if (!(request.flags & kFlagIgnoreEos)) {
-    for (u32 k = 0; k < params.dims.num_eos_ids; ++k) {
-      if (token == params.dims.eos_ids[k]) return kFinishEos;
-    }
-  }
-  for (u32 k = 0; k < request.num_stop_ids; ++k) {
-    if (token == request.stop_ids[k]) return kFinishStopId;
-  }
-  return num_output >= request.max_tokens ? u32{kFinishLength} : 0;
-}
-
-struct SeqResult {      // what one sequence brings, in the registers of its lane
-  u32 queue_pair_idx;   // kNoQueuePair: no sequence
-  u32 num_completions;  // 0, TOKEN, FINISH, or both
-  bool has_token;
-  SampleResult sample;
-};
-
-// One lane per sequence: the request's new state.
-BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq) {
-  Request* request = request_at(params, seq.request_idx);
-  SeqResult result{request->queue_pair_idx, 0, false, {0, 0.0f}};
-  request->num_computed = seq.position_begin + seq.num_rows;
-  request->step_rows = 0;
-  if (request->flags & kFlagDropped) return result;
-  if (request->flags & kFlagStopAsked) {  // M2
-    request->flags |= kFlagFinished;
-    result.num_completions = 1;
-    return result;
-  }
-  if (seq.sample_row == kNoRow) return result;
-  result.sample = reinterpret_cast<const SampleResult*>(params.sampled)[seq.sample_row];
-  result.has_token = true;
-  if (result.sample.token >= params.dims.vocab) {
-    record_fault(params, kFaultIntegrity, kSiteSampledToken, params.dims.vocab, result.sample.token);
-    result.sample.token = 0;  // the engine stops at the fault; until then no id leads out of the vocabulary
-  }
-  request_tokens(params, seq.request_idx)[request->num_tokens] = result.sample.token;
-  request->num_tokens += 1;
-  request->last_token = result.sample.token;
-  const u32 reason = stop_reason(params, *request, result.sample.token, request->num_tokens - request->num_prompt_tokens);
-  if (reason != 0) {
-    request->finish_reason = reason;
-    request->flags |= kFlagFinished;
-  }
-  result.num_completions = reason != 0 ? 2 : 1;
-  return result;
-}
-
-// One lane per sequence: its completions, at their place in `staged`. The credit was promised (S2).
-BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged, const Request& request, const SeqResult& result) {
-  if (result.has_token) {
-    staged->entry = CompletionEntry{kCompletionToken << kCommitKindShift, result.sample.token, request.request_id,
-                                    request.num_tokens - request.num_prompt_tokens - 1, result.sample.logprob, state.now_ns};
-    staged->queue_pair_idx = result.queue_pair_idx;
-    staged += 1;
-  }
-  if (request.flags & kFlagFinished) {
-    const u32 commit = (kCompletionFinish << kCommitKindShift) | (request.finish_reason << kCommitReasonShift);
-    staged->entry = CompletionEntry{commit, request.num_prompt_tokens, request.request_id,
-                                    request.num_tokens - request.num_prompt_tokens, 0.0f, state.now_ns};
-    staged->queue_pair_idx = result.queue_pair_idx;
-  }
-}
-
-// Lane 0. A request that just left the running list; its pages are free.
-BK_INLINE void end_request(const EngineParams& params, DirectorState& state, u32 request_idx) {
-  Request* request = request_at(params, request_idx);
-  if (!(request->flags & (kFlagFinished | kFlagDropped))) {  // cancelled while it was not in the step
-    finish_detached(params, state, request_idx, request->finish_reason);
-    return;
-  }
-  count_finish(state, (request->flags & kFlagDropped) ? u32{kFinishCancelled} : request->finish_reason);
-  if (!(request->flags & kFlagDropped)) forget_request(params, state.table, request_idx);
-  free_request(params, state.table, request_idx);
-}
-
-// All lanes. Requests that ended leave the running list, which keeps its order; their pages are free in the same step (L2).
-BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
-  const u32 num_running = state.status.num_running;
-  u32 num_kept = 0;
-  u32 num_ended = 0;
-  for (u32 begin = 0; begin < num_running; begin += lanes.count) {
-    const u32 i = begin + lanes.id;
-    const u32 request_idx = i < num_running ? state.running[i] : kNoRequest;
-    const bool ends = request_idx != kNoRequest && (request_at(params, request_idx)->flags & (kFlagFinished | kFlagStopAsked | kFlagDropped));
-    const bool stays = request_idx != kNoRequest && !ends;
-    const u32 kept_rank = num_kept + lanes.exclusive_sum(stays ? 1 : 0);
-    const u32 ended_rank = num_ended + lanes.exclusive_sum(ends ? 1 : 0);
-    lanes.sync();  // hazard: entries move down over places that other lanes read above
-    if (stays) state.running[kept_rank] = request_idx;
-    if (ends) state.scratch[ended_rank] = request_idx;
-    num_kept += lanes.sum(stays ? 1 : 0);
-    num_ended += lanes.sum(ends ? 1 : 0);
-  }
-  if (lanes.is_first()) state.status.num_running = num_kept;
-  lanes.sync();  // hazard: scratch is read by every lane below
-  for (u32 k = 0; k < num_ended; ++k) {
-    const u32 request_idx = state.scratch[k];
-    Request* request = request_at(params, request_idx);
-    move_pages_to_stack(params, lanes, state.pages.num_free, request_idx, request->num_pages);
-    lanes.sync();  // hazard: lane 0 raises the stack that the others still write above
-    if (lanes.is_first()) {
-      state.pages.num_free += request->num_pages;
-      request->num_pages = 0;
-      state.queue_pairs[request->queue_pair_idx].num_running -= 1;
-      end_request(params, state, request_idx);
-    }
-    lanes.sync();  // hazard: the next one's pages go on top
-  }
-}
-
-// All lanes. After the workers: `plan` is the one that director_plan filled, EngineParams.sampled holds its sampled rows.
-BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, const StepPlan* plan) {
-  DirectorState& state = director_state(params);
-  if (!state.step_in_flight) {
-    if (lanes.is_first()) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, 1, 0);
-    return;
-  }
-  const u32 num_seqs = plan->num_seqs;
-  if (state.num_staged + num_seqs * kStepCredit > kMaxStaged) publish_completions(params, lanes, state);  // the caller never published
-  u32 num_staged = state.num_staged;
-  u32 staged_mask = 0;  // queue pairs that this step may write to
-  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) staged_mask |= state.queue_pairs[q].num_promised > 0 ? 1u << q : 0;
-  staged_mask = lanes.sum(staged_mask);
-  lanes.sync();  // hazard: lane 0 clears num_promised and sets now_ns, others have read them
-  if (lanes.is_first()) state.now_ns = device_clock_ns();
-  lanes.sync();  // hazard: completions carry now_ns
-  u32 num_finished = 0;
-  u32 num_outputs = 0;
-  u32 num_prompt_rows = 0;
-  for (u32 begin = 0; begin < num_seqs; begin += lanes.count) {
-    const u32 i = begin + lanes.id;
-    SeqResult result{kNoQueuePair, 0, false, {0, 0.0f}};
-    const Request* request = nullptr;
-    if (i < num_seqs) {
-      const PlanSeq seq = plan_seqs(params, plan)[i];
-      request = request_at(params, seq.request_idx);
-      num_prompt_rows += seq.num_rows == 1 && seq.position_begin >= request->num_prompt_tokens ? 0 : seq.num_rows;
-      result = apply_sample(params, seq);
-      num_outputs += result.has_token ? 1 : 0;
-      num_finished += (request->flags & (kFlagFinished | kFlagDropped)) ? 1 : 0;
-    }
-    const u32 rank = num_staged + lanes.exclusive_sum(result.num_completions);
-    if (request != nullptr) stage_result(state, &state.staged[rank], *request, result);
-    num_staged += lanes.sum(result.num_completions);
-    for (u32 q = 0; q < params.num_queue_pairs; ++q) {
-      if (!(staged_mask >> q & 1)) continue;
-      const u32 num_of_q = lanes.sum(result.queue_pair_idx == q ? result.num_completions : 0);
-      if (lanes.is_first()) state.queue_pairs[q].num_staged += num_of_q;
-    }
-  }
-  num_finished = lanes.sum(num_finished);
-  num_outputs = lanes.sum(num_outputs);
-  num_prompt_rows = lanes.sum(num_prompt_rows);
-  const u32 num_deferred = state.num_deferred;
-  lanes.sync();  // hazard: lane 0 changes below what the others have read
-  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) state.queue_pairs[q].num_promised = 0;
-  if (lanes.is_first()) {
-    state.num_staged = num_staged;
-    state.num_deferred = 0;
-    state.step_in_flight = 0;
-    state.status.step += 1;
-    state.status.step_ns_last = state.now_ns - state.plan_ns;
-    state.status.prompt_tokens += num_prompt_rows;
-    state.status.output_tokens += num_outputs;
-  }
-  lanes.sync();  // hazard: ends use the credit and the staging that lane 0 just set
-  if (num_finished + num_deferred > 0) remove_ended(params, lanes, state);
-}
 
 // ---- Publish -----------------------------------------------------------------------------------------------------
 // All lanes. Completions to the rings, then the status page. Once per loop of the caller: the heartbeat counts it.

@@ -64,7 +64,6 @@ BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, Di
     if (prefill) state.scratch[rank] = i;
     num_prefills += lanes.sum(prefill ? 1 : 0);
   }
-  lanes.sync();  // hazard: the passes below read step_rows in other lanes
   // A queue pair needs a closer look when its credit may not do for all its requests, or when they are not all decode.
   u32 short_mask = 0;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
@@ -95,7 +94,6 @@ BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, Di
     if (lanes.is_first()) state.queue_pairs[q].num_promised = num_promised * kStepCredit;
   }
   if (lanes.is_first()) state.status.credit_stalls += num_stalled;
-  lanes.sync();  // hazard: the next stage reads num_promised and the flags
   return num_prefills;
 }
 
@@ -182,7 +180,6 @@ BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes,
     num_taken += lanes.sum(takes ? 1 : 0);
   }
   if (lanes.is_first()) state.pages.num_free = num_free - num_taken;
-  lanes.sync();  // hazard: the next stage reads num_free
   return false;
 }
 

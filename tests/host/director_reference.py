@@ -2,6 +2,7 @@
 
 test_director_stateful.py runs it beside the real one and compares every step: plans, completions, counters, pages.
 It shares no code with device/: where the two differ, one of them is wrong.
+Longer than 400 lines because a reference is read as one piece.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from blinkimp import ring_abi as abi
-from tests.host.director_rig import Completion, PlannedSeq, Shape
+from tests.host.director_rig import PlannedSeq, Shape
+from tests.host.py_ingress import Completion
 
 STEP_CREDIT = 2
 MAX_STAGED_BY_POLL = 512
@@ -39,8 +41,16 @@ class Job:
     num_stalled_plans: int = 0
 
     @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
     def is_decode(self) -> bool:
-        return self.num_tokens - self.num_computed == 1
+        return self.num_uncomputed == 1
 
     @property
     def needs_page(self) -> bool:
@@ -215,9 +225,8 @@ class Reference:
         self.counts["finished_" + abi.FinishReason(reason).name.lower()] += 1
 
     def stage_finish(self, job: Job) -> None:
-        num_outputs = job.num_tokens - job.num_prompt
         job.queue_pair.staged.append(
-            job.completion(abi.COMPLETION_FINISH, job.finish_reason, job.num_prompt, num_outputs)
+            job.completion(abi.COMPLETION_FINISH, job.finish_reason, job.num_prompt, job.num_outputs)
         )
 
     def finish(self, job: Job, reason: int) -> None:
@@ -292,7 +301,7 @@ class Reference:
                 rows[job] = 1
         rows_left = self.shape.max_step_tokens - len(decodes)
         for job in chunks:
-            count = min(job.num_tokens - job.num_computed, self.shape.prefill_chunk_tokens, rows_left)
+            count = min(job.num_uncomputed, self.shape.prefill_chunk_tokens, rows_left)
             if promise(job):
                 if count == 0:
                     job.queue_pair.promised -= STEP_CREDIT
@@ -330,12 +339,9 @@ class Reference:
             order.append(job)
 
         planned = [
-            PlannedSeq(
-                job.request_id, rows[job], job.num_computed, job.num_computed + rows[job] == job.num_tokens,
-                job.num_tokens - job.num_prompt,
-            )
+            PlannedSeq(job.request_id, rows[job], job.num_computed, rows[job] == job.num_uncomputed, job.num_outputs)
             for job in order
-        ]  # fmt: skip
+        ]
         self.in_flight = list(zip(order, planned, strict=True)) if planned else None
         return planned
 
@@ -386,7 +392,7 @@ class Reference:
                     job.finish_reason = abi.FINISH_EOS
                 elif token in job.stop_ids:
                     job.finish_reason = abi.FINISH_STOP_ID
-                elif job.num_tokens - job.num_prompt == job.max_tokens:
+                elif job.num_outputs == job.max_tokens:
                     job.finish_reason = abi.FINISH_LENGTH
                 if job.finish_reason:
                     job.finished = True

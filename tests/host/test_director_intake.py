@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
-from tests.host.director_rig import VOCAB, Completion, Rig, Shape, outputs, plain_sampler
+from tests.host.director_rig import VOCAB, Rig, Shape, outputs, plain_sampler
+from tests.host.py_ingress import Completion
 
 NAN = float("nan")
 INF = float("inf")

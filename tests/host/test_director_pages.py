@@ -8,14 +8,15 @@ from __future__ import annotations
 import pytest
 
 from blinkimp import ring_abi as abi
-from tests.host.director_rig import Completion, Rig, Shape, outputs, plain_sampler
+from tests.host.director_rig import Rig, Shape, outputs, plain_sampler
+from tests.host.py_ingress import Completion
 
 FINISH = abi.COMPLETION_FINISH
 
 
 @pytest.mark.parametrize("kind", ["single", "lanes"])
 def test_page_exhaustion_preempts_and_every_token_is_right(kind: str) -> None:
-    """M1: tokens that were delivered before a preemption are neither repeated nor skipped."""
+    """K1: tokens that were delivered before a preemption are neither repeated nor skipped."""
     rig = Rig(Shape(num_pages=6, max_context=256, max_batch=6), kind)
     rig.attach_all()
     num_requests = 6 if kind == "single" else 4

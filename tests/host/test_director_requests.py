@@ -11,7 +11,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from blinkimp import ring_abi as abi
-from tests.host.director_rig import EOS_ID, VOCAB, Completion, Rig, Sampler, Shape, outputs, plain_sampler
+from tests.host.director_rig import EOS_ID, VOCAB, Rig, Sampler, Shape, outputs, plain_sampler
+from tests.host.py_ingress import Completion
 
 FINISH = abi.COMPLETION_FINISH
 
@@ -69,7 +70,7 @@ def test_single_token_request_of_a_single_token_prompt() -> None:
 
 # ---- Cancel in every state ---------------------------------------------------------------------------------------
 def check_cancelled(rig: Rig, found: list[Completion], request_id: int, num_outputs: int) -> None:
-    """M2: one FINISH, after all its tokens; nothing is held any more."""
+    """K2: one FINISH, after all its tokens; nothing is held any more."""
     of_request = [entry for entry in found if entry.request_id == request_id]
     assert of_request[-1].kind == FINISH and of_request[-1].reason == abi.FINISH_CANCELLED
     assert of_request[-1].output_idx == len(outputs(found, request_id)) == num_outputs
@@ -118,7 +119,7 @@ def test_cancel_during_decode_between_steps() -> None:
 
 @pytest.mark.parametrize("num_prompt", [100, 10])
 def test_cancel_while_the_step_runs(num_prompt: int) -> None:
-    """Its pages stay until the commit, because the workers use them; the token of that step is not delivered (L3, M2)."""
+    """Its pages stay until the commit, because the workers use them; the token of that step is not delivered (L3, K2)."""
     rig = one_rig(prefill_chunk_tokens=32)
     assert rig.ingresses[0].submit(1, [1] * num_prompt, 50)
     found = serve(rig, 2)
@@ -215,7 +216,7 @@ def test_cancel_needs_no_credit() -> None:
 # ---- Stop --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_stop_ends_every_request_and_then_the_director(in_flight: bool) -> None:
-    """M3. Each request gets its FINISH, then the plan carries the exit flag."""
+    """M1. Each request gets its FINISH, then the plan carries the exit flag."""
     rig = one_rig(max_batch=2)
     for request_id in range(1, 6):
         assert rig.ingresses[0].submit(request_id, [1] * 5, 50)

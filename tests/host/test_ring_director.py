@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from blinkimp import ring_abi as abi
-from tests.host.director_rig import Completion, Rig, Shape, outputs, plain_sampler
+from tests.host.director_rig import Rig, Shape, outputs, plain_sampler
+from tests.host.py_ingress import Completion
 
 FINISH = abi.COMPLETION_FINISH
 
