@@ -43,12 +43,13 @@ BK_INLINE void attention_splits(AttentionShared& attention, u8* shared_memory, c
 template <int kHeadDim, class Store>
 BK_INLINE void attention_combine(const AttentionShared& attention, const Store& store) {
   const AttentionArgs& args = attention.args;
+  const u32 thread = opaque(threadIdx.x);
   constexpr u32 kLaneColumns = kHeadDim / 32;
   constexpr u32 kWarps = kAttentionThreads / 32;
-  const u32 lane = threadIdx.x % 32u;
+  const u32 lane = thread % 32u;
   FoundItem found;
   ItemCursor<AttentionPhase::kCombine> cursor;
-  for (u32 item_idx = threadIdx.x / 32u * args.num_ctas + args.cta_idx; cursor.find(args, item_idx, &found);
+  for (u32 item_idx = thread / 32u * args.num_ctas + args.cta_idx; cursor.find(args, item_idx, &found);
        item_idx += kWarps * args.num_ctas) {
     const PlanSeq& seq = args.seqs[found.seq_idx];
     const u32 num_splits =

@@ -46,7 +46,7 @@ BK_INLINE f32 quad_total(f32 value) {
 
 // Sets scores that a row must not see to minus infinity: keys after its position, or window and more before it.
 BK_INLINE void mask_scores(f32 (&scores)[kBlockTiles][4], u32 first_key, const u32 (&positions)[2], u32 window) {
-  const u32 lane_key = first_key + (threadIdx.x % 4u) * 2u;
+  const u32 lane_key = first_key + (opaque(threadIdx.x) % 4u) * 2u;
 #pragma unroll
   for (u32 tile = 0; tile < kBlockTiles; ++tile) {
 #pragma unroll

@@ -76,12 +76,13 @@ struct NarrowStream {
     if (live && next == 0) {
       constexpr u32 kChunks = kHeadDim / 8;
       static_assert(kNarrowRows * kChunks <= kAttentionThreads, "one chunk a thread");
-      if (threadIdx.x < kNarrowRows * kChunks) {
-        const u32 head = item.head_begin + threadIdx.x / kChunks;
+      const u32 thread = opaque(threadIdx.x);
+      if (thread < kNarrowRows * kChunks) {
+        const u32 head = item.head_begin + thread / kChunks;
         const bool valid = head < args.group;
         const u64 query_head = static_cast<u64>(item.row) * args.num_heads + item.kv_head * args.group + (valid ? head : 0);
-        cp_async_16(shared_tile + swizzled_chunk<kHeadDim>(threadIdx.x / kChunks, threadIdx.x % kChunks),
-                    args.query + query_head * kHeadDim + threadIdx.x % kChunks * 8, valid);
+        cp_async_16(shared_tile + swizzled_chunk<kHeadDim>(thread / kChunks, thread % kChunks),
+                    args.query + query_head * kHeadDim + thread % kChunks * 8, valid);
       }
       next = 1;
     } else if (live) {
@@ -96,9 +97,9 @@ struct NarrowStream {
 
 // Scores of all 16 rows against this warp's 8 keys, to shared memory.
 template <int kHeadDim>
-BK_INLINE void narrow_scores(const u32 (&query)[kHeadDim / 16][4], u32 shared_keys, f32* shared_scores) {
-  const u32 lane = threadIdx.x % 32u;
-  const u32 first_key = threadIdx.x / 32u * 8u;
+BK_INLINE void narrow_scores(const u32 (&query)[kHeadDim / 16][4], u32 thread, u32 shared_keys, f32* shared_scores) {
+  const u32 lane = thread % 32u;
+  const u32 first_key = thread / 32u * 8u;
   f32 scores[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (u32 pair = 0; pair < kHeadDim / 32; ++pair) {
@@ -112,8 +113,8 @@ BK_INLINE void narrow_scores(const u32 (&query)[kHeadDim / 16][4], u32 shared_ke
   *reinterpret_cast<float2*>(place + 8 * kScoreRowFloats) = make_float2(scores[2], scores[3]);
 }
 
-BK_INLINE void read_scores(const f32* shared_scores, u32 first_key, f32 (&scores)[kBlockTiles][4]) {
-  const f32* place = shared_scores + threadIdx.x % 32u / 4u * kScoreRowFloats + first_key + threadIdx.x % 4u * 2u;
+BK_INLINE void read_scores(const f32* shared_scores, u32 thread, u32 first_key, f32 (&scores)[kBlockTiles][4]) {
+  const f32* place = shared_scores + thread % 32u / 4u * kScoreRowFloats + first_key + thread % 4u * 2u;
 #pragma unroll
   for (u32 tile = 0; tile < kBlockTiles; ++tile) {
     const float2 upper = *reinterpret_cast<const float2*>(place + tile * 8);
@@ -127,9 +128,9 @@ BK_INLINE void read_scores(const f32* shared_scores, u32 first_key, f32 (&scores
 
 // outputs += weights x this warp's head_dim / 8 columns of 32 values
 template <int kHeadDim>
-BK_INLINE void narrow_outputs(u32 shared_values, const u32 (&weights)[kBlockTiles][2], f32 (&outputs)[kHeadDim / 64][4]) {
-  const u32 lane = threadIdx.x % 32u;
-  const u32 warp = threadIdx.x / 32u;
+BK_INLINE void narrow_outputs(u32 thread, u32 shared_values, const u32 (&weights)[kBlockTiles][2], f32 (&outputs)[kHeadDim / 64][4]) {
+  const u32 lane = thread % 32u;
+  const u32 warp = thread / 32u;
   u32 fragments[2][4];
   weight_fragment(weights, 0, fragments[0]);
   weight_fragment(weights, 1, fragments[1]);
@@ -153,8 +154,9 @@ template <int kHeadDim, int kBarrierId, class Store>
 BK_INLINE void run_narrow_items(const AttentionArgs& args, u32 first_item, u32 shared, f32* shared_scores, const Store& store) {
   constexpr u32 kStages = kNarrowStages<kHeadDim>;
   constexpr u32 kWarpTiles = kHeadDim / 64;
-  const u32 lane = threadIdx.x % 32u;
-  const u32 warp = threadIdx.x / 32u;
+  const u32 thread = opaque(threadIdx.x);
+  const u32 lane = thread % 32u;
+  const u32 warp = thread / 32u;
 
   NarrowStream<kHeadDim> stream;
   stream.cursor = {};
@@ -189,13 +191,13 @@ BK_INLINE void run_narrow_items(const AttentionArgs& args, u32 first_item, u32 s
     for (u32 tile = 0; tile < kWarpTiles; ++tile) outputs[tile][0] = outputs[tile][1] = outputs[tile][2] = outputs[tile][3] = 0.0f;
 
     for (u32 page = item.page_begin; page < item.page_end; ++page) {
-      narrow_scores<kHeadDim>(query, next_tile(), shared_scores);
+      narrow_scores<kHeadDim>(query, thread, next_tile(), shared_scores);
       const u32 shared_values = next_tile();
 #pragma unroll
       for (u32 block = 0; block < kBlocksPerPage; ++block) {
         const u32 key_begin = page * kPageTokens + block * kBlockKeys;
         f32 scores[kBlockTiles][4];
-        read_scores(shared_scores, block * kBlockKeys, scores);
+        read_scores(shared_scores, thread, block * kBlockKeys, scores);
         if (key_begin + kBlockKeys - 1 > item.position || key_begin < first_visible_key(item.position, args.window)) {
           const u32 positions[2] = {item.position, item.position};
           mask_scores(scores, key_begin, positions, args.window);
@@ -204,7 +206,7 @@ BK_INLINE void run_narrow_items(const AttentionArgs& args, u32 first_item, u32 s
         f32 factors[2];
         softmax_block(scores, args.scale, state, weights, factors);
         rescale_outputs(outputs, factors);
-        narrow_outputs<kHeadDim>(shared_values + block * (kBlockKeys * kHeadDim * 2), weights, outputs);
+        narrow_outputs<kHeadDim>(thread, shared_values + block * (kBlockKeys * kHeadDim * 2), weights, outputs);
       }
     }
 

@@ -78,7 +78,7 @@ struct ItemCursor {
 
   // False: there is no such item; items_before is then the number of all items.
   BK_INLINE bool find(const AttentionArgs& args, u32 item_idx, FoundItem* found) {
-    const u32 lane = threadIdx.x % 32u;
+    const u32 lane = opaque(threadIdx.x) % 32u;
     while (seq_begin < args.num_seqs) {
       const u32 seq_idx = seq_begin + lane;
       u32 num_rows = 0;

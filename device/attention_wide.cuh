@@ -16,8 +16,9 @@ constexpr u32 kWideSharedBytes = 4 * kTileBytes<kHeadDim> + kWideRows * kHeadDim
 // scores = 16 query rows x 32 keys
 template <int kHeadDim>
 BK_INLINE void wide_scores(u32 shared_query, u32 shared_keys, f32 (&scores)[kBlockTiles][4]) {
-  const u32 lane = threadIdx.x % 32u;
-  const u32 query_place = opaque(shared_query + swizzled_chunk<kHeadDim>((threadIdx.x / 32u) * 16u + lane % 16u, lane / 16u));
+  const u32 thread = opaque(threadIdx.x);
+  const u32 lane = thread % 32u;
+  const u32 query_place = shared_query + swizzled_chunk<kHeadDim>((thread / 32u) * 16u + lane % 16u, lane / 16u);
   const u32 key_place = shared_keys + swizzled_chunk<kHeadDim>(lane % 8u + (lane / 16u) * 8u, lane / 8u % 2u);
 #pragma unroll
   for (u32 tile = 0; tile < kBlockTiles; ++tile) scores[tile][0] = scores[tile][1] = scores[tile][2] = scores[tile][3] = 0.0f;
@@ -38,7 +39,7 @@ BK_INLINE void wide_scores(u32 shared_query, u32 shared_keys, f32 (&scores)[kBlo
 // outputs += 16 rows of weights x 32 values
 template <int kHeadDim>
 BK_INLINE void wide_outputs(u32 shared_values, const u32 (&weights)[kBlockTiles][2], f32 (&outputs)[kHeadDim / 8][4]) {
-  const u32 lane = threadIdx.x % 32u;
+  const u32 lane = opaque(threadIdx.x) % 32u;
   const u32 value_place = shared_values + swizzled_chunk<kHeadDim>(lane % 16u, lane / 16u);
 #pragma unroll
   for (u32 step = 0; step < kBlockKeys / 16; ++step) {
@@ -52,6 +53,12 @@ BK_INLINE void wide_outputs(u32 shared_values, const u32 (&weights)[kBlockTiles]
       mma_bf16_16x8x16(outputs[pair * 2 + 1], fragment, values[2], values[3]);
     }
   }
+}
+
+// Row g (half 0) or g + 8 of this lane's fragments, within the tile.
+BK_INLINE u32 wide_row(u32 half) {
+  const u32 thread = opaque(threadIdx.x);
+  return thread / 32u * 16u + thread % 32u / 4u + half * 8u;
 }
 
 BK_INLINE WideItem make_wide_item(const AttentionArgs& args, const FoundItem& found) {
@@ -74,7 +81,7 @@ BK_INLINE void issue_queries(const AttentionArgs& args, const WideItem& item, u3
   constexpr u32 kChunks = kHeadDim / 8;
   const u32 row_begin = args.seqs[item.seq_idx].row_begin;
 #pragma unroll 1
-  for (u32 idx = threadIdx.x; idx < kWideRows * kChunks; idx += kAttentionThreads) {
+  for (u32 idx = opaque(threadIdx.x); idx < kWideRows * kChunks; idx += kAttentionThreads) {
     const u32 packed = item.tile_begin + idx / kChunks;
     const bool valid = packed <= item.tile_last;
     const u64 row = row_begin + (valid ? packed / args.group : 0);
@@ -111,13 +118,18 @@ BK_INLINE void run_wide_item(AttentionShared& attention, const FoundItem& found,
   cp_async_commit();
   u32 next_page_id = page_table[page + 1 < item.page_end ? page + 1 : page];  // a page ahead, so that its latency hides
 
-  // This warp's 16 packed rows, and the positions between which they lie.
-  const u32 warp_begin = item.tile_begin + threadIdx.x / 32u * 16u;
-  const u32 warp_last = warp_begin + 15u < item.tile_last ? warp_begin + 15u : item.tile_last;
-  const u32 position_begin = args.seqs[item.seq_idx].position_begin;
-  const bool any_row = warp_begin <= item.tile_last;
-  const u32 first_position = position_begin + warp_begin / args.group;
-  const u32 last_position = position_begin + warp_last / args.group;
+  // The positions between which this warp's 16 packed rows lie. A warp without rows stands at 0 and leaves out almost all blocks.
+  u32 first_position = 0;
+  u32 last_position = 0;
+  {
+    const u32 warp_begin = item.tile_begin + opaque(threadIdx.x) / 32u * 16u;
+    const u32 warp_last = warp_begin + 15u < item.tile_last ? warp_begin + 15u : item.tile_last;
+    if (warp_begin <= item.tile_last) {
+      const u32 position_begin = args.seqs[item.seq_idx].position_begin;
+      first_position = position_begin + warp_begin / args.group;
+      last_position = position_begin + warp_last / args.group;
+    }
+  }
 
   FoldTotal totals[2] = {{minus_infinite_score(), 0.0f}, {minus_infinite_score(), 0.0f}};
   f32 total_outputs[kOutputTiles][4];
@@ -145,7 +157,7 @@ BK_INLINE void run_wide_item(AttentionShared& attention, const FoundItem& found,
       const u32 key_begin = page * kPageTokens + block * kBlockKeys;
       const u32 key_last = key_begin + kBlockKeys - 1;
       // A block that none of the warp's rows sees changes nothing (I2): leave it out.
-      if (!any_row || key_begin > last_position || key_last < first_visible_key(first_position, args.window)) continue;
+      if (key_begin > last_position || key_last < first_visible_key(first_position, args.window)) continue;
       const u32 shared_keys = shared + page % 2u * (2 * kTileBytes<kHeadDim>) + block * (kBlockKeys * kHeadDim * 2);
       f32 scores[kBlockTiles][4];
       wide_scores<kHeadDim>(shared_query, shared_keys, scores);
@@ -153,7 +165,7 @@ BK_INLINE void run_wide_item(AttentionShared& attention, const FoundItem& found,
         u32 positions[2];
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {  // rows past the share repeat its last one
-          const u32 packed = opaque(warp_begin) + threadIdx.x % 32u / 4u + half * 8u;
+          const u32 packed = item.tile_begin + wide_row(half);
           positions[half] = args.seqs[item.seq_idx].position_begin + (packed < item.tile_last ? packed : item.tile_last) / args.group;
         }
         mask_scores(scores, key_begin, positions, args.window);
@@ -181,13 +193,12 @@ BK_INLINE void run_wide_item(AttentionShared& attention, const FoundItem& found,
     }
   }
 
-  const u32 lane = opaque(threadIdx.x) % 32u;
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
-    const u32 packed = opaque(warp_begin) + lane / 4u + half * 8u;
+    const u32 packed = item.tile_begin + wide_row(half);
     if (packed > item.tile_last) continue;
     const u32 row = args.seqs[item.seq_idx].row_begin + packed / args.group;
-    const u32 column = (item.kv_head * args.group + packed % args.group) * kHeadDim + lane % 4u * 2u;
+    const u32 column = (item.kv_head * args.group + packed % args.group) * kHeadDim + opaque(threadIdx.x) % 4u * 2u;
     const f32 inverse_sum = __frcp_rn(totals[half].sum);
 #pragma unroll
     for (u32 tile = 0; tile < kOutputTiles; ++tile) {

@@ -46,7 +46,8 @@ BK_INLINE void mma_bf16_16x8x16(f32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The value, of unknown origin to the compiler: what is computed from it is not hoisted out of a loop, where it would cost registers.
+// The value, of unknown origin to the compiler. opaque(threadIdx.x) at the head of an op keeps what is computed from it inside the op: else
+// it is hoisted out of the worker's loop over ops and holds registers in all the others.
 BK_INLINE u32 opaque(u32 value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -25,7 +25,7 @@
 #pragma once
 #include <philox.cuh>
 #if BK_GPU
-#include <ptx_sm90.cuh>
+#include <ptx_mma.cuh>
 #endif
 
 namespace blinkimp {
@@ -50,7 +50,7 @@ ABI_SIZE(SampleScratch, 18560);
 template <int kBarrierId, int kNumThreads>
 struct BarrierSampleGroup {
   static constexpr u32 count = kNumThreads;
-  u32 id = threadIdx.x;
+  u32 id = opaque(threadIdx.x);  // or every address made of it lives through all ops of the worker's loop
   BK_INLINE void sync() const { named_barrier_sync<kBarrierId, kNumThreads>(); }
   BK_INLINE u32 atomic_add(u32* address, u32 value) const { return atom_add_relaxed_shared(address, value); }
 };
