@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from blinkimp import ring_abi
+from blinkimp.host.compile import CompileError, compile_cubin
 from tests.support import ROOT, load_tool
 
 DEVICE = ROOT / "device"
@@ -63,18 +64,18 @@ def test_dtypes_have_no_holes() -> None:
         assert sum(member[0].itemsize for member in dtype.fields.values()) == dtype.itemsize, name
 
 
-def test_nvrtc_compiles_the_headers_with_their_assertions() -> None:
-    from cuda.bindings import nvrtc
-
-    source = b"#include <program_abi.h>\n__global__ void probe(blinkimp::EngineParams p, unsigned* out) { *out = p.num_ops; }\n"
-    error, program = nvrtc.nvrtcCreateProgram(source, b"probe.cu", 0, [], [])
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    options = [b"-arch=sm_90a", b"-std=c++17", b"-I" + str(DEVICE).encode()]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, log_bytes = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * log_bytes
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+def test_nvrtc_compiles_the_headers_with_their_assertions(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.cu"
+    probe.write_text(
+        "#include <program_abi.h>\n"
+        'extern "C" __global__ void probe(blinkimp::EngineParams params, unsigned* out) { *out = params.num_ops; }\n'
+    )
+    cubin, (function,) = compile_cubin(probe)
+    assert cubin.startswith(b"\x7fELF")
+    assert function.name == "probe"
+    probe.write_text("#include <program_abi.h>\nusing namespace blinkimp;\nABI_AT(EngineParams, kv_cache, 0);\n")
+    with pytest.raises(CompileError, match="must be at 0"):
+        compile_cubin(probe)
 
 
 def test_names_in_python() -> None:

@@ -77,7 +77,8 @@ def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
     flags = [f"-arch={ARCH}", "-std=c++17", "-default-device", *options, f"-I{ROOT / 'device'}", "-Xptxas=-v"]
     program = check(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []), "nvrtcCreateProgram")
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-    log_buffer = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+    # One byte more than asked: b" " * 1 is the object that every b" " in the process shares, and it would be overwritten.
+    log_buffer = b" " * (check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize") + 1)
     check(nvrtc.nvrtcGetProgramLog(program, log_buffer), "nvrtcGetProgramLog")
     log = log_buffer.rstrip(b"\0 ").decode(errors="replace")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
