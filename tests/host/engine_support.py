@@ -1,5 +1,7 @@
 """What the engine's tests share: a tiny random checkpoint, an engine of the test's own, a host process, a client on a queue pair.
 
+On the emulated device, unless the test asks for another (`device="gpu"`).
+
 Run as a module it is an engine host without ingresses: `python -m tests.host.engine_support '{"model": ...}'` prints
 `ready <device pid>` and then watches the engine as the supervisor does; SIGTERM drains it.
 """
@@ -92,7 +94,7 @@ def random_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray[An
 
 
 def engine_config(model: Path | str, **changes: Any) -> Config:
-    """An emulated engine of a name of its own, small enough to run beside others."""
+    """An engine of a name of its own, emulated unless `changes` say otherwise, small enough to run beside others."""
     values: dict[str, Any] = {
         "model": str(model),
         "device": "emulated",
@@ -140,7 +142,7 @@ class HostProcess:
         if not line.startswith("ready "):
             self.process.kill()
             raise AssertionError(f"the host did not start: {line!r} {self.process.communicate()[1]}")
-        self.device_pid = int(line.split()[1])
+        self.device_pid = int(line.split()[1])  # of the emulated device; a GPU has none: 0
 
     def status(self) -> dict[str, int]:
         with open_engine_page(self.engine_name) as page:
@@ -169,6 +171,7 @@ class Stream:
     """What a request has brought so far."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of the tokens, under the unscaled logits
     is_accepted: bool = False
     end: tuple[CompletionKind, int] | None = None  # FINISH or REJECT, and its reason
     last_index: int = -1
@@ -215,10 +218,11 @@ class PortClient:
             assert not event & WaitEvent.STATE_CHANGED, self.port.dump()
         entries = self.port.poll()
         for entry in entries:
-            self._take(entry)
+            self.take(entry)
         return len(entries)
 
-    def _take(self, entry: Any) -> None:
+    def take(self, entry: Any) -> None:
+        """One completion, for tests that poll the port themselves."""
         commit = int(entry["commit"])
         kind = CompletionKind((commit >> abi.COMMIT_KIND_SHIFT) & 0xFF)
         reason = (commit >> abi.COMMIT_REASON_SHIFT) & 0xFF
@@ -232,12 +236,21 @@ class PortClient:
         elif kind == CompletionKind.TOKEN:
             assert stream.is_accepted and int(entry["index"]) == len(stream.tokens)
             stream.tokens.append(int(entry["token"]))
+            stream.logprobs.append(float(entry["logprob"]))
         else:
             assert stream.is_accepted == (kind == CompletionKind.FINISH)
             if kind == CompletionKind.FINISH:
                 assert int(entry["index"]) == len(stream.tokens)
             stream.end = (kind, reason)
             self.num_unfinished -= 1
+
+    def wait_begun(self, request_ids: list[int], timeout_s: float = 30.0) -> None:
+        """Until each of these has said a token."""
+        wait_for(
+            lambda: self.poll() >= 0 and all(self.streams[i].tokens for i in request_ids),
+            timeout_s,
+            "every stream has begun",
+        )
 
     def wait_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -278,6 +291,14 @@ def assert_all_pages_are_back(status: dict[str, int]) -> None:
     assert status["num_pages_free"] + status["num_pages_cached"] == status["num_pages"] > 0, status
 
 
+def process_state(pid: int) -> str:
+    """R, S, T (stopped), Z (dead, not reaped), or X where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
 def wait_for(predicate: Any, timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not predicate():
@@ -289,8 +310,8 @@ def main() -> int:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
     with Engine(Config(**json.loads(sys.argv[1]))) as engine:
-        assert isinstance(engine.device, EmulatedDevice)
-        print(f"ready {engine.device.pid}", flush=True)
+        device_pid = engine.device.pid if isinstance(engine.device, EmulatedDevice) else 0
+        print(f"ready {device_pid}", flush=True)
         try:
             while not stopping:
                 engine.check()

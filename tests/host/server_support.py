@@ -1,6 +1,7 @@
-"""A whole server (`python -m blinkimp.host.supervisor`) for a test: engine, emulated device, ingress processes, all as in production.
+"""A whole server (`python -m blinkimp.host.supervisor`) for a test: engine, device, ingress processes, all as in production.
 
-Used by tests/host/test_server.py. Test: pytest tests/host/test_server.py
+With scenarios that any device must pass. Used by tests/host/test_server.py (emulated) and tests/gpu/test_server_gpu.py.
+Test: pytest tests/host/test_server.py
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from blinkimp import ring_abi as abi
+from blinkimp.client import Client, RequestRefusedError
 from blinkimp.config import Config
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page, open_queue_pair
-from tests.host.engine_support import engine_config
+from tests.host.engine_support import engine_config, process_state, wait_for
 from tests.support import ROOT
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+PROMPT = [17, 33, 260, 9]
 
 
 class ServerProcess:
@@ -97,3 +104,81 @@ class ServerProcess:
         self.process.stderr.close()
         for path in SHM_DIR.glob(f"blinkimp.{self.config.engine_name}.*"):
             path.unlink()  # of a server that was killed
+
+
+class Streams:
+    """`num_streams` greedy requests of one client, read on a thread of their own. join() gives their tokens."""
+
+    def __init__(self, endpoint: str, num_streams: int, max_tokens: int) -> None:
+        self.num_begun = 0
+        self.num_ended = 0
+        self.results: list[Any] = []
+        self._error: BaseException | None = None
+        self._arguments = (endpoint, num_streams, max_tokens)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        endpoint, num_streams, max_tokens = self._arguments
+        try:
+            with Client(endpoint, timeout_s=60) as client:
+                streams = [client.submit(PROMPT, max_tokens=max_tokens, **GREEDY) for _ in range(num_streams)]
+                firsts = []
+                for stream in streams:
+                    firsts.append(next(stream))
+                    self.num_begun += 1
+                for first, stream in zip(firsts, streams, strict=True):
+                    tokens = [*first.token_ids, *stream.tokens()]
+                    assert stream.finish is not None
+                    self.results.append((tokens, stream.finish.reason))
+                    self.num_ended += 1
+        except BaseException as error:
+            self._error = error
+
+    def wait_begun(self, timeout_s: float = 60.0) -> None:
+        wait_for(lambda: self.num_begun == self._arguments[1] or self._error, timeout_s, "every stream has begun")
+        assert self._error is None, self._error
+        assert self.num_ended == 0, "the streams must still run for this test to say anything"
+
+    def join(self, timeout_s: float = 120.0) -> list[Any]:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"{self.num_ended} of {self._arguments[1]} streams ended in {timeout_s} s"
+        if self._error is not None:
+            raise self._error
+        return self.results
+
+
+# ---- Scenarios: `options` are fields of Config; streams must be long enough to outlive what happens to the server ----------
+def streams_through_an_ingress_finish_while_the_supervisor_is_stopped(
+    folder: Path, num_streams: int, max_tokens: int, **options: Any
+) -> None:
+    with ServerProcess(folder, **options) as server:
+        streams = Streams(server.endpoints[0], num_streams, max_tokens)
+        streams.wait_begun()
+        os.kill(server.process.pid, signal.SIGSTOP)
+        results = streams.join()
+        assert process_state(server.process.pid) == "T", "the supervisor ran in between"
+        assert len(results) == num_streams
+        assert all(len(tokens) == max_tokens and reason == "length" for tokens, reason in results)
+        assert len({tuple(tokens) for tokens, _ in results}) == 1, "one prompt, greedy: one answer"
+        os.kill(server.process.pid, signal.SIGCONT)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+
+
+def sigterm_finishes_running_streams_and_refuses_new_ones(
+    folder: Path, num_streams: int, max_tokens: int, **options: Any
+) -> None:
+    with ServerProcess(folder, **options) as server, Client(server.endpoints[0]) as late:
+        late.health()
+        streams = Streams(server.endpoints[0], num_streams, max_tokens)
+        streams.wait_begun()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("draining")
+        with pytest.raises(RequestRefusedError, match="drain"):
+            late.generate(PROMPT, max_tokens=4, **GREEDY)
+        results = streams.join()
+        assert len(results) == num_streams
+        assert all(len(tokens) == max_tokens and reason == "length" for tokens, reason in results)
+        assert server.wait(30) == 0
+        assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,28 +14,21 @@ from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive, open_engine_page
 from blinkimp.host.watchdog import Watchdog
 from blinkimp.ring_abi import FaultCode, FinishReason
+from tests.host.engine_scenarios import (
+    killed_ingress_frees_its_pages_and_disturbs_nobody,
+    sigterm_drains_the_host,
+    streams_finish_while_the_host_is_stopped,
+)
 from tests.host.engine_support import (
     HostProcess,
     PortClient,
-    assert_all_pages_are_back,
     engine_config,
     finished,
     make_tiny_checkpoint,
+    process_state,
     running_engine,
     wait_for,
 )
-from tests.support import ROOT
-
-# Owns a queue pair, starts requests, reads nothing: they fill the completion ring and hold pages until somebody takes them away.
-VICTIM = """
-import sys, time
-from tests.host.engine_support import PortClient
-client = PortClient(sys.argv[1], 1)
-for i in range(8):
-    client.submit([i, i + 1, i + 2], 400)
-print("submitted", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,66 +36,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def process_state(pid: int) -> str:
-    """R, S, T (stopped), Z (dead, not reaped), or X where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "X"
-
-
 def test_32_streams_finish_while_the_host_is_stopped(tiny: Path) -> None:
-    with HostProcess(tiny, num_completions=16384) as host, PortClient(host.engine_name, 0) as client:
-        expected = client.generate([0, 1], 400).tokens
-        ids = [client.submit([i % 4, 1], 400) for i in range(32)]
-        wait_for(
-            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids), 30, "every stream has begun"
-        )
-        os.kill(host.process.pid, signal.SIGSTOP)
-        wait_for(lambda: process_state(host.process.pid) == "T", 5, "the host is stopped")
-        client.poll()
-        assert client.num_unfinished == 32, "the streams must still run when the host stops"
-        client.wait_all(120)
-        late = client.generate([3, 2, 1], 50)  # a request that begins after the stop
-        assert process_state(host.process.pid) == "T", "the host ran in between"
-        assert all(client.streams[i].end == finished(FinishReason.LENGTH) for i in ids)
-        assert all(client.streams[i].tokens == expected for i in ids[::4])
-        assert late.end == finished(FinishReason.LENGTH)
-        os.kill(host.process.pid, signal.SIGCONT)
-        time.sleep(0.3)
-        assert host.process.poll() is None, "the watchdog must not blame the device for the host's own pause"
-        host.process.send_signal(signal.SIGTERM)
-        assert host.wait(30) == (0, "")
+    streams_finish_while_the_host_is_stopped(tiny)
 
 
 def test_killed_ingress_frees_its_pages_and_disturbs_nobody(tiny: Path) -> None:
-    with HostProcess(tiny, num_completions=64, num_threads=1) as host, PortClient(host.engine_name, 0) as client:
-        expected = client.generate([9, 8, 7], 300).tokens
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", VICTIM, host.engine_name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as victim:
-            assert victim.stdout is not None and victim.stdout.readline() == "submitted\n"
-            wait_for(lambda: host.status()["num_running"] == 8, 10, "the victim's requests run")
-            wait_for(lambda: host.status()["credit_stalls"] > 0, 10, "the victim's ring is full")
-            assert host.status()["num_pages_used"] >= 8
-            stream = client.streams[client.submit([9, 8, 7], 300)]
-            wait_for(lambda: client.poll() >= 0 and len(stream.tokens) > 0, 10, "our stream runs beside it")
-            assert stream.end is None
-            victim.kill()
-        died_at = time.monotonic()
-        while stream.end is None:
-            client.poll(0.05)
-        assert stream.tokens == expected
-        while host.status()["ingress_drops"] == 0:
-            assert client.generate([9, 8, 7], 300).tokens == expected
-            assert time.monotonic() - died_at < 2.0, "a dead ingress must be noticed within 2 s"
-        wait_for(lambda: host.status()["num_pages_used"] == 0, 0.5, "the dead ingress's pages are free")
-        assert time.monotonic() - died_at < 2.0
-        status = host.status()
-        assert_all_pages_are_back(status)
-        assert status["finished_cancelled"] == 8 and status["num_queue_pairs_attached"] == 1
-        with PortClient(host.engine_name, 1) as successor:  # the place can be taken again
-            assert successor.generate([9, 8, 7], 300).tokens == expected
+    killed_ingress_frees_its_pages_and_disturbs_nobody(tiny, num_threads=1)
 
 
 def test_killed_device_is_reported_and_ends_the_host(tiny: Path) -> None:
@@ -165,13 +102,4 @@ def test_hanging_device_is_seen_by_its_heartbeat(tiny: Path) -> None:
 
 
 def test_sigterm_drains_the_host(tiny: Path) -> None:
-    with HostProcess(tiny, num_completions=16384) as host, PortClient(host.engine_name, 0) as client:
-        ids = [client.submit([i], 400) for i in range(32)]
-        wait_for(
-            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids), 30, "every stream has begun"
-        )
-        assert client.num_unfinished == 32
-        host.process.send_signal(signal.SIGTERM)
-        client.wait_all(60)
-        assert all(client.streams[i].end == finished(FinishReason.LENGTH) for i in ids), "nothing was cut short"
-        assert host.wait(30) == (0, "")
+    sigterm_drains_the_host(tiny)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from blinkimp.client import Client, RequestRefusedError
+from blinkimp.client import Client
 from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive
 from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, wait_for
-from tests.host.server_support import ServerProcess
-
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
-PROMPT = [17, 33, 260, 9]
+from tests.host.server_support import (
+    GREEDY,
+    PROMPT,
+    ServerProcess,
+    Streams,
+    sigterm_finishes_running_streams_and_refuses_new_ones,
+    streams_through_an_ingress_finish_while_the_supervisor_is_stopped,
+)
 
 
 def child_pids(pid: int) -> list[int]:
@@ -25,60 +25,8 @@ def child_pids(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
-class Streams:
-    """`num_streams` greedy requests of one client, read on a thread of their own. join() gives their tokens."""
-
-    def __init__(self, endpoint: str, num_streams: int, max_tokens: int) -> None:
-        self.num_begun = 0
-        self.num_ended = 0
-        self.results: list[Any] = []
-        self._error: BaseException | None = None
-        self._arguments = (endpoint, num_streams, max_tokens)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        endpoint, num_streams, max_tokens = self._arguments
-        try:
-            with Client(endpoint, timeout_s=60) as client:
-                streams = [client.submit(PROMPT, max_tokens=max_tokens, **GREEDY) for _ in range(num_streams)]
-                firsts = []
-                for stream in streams:
-                    firsts.append(next(stream))
-                    self.num_begun += 1
-                for first, stream in zip(firsts, streams, strict=True):
-                    tokens = [*first.token_ids, *stream.tokens()]
-                    assert stream.finish is not None
-                    self.results.append((tokens, stream.finish.reason))
-                    self.num_ended += 1
-        except BaseException as error:
-            self._error = error
-
-    def wait_begun(self, timeout_s: float = 60.0) -> None:
-        wait_for(lambda: self.num_begun == self._arguments[1] or self._error, timeout_s, "every stream has begun")
-        assert self._error is None, self._error
-        assert self.num_ended == 0, "the streams must still run for this test to say anything"
-
-    def join(self, timeout_s: float = 120.0) -> list[Any]:
-        self._thread.join(timeout_s)
-        assert not self._thread.is_alive(), f"{self.num_ended} of {self._arguments[1]} streams ended in {timeout_s} s"
-        if self._error is not None:
-            raise self._error
-        return self.results
-
-
 def test_32_streams_through_an_ingress_finish_while_the_supervisor_is_stopped(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path) as server:
-        streams = Streams(server.endpoints[0], 32, 48)
-        streams.wait_begun()
-        os.kill(server.process.pid, signal.SIGSTOP)
-        results = streams.join()
-        assert Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        assert len(results) == 32 and all(len(tokens) == 48 and reason == "length" for tokens, reason in results)
-        assert len({tuple(tokens) for tokens, _ in results}) == 1, "one prompt, greedy: one answer"
-        os.kill(server.process.pid, signal.SIGCONT)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+    streams_through_an_ingress_finish_while_the_supervisor_is_stopped(tmp_path, 32, 48)
 
 
 def test_killed_ingress_is_started_again_and_the_other_one_does_not_notice(tmp_path: Path) -> None:
@@ -107,18 +55,7 @@ def test_killed_ingress_is_started_again_and_the_other_one_does_not_notice(tmp_p
 
 
 def test_sigterm_finishes_running_streams_and_refuses_new_ones(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path) as server, Client(server.endpoints[0]) as late:
-        late.health()
-        streams = Streams(server.endpoints[0], 8, 256)
-        streams.wait_begun()
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for_log("draining")
-        with pytest.raises(RequestRefusedError, match="drain"):
-            late.generate(PROMPT, max_tokens=4, **GREEDY)
-        results = streams.join()
-        assert all(len(tokens) == 256 and reason == "length" for tokens, reason in results)
-        assert server.wait(30) == 0
-        assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))
+    sigterm_finishes_running_streams_and_refuses_new_ones(tmp_path, 8, 256)
 
 
 def test_second_signal_ends_a_drain_at_once(tmp_path: Path) -> None:

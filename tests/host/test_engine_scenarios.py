@@ -1,0 +1,39 @@
+"""The scenarios of engine_scenarios.py on the emulated device. Test: pytest tests/host/test_engine_scenarios.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.host import engine_scenarios as scenarios
+from tests.host.engine_support import make_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_ten_thousand_random_requests_leave_nothing_behind(tiny: Path) -> None:
+    scenarios.random_requests_leave_nothing_behind(tiny, num_threads=1)
+
+
+def test_batch_of_256_streams_runs_at_once(tiny: Path) -> None:
+    scenarios.batch_of_256_streams_runs_at_once(tiny)
+
+
+def test_reader_that_stops_holds_up_nobody_and_loses_nothing(tiny: Path) -> None:
+    scenarios.reader_that_stops_holds_up_nobody_and_loses_nothing(tiny, num_threads=1)
+
+
+def test_cancel_takes_effect_at_the_next_commit(tiny: Path) -> None:
+    scenarios.cancel_takes_effect_at_the_next_commit(tiny, num_threads=1)
+
+
+def test_seeded_tokens_do_not_depend_on_the_batch(tiny: Path) -> None:
+    scenarios.seeded_tokens_do_not_depend_on_the_batch(tiny)
+
+
+def test_context_fills_to_its_end(tiny: Path) -> None:
+    scenarios.context_fills_to_its_end(tiny, 460, 52)
