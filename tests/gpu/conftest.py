@@ -1,4 +1,6 @@
-"""What the engine's GPU tests share: one cache of compiled kernels a session, a tiny model and the settings of a GPU engine."""
+"""What the engine's GPU tests share: one cache of compiled kernels a session, a tiny model and the settings of a GPU engine.
+
+Used by tests/gpu/test_engine_gpu.py and test_server_gpu.py."""
 
 from __future__ import annotations
 
