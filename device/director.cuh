@@ -193,8 +193,9 @@ BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, Step
 }
 
 // Whether the caller's loop is over: the last plan carried kPlanExit, or a fault was recorded.
-BK_INLINE bool director_should_exit(const EngineParams& params, const Lanes&) {
-  return director_state(params).is_stopped || fault_recorded(params);
+BK_INLINE bool director_should_exit(const EngineParams& params, const Lanes& lanes) {
+  // One answer for all lanes: the latch may be set between two lanes' reads of it.
+  return lanes.any(director_state(params).is_stopped || fault_recorded(params));
 }
 
 // The pause of a loop whose plan had no rows: polling without it would fill PCIe with reads for nothing.

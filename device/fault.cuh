@@ -1,8 +1,8 @@
 // Faults: how the device says what went wrong before it stops. The first fault wins.
 //
 // Called by every wait with a budget, by the director's integrity check, by the interpreters for an op they do not know.
-// A fault never traps: a trap would lose the context, and with it the record. The caller records, then leaves; everybody else
-// sees fault_recorded() in its own wait and leaves too.
+// Recording never traps. What then happens is the caller's: the director and the emulated device leave in order (fault_recorded()); a GPU
+// worker, whose neighbours wait for it without end, traps once the record stands in host memory (fail() in worker_memory.cuh).
 // Test: pytest tests/host/test_director_integrity.py
 #pragma once
 #include <ptx.cuh>
@@ -29,6 +29,8 @@ enum FaultSite : u32 {
   kSiteStepWait = 102,           // the director waited for the workers
   kSiteWeightRing = 103,         // a stage of the shared-memory ring outlived its budget
   kSiteUnknownOp = 104,
+  kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
+  kSiteInputRing = 105,          // likewise, of the activations
   kSiteEmulatedOp = 200,
   kSiteEmulatedWait = 201,
 };

@@ -43,7 +43,7 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
   const u32 stage_slices = slices_per_stage(shape.tile_rows);
   const u8* weights = reinterpret_cast<const u8*>(op.weight);
   const u32 num_items = shape.num_tiles * shape.num_row_groups;
-  for (u32 item = blockIdx.x; item < num_items; item += params.num_workers) {
+  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
     const u8* tile = weights + static_cast<u64>(item / shape.num_row_groups) * shape.num_slices * slice_bytes;
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
@@ -64,7 +64,7 @@ BK_INLINE u32 input_tile_bytes(u32 num_rows, u32 row_begin) {
 BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 num_items = shape.num_tiles * shape.num_row_groups;
   const u32 num_stages = shape.wide ? shape.num_slices : (shape.num_slices + 1) / 2;
-  for (u32 item = blockIdx.x; item < num_items; item += params.num_workers) {
+  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
     const u32 row_tile = (item % shape.num_row_groups) * 2;  // narrow: 0
     const u8* first_tile = input + static_cast<u64>(row_tile) * shape.num_slices * kRowTileBytes;
     const u32 first_bytes = input_tile_bytes(shape.num_rows, row_tile * kRowTile);
@@ -104,8 +104,8 @@ BK_INLINE void multiply_tile(const EngineParams& params, u32 num_slices, u8* wei
                              f32 (&even)[kTileRows / 2], f32 (&odd)[kTileRows / 2]) {
   constexpr u32 kFitting = kWeightStageBytes / (kTileRows * 128);
   constexpr u32 kStageSlices = kFitting >= 4 ? 4 : (kFitting >= 2 ? 2 : 1);
-  const u32 warpgroup = threadIdx.x / 128;
-  const bool elected = threadIdx.x % 128 == 0;
+  const u32 warpgroup = thread_idx() / 128;
+  const bool elected = thread_idx() % 128 == 0;
   const u32 weights_base = shared_address(weight_ring);
   const u32 inputs_base = shared_address(input_ring);
   auto slice_step = [&](u32 slice, f32(&d)[kTileRows / 2], bool second_of_pair) {
@@ -136,21 +136,31 @@ BK_INLINE void multiply_tile(const EngineParams& params, u32 num_slices, u8* wei
 
 // Where a fragment register lies: thread t of a warpgroup holds, for h in {0, 1} and block j, columns 8j + 2(t mod 4) + {0, 1} of row
 // 16(t / 32) + (t mod 32) / 4 + 8h in d[4j + 2h] and d[4j + 2h + 1].
-BK_INLINE u32 fragment_row(u32 half) { return (threadIdx.x % 128) / 32 * 16 + (threadIdx.x % 32) / 4 + 8 * half; }
-BK_INLINE u32 fragment_column(u32 block) { return 8 * block + (threadIdx.x % 4) * 2; }
+BK_INLINE u32 fragment_row(u32 half) { return (thread_idx() % 128) / 32 * 16 + (thread_idx() % 32) / 4 + 8 * half; }
+BK_INLINE u32 fragment_column(u32 block) { return 8 * block + (thread_idx() % 4) * 2; }
 
-// 1 / rms of the group's rows from the sums of squares that the previous op left, into shared.row_scale. All 256 compute threads.
+// 1 / rms of the group's rows from the sums of squares that the previous op left, into shared.row_scale. All 256 compute threads: a warp takes
+// four rows at a time, so that their loads are in flight together.
 BK_INLINE void load_row_scales(const EngineParams& params, u32 row_begin, u32 num_rows, WorkerShared& shared) {
-  constexpr u32 kThreadsPerRow = kComputeThreads / (2 * kRowTile);
-  const u32 row = row_begin + threadIdx.x / kThreadsPerRow;
-  const u32 num_parts = params.dims.hidden / kSquaresColumns;
-  f32 sum = 0.0f;
-  if (row < num_rows) {
-    const f32* parts = reinterpret_cast<const f32*>(params.workspaces[kWsSquares]) + static_cast<u64>(row) * num_parts;
-    for (u32 i = threadIdx.x % kThreadsPerRow; i < num_parts; i += kThreadsPerRow) sum += parts[i];
+  constexpr u32 kRowsAtOnce = 4;
+  const u32 hidden = opaque(params.dims.hidden);
+  const u32 num_parts = hidden / kSquaresColumns;
+  const u32 thread = thread_idx();
+  const f32* squares = reinterpret_cast<const f32*>(params.workspaces[kWsSquares]) + thread % 32;
+  for (u32 row = thread / 32 * kRowsAtOnce; row < 2 * kRowTile && row_begin + row < num_rows; row += kComputeThreads / 32 * kRowsAtOnce) {
+    f32 sums[kRowsAtOnce] = {};
+    for (u32 part = 0; part + thread % 32 < num_parts; part += 32) {
+#pragma unroll
+      for (u32 i = 0; i < kRowsAtOnce; i++) {
+        if (row_begin + row + i < num_rows) sums[i] += squares[static_cast<u64>(row_begin + row + i) * num_parts + part];
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < kRowsAtOnce; i++) {
+      for (u32 distance = 16; distance; distance /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+      if (thread % 32 == i) shared.row_scale[row + i] = rsqrtf(sums[i] / static_cast<f32>(hidden) + params.dims.norm_eps);
+    }
   }
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  if (threadIdx.x % kThreadsPerRow == 0) shared.row_scale[threadIdx.x / kThreadsPerRow] = rsqrtf(sum / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
   named_barrier_sync<1, kComputeThreads>();  // the scales are read by other threads
 }
 
@@ -161,10 +171,10 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   ConsumerCursors cursors = shared.compute.cursors;
   u8* input_ring = shared_memory + kScratchOffset;
   f32* reduce = reinterpret_cast<f32*>(input_ring + kInputStages * kInputStageBytes);
-  const u32 warpgroup = threadIdx.x / 128;
-  const u32 thread_in_group = threadIdx.x % 128;
+  const u32 warpgroup = thread_idx() / 128;
+  const u32 thread_in_group = thread_idx() % 128;
   const u32 num_items = shape.num_tiles * shape.num_row_groups;
-  for (u32 item = blockIdx.x; item < num_items; item += params.num_workers) {
+  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
     const u32 row_begin = (item % shape.num_row_groups) * 2 * kRowTile;
     const u32 tile_idx = item / shape.num_row_groups;
     if constexpr (kScaled) load_row_scales(params, row_begin, shape.num_rows, shared);
@@ -193,7 +203,8 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
     if (shape.wide || warpgroup == 0) epilogue(fragment_row_begin, tile_idx, even);
     named_barrier_sync<1, kComputeThreads>();  // `reduce` and `row_scale` are overwritten by the next item
   }
-  if (threadIdx.x == 0) shared.compute.cursors = cursors;  // equal in all threads; read again after the grid barrier
+  // Equal in all threads, and read again after the grid barrier. Without an item nothing moved, and slower warps may still be reading.
+  if (is_first_thread() && cta_idx() < num_items) shared.compute.cursors = cursors;
 }
 
 }  // namespace blinkimp

@@ -52,7 +52,7 @@ struct ProjectEpilogue {
         }
       }
       squares = quad_sum(squares);
-      if (row < num_rows && threadIdx.x % 4 == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + tile_idx] = squares;
+      if (row < num_rows && thread_idx() % 4 == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + tile_idx] = squares;
     }
   }
 };
@@ -155,7 +155,7 @@ struct GateUpEpilogue {
       if (row >= num_rows) continue;
 #pragma unroll
       for (u32 pair = 0; pair < kTileRows / 16; pair++) {
-        const u32 weight_row = tile_idx * kTileRows + pair * 16 + (threadIdx.x % 4) * 2;
+        const u32 weight_row = tile_idx * kTileRows + pair * 16 + (thread_idx() % 4) * 2;
         if (weight_row >= op.out_features) continue;
         f32 values[2];
 #pragma unroll
@@ -168,7 +168,7 @@ struct GateUpEpilogue {
           }
           values[i] = gate / (1.0f + expf(-gate)) * up;
         }
-        const u32 column = weight_row / 16 * 8 + (threadIdx.x % 4) * 2;
+        const u32 column = weight_row / 16 * 8 + (thread_idx() % 4) * 2;
         *reinterpret_cast<u32*>(activation + 2 * tiled_offset(row, column, num_slices)) = pack_bf16x2(values[0], values[1]);
       }
     }

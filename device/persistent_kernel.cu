@@ -21,38 +21,61 @@ BK_INLINE u32 phases_of_program(const EngineParams& params) {
   return num_phases;
 }
 
+// Until the workers have passed num_barriers grid barriers. Meanwhile new submissions are taken, now and then: each look costs about 2 us of
+// PCIe reads, in which the end of the step would go unnoticed.
+BK_INLINE void wait_for_workers(const EngineParams& params, const Lanes& lanes, u32 num_barriers) {
+  constexpr u64 kPollPeriodNs = 10000;
+  const u64 start_ns = device_clock_ns();
+  u64 polled_ns = 0;
+  for (;;) {
+    const u64 now_ns = device_clock_ns();
+    const u32 arrivals = lanes.is_first() ? ld_acquire_gpu(grid_word(params, kGridWordArrivals)) : 0;  // pairs with grid_arrive()
+    if (lanes.any(lanes.is_first() && grid_has_passed(params, arrivals, num_barriers))) break;
+    // Later than any wait of the workers, so that the wait which really hangs is the one on record.
+    if (lanes.any(now_ns - start_ns > params.spin_budget_ns / 2 * 3)) fail(params, kFaultSpinExpired, kSiteStepWait, num_barriers * params.num_workers, arrivals);
+    if (lanes.any(now_ns - polled_ns > kPollPeriodNs)) {
+      director_poll(params, lanes);
+      polled_ns = device_clock_ns();
+    }
+  }
+  lanes.sync();  // the sampled tokens were acquired by lane 0
+}
+
 BK_INLINE void direct(const EngineParams& params) {
   const Lanes lanes = Lanes::warp();
   const u32 num_phases = phases_of_program(params);
   director_init(params, lanes);
   u32 num_barriers = 0;
-  for (u32 step = 0;; ) {
-    director_poll(params, lanes);
+  bool has_polled = false;
+  for (u32 step = 0;;) {
+    if (!has_polled) director_poll(params, lanes);
+    has_polled = false;
     StepPlan* plan = reinterpret_cast<StepPlan*>(params.plans[step & 1]);
     const u32 num_rows = director_plan(params, lanes, plan);
-    if (num_rows) {
-      publish_plan(params, lanes, step);
+    if (!num_rows || director_should_exit(params, lanes)) {
       director_publish(params, lanes);
-      num_barriers += num_phases;
-      if (lanes.is_first()) wait_grid(params, num_barriers, kSiteStepWait);
-      lanes.sync();  // the sampled tokens were acquired by lane 0
-      director_commit(params, lanes, plan);
-      step++;
+      if (director_should_exit(params, lanes)) {
+        if (lanes.is_first()) plan->flags = kPlanExit;
+        publish_plan(params, lanes, step);
+        return;
+      }
+      director_idle(params, lanes);
       continue;
     }
+    publish_plan(params, lanes, step++);
     director_publish(params, lanes);
-    if (director_should_exit(params, lanes)) {
-      if (lanes.is_first()) plan->flags = kPlanExit;
-      publish_plan(params, lanes, step);
-      return;
-    }
-    director_idle(params, lanes);
+    num_barriers += num_phases;
+    wait_for_workers(params, lanes, num_barriers);
+    director_commit(params, lanes, plan);
+    has_polled = true;
   }
 }
 
 // ---- Workers -----------------------------------------------------------------------------------------------------
-BK_INLINE void init_shared(u8* shared_memory, WorkerShared& shared) {
-  if (threadIdx.x == 0) {
+BK_INLINE void init_shared() {
+  u8* shared_memory = worker_memory();
+  WorkerShared& shared = worker_shared(shared_memory);
+  if (is_first_thread()) {
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);  // one elected thread of each warpgroup
@@ -61,6 +84,7 @@ BK_INLINE void init_shared(u8* shared_memory, WorkerShared& shared) {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }
+    mbarrier_init(&shared.producers_done, 2);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
   }
@@ -72,19 +96,16 @@ BK_INLINE void init_shared(u8* shared_memory, WorkerShared& shared) {
 
 // The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
 extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
-  extern __shared__ u8 raw_shared[];
-  u8* shared_memory = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;  // the swizzle counts from 1024-byte lines
-  WorkerShared& shared = *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset);
-  const bool is_director = blockIdx.x == params.num_workers;
-  init_shared(shared_memory, shared);
+  init_shared();
   if (threadIdx.x >= kComputeThreads) {
     set_registers_down<56>();
-    if (!is_director && threadIdx.x == kComputeThreads) weight_producer(params, shared_memory, shared);
-    if (!is_director && threadIdx.x == kComputeThreads + 32) input_producer(params, shared_memory, shared);
+    if (cta_idx() == params.num_workers) return;
+    if (threadIdx.x == kComputeThreads) weight_producer(params);
+    if (threadIdx.x == kComputeThreads + 32) input_producer(params);
   } else {
     set_registers_up<224>();
-    if (!is_director) {
-      compute(params, shared_memory);
+    if (cta_idx() != params.num_workers) {
+      compute(params);
     } else if (threadIdx.x < 32) {
       direct(params);
     }

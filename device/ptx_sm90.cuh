@@ -75,6 +75,21 @@ BK_INLINE void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kNumThreads) : "memory");
 }
 
+// blockIdx.x, read anew at each call: kept in a register through a whole step it would be one of those that attention lacks.
+BK_INLINE u32 cta_idx() {
+  u32 value;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(value));
+  return value;
+}
+
+// threadIdx.x, likewise: values computed from it would otherwise be hoisted out of the loop over ops and live through attention.
+BK_INLINE u32 thread_idx() {
+  u32 value;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(value));
+  return value;
+}
+BK_INLINE bool is_first_thread() { return thread_idx() == 0; }
+
 // A value whose origin the compiler cannot see: what is computed from it stays where it is used, instead of being hoisted out of a long
 // loop into registers that the loop's other parts need.
 template <class T>

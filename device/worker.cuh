@@ -51,7 +51,9 @@ BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
 }
 
 // ---- Producers ---------------------------------------------------------------------------------------------------
-BK_INLINE void weight_producer(const EngineParams& params, u8* shared_memory, WorkerShared& shared) {
+BK_INLINE void weight_producer(const EngineParams& params) {
+  u8* shared_memory = worker_memory();
+  WorkerShared& shared = worker_shared(shared_memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   RingCursor cursor{0, 1};
   for (u32 step = 0;; step++) {
@@ -61,10 +63,13 @@ BK_INLINE void weight_producer(const EngineParams& params, u8* shared_memory, Wo
       const Op& op = ops[op_idx];
       if (is_gemm(op.kind)) produce_weights(params, op, gemm_shape(op, rows_of(op.kind, *plan)), shared_memory, shared, cursor);
     }
+    mbarrier_arrive(&shared.producers_done);
   }
 }
 
-BK_INLINE void input_producer(const EngineParams& params, u8* shared_memory, WorkerShared& shared) {
+BK_INLINE void input_producer(const EngineParams& params) {
+  u8* shared_memory = worker_memory();
+  WorkerShared& shared = worker_shared(shared_memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   RingCursor cursor{0, 1};
   u32 num_barriers = 0;
@@ -75,12 +80,13 @@ BK_INLINE void input_producer(const EngineParams& params, u8* shared_memory, Wor
       const Op& op = ops[op_idx];
       num_barriers += phases_of(op.kind) - 1;  // the LM head's input is ready after its first phase
       if (is_gemm(op.kind)) {
-        wait_grid(params, num_barriers, kSiteGridBarrier);
+        wait_grid(params, num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
         produce_inputs(params, reinterpret_cast<const u8*>(input_workspace(params, op)), gemm_shape(op, rows_of(op.kind, *plan)), shared_memory + kScratchOffset, shared, cursor);
       }
       num_barriers++;
     }
+    mbarrier_arrive(&shared.producers_done);
   }
 }
 
@@ -89,15 +95,17 @@ BK_INLINE void input_producer(const EngineParams& params, u8* shared_memory, Wor
 BK_INLINE void grid_arrive(const EngineParams& params) {
   fence_proxy_async();  // our stores before the bulk copies of whoever waits
   named_barrier_sync<1, kComputeThreads>();
-  if (threadIdx.x == 0) red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);  // pairs with wait_grid()
+  if (is_first_thread()) red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);  // pairs with wait_grid()
 }
 
 // kEndsOp: the last phase of an op; the program counter moves on, past the last op to the next step.
 template <bool kEndsOp>
 BK_INLINE void grid_barrier(const EngineParams& params, ComputeState& state) {
+  // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
+  if (kEndsOp && is_first_thread() && state.op_idx + 1 == params.num_ops) wait_mbarrier(params, &worker_shared(worker_memory()).producers_done, state.step & 1, kSiteProducers);
   grid_arrive(params);
-  if (threadIdx.x == 0) {
-    wait_grid(params, ++state.num_barriers, kSiteGridBarrier);
+  if (is_first_thread()) {
+    wait_grid(params, ++state.num_barriers);
     if (kEndsOp && ++state.op_idx == params.num_ops) {
       state.op_idx = 0;
       state.step++;
@@ -108,55 +116,57 @@ BK_INLINE void grid_barrier(const EngineParams& params, ComputeState& state) {
 
 // kOpEmbed, one row per CTA at a time: hidden = table[token], its tiled copy times the first gain, sums of squares per 32 columns.
 BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPlan* plan) {
-  const u32 hidden = params.dims.hidden;
+  const u32 hidden = opaque(params.dims.hidden);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
-  for (u32 row = blockIdx.x; row < plan->num_rows; row += params.num_workers) {
+  for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
     const u64 first = static_cast<u64>(plan_rows(params, plan)[row].token) * hidden;
-    for (u32 column = threadIdx.x; column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
+    for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
       const f32 value = __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(op.weight)[first + column]) << 16);
       reinterpret_cast<f32*>(params.workspaces[kWsHidden])[static_cast<u64>(row) * hidden + column] = value;
       reinterpret_cast<u16*>(params.workspaces[kWsNormed])[tiled_offset(row, column, hidden / kSliceColumns)] = static_cast<u16>(pack_bf16x2(value * gain[column], 0.0f));
       f32 squares = value * value;
       for (u32 distance = 16; distance; distance /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
-      if (threadIdx.x % 32 == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + column / kSquaresColumns] = squares;
+      if (thread_idx() % 32 == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + column / kSquaresColumns] = squares;
     }
   }
 }
 
 // First phase of kOpLmHead: the sampled rows side by side, with their 1 / rms.
 BK_INLINE void gather_sampled_rows(const EngineParams& params, const StepPlan* plan) {
-  const u32 hidden = params.dims.hidden;
+  const u32 hidden = opaque(params.dims.hidden);
   const u32 num_slices = hidden / kSliceColumns;
   const u16* normed = reinterpret_cast<const u16*>(params.workspaces[kWsNormed]);
   u16* gathered = reinterpret_cast<u16*>(params.workspaces[kWsSampledInput]);
-  for (u32 sample = blockIdx.x; sample < plan->num_sample_rows; sample += params.num_workers) {
+  for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
     const u32 row = plan_sampled_rows(params, plan)[sample];
-    for (u32 chunk = threadIdx.x; chunk < hidden / 8; chunk += kComputeThreads) {
+    for (u32 chunk = thread_idx(); chunk < hidden / 8; chunk += kComputeThreads) {
       *reinterpret_cast<uint4*>(gathered + tiled_offset(sample, chunk * 8, num_slices)) = *reinterpret_cast<const uint4*>(normed + tiled_offset(row, chunk * 8, num_slices));
     }
-    if (threadIdx.x < 32) {
+    if (thread_idx() < 32) {
       const u32 num_parts = hidden / kSquaresColumns;
       const f32* parts = reinterpret_cast<const f32*>(params.workspaces[kWsSquares]) + static_cast<u64>(row) * num_parts;
       f32 sum = 0.0f;
-      for (u32 i = threadIdx.x; i < num_parts; i += 32) sum += parts[i];
+      for (u32 i = thread_idx(); i < num_parts; i += 32) sum += parts[i];
       for (u32 distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      if (threadIdx.x == 0) reinterpret_cast<f32*>(params.workspaces[kWsSampledScale])[sample] = rsqrtf(sum / static_cast<f32>(hidden) + params.dims.norm_eps);
+      if (is_first_thread()) reinterpret_cast<f32*>(params.workspaces[kWsSampledScale])[sample] = rsqrtf(sum / static_cast<f32>(hidden) + params.dims.norm_eps);
     }
   }
 }
 
 // kOpAttention, in two phases around a grid barrier; the output is the O projection's tiled input.
 struct TiledStore {
-  u8* output;  // bf16 tiles, the input layout of the O projection (tiled_offset)
-  u32 num_slices;
-  BK_INLINE void operator()(u32 row, u32 column, u32 pair) const { *reinterpret_cast<u32*>(output + 2 * tiled_offset(row, column, num_slices)) = pair; }
+  const EngineParams& params;  // read at each store: constant memory is cheaper than registers held through attention
+  BK_INLINE void operator()(u32 row, u32 column, u32 pair) const {
+    u8* output = reinterpret_cast<u8*>(params.workspaces[kWsAttention]);
+    *reinterpret_cast<u32*>(output + 2 * tiled_offset(row, column, params.dims.num_heads * kHeadDim / kSliceColumns)) = pair;
+  }
 };
 
 BK_INLINE void run_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u8* shared_memory, ComputeState& state) {
   static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
   const ModelDims& dims = params.dims;
   AttentionShared& attention = *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
-  if (threadIdx.x == 0) {
+  if (is_first_thread()) {
     const u64 num_slots = attention_slots(params.max_batch, params.max_pages_per_request);
     u8* parts = reinterpret_cast<u8*>(params.workspaces[kWsAttentionPart]);
     AttentionArgs& args = attention.args;
@@ -168,7 +178,7 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
     args.window = op.window;
     args.max_pages_per_request = params.max_pages_per_request;
     args.scale = dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-    args.cta_idx = blockIdx.x;
+    args.cta_idx = cta_idx();
     args.num_ctas = params.num_workers;
     args.num_slots = static_cast<u32>(num_slots);
     args.page_tables = reinterpret_cast<const u32*>(params.page_tables);
@@ -178,7 +188,7 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
     args.part_softmax = reinterpret_cast<float2*>(parts + num_slots * dims.num_heads * kHeadDim * sizeof(f32));
   }
   named_barrier_sync<1, kComputeThreads>();  // the arguments are complete
-  const TiledStore store{reinterpret_cast<u8*>(params.workspaces[kWsAttention]), dims.num_heads * kHeadDim / kSliceColumns};
+  const TiledStore store{params};
   attention_splits<kHeadDim, 1>(attention, shared_memory + kScratchOffset, store);
   grid_barrier<false>(params, state);
   attention_combine<kHeadDim>(attention, store);
@@ -188,12 +198,12 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
 BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch) {
   const BarrierSampleGroup<1, kComputeThreads> group;
   const PlanSeq* seqs = plan_seqs(params, plan);
-  for (u32 sample = blockIdx.x; sample < plan->num_sample_rows; sample += params.num_workers) {
+  for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
     const PlanSeq& seq = seqs[plan_rows(params, plan)[plan_sampled_rows(params, plan)[sample]].seq_idx];
     const SamplingParams& sampling = *reinterpret_cast<const SamplingParams*>(params.requests + static_cast<u64>(seq.request_idx) * kRequestBytes);
     const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample) * params.dims.vocab;
     const SampleResult result = sample_row(group, logits, params.dims.vocab, sampling, seq.output_idx, reinterpret_cast<SampleScratch*>(scratch));
-    if (threadIdx.x == 0) reinterpret_cast<SampleResult*>(params.sampled)[sample] = result;
+    if (is_first_thread()) reinterpret_cast<SampleResult*>(params.sampled)[sample] = result;
     named_barrier_sync<1, kComputeThreads>();  // `scratch` is used again for the next row
   }
 }
@@ -217,30 +227,30 @@ BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepP
   }
 }
 
-BK_INLINE void compute(const EngineParams& params, u8* shared_memory) {
+BK_INLINE void compute(const EngineParams& params) {
   for (;;) {
-    shared_memory = opaque(shared_memory);
-    WorkerShared& shared = *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset);
+    u8* shared_memory = worker_memory();
+    WorkerShared& shared = worker_shared(shared_memory);
     ComputeState& state = shared.compute;
     if (state.op_idx == 0) {
-      if (threadIdx.x == 0) wait_plan(params, state.step);
+      if (is_first_thread()) wait_plan(params, state.step);
       named_barrier_sync<1, kComputeThreads>();  // the plan was acquired by thread 0
     }
     const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]);
     if (plan->flags & kPlanExit) return;
     const Op& op = reinterpret_cast<const Op*>(params.ops)[state.op_idx];
     if (op.kind == kOpLmHead) {
-      gather_sampled_rows(params, plan);
+      gather_sampled_rows(params, opaque(plan));
       grid_barrier<false>(params, state);
     }
     if (is_gemm(op.kind)) {
-      run_gemm_op(params, op, plan, shared_memory, shared);
+      run_gemm_op(params, op, opaque(plan), shared_memory, shared);
     } else if (op.kind == kOpAttention) {
-      run_attention(params, op, plan, shared_memory, state);
+      run_attention(params, op, opaque(plan), shared_memory, state);
     } else if (op.kind == kOpEmbed) {
-      run_embed(params, op, plan);
+      run_embed(params, op, opaque(plan));
     } else if (op.kind == kOpSample) {
-      run_sample(params, plan, shared_memory + kScratchOffset);
+      run_sample(params, opaque(plan), shared_memory + kScratchOffset);
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
     }

@@ -61,6 +61,7 @@ struct WorkerShared {
   u64 weights_empty[kWeightStages];  // [stage]
   u64 inputs_full[kInputStages];     // [stage]
   u64 inputs_empty[kInputStages];    // [stage]
+  u64 producers_done;  // a phase per step: both producers have read its plan for the last time. Plan n + 1 is published after step n only
   f32 row_scale[2 * kRowTile];  // 1 / rms of the rows of the current pair of row tiles
   ComputeState compute;
 };
@@ -68,8 +69,16 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 256;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kScratchOffset + kScratchBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = kAttentionBlockOffset + kAttentionBlockBytes + 1024;  // 1024: rounding up to the swizzle's alignment
+constexpr u32 kSharedMemoryBytes = 230376;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+
+// The map's first byte: a constant of the program, so it costs no register. Aligned, because the swizzle counts from 1024-byte lines.
+BK_INLINE u8* worker_memory() {
+  extern __shared__ __align__(1024) u8 dynamic_shared[];
+  return dynamic_shared;
+}
+BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset); }
 
 // Workspaces of the GPU interpreter (EngineParams.workspaces); rows padded to 128. host/gpu_memory.py allocates by the same list.
 enum Workspace : u32 {
@@ -96,7 +105,8 @@ BK_INLINE u64 tiled_offset(u32 row, u32 column, u32 num_slices) {
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
 // Out of line: inlined into every wait, its addresses would take registers from the loops around.
 __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
-  record_fault(params, code, site, expected, seen);
+  // Another wait was first: its record must be whole before this trap stops the context, and takes microseconds to be.
+  if (!record_fault(params, code, site, expected, seen)) sleep_ns(1000000);
   fence_acq_rel_sys();  // the record has left the SM before the trap
   trap();
 }
@@ -117,17 +127,18 @@ constexpr u32 kGridWordPlan = 0;      // steps published by the director (writer
 constexpr u32 kGridWordArrivals = 32; // arrivals at grid barriers, ever (writers: workers; readers: workers, director)
 BK_INLINE u32* grid_word(const EngineParams& params, u32 word_idx) { return reinterpret_cast<u32*>(params.grid_words) + word_idx; }
 
-// Waits until the grid has arrived num_barriers times (counting from launch, modulo 2^32). Acquire: pairs with grid_arrive().
-BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers, u32 site) {
-  const u32 target = num_barriers * params.num_workers;
+BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num_barriers) {
+  return static_cast<i32>(arrivals - num_barriers * params.num_workers) >= 0;  // both count modulo 2^32, at most one step apart
+}
+
+// Waits until the grid has passed num_barriers barriers since launch. Acquire: pairs with grid_arrive().
+BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers) {
   u32* arrivals = grid_word(params, kGridWordArrivals);
-  if (static_cast<i32>(ld_acquire_gpu(arrivals) - target) >= 0) return;
+  if (grid_has_passed(params, ld_acquire_gpu(arrivals), num_barriers)) return;
   const u64 start_ns = device_clock_ns();
   u32 seen;
-  while (static_cast<i32>((seen = ld_acquire_gpu(arrivals)) - target) < 0) {
-    if (device_clock_ns() - start_ns > params.spin_budget_ns) {
-      fail(params, kFaultSpinExpired, site, target, seen);
-    }
+  while (!grid_has_passed(params, seen = ld_acquire_gpu(arrivals), num_barriers)) {
+    if (device_clock_ns() - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
   }
 }
 
