@@ -33,7 +33,7 @@ from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import ServerMessage, decode_server_messages
 from tests.fake_director import FakeDirector, FakeQueuePair
-from tests.support import ROOT
+from tests.support import python_path
 
 EOS_ID = 1
 TEXT = "naïve café 😀 👨‍👩‍👧 日本語 — done. "  # what the scripted model says, over and over
@@ -157,7 +157,7 @@ class RawClient:
 def start_process(name: str, tokenizer: Path, queue_pair_idx: int, *flags: str) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", name, "--tokenizer", str(tokenizer)]
     command += ["--queue-pair", str(queue_pair_idx), "--bind", "tcp://127.0.0.1:*", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     ready = process.stdout.readline().split()

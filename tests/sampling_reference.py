@@ -28,9 +28,7 @@ class Params:
     def packed(self) -> np.ndarray[Any, Any]:
         record = np.zeros(1, dtype=ring_abi.SAMPLING_PARAMS)
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            record[name] = record.dtype[name].type(
-                getattr(self, name)
-            )  # a bare int above 2^63 does not fit numpy's default
+            record[name] = getattr(self, name)
         return record
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from blinkimp import native
-from tests.support import ROOT, load_tool
+from tests.support import load_tool, python_path
 
 build_native = load_tool("build_native")
 
@@ -82,7 +82,7 @@ def test_a_library_that_cannot_be_opened_says_so(monkeypatch: pytest.MonkeyPatch
 def test_sanitizer_builds_load_in_a_python_process(small_tree: Path, sanitize: str) -> None:
     output = small_tree / f"{sanitize}.so"
     build_native.build(output, sanitize)
-    environment = {**os.environ, **build_native.sanitizer_environment(sanitize, output), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **build_native.sanitizer_environment(sanitize, output), "PYTHONPATH": python_path()}
     program = "from blinkimp import native; print(native.load().bk_value())"
     prefix = ["setarch", os.uname().machine, "-R"] if sanitize == "thread" else []
     result = subprocess.run(

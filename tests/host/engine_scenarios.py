@@ -30,7 +30,7 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
-from tests.support import ROOT
+from tests.support import ROOT, python_path
 
 # Owns a queue pair, starts requests, reads nothing: they fill the completion ring and hold pages until somebody takes them away.
 VICTIM = """
@@ -74,7 +74,7 @@ def streams_finish_while_the_host_is_stopped(model: Path, **options: Any) -> Non
 def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: Any) -> None:
     with HostProcess(model, num_completions=64, **options) as host, PortClient(host.engine_name, 0) as client:
         expected = client.generate([9, 8, 7], 300).tokens
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         command = [sys.executable, "-c", VICTIM, host.engine_name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as victim:
             assert victim.stdout is not None and victim.stdout.readline() == "submitted\n"

@@ -31,7 +31,7 @@ from blinkimp.host.engine import Engine, EngineFaultError
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort, WaitEvent, sampling_record
 from blinkimp.ring_abi import CompletionKind, FinishReason
-from tests.support import ROOT
+from tests.support import ROOT, python_path
 
 TINY_VOCAB = 256
 TINY_POSITIONS = 512
@@ -135,7 +135,7 @@ class HostProcess:
         command = [*prefix, sys.executable, "-m", "tests.host.engine_support", json.dumps(values)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
         )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -23,7 +23,7 @@ from blinkimp.client import Client, RequestRefusedError
 from blinkimp.config import Config
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page, open_queue_pair
 from tests.host.engine_support import engine_config, process_state, wait_for
-from tests.support import ROOT
+from tests.support import ROOT, python_path
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPT = [17, 33, 260, 9]
@@ -44,7 +44,7 @@ class ServerProcess:
         (folder / "server.toml").write_text(toml)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "blinkimp.host.supervisor", "--config", str(folder / "server.toml")],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": python_path()},
         )  # fmt: skip
 
         def read() -> None:

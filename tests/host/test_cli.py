@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import python_path
 
 SHARED_MEMORY = Path("/dev/shm")
 START_TIMEOUT_S = 60.0
@@ -35,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith("BLINKIMP_") or key == "BLINKIMP_NATIVE_LIBRARY"
     }
-    return {**kept, "PYTHONPATH": str(ROOT), **more}
+    return {**kept, "PYTHONPATH": python_path(), **more}
 
 
 def run(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:

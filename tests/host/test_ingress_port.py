@@ -30,7 +30,7 @@ from blinkimp.nic_shim.queue_pair import (
 )
 from tests.fake_director import DEFAULT_SCRIPT, FakeDirector
 from tests.ingress_support import SMALL_RINGS, attach, engine_name, kind_of, prompt
-from tests.support import ROOT
+from tests.support import python_path
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_dead_owner_is_taken_over_soon(director: FakeDirector) -> None:
         "import sys, os\nfrom blinkimp.nic_shim.queue_pair import QueuePairPort\n"
         f"port = QueuePairPort.open({name!r}, 0); print(int(port.try_attach()), flush=True); os._exit(9)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, env=environment
     )

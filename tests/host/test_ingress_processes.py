@@ -28,7 +28,7 @@ from tests.ingress_support import (
     wait_until,
     write_byte_tokenizer,
 )
-from tests.support import ROOT
+from tests.support import ROOT, python_path
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_process_says_what_is_wrong(tmp_path: Path, flags: list[str], complaint:
     with FakeDirector(engine_name(), vocab_size=258) as director:
         command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", director.regions.engine_name]
         command += ["--tokenizer", str(tokenizer), "--bind", "tcp://127.0.0.1:*", *flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
     assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
 
