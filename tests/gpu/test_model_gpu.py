@@ -131,3 +131,33 @@ def test_greedy_sample_is_the_largest_logit(family: Family) -> None:
     np.testing.assert_allclose(sampled["logprob"], -np.log(np.exp(shifted).sum(1)), rtol=1e-5)
     for i in range(8):
         runner.release(i)
+
+
+def test_a_context_of_32k(tmp_path: Path) -> None:
+    """The longest context served: bits do not depend on chunks, logits agree with transformers, decode goes on from there."""
+    torch = pytest.importorskip("torch", reason="transformers is the reference")
+    transformers = pytest.importorskip("transformers", reason="it is the reference")
+    num_tokens = 32768
+    rng = np.random.default_rng()
+    config = llama_config(max_position_embeddings=num_tokens, num_hidden_layers=1, rope_theta=500000.0)
+    write_checkpoint(tmp_path, config, rng)
+    tokens = rng.integers(0, config["vocab_size"], num_tokens, dtype=np.uint32)
+    with StepRunner(tmp_path, max_context=num_tokens, num_pages=600, num_requests=4, max_batch=4) as runner:
+        logits = []
+        for request_idx, chunk in enumerate((2048, 1999)):
+            begin = 0
+            while begin < num_tokens - 1:  # the last token is a decode row, over 128 splits
+                end = min(begin + chunk, num_tokens - 1)
+                runner.run([Request(tokens[:end], begin, request_idx, sample=False)])
+                begin = end
+            runner.run([Request(tokens, num_tokens - 1, request_idx)])
+            logits.append(runner.logits(1)[0].copy())
+            runner.release(request_idx)
+    np.testing.assert_array_equal(logits[0], logits[1])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens.astype(np.int64))[None].cuda()
+        expected = model.cuda()(ids, logits_to_keep=1).logits[0, 0].double().cpu().numpy()
+    error = float(np.linalg.norm(logits[0] - expected) / np.linalg.norm(expected))
+    print(f"context of {num_tokens}: relative error {error:.2e}")
+    assert error < MAX_RELATIVE_ERROR
