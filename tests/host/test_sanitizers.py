@@ -21,6 +21,7 @@ LANES = [
     f"-I{ROOT / 'tests' / 'host' / 'lanes'}",
 ]  # before device/: its lanes.cuh is the one to be found
 RACE_STATUS = 66
+NEITHER_PREEMPTED_NOR_STALLED = 3  # the program's status when a run was clean but missed preemptions or credit stalls
 
 
 def build(directory: Path, name: str, flags: list[str]) -> Path:
@@ -63,7 +64,9 @@ def test_director_and_ingresses_are_clean(tmp_path: Path, sanitizer: str, extra:
     """Two ingresses and the director, small rings and few pages. The program itself checks every completion."""
     program = build(tmp_path, "stress", [f"-fsanitize={sanitizer}", *extra])
     result = run(program, num_requests)
-    assert result.returncode == 0, result.stdout + result.stderr
+    # The 2,000 requests of the long runs must meet preemptions and stalls; 100, on slow lanes, may happen to miss one of them.
+    allowed = (0,) if num_requests >= 2000 else (0, NEITHER_PREEMPTED_NOR_STALLED)
+    assert result.returncode in allowed, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
