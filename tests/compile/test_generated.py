@@ -1,0 +1,12 @@
+"""device/ptx_wgmma.cuh is what tools/gen_wgmma.py writes.
+
+Run: pytest tests/compile/test_generated.py
+"""
+
+from __future__ import annotations
+
+from tests.support import ROOT, load_tool
+
+
+def test_wgmma_wrappers_are_the_generator_s() -> None:
+    assert (ROOT / "device" / "ptx_wgmma.cuh").read_text() == load_tool("gen_wgmma").generate()
