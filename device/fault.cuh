@@ -25,14 +25,12 @@ enum FaultSite : u32 {
   kSiteRequestBalance = 18,      // accepted != finished + live
   kSiteRequestLookup = 19,       // a live request that the lookup does not find
   kSiteGridBarrier = 100,        // a grid barrier outlived its budget
-  kSitePlanWait = 101,           // workers waited for a plan
   kSiteStepWait = 102,           // the director waited for the workers
   kSiteWeightRing = 103,         // a stage of the shared-memory ring outlived its budget
   kSiteUnknownOp = 104,
-  kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
   kSiteInputRing = 105,          // likewise, of the activations
+  kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
   kSiteEmulatedOp = 200,
-  kSiteEmulatedWait = 201,
 };
 
 // The first words of director_state, so that code which does not know the director can record a fault.

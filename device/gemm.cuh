@@ -32,7 +32,7 @@ BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
   return GemmShape{num_rows, op.in_features / kSliceColumns, op.num_tiles, op.tile_rows, wide ? (num_rows + 2 * kRowTile - 1) / (2 * kRowTile) : (num_rows ? 1u : 0u), wide};
 }
 
-BK_INLINE u32 slices_per_stage(u32 tile_rows) {
+BK_INLINE constexpr u32 slices_per_stage(u32 tile_rows) {
   const u32 fitting = kWeightStageBytes / (tile_rows * 128);
   return fitting >= 4 ? 4 : (fitting >= 2 ? 2 : 1);
 }
@@ -102,8 +102,7 @@ BK_INLINE void multiply_slice(f32 (&d)[kTileRows / 2], u32 input_address, u32 we
 template <int kTileRows, bool kWide>
 BK_INLINE void multiply_tile(const EngineParams& params, u32 num_slices, u8* weight_ring, u8* input_ring, WorkerShared& shared, ConsumerCursors& cursors,
                              f32 (&even)[kTileRows / 2], f32 (&odd)[kTileRows / 2]) {
-  constexpr u32 kFitting = kWeightStageBytes / (kTileRows * 128);
-  constexpr u32 kStageSlices = kFitting >= 4 ? 4 : (kFitting >= 2 ? 2 : 1);
+  constexpr u32 kStageSlices = slices_per_stage(kTileRows);
   const u32 warpgroup = thread_idx() / 128;
   const bool elected = thread_idx() % 128 == 0;
   const u32 weights_base = shared_address(weight_ring);

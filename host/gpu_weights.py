@@ -18,7 +18,8 @@ from blinkimp.host.model_config import ModelConfig, refusal
 from blinkimp.host.weights import READ_BYTES, MatrixSource, PlacedMatrix
 from blinkimp.ring_abi import DType, OpKind
 
-# Tile widths that device/worker.cuh has code for, per kind. Rows of 32 for PROJECT: a tile is one group of the sums of squares.
+# Tile widths to choose from, per kind; the kernel is compiled for the chosen ones (host/gpu_kernel.py). 32 for PROJECT: a tile is one group
+# of the sums of squares.
 TILE_ROWS: Final = {
     OpKind.QKV: (48, 64, 128),
     OpKind.PROJECT: (32,),

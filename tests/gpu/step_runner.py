@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,7 @@ class StepRunner:
         self.config = read_model_config(folder)
         self.num_workers = self.context.properties.num_multiprocessors - 1
         self.shape = kernel_shape(self.config, self.num_workers)
-        device = Path(os.environ.get("BLINKIMP_TEST_DEVICE_SOURCES", ROOT / "device"))
+        device = ROOT / "device"
         options = tuple(f"-D{name}={value}" for name, value in self.shape.defines().items())
         self.kernel = compile_path(device / KERNEL_SOURCE, options)
         target = GpuTarget(self.context, self.config, compile_path(device / PACK_SOURCE, ()).cubin, self.num_workers)
@@ -129,8 +128,7 @@ class StepRunner:
         )  # fmt: skip
         self.params = allocate_engine(self.context, self.config, self.sizes, self.model.dims, self.model.ops)
         self.params["num_workers"] = self.num_workers
-        # compute-sanitizer makes a step a hundred times longer
-        self.params["spin_budget_ns"] = int(os.environ.get("BLINKIMP_TEST_SPIN_BUDGET_NS", 2_000_000_000))
+        self.params["spin_budget_ns"] = 2_000_000_000
         self.page = np.frombuffer(
             mmap.mmap(-1, mmap.PAGESIZE), np.uint8
         )  # the engine page: where a fault would be recorded
