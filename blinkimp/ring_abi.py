@@ -23,21 +23,24 @@ def _struct(size_bytes: int, members: dict[str, tuple[Any, int]]) -> np.dtype[np
 # ---- Constants of ring_abi.h
 QUEUE_PAIR_MAGIC: Final = 0x313050514B4E4C42
 ENGINE_PAGE_MAGIC: Final = 0x313047454B4E4C42
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 MAX_QUEUE_PAIRS: Final = 32
 MAX_STOP_IDS: Final = 16
 MAX_EOS_IDS: Final = 8
+MAX_TOP_LOGPROBS: Final = 20
+MAX_LOGIT_BIAS: Final = 512
 ARENA_ALIGN_BYTES: Final = 64
 NO_REQUEST: Final = 0xFFFFFFFF
 COMMIT_PARITY_MASK: Final = 0x1
 COMMIT_KIND_SHIFT: Final = 8
 COMMIT_REASON_SHIFT: Final = 16
+NO_STATE: Final = 65535
 
 # ---- Constants of program_abi.h
 PAGE_TOKENS: Final = 64
 MAX_STEP_TOKENS: Final = 8192
 NO_ROW: Final = 0xFFFFFFFF
-REQUEST_BYTES: Final = 256
+REQUEST_BYTES: Final = 512
 DIRECTOR_STATE_BYTES: Final = 65536
 GRID_WORDS_BYTES: Final = 4096
 NUM_WORKSPACES: Final = 16
@@ -46,12 +49,14 @@ NUM_WORKSPACES: Final = 16
 SUBMISSION_REQUEST: Final = 1
 SUBMISSION_CANCEL: Final = 2
 SUBMISSION_PING: Final = 3
+SUBMISSION_CONSTRAINT: Final = 4
 
 
 class SubmissionOp(enum.IntEnum):
     REQUEST = SUBMISSION_REQUEST
     CANCEL = SUBMISSION_CANCEL
     PING = SUBMISSION_PING
+    CONSTRAINT = SUBMISSION_CONSTRAINT
 
 
 # ---- CompletionKind
@@ -60,6 +65,8 @@ COMPLETION_TOKEN: Final = 2
 COMPLETION_FINISH: Final = 3
 COMPLETION_REJECT: Final = 4
 COMPLETION_PONG: Final = 5
+COMPLETION_TOP: Final = 6
+COMPLETION_START: Final = 7
 
 
 class CompletionKind(enum.IntEnum):
@@ -68,6 +75,8 @@ class CompletionKind(enum.IntEnum):
     FINISH = COMPLETION_FINISH
     REJECT = COMPLETION_REJECT
     PONG = COMPLETION_PONG
+    TOP = COMPLETION_TOP
+    START = COMPLETION_START
 
 
 # ---- FinishReason
@@ -76,6 +85,8 @@ FINISH_STOP_ID: Final = 2
 FINISH_LENGTH: Final = 3
 FINISH_CANCELLED: Final = 4
 FINISH_DRAINING: Final = 5
+FINISH_TIMEOUT: Final = 6
+FINISH_CONSTRAINT: Final = 7
 
 
 class FinishReason(enum.IntEnum):
@@ -84,6 +95,8 @@ class FinishReason(enum.IntEnum):
     LENGTH = FINISH_LENGTH
     CANCELLED = FINISH_CANCELLED
     DRAINING = FINISH_DRAINING
+    TIMEOUT = FINISH_TIMEOUT
+    CONSTRAINT = FINISH_CONSTRAINT
 
 
 # ---- RejectReason
@@ -94,6 +107,7 @@ REJECT_BAD_SAMPLING: Final = 4
 REJECT_BAD_TOKEN: Final = 5
 REJECT_DRAINING: Final = 6
 REJECT_DUPLICATE: Final = 7
+REJECT_BAD_CONSTRAINT: Final = 8
 
 
 class RejectReason(enum.IntEnum):
@@ -104,6 +118,15 @@ class RejectReason(enum.IntEnum):
     BAD_TOKEN = REJECT_BAD_TOKEN
     DRAINING = REJECT_DRAINING
     DUPLICATE = REJECT_DUPLICATE
+    BAD_CONSTRAINT = REJECT_BAD_CONSTRAINT
+
+
+# ---- RequestBodyFlags
+REQUEST_NO_PREFIX_CACHE: Final = 1
+
+
+class RequestBodyFlags(enum.IntFlag):
+    NO_PREFIX_CACHE = REQUEST_NO_PREFIX_CACHE
 
 
 # ---- EngineState
@@ -213,14 +236,14 @@ SUBMISSION_ENTRY: Final = _struct(
         "body_bytes": ("<u4", 24),
         "num_prompt_tokens": ("<u4", 28),
         "max_tokens": ("<u4", 32),
-        "reserved0": ("<u4", 36),
+        "priority": ("<i4", 36),
         "client_ns": ("<u8", 40),
-        "reserved1": ("<u8", 48),
-        "reserved2": ("<u8", 56),
+        "timeout_ns": ("<u8", 48),
+        "cache_salt": ("<u8", 56),
     },
 )
 SAMPLING_PARAMS: Final = _struct(
-    32,
+    64,
     {
         "temperature": ("<f4", 0),
         "top_p": ("<f4", 4),
@@ -228,18 +251,47 @@ SAMPLING_PARAMS: Final = _struct(
         "top_k": ("<u4", 12),
         "seed": ("<u8", 16),
         "ignore_eos": ("<u4", 24),
-        "reserved0": ("<u4", 28),
+        "min_tokens": ("<u4", 28),
+        "repetition_penalty": ("<f4", 32),
+        "presence_penalty": ("<f4", 36),
+        "frequency_penalty": ("<f4", 40),
+        "num_top_logprobs": ("<u4", 44),
+        "num_logit_bias": ("<u4", 48),
+        "reserved0": ("<u4", 52),
+        "reserved1": ("<u8", 56),
+    },
+)
+LOGIT_BIAS: Final = _struct(
+    8,
+    {
+        "token": ("<u4", 0),
+        "bias": ("<f4", 4),
     },
 )
 REQUEST_BODY: Final = _struct(
-    64,
+    128,
     {
         "sampling": (SAMPLING_PARAMS, 0),
-        "num_stop_ids": ("<u4", 32),
-        "reserved0": ("<u4", 36),
-        "reserved1": ("<u8", 40),
-        "reserved2": ("<u8", 48),
-        "reserved3": ("<u8", 56),
+        "num_stop_ids": ("<u4", 64),
+        "num_prior_outputs": ("<u4", 68),
+        "flags": ("<u4", 72),
+        "constraint": ("<u4", 76),
+        "constraint_state": ("<u4", 80),
+        "reserved0": ("<u4", 84),
+        "reserved1": ("<u8", 88),
+        "reserved2": ("<u8", 96),
+        "reserved3": ("<u8", 104),
+        "reserved4": ("<u8", 112),
+        "reserved5": ("<u8", 120),
+    },
+)
+CONSTRAINT_HEADER: Final = _struct(
+    16,
+    {
+        "total_bytes": ("<u4", 0),
+        "vocab_size": ("<u4", 4),
+        "num_states": ("<u4", 8),
+        "num_classes": ("<u4", 12),
     },
 )
 COMPLETION_ENTRY: Final = _struct(
@@ -272,11 +324,11 @@ QUEUE_PAIR_HEADER: Final = _struct(
         "queue_pair_idx": ("<u4", 80),
         "max_context": ("<u4", 84),
         "vocab_size": ("<u4", 88),
-        "reserved0": ("<u4", 92),
-        "reserved1": ("<u8", 96),
-        "reserved2": ("<u8", 104),
-        "reserved3": ("<u8", 112),
-        "reserved4": ("<u8", 120),
+        "num_constraint_slots": ("<u4", 92),
+        "constraint_slot_bytes": ("<u8", 96),
+        "reserved1": ("<u8", 104),
+        "reserved2": ("<u8", 112),
+        "reserved3": ("<u8", 120),
     },
 )
 INGRESS_LINE: Final = _struct(
@@ -338,8 +390,12 @@ CONTROL_LINE: Final = _struct(
     128,
     {
         "command": ("<u4", 0),
-        "reserved0": ("<u4", 4),
-        "reserved": (("<u8", (15,)), 8),
+        "tuning_generation": ("<u4", 4),
+        "max_running": ("<u4", 8),
+        "step_tokens": ("<u4", 12),
+        "prefill_chunk_tokens": ("<u4", 16),
+        "aging_ms": ("<u4", 20),
+        "reserved": (("<u8", (13,)), 24),
     },
 )
 STATUS_LINES: Final = _struct(
@@ -372,7 +428,13 @@ STATUS_LINES: Final = _struct(
         "ingress_drops": ("<u8", 152),
         "integrity_checks": ("<u8", 160),
         "step_ns_last": ("<u8", 168),
-        "reserved": (("<u8", (10,)), 176),
+        "gap_ns_last": ("<u8", 176),
+        "finished_timeout": ("<u8", 184),
+        "finished_constraint": ("<u8", 192),
+        "prefix_query_tokens": ("<u8", 200),
+        "prefix_hit_tokens": ("<u8", 208),
+        "tuning_generation": ("<u8", 216),
+        "reserved": (("<u8", (4,)), 224),
     },
 )
 ENGINE_PAGE: Final = _struct(
@@ -469,7 +531,7 @@ SAMPLE_RESULT: Final = _struct(
     },
 )
 ENGINE_PARAMS: Final = _struct(
-    664,
+    752,
     {
         "num_queue_pairs": ("<u4", 0),
         "num_requests": ("<u4", 4),
@@ -500,6 +562,16 @@ ENGINE_PARAMS: Final = _struct(
         "workspaces": (("<u8", (16,)), 416),
         "grid_words": ("<u8", 544),
         "dims": (MODEL_DIMS, 552),
-        "reserved": (("<u8", (4,)), 632),
+        "logit_biases": ("<u8", 632),
+        "token_counts": ("<u8", 640),
+        "constraints": ("<u8", 648),
+        "constraint_slot_bytes": ("<u8", 656),
+        "num_constraint_slots": ("<u4", 664),
+        "prefix_cache_enabled": ("<u4", 668),
+        "prefix_cache": ("<u8", 672),
+        "top_logprobs": ("<u8", 680),
+        "trace": ("<u8", 688),
+        "parked_after_ns": ("<u8", 696),
+        "reserved": (("<u8", (6,)), 704),
     },
 )

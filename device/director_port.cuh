@@ -72,10 +72,10 @@ BK_INLINE bool fetch_entry(QueuePairState& queue_pair, u32 commit_word) {
   queue_pair.entry.body_bytes = entry->body_bytes;
   queue_pair.entry.num_prompt_tokens = entry->num_prompt_tokens;
   queue_pair.entry.max_tokens = entry->max_tokens;
-  queue_pair.entry.reserved0 = entry->reserved0;
+  queue_pair.entry.priority = entry->priority;
   queue_pair.entry.client_ns = entry->client_ns;
-  queue_pair.entry.reserved1 = entry->reserved1;
-  queue_pair.entry.reserved2 = entry->reserved2;
+  queue_pair.entry.timeout_ns = entry->timeout_ns;
+  queue_pair.entry.cache_salt = entry->cache_salt;
   queue_pair.entry.commit = commit_word;
   queue_pair.has_entry = 1;
   return true;

@@ -256,10 +256,10 @@ struct IngressPort {
     entry->body_bytes = claim.body_bytes;
     entry->num_prompt_tokens = num_prompt_tokens;
     entry->max_tokens = max_tokens;
-    entry->reserved0 = 0;
+    entry->priority = 0;
     entry->client_ns = client_ns;
-    entry->reserved1 = 0;
-    entry->reserved2 = 0;
+    entry->timeout_ns = 0;
+    entry->cache_salt = 0;
     // Release pairs with the director's acquire of the commit word (poll in director_port.cuh): entry and body stand before it (I4).
     st_release_sys(&entry->commit, commit_parity(producer_pos, num_submissions) | (op << kCommitKindShift));
     if (claim.body != nullptr) arena_producer_pos = claim.arena_pos + align_arena(claim.body_bytes);

@@ -86,8 +86,7 @@ BK_INLINE u32 judge_entry(const EngineParams& params, DirectorState& state, u32 
   QueuePairState& queue_pair = state.queue_pairs[queue_pair_idx];
   const SubmissionEntry& entry = queue_pair.entry;
   const u32 op = (entry.commit >> kCommitKindShift) & 0xff;
-  const bool is_clean = (entry.commit & ~(kCommitParityMask | 0xffu << kCommitKindShift)) == 0 && entry.reserved0 == 0 &&
-                        entry.reserved1 == 0 && entry.reserved2 == 0;
+  const bool is_clean = (entry.commit & ~(kCommitParityMask | 0xffu << kCommitKindShift)) == 0;
   if (entry.epoch != static_cast<u32>(queue_pair.epoch)) {  // of an ingress that was dropped while it wrote
     consume_entry(queue_pair, false);
     return kIntakeTaken;
@@ -141,8 +140,8 @@ BK_INLINE bool copy_ids(const EngineParams& params, const Lanes& lanes, const u3
 // Lane 0. What the body said: 0, or the reason to reject it.
 BK_INLINE u32 judge_body(const EngineParams& params, const RequestBody& body, u32 num_stop_ids, bool has_bad_id, u32* limit) {
   *limit = 0;
-  if (body.num_stop_ids != num_stop_ids || body.sampling.reserved0 != 0 || body.reserved0 != 0 || body.reserved1 != 0 ||
-      body.reserved2 != 0 || body.reserved3 != 0)
+  if (body.num_stop_ids != num_stop_ids || (body.flags & ~u32{kRequestNoPrefixCache}) != 0 || body.sampling.reserved0 != 0 ||
+      body.sampling.reserved1 != 0 || (body.reserved0 | body.reserved1 | body.reserved2 | body.reserved3 | body.reserved4 | body.reserved5) != 0)
     return kRejectMalformed;
   if (!sampling_is_valid(body.sampling)) return kRejectBadSampling;
   if (has_bad_id) return *limit = params.dims.vocab, kRejectBadToken;
@@ -168,6 +167,13 @@ BK_INLINE void accept_request(const EngineParams& params, DirectorState& state, 
   request->num_preemptions = 0;
   request->last_token = request_tokens(params, request_idx)[entry.num_prompt_tokens - 1];
   request->finish_reason = 0;
+  request->timeout_ns = entry.timeout_ns;
+  request->cache_salt = entry.cache_salt;
+  request->priority = entry.priority;
+  request->num_prior_outputs = body.num_prior_outputs;
+  request->constraint = body.constraint;
+  request->constraint_state = body.constraint_state;
+  request->body_flags = body.flags;
   request->step_rows = 0;
   request->accepted_ns = state.now_ns;
   push_waiting(params, state, request_idx, false);

@@ -126,7 +126,7 @@ struct SampleResult {  // [max_batch], by sample_row; workers -> director
 ABI_SIZE(SampleResult, 8);
 
 // ---- The engine --------------------------------------------------------------------------------------------------
-constexpr u32 kRequestBytes = 256;              // one entry of the request table (device/request_table.cuh)
+constexpr u32 kRequestBytes = 512;              // one entry of the request table (device/request_table.cuh)
 constexpr u32 kDirectorStateBytes = 64 * 1024;  // director state (device/director.cuh)
 constexpr u32 kGridWordsBytes = 4096;           // barrier and hand-off words of the persistent kernel
 constexpr u32 kNumWorkspaces = 16;
@@ -161,11 +161,21 @@ struct EngineParams {  // written by the host before launch, then constant
   u64 workspaces[kNumWorkspaces];    // layouts belong to the interpreter
   u64 grid_words;                    // kGridWordsBytes, zeroed
   ModelDims dims;
-  u64 reserved[4];
+  u64 logit_biases;                  // LogitBias [num_requests, kMaxLogitBias], 0 = requests with a bias are rejected
+  u64 token_counts;                  // penalties' counts, [max_batch, vocab]; layout in device/penalties.cuh
+  u64 constraints;                   // [num_queue_pairs, num_constraint_slots, constraint_slot_bytes]; layout in ring_abi.h
+  u64 constraint_slot_bytes;         // a multiple of 64
+  u32 num_constraint_slots;          // of each queue pair
+  u32 prefix_cache_enabled;          // 0, 1
+  u64 prefix_cache;                  // device/prefix_cache.cuh, zeroed
+  u64 top_logprobs;                  // SampleResult [max_batch, kMaxTopLogprobs], by sample_row
+  u64 trace;                         // device/trace.cuh, or 0: tracing is off
+  u64 parked_after_ns;               // the kernel leaves after this long without work; 0 = never
+  u64 reserved[6];
 };
 ABI_AT(EngineParams, ingress_timeout_ns, 48);
 ABI_AT(EngineParams, queue_pairs, 72);
 ABI_AT(EngineParams, kv_cache, 408);
-ABI_SIZE(EngineParams, 664);
+ABI_SIZE(EngineParams, 752);
 
 }  // namespace blinkimp

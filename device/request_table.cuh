@@ -1,4 +1,4 @@
-// The request table: num_requests entries of 256 bytes in device memory, a free list, and the lookup by request id.
+// The request table: num_requests entries of 512 bytes in device memory, a free list, and the lookup by request id.
 //
 // Called by the director only (intake.cuh, request_life.cuh); workers read an entry's SamplingParams at byte 0.
 // Test: pytest tests/host/test_director_requests.py
@@ -34,12 +34,6 @@ enum RequestFlags : u32 {
 struct Request {
   SamplingParams sampling;       // byte 0: the sampling op reads it
   u32 stop_ids[kMaxStopIds];     // the first num_stop_ids are valid
-  u32 next_idx;                  // free list, waiting queue or finishing queue; kNoRequest ends it
-  u32 prev_idx;                  // waiting queue
-  u32 bucket_next_idx;           // chain of the lookup
-  u32 num_preemptions;
-  u64 accepted_ns;
-  u64 reserved0;
   u64 request_id;                // from here on: one 128-byte line with all that a step needs
   u32 state;                     // RequestState
   u32 flags;                     // RequestFlags
@@ -55,10 +49,25 @@ struct Request {
   u32 step_rows;                 // rows in the step that is being planned or runs
   u32 num_stalled_plans;         // plans in a row that left it out for lack of credit
   u32 reserved1[17];
+  u32 next_idx;                  // free list, waiting queue or finishing queue; kNoRequest ends it
+  u32 prev_idx;                  // waiting queue
+  u32 bucket_next_idx;           // chain of the lookup
+  u32 num_preemptions;
+  u64 accepted_ns;
+  u64 timeout_ns;                // of the submission
+  u64 cache_salt;
+  i32 priority;
+  u32 num_prior_outputs;
+  u32 constraint;                // slot + 1, or 0
+  u32 constraint_state;          // before its next output
+  u32 body_flags;                // RequestBodyFlags
+  u32 reserved2;
+  u64 reserved3[24];
 };
-ABI_SIZE(Request, 256);
+ABI_SIZE(Request, 512);
 ABI_AT(Request, sampling, 0);
 ABI_AT(Request, request_id, 128);
+ABI_AT(Request, next_idx, 256);
 static_assert(sizeof(Request) == kRequestBytes, "program_abi.h sizes the table");
 
 struct RequestTable {  // part of DirectorState; writer: lane 0

@@ -25,10 +25,12 @@ using f32 = float;
 // ---- Limits and versions -----------------------------------------------------------------------------------------
 constexpr u64 kQueuePairMagic = 0x31305051'4b4e4c42;   // "BLNKQP01"
 constexpr u64 kEnginePageMagic = 0x31304745'4b4e4c42;  // "BLNKEG01"
-constexpr u32 kAbiVersion = 1;
+constexpr u32 kAbiVersion = 2;
 constexpr u32 kMaxQueuePairs = 32;         // one lane of the director's warp polls one queue pair
 constexpr u32 kMaxStopIds = 16;            // per request, beside the model's own EOS ids
 constexpr u32 kMaxEosIds = 8;              // of the model
+constexpr u32 kMaxTopLogprobs = 20;        // alternatives reported with each token
+constexpr u32 kMaxLogitBias = 512;         // biased ids of one request
 constexpr u32 kArenaAlignBytes = 64;       // every request body starts at a multiple of this
 constexpr u32 kNoRequest = 0xffffffff;     // "no request" in index words
 
@@ -45,6 +47,7 @@ enum SubmissionOp : u32 {
   kSubmissionRequest = 1,  // a request; its body is in the arena
   kSubmissionCancel = 2,  // stop request_id at the next commit
   kSubmissionPing = 3,    // answered by a PONG that carries client_ns back
+  kSubmissionConstraint = 4,  // a piece of a constraint automaton, in the arena, for one of the queue pair's slots
 };
 
 enum CompletionKind : u32 {
@@ -53,6 +56,8 @@ enum CompletionKind : u32 {
   kCompletionFinish = 3,  // the last entry of an accepted request
   kCompletionReject = 4,  // the last entry of a request that was not accepted
   kCompletionPong = 5,
+  kCompletionTop = 6,     // one alternative of the TOKEN before it; num_top_logprobs of them follow each TOKEN, likeliest first
+  kCompletionStart = 7,   // the request entered the batch for the first time: from here its prompt is computed
 };
 
 enum FinishReason : u32 {
@@ -61,6 +66,8 @@ enum FinishReason : u32 {
   kFinishLength = 3,     // max_tokens reached
   kFinishCancelled = 4,  // CANCEL, or its ingress died
   kFinishDraining = 5,   // the engine stops before it could finish
+  kFinishTimeout = 6,    // its deadline passed
+  kFinishConstraint = 7, // its constraint allows no token any more: the automaton was built wrongly
 };
 
 enum RejectReason : u32 {
@@ -71,6 +78,7 @@ enum RejectReason : u32 {
   kRejectBadToken = 5,       // a prompt or stop token id >= vocab_size
   kRejectDraining = 6,
   kRejectDuplicate = 7,      // request_id is live already on this queue pair
+  kRejectBadConstraint = 8,  // no such slot, or the automaton in it is not well-formed
 };
 
 // ---- Ring entries ------------------------------------------------------------------------------------------------
@@ -83,49 +91,89 @@ struct SubmissionEntry {
   u32 body_bytes;         // RequestBody + stop ids + prompt ids (SUBMIT)
   u32 num_prompt_tokens;  // (SUBMIT)
   u32 max_tokens;         // output tokens at most, >= 1 (SUBMIT)
-  u32 reserved0;
+  i32 priority;           // lower runs first; equal ones first come, first served (SUBMIT)
   u64 client_ns;          // the ingress's clock; comes back in PONG
-  u64 reserved1;
-  u64 reserved2;
+  u64 timeout_ns;         // from acceptance to FINISH at most, then kFinishTimeout; 0 = none (SUBMIT)
+  u64 cache_salt;         // prefix cache: pages are shared among requests of equal salt only (SUBMIT)
 };
+// CONSTRAINT uses request_id as the slot, client_ns as the piece's byte offset in it, arena_pos and body_bytes for the piece, and zero for the
+// rest. Pieces of a slot come in order; offset 0 starts a new automaton. The ring is first in, first out: a request submitted after the
+// last piece finds the whole. The ingress does not overwrite a slot that a live request of its names. No answer unless it is rejected.
 ABI_SIZE(SubmissionEntry, 64);
 ABI_AT(SubmissionEntry, request_id, 8);
 ABI_AT(SubmissionEntry, arena_pos, 16);
 ABI_AT(SubmissionEntry, client_ns, 40);
+ABI_AT(SubmissionEntry, cache_salt, 56);
 
-// Sampling parameters of one request. temperature 0 is greedy.
+// Sampling parameters of one request. temperature 0 is greedy. Penalties, bias, min_tokens and the constraint act on the logits before
+// greedy and sampled decoding alike; logprobs are those of the logits before any of them.
 struct SamplingParams {
-  f32 temperature;  // >= 0
-  f32 top_p;        // (0, 1]; 1 is off
-  f32 min_p;        // [0, 1]; 0 is off
-  u32 top_k;        // 0 is off
-  u64 seed;         // Philox key; the counter is the output position
-  u32 ignore_eos;   // 1: the model's EOS ids do not stop the request
+  f32 temperature;         // >= 0
+  f32 top_p;               // (0, 1]; 1 is off
+  f32 min_p;               // [0, 1]; 0 is off
+  u32 top_k;               // 0 is off
+  u64 seed;                // Philox key; the counter is the output position
+  u32 ignore_eos;          // 1: the model's EOS ids do not stop the request
+  u32 min_tokens;          // EOS and stop ids cannot be sampled before this output position; 0 is off
+  f32 repetition_penalty;  // >= 0; 0 and 1 are off. Over prompt and output
+  f32 presence_penalty;    // [-2, 2]; 0 is off. Over the output
+  f32 frequency_penalty;   // [-2, 2]; 0 is off. Over the output
+  u32 num_top_logprobs;    // <= kMaxTopLogprobs
+  u32 num_logit_bias;      // <= kMaxLogitBias
   u32 reserved0;
+  u64 reserved1;
 };
-ABI_SIZE(SamplingParams, 32);
+ABI_SIZE(SamplingParams, 64);
 ABI_AT(SamplingParams, seed, 16);
+ABI_AT(SamplingParams, repetition_penalty, 32);
 
-// Request body, in the arena. Followed by u32 stop_ids[num_stop_ids], then u32 prompt_ids[num_prompt_tokens].
-// A body never wraps: it lies in one piece, aligned to kArenaAlignBytes.
+struct LogitBias {
+  u32 token;
+  f32 bias;  // finite; added to the token's logit
+};
+ABI_SIZE(LogitBias, 8);
+
+enum RequestBodyFlags : u32 {
+  kRequestNoPrefixCache = 1,  // neither takes pages from the prefix cache nor leaves any there
+};
+
+// Request body, in the arena. Followed by u32 stop_ids[num_stop_ids], LogitBias logit_bias[sampling.num_logit_bias], u32
+// prompt_ids[num_prompt_tokens]. A body never wraps: it lies in one piece, aligned to kArenaAlignBytes.
 struct RequestBody {
   SamplingParams sampling;
-  u32 num_stop_ids;  // <= kMaxStopIds
+  u32 num_stop_ids;        // <= kMaxStopIds
+  u32 num_prior_outputs;   // the prompt's last ids that are outputs of an earlier life of this request: output positions go on from here
+  u32 flags;               // RequestBodyFlags
+  u32 constraint;          // slot + 1, or 0
+  u32 constraint_state;    // of the automaton, before the first output of this life
   u32 reserved0;
   u64 reserved1;
   u64 reserved2;
   u64 reserved3;
+  u64 reserved4;
+  u64 reserved5;
 };
-ABI_SIZE(RequestBody, 64);
-ABI_AT(RequestBody, num_stop_ids, 32);
+ABI_SIZE(RequestBody, 128);
+ABI_AT(RequestBody, num_stop_ids, 64);
+
+// A constraint: a finite automaton over tokens, in a slot of device memory. Tokens that no state tells apart share a class.
+// Followed by u16 class_of_token[vocab_size], padded to 4 bytes, then u16 next_state[num_states][num_classes].
+struct ConstraintHeader {
+  u32 total_bytes;   // of header and tables
+  u32 vocab_size;    // equals the model's
+  u32 num_states;    // <= 0xffff
+  u32 num_classes;
+};
+ABI_SIZE(ConstraintHeader, 16);
+constexpr u32 kNoState = 0xffff;  // next_state of a token that is not allowed
 
 // Completion: written by the director, read by the ingress.
 struct CompletionEntry {
   u32 commit;
-  u32 token;        // TOKEN: id.  FINISH: num_prompt_tokens.  REJECT: the limit that was broken, or 0
+  u32 token;        // TOKEN, TOP: id.  FINISH: num_prompt_tokens.  REJECT: the limit that was broken, or 0
   u64 request_id;   // PONG: the ping's request_id
-  u32 index;        // TOKEN: output position from 0.  FINISH: num_output_tokens
-  f32 logprob;      // TOKEN: natural log of the token's probability under the unscaled logits
+  u32 index;        // TOKEN: output position, from num_prior_outputs.  FINISH: num_output_tokens of this life.  TOP: rank from 0
+  f32 logprob;      // TOKEN, TOP: natural log of the token's probability under the model's logits.  FINISH: prompt tokens from the prefix cache
   u64 device_ns;    // the device's clock when the director committed it.  PONG: client_ns of the ping
 };
 ABI_SIZE(CompletionEntry, 32);
@@ -153,11 +201,11 @@ struct QueuePairHeader {   // written by the engine before the region becomes vi
   u32 queue_pair_idx;
   u32 max_context;             // tokens, prompt + output
   u32 vocab_size;
-  u32 reserved0;
+  u32 num_constraint_slots;    // of this queue pair
+  u64 constraint_slot_bytes;
   u64 reserved1;
   u64 reserved2;
   u64 reserved3;
-  u64 reserved4;
 };
 ABI_SIZE(QueuePairHeader, 128);
 ABI_AT(QueuePairHeader, arena_bytes, 40);
@@ -240,9 +288,13 @@ struct EngineHeader {  // written by the host before launch
 ABI_SIZE(EngineHeader, 128);
 
 struct ControlLine {  // writer: the host; reader: the director
-  u32 command;        // EngineCommand
-  u32 reserved0;
-  u64 reserved[15];
+  u32 command;                // EngineCommand
+  u32 tuning_generation;      // written last when the words below changed; the director then reads them. 0 in a word = as launched
+  u32 max_running;            // requests in the batch, <= max_batch
+  u32 step_tokens;            // rows of a step, <= max_step_tokens
+  u32 prefill_chunk_tokens;   // rows of one request in a step
+  u32 aging_ms;               // waiting this long is worth one priority level; 0xffffffff = never
+  u64 reserved[13];
 };
 ABI_SIZE(ControlLine, 128);
 
@@ -274,7 +326,13 @@ struct StatusLines {  // writer: the director; reader: anyone
   u64 ingress_drops;        // queue pairs dropped for a stale heartbeat
   u64 integrity_checks;     // passed
   u64 step_ns_last;         // device time of the last model step
-  u64 reserved[10];
+  u64 gap_ns_last;          // from the last worker's arrival to the publication of the next plan, while there was work
+  u64 finished_timeout;
+  u64 finished_constraint;
+  u64 prefix_query_tokens;  // prompt tokens looked up in the prefix cache
+  u64 prefix_hit_tokens;    // of them found
+  u64 tuning_generation;    // last obeyed
+  u64 reserved[4];
 };
 ABI_SIZE(StatusLines, 256);
 

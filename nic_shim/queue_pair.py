@@ -131,7 +131,8 @@ def sampling_record(
 ) -> npt.NDArray[np.void]:
     """One SamplingParams, as try_submit() takes it. Ranges are the director's to check."""
     record = np.zeros(1, dtype=abi.SAMPLING_PARAMS)
-    record[0] = (temperature, top_p, min_p, top_k, seed, int(ignore_eos), 0)
+    record["temperature"], record["top_p"], record["min_p"] = temperature, top_p, min_p
+    record["top_k"], record["seed"], record["ignore_eos"] = top_k, seed, int(ignore_eos)
     return record
 
 

@@ -45,23 +45,20 @@ BAD_SAMPLING: dict[str, list[float]] = {
     "ignore_eos": [2, 0xFFFFFFFF],
 }
 BAD_REQUESTS: list[tuple[str, dict[str, Any], int, int]] = [
-    ("reserved0", {"reserved0": 1}, abi.REJECT_MALFORMED, 0),
-    ("reserved1", {"reserved1": 1 << 63}, abi.REJECT_MALFORMED, 0),
-    ("reserved2", {"reserved2": 1}, abi.REJECT_MALFORMED, 0),
     ("no body", {"body_bytes": 0}, abi.REJECT_MALFORMED, 0),
-    ("body shorter than its header", {"body_bytes": 60}, abi.REJECT_MALFORMED, 0),
-    ("body not of whole ids", {"body_bytes": 78}, abi.REJECT_MALFORMED, 0),
-    ("fewer ids than prompt tokens", {"body_bytes": 72}, abi.REJECT_MALFORMED, 0),
-    ("too many stop ids", {"body_bytes": 64 + 4 * (3 + abi.MAX_STOP_IDS + 1)}, abi.REJECT_MALFORMED, 0),
+    ("body shorter than its header", {"body_bytes": 124}, abi.REJECT_MALFORMED, 0),
+    ("body not of whole ids", {"body_bytes": 142}, abi.REJECT_MALFORMED, 0),
+    ("fewer ids than prompt tokens", {"body_bytes": 136}, abi.REJECT_MALFORMED, 0),
+    ("too many stop ids", {"body_bytes": 128 + 4 * (3 + abi.MAX_STOP_IDS + 1)}, abi.REJECT_MALFORMED, 0),
     ("body larger than the arena", {"body_bytes": 0xFFFFFFFC}, abi.REJECT_MALFORMED, 0),
     ("arena position misaligned", {"arena_pos": 4}, abi.REJECT_MALFORMED, 0),
     ("arena position far ahead", {"arena_pos": 1 << 40}, abi.REJECT_MALFORMED, 0),
     ("arena position at the end of time", {"arena_pos": (1 << 64) - 64}, abi.REJECT_MALFORMED, 0),
-    ("body across the arena's end", {"arena_pos": 16384 - 64, "body_bytes": 76}, abi.REJECT_MALFORMED, 0),
+    ("body across the arena's end", {"arena_pos": 16384 - 128, "body_bytes": 140}, abi.REJECT_MALFORMED, 0),
     ("counts that disagree", {"body": {"num_stop_ids": 2}}, abi.REJECT_MALFORMED, 0),
     ("count of stop ids huge", {"body": {"num_stop_ids": 0xFFFFFFFF}}, abi.REJECT_MALFORMED, 0),
     ("body reserved0", {"body": {"reserved0": 1}}, abi.REJECT_MALFORMED, 0),
-    ("body reserved3", {"body": {"reserved3": 1}}, abi.REJECT_MALFORMED, 0),
+    ("body reserved5", {"body": {"reserved5": 1}}, abi.REJECT_MALFORMED, 0),
     ("sampling reserved0", {"sampling": {"reserved0": 1}}, abi.REJECT_MALFORMED, 0),
     ("no prompt", {"num_prompt_tokens": 0}, abi.REJECT_PROMPT_EMPTY, 0),
     ("no output", {"max_tokens": 0}, abi.REJECT_BAD_SAMPLING, 1),
@@ -94,14 +91,14 @@ def test_bad_request_is_rejected_with_its_reason(rig: Rig, words: dict[str, Any]
     freed = rig.queue_pair(0).arena_consumer_pos
     assert freed in (
         good_arena_pos,
-        good_arena_pos + words.get("body_bytes", 64 + 4 * (3 + len(words.get("stop_ids", [])))),
+        good_arena_pos + words.get("body_bytes", 128 + 4 * (3 + len(words.get("stop_ids", [])))),
     )
     ingress.arena_pos = max(ingress.arena_pos, (freed + 63) // 64 * 64)
     assert ingress.submit(8, [1, 2, 3], 2)
     assert len(outputs(serve(rig), 8)) == 2
 
 
-@pytest.mark.parametrize("op", [0, 4, 255])
+@pytest.mark.parametrize("op", [0, 5, 255])
 def test_unknown_operation_is_malformed(rig: Rig, op: int) -> None:
     rig.ingresses[0].write_entry(op, 9)
     assert serve(rig, 2) == [reject(abi.REJECT_MALFORMED, 9)]
@@ -131,7 +128,7 @@ def test_limits_themselves_are_accepted(rig: Rig) -> None:
 def test_sampling_parameters_stand_at_byte_0_of_the_request(rig: Rig) -> None:
     assert rig.ingresses[0].submit(1, [4], 5, [9], {"temperature": 0.5, "top_k": 3, "seed": 77})
     rig.poll()
-    sampling = rig.requests[:4].view(abi.SAMPLING_PARAMS)[0]
+    sampling = rig.requests[: abi.SAMPLING_PARAMS.itemsize // 8].view(abi.SAMPLING_PARAMS)[0]
     assert (sampling["temperature"], sampling["top_k"], sampling["seed"], sampling["top_p"]) == (0.5, 3, 77, 1.0)
 
 
@@ -226,7 +223,6 @@ def test_random_bytes_never_fault(seed: int) -> None:
             entry = words.view(abi.SUBMISSION_ENTRY)[0]
             if source.random() < 0.8:  # near misses go deeper than noise
                 entry["epoch"] = ingress.epoch
-                entry["reserved0"] = entry["reserved1"] = entry["reserved2"] = 0
                 entry["arena_pos"] = ingress.arena_pos + source.choice([0, 0, 64, 16320])
                 entry["num_prompt_tokens"] = source.choice([1, 3, 8, 1000])
                 entry["body_bytes"] = 64 + 4 * source.choice([1, 3, 8, 24, 1000])

@@ -104,9 +104,9 @@ class DirectorMachine(RuleBasedStateMachine):
         prompt: list[int] = [5, 6, 7]
         words: dict[str, Any]
         words, reject, needs_body = [
-            ({"reserved1": 1}, MALFORMED, False),
+            ({"body": {"reserved1": 1}}, MALFORMED, True),
             ({"arena_pos": ingress.arena_pos + ingress.arena_bytes * 3}, MALFORMED, False),
-            ({"body_bytes": 80}, MALFORMED, True),
+            ({"body_bytes": 144}, MALFORMED, True),
             ({"max_tokens": 0}, (abi.REJECT_BAD_SAMPLING, 1), False),
             ({"max_tokens": 510}, (abi.REJECT_TOO_LONG, 512), False),
             ({"prompt": [5, VOCAB, 7]}, (abi.REJECT_BAD_TOKEN, VOCAB), True),
