@@ -4,7 +4,7 @@
 // the compute warpgroups. A role knows by counting where the grid barriers are: phases_of(op) barriers end with each op.
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
-#include <attention.cuh>
+#include <portable/attention.cuh>
 #include <gemm_epilogues.cuh>
 #include <sampling.cuh>
 

@@ -19,7 +19,7 @@ from blinkimp.ring_abi import DType
 
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
 SQUARES_COLUMNS: Final = 32
-SPLIT_PAGES: Final = 4  # kSplitPages of device/attention_math.cuh
+SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
 
 
 def attention_part_bytes(config: ModelConfig, sizes: EngineSizes) -> int:

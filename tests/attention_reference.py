@@ -15,7 +15,7 @@ import numpy as np
 from blinkimp import ring_abi
 
 PAGE = ring_abi.PAGE_TOKENS
-SPLIT_TOKENS = 4 * PAGE  # kSplitTokens of device/attention_math.cuh
+SPLIT_TOKENS = 4 * PAGE  # kSplitTokens of device/portable/attention_math.cuh
 POISON = 0xFFFF  # a bf16 NaN
 
 Array = np.ndarray[Any, Any]

@@ -107,7 +107,9 @@ def check_wheel(wheel: Path) -> None:
     missing = [name for name in WHEEL_MUST_HOLD if name not in names]
     assert not missing, f"the wheel lacks {missing}"
     in_tree = {
-        f"blinkimp/device/{path.name}" for path in (ROOT / "device").iterdir() if path.suffix in (".h", ".cuh", ".cu")
+        f"blinkimp/{path.relative_to(ROOT)}"
+        for path in (ROOT / "device").rglob("*")
+        if path.suffix in (".h", ".cuh", ".cu")
     }
     assert in_tree <= set(names), (
         f"the wheel lacks device sources {sorted(in_tree - set(names))}; NVRTC needs all of them"

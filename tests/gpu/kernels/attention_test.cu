@@ -1,6 +1,6 @@
 // device/attention.cuh in a kernel of its own: both phases around a grid barrier, plain row-major output. As in the worker, a third
 // warpgroup stands beside the compute threads and gives its registers to them. -DHEAD_DIM=64 or 128. Test: pytest -m gpu tests/gpu/test_attention.py
-#include <attention.cuh>
+#include <portable/attention.cuh>
 
 using namespace blinkimp;
 

@@ -1,6 +1,6 @@
 // device/attention.cuh, as written for the GPU, on emulated warps: both phases for every CTA of a grid. See simt.h.
 // Test: pytest tests/host/test_attention_simt.py
-#include <attention.cuh>
+#include <portable/attention.cuh>
 
 namespace {
 

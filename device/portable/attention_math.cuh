@@ -9,7 +9,7 @@
 //    functions into different code get the same bits. Compile without --use_fast_math.
 // Hence decode, prefill in any chunking, and recomputation after a preemption agree bit for bit.
 // Scores are kept raw (q . k); `scale` is attention_scale * log2(e) and enters with the exponential.
-// Called by device/attention_wide.cuh, attention_narrow.cuh, attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
+// Called by device/portable/attention_wide.cuh, attention_narrow.cuh, attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
 #pragma once
 #include <ptx_mma.cuh>
 

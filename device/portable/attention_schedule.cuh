@@ -7,9 +7,9 @@
 //           p % group of the row's group, token p / group of the share.
 // Slots are given out in plan order; a share that finds none left is computed wide. Items are numbered over the plan and go to CTAs in
 // turn. A cursor walks the plan 32 shares at a time (one per lane) as the item number grows.
-// Called by device/attention_*.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/portable/attention_*.cuh. Test: pytest tests/host/test_attention_simt.py
 #pragma once
-#include <attention_math.cuh>
+#include <portable/attention_math.cuh>
 
 namespace blinkimp {
 

@@ -9,8 +9,8 @@
 // Why these shapes: work and bits are separated. attention_math.cuh fixes the bits of a row; the schedule may send a row down either path.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; without a GPU: pytest tests/host/test_attention_simt.py
 #pragma once
-#include <attention_narrow.cuh>
-#include <attention_wide.cuh>
+#include <portable/attention_narrow.cuh>
+#include <portable/attention_wide.cuh>
 
 namespace blinkimp {
 

@@ -4,9 +4,9 @@
 // memory; then every warp takes all scores through the same softmax and multiplies with its own columns of V. One barrier per tile.
 // Query rows, K and V tiles come through one ring that runs ahead over item boundaries, so HBM does not idle between items.
 // Shared memory: [ 5 tiles (hd 64: 8) ] [ scores: 16 rows x 64 keys ].
-// Called by device/attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
+// Called by device/portable/attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
 #pragma once
-#include <attention_pages.cuh>
+#include <portable/attention_pages.cuh>
 
 namespace blinkimp {
 

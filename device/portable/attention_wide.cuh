@@ -4,9 +4,9 @@
 // worked on the next one is on its way. At the end of each split the split's outputs are folded into the row's total, as the combine phase
 // of narrow items does.
 // Shared memory: [ K, V of even pages ] [ K, V of odd pages ] [ 128 query rows ].
-// Called by device/attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
+// Called by device/portable/attention.cuh. Test: pytest -m gpu tests/gpu/test_attention.py
 #pragma once
-#include <attention_pages.cuh>
+#include <portable/attention_pages.cuh>
 
 namespace blinkimp {
 

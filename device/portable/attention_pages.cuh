@@ -3,9 +3,9 @@
 // Rows of head_dim bf16 stand one after the other; the 16-byte chunk c of row r stands at chunk c ^ (r mod 8), so that the 8 rows that
 // ldmatrix reads at one chunk lie in 8 different bank groups. Tiles start at multiples of 256 bytes, so the address of chunk c + 2i of a row is
 // that of its chunk c (c < 2) with 32 * i exclusive-or'ed in: one instruction, and no table of addresses in registers.
-// Called by device/attention_wide.cuh, attention_narrow.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/portable/attention_wide.cuh, attention_narrow.cuh. Test: pytest tests/host/test_attention_simt.py
 #pragma once
-#include <attention_schedule.cuh>
+#include <portable/attention_schedule.cuh>
 
 namespace blinkimp {
 
