@@ -1,0 +1,199 @@
+"""Power and energy of the GPUs by NVML, through libnvidia-ml.so.1 alone: no package to install.
+
+    with PowerMeter(open_nvml()) as meter:          samples in a thread of its own
+        begin_ns = time.monotonic_ns(); ...; end_ns = time.monotonic_ns()
+    meter.energy_j(begin_ns, end_ns)                None when too short for the counter
+
+NVML's energy counter advances in steps of some tens of ms, so an interval below MIN_INTERVAL_S has no figure. On GPUs without the counter
+the mean of the power samples takes its place. Called by tools/bench_step.py, tools/torch_baseline.py, tools/power_idle.py and
+blinkimp/bench. Test: pytest tests/null/test_power.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import numpy as np
+
+MIN_INTERVAL_S: Final = 0.25
+PERIOD_S: Final = 0.02
+SUCCESS: Final = 0
+CLOCK_SM: Final = 1
+CLOCK_MEMORY: Final = 2
+
+
+class PowerError(RuntimeError):
+    """NVML is missing or refuses; the message says what, got, expected, remedy."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one GPU says at one moment."""
+
+    power_w: float
+    energy_j: float | None  # since the driver was loaded
+    sm_clock_mhz: int
+    memory_clock_mhz: int
+
+
+class PowerSource(Protocol):
+    """Where readings come from; the tests have one of their own."""
+
+    name: str
+    driver: str
+
+    def read(self) -> Reading: ...
+
+
+class Nvml:
+    """One GPU through libnvidia-ml.so.1. Raises PowerError where there is none."""
+
+    def __init__(self, device_idx: int = 0) -> None:
+        try:
+            self._library = ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError as error:
+            raise PowerError(
+                f"libnvidia-ml.so.1: got {error}, expected NVIDIA's driver library; install the driver, or run without energy figures"
+            ) from error
+        self._handle = ctypes.c_void_p()
+        self._check(self._library.nvmlInit_v2(), "nvmlInit_v2")
+        call = "nvmlDeviceGetHandleByIndex_v2"
+        self._check(self._library[call](ctypes.c_uint(device_idx), ctypes.byref(self._handle)), call)
+        self.name = self._text("nvmlDeviceGetName", self._handle)
+        self.driver = self._text("nvmlSystemGetDriverVersion")
+        self._has_counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong()) is not None
+
+    def read(self) -> Reading:
+        power_mw = self._ask("nvmlDeviceGetPowerUsage", ctypes.c_uint())
+        if power_mw is None:
+            raise PowerError(
+                f"nvmlDeviceGetPowerUsage: {self.name} does not tell its power; expected it to; run without energy figures"
+            )
+        energy_mj = (
+            self._ask("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong()) if self._has_counter else None
+        )
+        return Reading(
+            power_mw / 1e3,
+            None if energy_mj is None else energy_mj / 1e3,
+            self._clock(CLOCK_SM),
+            self._clock(CLOCK_MEMORY),
+        )
+
+    def _clock(self, which: int) -> int:
+        value = ctypes.c_uint()
+        status = self._library.nvmlDeviceGetClockInfo(self._handle, ctypes.c_int(which), ctypes.byref(value))
+        return value.value if status == SUCCESS else 0
+
+    def _ask(self, call: str, value: Any) -> int | None:
+        """The number that a query of this GPU gives, or None where it does not know it."""
+        return int(value.value) if self._library[call](self._handle, ctypes.byref(value)) == SUCCESS else None
+
+    def _text(self, call: str, *arguments: Any) -> str:
+        buffer = ctypes.create_string_buffer(128)
+        self._check(self._library[call](*arguments, buffer, ctypes.c_uint(len(buffer))), call)
+        return buffer.value.decode()
+
+    def _check(self, status: int, call: str) -> None:
+        if status != SUCCESS:
+            raise PowerError(f"{call}: got NVML status {status}, expected {SUCCESS}; check `nvidia-smi`")
+
+
+def open_nvml(device_idx: int = 0) -> PowerSource | None:
+    """The GPU's power source, or None on a machine without one."""
+    try:
+        return Nvml(device_idx)
+    except PowerError:
+        return None
+
+
+class PowerMeter:
+    """Samples a source while inside `with`. Without a source every figure is None."""
+
+    def __init__(
+        self, source: PowerSource | None, *, period_s: float = PERIOD_S, clock_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._source, self._period_s, self._clock_ns = source, period_s, clock_ns
+        self._samples: list[tuple[int, Reading]] = []
+        self._failure: PowerError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="power", daemon=True)
+
+    def sample(self) -> None:
+        """One reading, now."""
+        if self._source is not None:
+            reading = self._source.read()
+            self._samples.append((self._clock_ns(), reading))
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(self._period_s):
+                self.sample()
+        except PowerError as error:  # raised again where figures are asked for
+            self._failure = error
+
+    def __enter__(self) -> Self:
+        self.sample()
+        if self._source is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._source is not None:
+            self._thread.join()
+            if self._failure is None:
+                self.sample()
+
+    def energy_j(self, begin_ns: int, end_ns: int) -> float | None:
+        """Joules between two moments of the clock. None: no source, or too short an interval."""
+        if self._failure is not None:
+            raise self._failure
+        if len(self._samples) < 2 or (end_ns - begin_ns) / 1e9 < MIN_INTERVAL_S:
+            return None
+        at_ns = np.array([moment for moment, _ in self._samples], np.int64)
+        counted = [reading.energy_j for _, reading in self._samples]
+        if all(value is not None for value in counted):
+            begin_j, end_j = np.interp([begin_ns, end_ns], at_ns, np.array(counted, np.float64))
+            return float(end_j - begin_j)
+        is_inside = (at_ns >= begin_ns) & (at_ns <= end_ns)
+        power_w = np.array([reading.power_w for _, reading in self._samples])
+        return float(power_w[is_inside].mean() * (end_ns - begin_ns) / 1e9) if is_inside.any() else None
+
+    def power_w(self, begin_ns: int, end_ns: int) -> float | None:
+        """Mean power between two moments."""
+        energy_j = self.energy_j(begin_ns, end_ns)
+        return None if energy_j is None else energy_j / ((end_ns - begin_ns) / 1e9)
+
+    def samples(self) -> list[tuple[int, Reading]]:
+        """(time, reading) so far."""
+        return list(self._samples)
+
+
+def per_token(energy_j: float | None, seconds: float, num_tokens: int, idle_w: float | None) -> dict[str, float | None]:
+    """Joules a token as drawn, and what an idle GPU draws anyway subtracted."""
+    if energy_j is None or num_tokens == 0:
+        return {"power_w": None, "j_per_token": None, "j_per_token_above_idle": None}
+    above = None if idle_w is None else round((energy_j - idle_w * seconds) / num_tokens, 6)
+    return {
+        "power_w": round(energy_j / seconds, 2),
+        "j_per_token": round(energy_j / num_tokens, 6),
+        "j_per_token_above_idle": above,
+    }
+
+
+def idle_power_w(source: PowerSource | None, seconds: float) -> float | None:
+    """Mean power while this process does nothing for so long."""
+    with PowerMeter(source) as meter:
+        begin_ns = time.monotonic_ns()
+        if source is not None:
+            time.sleep(seconds)
+        end_ns = time.monotonic_ns()
+    return meter.power_w(begin_ns, end_ns)

@@ -1,0 +1,85 @@
+"""host/power.py: energy between two moments, from a counter or from power samples, and joules a token.
+
+Run: pytest tests/null/test_power.py
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from blinkimp.host.power import MIN_INTERVAL_S, PowerError, PowerMeter, Reading, idle_power_w, per_token
+
+
+class ScriptedGpu:
+    """Draws 100 W up to 2 s of its clock and 400 W after that; a reading is taken at `now_s`."""
+
+    name, driver = "scripted", "1.0"
+
+    def __init__(self, has_counter: bool = True) -> None:
+        self.has_counter = has_counter
+        self.now_s = 0.0
+
+    def clock_ns(self) -> int:
+        return int(self.now_s * 1e9)
+
+    def read(self) -> Reading:
+        energy_j = 100 * min(self.now_s, 2.0) + 400 * max(0.0, self.now_s - 2.0)
+        return Reading(100.0 if self.now_s < 2 else 400.0, energy_j if self.has_counter else None, 1980, 3201)
+
+
+def metered(gpu: ScriptedGpu) -> PowerMeter:
+    meter = PowerMeter(gpu, clock_ns=gpu.clock_ns)
+    for tenth in range(41):
+        gpu.now_s = tenth / 10
+        meter.sample()
+    return meter
+
+
+@pytest.mark.parametrize("has_counter", [True, False])
+def test_energy_between_two_moments_is_what_was_drawn_between_them(has_counter: bool) -> None:
+    meter = metered(ScriptedGpu(has_counter))
+    assert meter.energy_j(int(0.5e9), int(1.5e9)) == pytest.approx(100)
+    assert meter.power_w(int(2.5e9), int(3.5e9)) == pytest.approx(400)
+    if has_counter:  # moments between samples are interpolated
+        assert meter.energy_j(int(1.55e9), int(2.25e9)) == pytest.approx(45 + 100)
+
+
+def test_an_interval_too_short_for_the_counter_has_no_figure() -> None:
+    meter = metered(ScriptedGpu())
+    assert meter.energy_j(int(1e9), int((1 + MIN_INTERVAL_S / 2) * 1e9)) is None
+
+
+def test_without_a_source_there_are_no_figures_and_no_wait() -> None:
+    with PowerMeter(None) as meter:
+        began = time.monotonic()
+    assert meter.energy_j(0, int(5e9)) is None and meter.samples() == []
+    assert idle_power_w(None, 60.0) is None and time.monotonic() - began < 5
+
+
+def test_a_failure_in_the_sampling_thread_is_raised_where_figures_are_asked_for() -> None:
+    class Failing(ScriptedGpu):
+        num_reads = 0
+
+        def read(self) -> Reading:
+            self.num_reads += 1
+            if self.num_reads > 1:
+                raise PowerError("gone")
+            return super().read()
+
+    gpu = Failing()
+    with PowerMeter(gpu, period_s=0.001) as meter:
+        deadline = time.monotonic() + 10
+        while gpu.num_reads < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    with pytest.raises(PowerError, match="gone"):
+        meter.energy_j(0, int(1e9))
+
+
+def test_joules_a_token_with_and_without_what_an_idle_gpu_draws() -> None:
+    """600 J in 2 s for 300 tokens beside 100 W of idleness: 2 J a token, of which (600 - 200) / 300 are the work's."""
+    got = per_token(600.0, 2.0, 300, 100.0)
+    assert got == {"power_w": 300.0, "j_per_token": 2.0, "j_per_token_above_idle": pytest.approx(4 / 3, abs=1e-6)}
+    assert per_token(None, 2.0, 300, 100.0)["j_per_token"] is None
+    assert per_token(600.0, 2.0, 300, None)["j_per_token_above_idle"] is None
