@@ -1,10 +1,10 @@
 // The director's warp of the persistent kernel: the loop around director.cuh, and its hand-off to the workers.
 //
-// Called by device/persistent_kernel.cu in the last CTA. GPU only; the emulated device's loop is in emu/emulated_device.cpp.
+// Called by device/persistent_kernel.cu and device/portable/portable_kernel.cu in the last CTA. GPU only; the emulated device's loop is in
+// emu/emulated_device.cpp. Include the kernel's own worker first: grid_word(), grid_has_passed(), phases_of() and fail() are its.
 // Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
 #include <director.cuh>
-#include <worker.cuh>
 
 namespace blinkimp {
 

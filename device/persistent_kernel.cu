@@ -3,8 +3,9 @@
 // Launched by host/gpu_device.py with num_workers + 1 CTAs of 384 threads (the co-residency of all is guaranteed by the cooperative
 // launch). With num_workers CTAs there is no director: the workers run plans that the host wrote beforehand (tests and tools).
 // Compiled by NVRTC for sm_90a with -DBK_HEAD_DIM=64|128. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
-#include <director_loop.cuh>
 #include <worker.cuh>
+
+#include <director_loop.cuh>
 
 namespace blinkimp {
 
