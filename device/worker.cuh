@@ -6,7 +6,8 @@
 #pragma once
 #include <portable/attention.cuh>
 #include <gemm_epilogues.cuh>
-#include <sampling.cuh>
+#include <logits_epilogue.cuh>
+#include <sample_op.cuh>
 
 namespace blinkimp {
 
@@ -192,20 +193,6 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
   attention_splits<kHeadDim, 1>(attention, shared_memory + kScratchOffset, store);
   grid_barrier<false>(params, state);
   attention_combine<kHeadDim>(attention, store);
-}
-
-// kOpSample, one CTA per sampled row.
-BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch) {
-  const BarrierSampleGroup<1, kComputeThreads> group;
-  const PlanSeq* seqs = plan_seqs(params, plan);
-  for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
-    const PlanSeq& seq = seqs[plan_rows(params, plan)[plan_sampled_rows(params, plan)[sample]].seq_idx];
-    const SamplingParams& sampling = *reinterpret_cast<const SamplingParams*>(params.requests + static_cast<u64>(seq.request_idx) * kRequestBytes);
-    const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample) * params.dims.vocab;
-    const SampleResult result = sample_row(group, logits, params.dims.vocab, sampling, seq.output_idx, reinterpret_cast<SampleScratch*>(scratch));
-    if (is_first_thread()) reinterpret_cast<SampleResult*>(params.sampled)[sample] = result;
-    named_barrier_sync<1, kComputeThreads>();  // `scratch` is used again for the next row
-  }
 }
 
 // The GEMM ops, at the tile widths that host/gpu_kernel.py chose.
