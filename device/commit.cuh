@@ -34,7 +34,7 @@ struct SeqResult {      // what one sequence brings, in the registers of its lan
 };
 
 // One lane per sequence: the request's new state.
-BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq) {
+BK_INLINE SeqResult apply_sample(const EngineParams& params, u64 step, const PlanSeq& seq) {
   Request* request = request_at(params, seq.request_idx);
   SeqResult result{request->queue_pair_idx, 0, false, {0, 0.0f}};
   request->num_computed = seq.position_begin + seq.num_rows;
@@ -46,7 +46,7 @@ BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq)
     return result;
   }
   if (seq.sample_row == kNoRow) return result;
-  result.sample = reinterpret_cast<const SampleResult*>(params.sampled)[seq.sample_row];
+  result.sample = sampled_of_step(params, step)[seq.sample_row];
   result.has_token = true;
   if (result.sample.token >= params.dims.vocab) {
     record_fault(params, kFaultIntegrity, kSiteSampledToken, params.dims.vocab, result.sample.token);
@@ -155,7 +155,7 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
       const PlanSeq seq = plan_seqs(params, plan)[i];
       request = request_at(params, seq.request_idx);
       num_prompt_rows += seq.num_rows == 1 && seq.position_begin >= request->num_prompt_tokens ? 0 : seq.num_rows;
-      result = apply_sample(params, seq);
+      result = apply_sample(params, plan->step, seq);
       num_outputs += result.has_token ? 1 : 0;
       num_finished += (request->flags & (kFlagFinished | kFlagDropped)) ? 1 : 0;
     }

@@ -17,7 +17,7 @@ BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* 
     const SamplingParams& sampling = *reinterpret_cast<const SamplingParams*>(params.requests + static_cast<u64>(seq.request_idx) * kRequestBytes);
     const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample) * params.dims.vocab;
     const SampleResult result = sample_row(group, logits, params.dims.vocab, sampling, seq.output_idx, reinterpret_cast<SampleScratch*>(scratch));
-    if (is_first_thread()) reinterpret_cast<SampleResult*>(params.sampled)[sample] = result;
+    if (is_first_thread()) sampled_of_step(params, plan->step)[sample] = result;
     named_barrier_sync<1, kComputeThreads>();  // `scratch` is used again for the next row
   }
 }

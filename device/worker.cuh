@@ -120,7 +120,7 @@ BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPla
   const u32 hidden = opaque(params.dims.hidden);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
   for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
-    const u64 first = static_cast<u64>(plan_rows(params, plan)[row].token) * hidden;
+    const u64 first = static_cast<u64>(plan_row_token(params, plan, row)) * hidden;
     for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
       const f32 value = __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(op.weight)[first + column]) << 16);
       reinterpret_cast<f32*>(params.workspaces[kWsHidden])[static_cast<u64>(row) * hidden + column] = value;

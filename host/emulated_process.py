@@ -122,7 +122,7 @@ def build_params(
     params["free_pages"] = memory.allocate(4 * sizes.num_pages)
     params["page_owners"] = memory.allocate(4 * sizes.num_pages)
     params["plans"] = [memory.allocate(plan_bytes_of(sizes)) for _ in range(2)]
-    params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * sizes.max_batch)
+    params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * 2 * sizes.max_batch)
     params["ops"] = memory.keep(model.ops)
     params["kv_cache"] = memory.allocate(kv_bytes(model, sizes))
     params["workspaces"] = [memory.allocate(num_bytes) if num_bytes else 0 for num_bytes in workspace_bytes(params)]

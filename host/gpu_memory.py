@@ -69,7 +69,7 @@ def allocate_engine(
         "page_tables": sizes.num_requests * sizes.max_pages_per_request * 4,
         "free_pages": sizes.num_pages * 4,
         "page_owners": sizes.num_pages * 4,
-        "sampled": sizes.max_batch * abi.SAMPLE_RESULT.itemsize,
+        "sampled": 2 * sizes.max_batch * abi.SAMPLE_RESULT.itemsize,
         "grid_words": abi.GRID_WORDS_BYTES,
     }
     for name, num_bytes in tables.items():

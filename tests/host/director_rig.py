@@ -178,7 +178,7 @@ class Rig:
         self.page_tables = np.zeros((shape.num_requests, pages_per_request), np.uint32)
         self.free_pages = np.zeros(shape.num_pages, np.uint32)
         self.page_owners = np.zeros(shape.num_pages, np.uint32)
-        self.sampled = np.zeros(shape.max_batch, abi.SAMPLE_RESULT)
+        self.sampled = np.zeros((2, shape.max_batch), abi.SAMPLE_RESULT)
         for name, array in (
             ("engine_page", self.engine_page), ("director_state", self.director_state), ("requests", self.requests),
             ("tokens", self.tokens), ("page_tables", self.page_tables), ("free_pages", self.free_pages),
@@ -242,8 +242,9 @@ class Rig:
         return planned
 
     def commit(self, sampler: Sampler) -> None:
+        step = int(self.plan_memory[:64].view(abi.STEP_PLAN)[0]["step"])
         for sample_row, (request_id, output_idx) in enumerate(self.sample_of):
-            self.sampled[sample_row] = (sampler(request_id, output_idx), -0.5)
+            self.sampled[step & 1, sample_row] = (sampler(request_id, output_idx), -0.5)
         self.native.bk_director_commit(self.address, address_of(self.plan_memory))
 
     def publish(self) -> None:

@@ -99,7 +99,7 @@ struct Engine {
     params.page_tables = zeroed(u64{4} * params.num_requests * params.max_pages_per_request);
     params.free_pages = zeroed(u64{4} * params.num_pages);
     params.page_owners = zeroed(u64{4} * params.num_pages);
-    params.sampled = zeroed(sizeof(SampleResult) * params.max_batch);
+    params.sampled = zeroed(sizeof(SampleResult) * 2 * params.max_batch);
     for (u64& plan : params.plans) plan = zeroed(plan_bytes(params));
     for (u32 q = 0; q < kNumIngresses; ++q) params.queue_pairs[q] = make_queue_pair(q);
   }
@@ -149,7 +149,7 @@ void direct(const EngineParams& params) {
     for (u32 i = 0; num_rows > 0 && i < plan->num_seqs; ++i) {
       const PlanSeq& seq = plan_seqs(params, plan)[i];
       if (seq.sample_row == kNoRow) continue;
-      SampleResult& sample = reinterpret_cast<SampleResult*>(params.sampled)[seq.sample_row];
+      SampleResult& sample = sampled_of_step(params, plan->step)[seq.sample_row];
       sample.token = expected_token(request_at(params, seq.request_idx)->request_id, seq.output_idx);
       sample.logprob = -1.0f;
     }
