@@ -1,10 +1,9 @@
 // The sample op of a worker CTA: token and logprob of each row of logits. GPU only.
 //
-// Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_sampling_gpu.py tests/gpu/test_engine_gpu.py
+// Called by device/worker.cuh and device/portable/worker.cuh; each includes what is its own first: kComputeThreads, the workspaces. Test: pytest -m gpu tests/gpu/test_sampling_gpu.py tests/gpu/test_engine_gpu.py
 #pragma once
 #include <sampling.cuh>
 #include <step_plan.cuh>
-#include <worker_memory.cuh>
 
 namespace blinkimp {
 
