@@ -212,11 +212,17 @@ class Ingress {
     u32 prompt[120];
     const u32 num_prompt = 1 + draw() % 120;
     for (u32 i = 0; i < num_prompt; ++i) prompt[i] = (next_id_ + i) % kVocab;
-    SamplingParams sampling{};
-    sampling.top_p = 1.0f;
     const u32 stop_id = 3 + draw() % 400;
     LiveRequest request{next_id_, 1 + draw() % 60, 0, false, false};
-    if (port_.try_submit(request.request_id, sampling, &stop_id, 1, prompt, num_prompt, request.max_tokens) != kPortOk) return;
+    RequestOrder order{};
+    order.stop_ids = &stop_id;
+    order.prompt_ids = prompt;
+    order.request_id = request.request_id;
+    order.num_stop_ids = 1;
+    order.num_prompt_tokens = num_prompt;
+    order.max_tokens = request.max_tokens;
+    order.sampling.top_p = 1.0f;
+    if (port_.try_submit(order) != kPortOk) return;
     live_.push_back(request);
     next_id_ += 1;
   }
