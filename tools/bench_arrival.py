@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{worst['client_worst_gap_ms']:14.3f}{worst['newcomer_ttft_ms']:18.1f}"
         )
     write_report(report, arguments.out)
-    for error in report["errors"]:
-        print(f"error: {error}", file=sys.stderr)
+    for message in report["errors"]:
+        print(f"error: {message}", file=sys.stderr)
     return 1 if report["errors"] else 0
 
 
