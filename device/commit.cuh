@@ -220,21 +220,38 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
 // ---- A last look before the next step ----------------------------------------------------------------------------
 constexpr u32 kMaxWatchedSeqs = 32;  // that as many stop at one step, all of a batch, is not worth a look
 
-// One lane, after the workers of the step before `next`: whether its sequence seq_idx was stopped by the token it should go on from.
-BK_INLINE bool seq_was_stopped(const EngineParams& params, const StepPlan* next, u32 seq_idx) {
+// What one lane must know to see, the moment the workers are done, whether its sequence of the next plan was stopped by the token it
+// should go on from. Read beforehand: the words do not change any more.
+struct WatchedSeq {
+  const Request* request;  // null: it goes on in any case
+  u32 sample_row;          // of the step before
+  u32 num_stop_ids;
+};
+
+BK_INLINE WatchedSeq watch_seq(const EngineParams& params, const StepPlan* next, u32 seq_idx) {
   const PlanSeq seq = plan_seqs(params, next)[seq_idx];
-  const Request& request = *request_at(params, seq.request_idx);
-  if (request.flags & (kFlagStopAsked | kFlagDropped | kFlagFinished)) return true;
   const u32 token = plan_rows(params, next)[seq.row_begin].token;
-  if (!(token & kTokenPending)) return false;
-  return stop_reason(params, request, sampled_of_step(params, next->step - 1)[token & ~kTokenPending].token, 0) != 0;
+  const Request* request = request_at(params, seq.request_idx);
+  if (!(token & kTokenPending)) return WatchedSeq{nullptr, 0, 0};
+  return WatchedSeq{request, token & ~kTokenPending, request->num_stop_ids};
 }
 
-// All lanes. True: nothing in the next plan is wanted any more, so it is not worth running; its commit-to-be finds that out by itself.
+// After the workers of the step before. All loads at once: each takes the better part of a microsecond.
+BK_INLINE bool was_stopped(const EngineParams& params, const StepPlan* next, const WatchedSeq& seq) {
+  if (seq.request == nullptr) return false;
+  const u32 flags = seq.request->flags;
+  const u32 token = sampled_of_step(params, next->step - 1)[seq.sample_row].token;
+  bool found = (flags & (kFlagStopAsked | kFlagDropped | kFlagFinished)) != 0;
+  for (u32 k = 0; k < kMaxStopIds; ++k) found |= k < seq.num_stop_ids && seq.request->stop_ids[k] == token;
+  for (u32 k = 0; k < params.dims.num_eos_ids; ++k) found |= !(flags & kFlagIgnoreEos) && params.dims.eos_ids[k] == token;
+  return found;
+}
+
+// All lanes. True: nobody in the next plan goes on, so it is not worth starting. director_plan finds that out by itself.
 BK_INLINE bool every_seq_was_stopped(const EngineParams& params, const Lanes& lanes, const StepPlan* next) {
   if (next->num_seqs > kMaxWatchedSeqs) return false;
   bool goes_on = false;
-  for (u32 i = lanes.id; i < next->num_seqs; i += lanes.count) goes_on |= !seq_was_stopped(params, next, i);
+  for (u32 i = lanes.id; i < next->num_seqs; i += lanes.count) goes_on |= !was_stopped(params, next, watch_seq(params, next, i));
   return !lanes.any(goes_on);
 }
 

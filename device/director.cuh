@@ -15,7 +15,7 @@
 #include <commit.cuh>
 #include <director_integrity.cuh>
 #include <intake.cuh>
-#include <scheduler.cuh>
+#include <plan_ahead.cuh>
 
 namespace blinkimp {
 
@@ -213,12 +213,26 @@ BK_INLINE bool director_plan_ahead(const EngineParams& params, const Lanes& lane
   return draft.num_rows > 0;
 }
 
-// Lane 0. The workers have the plan that director_plan_ahead made; the commit of the step before it follows.
-BK_INLINE void director_start_next(const EngineParams& params, u64 start_ns) {
+// All lanes. The workers have the plan that director_plan_ahead made, since start_ns; they were done with the step before it at
+// arrived_ns, and its commit follows.
+BK_INLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
   DirectorState& state = director_state(params);
-  if (state.next_plan != kNextReady || !state.step_in_flight) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
-  state.next_plan = kNextStarted;
-  state.next_start_ns = start_ns;
+  if (lanes.is_first()) {
+    if (state.next_plan != kNextReady || !state.step_in_flight) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
+    state.next_plan = kNextStarted;
+    state.next_start_ns = start_ns;
+    state.status.gap_ns_last = start_ns - arrived_ns;
+  }
+  lanes.sync();  // hazard: the commit branches on it in all lanes
+}
+
+// All lanes. The workers have the plan of director_plan, since start_ns. arrived_ns: of the step before, 0 = the engine was idle.
+BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
+  DirectorState& state = director_state(params);
+  if (lanes.is_first()) {
+    state.plan_ns = start_ns;
+    if (arrived_ns != 0) state.status.gap_ns_last = start_ns - arrived_ns;
+  }
 }
 
 // All lanes. After a commit, with a plan made ahead of it. Drops that plan if nobody in it goes on; else admits to it what it can.

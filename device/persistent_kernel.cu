@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
     set_registers_up<224>();
     if (cta_idx() != params.num_workers) {
       compute(params);
-    } else if (threadIdx.x < 32) {
+    } else if (threadIdx.x < kDirectorThreads) {
       direct(params);
     }
   }

@@ -73,7 +73,9 @@ u32 bk_director_every_seq_was_stopped(const EngineParams* params, const StepPlan
   return answer;
 }
 
-void bk_director_start_next(const EngineParams* params) { director_start_next(*params, device_clock_ns()); }
+void bk_director_start_next(const EngineParams* params, u64 arrived_ns, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, arrived_ns, start_ns); });
+}
 
 void bk_director_commit(const EngineParams* params, const StepPlan* plan) {
   on_lanes([&](const Lanes& lanes) { director_commit(*params, lanes, plan); });

@@ -56,7 +56,7 @@ def library(kind: str) -> ctypes.CDLL:
         ("plan", u32, [params, plan]),
         ("plan_ahead", u32, [params, plan]),
         ("every_seq_was_stopped", u32, [params, plan]),
-        ("start_next", None, [params]),
+        ("start_next", None, [params, u64, u64]),
         ("commit", None, [params, plan]),
         ("publish", None, [params]),
         ("check_integrity", u32, [params]),
@@ -198,6 +198,8 @@ class Rig:
             params["plans"][i] = address_of(plan)
         self.plan_memory = self.plans[0]  # of the step in flight
         self.num_commits = 0  # the number of that step
+        self.in_flight = False
+        self.next_started = False
         self.samples_of_step: dict[int, list[tuple[int, int]]] = {}  # (request id, output position) of each sampled row
         self.native.bk_director_init(self.address)
         self.check()
@@ -211,6 +213,7 @@ class Rig:
         self.plan_memory = self.plans[self.num_commits & 1]
         num_rows = int(self.native.bk_director_plan(self.address, address_of(self.plan_memory)))
         assert num_rows == self.plan_memory[:64].view(abi.STEP_PLAN)[0]["num_rows"]
+        self.in_flight = num_rows > 0
         return self.read_plan(self.plan_memory)
 
     def plan_ahead(self) -> tuple[list[PlannedSeq], bool]:
@@ -219,12 +222,21 @@ class Rig:
         answer = int(self.native.bk_director_plan_ahead(self.address, address_of(plan_memory)))
         return (self.read_plan(plan_memory), answer == 2) if answer else ([], False)
 
+    def plan_rows(self, plan_memory: NDArray[np.uint8]) -> NDArray[np.void]:
+        header = plan_memory[:64].view(abi.STEP_PLAN)[0]
+        begin = 64 + self.shape.max_batch * abi.PLAN_SEQ.itemsize
+        rows: NDArray[np.void] = plan_memory[begin : begin + int(header["num_rows"]) * abi.PLAN_ROW.itemsize].view(
+            abi.PLAN_ROW
+        )
+        return rows
+
     def every_seq_was_stopped(self) -> bool:
         plan_memory = self.plans[(self.num_commits + 1) & 1]
         return bool(self.native.bk_director_every_seq_was_stopped(self.address, address_of(plan_memory)))
 
-    def start_next(self) -> None:
-        self.native.bk_director_start_next(self.address)
+    def start_next(self, arrived_ns: int = 0, start_ns: int = 0) -> None:
+        self.native.bk_director_start_next(self.address, arrived_ns, start_ns)
+        self.next_started = True
 
     def read_plan(self, plan_memory: NDArray[np.uint8]) -> list[PlannedSeq]:
         header = plan_memory[:64].view(abi.STEP_PLAN)[0]
@@ -273,6 +285,7 @@ class Rig:
         self.native.bk_director_commit(self.address, address_of(self.plan_memory))
         self.samples_of_step.pop(self.num_commits - 1, None)
         self.num_commits += 1
+        self.in_flight, self.next_started = self.next_started, False
         self.plan_memory = self.plans[self.num_commits & 1]
 
     def run_workers(self, sampler: Sampler) -> None:
