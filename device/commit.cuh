@@ -77,7 +77,8 @@ BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged
   if (result.num_completions > (result.has_token ? 1u : 0u)) {
     const u32 commit = (kCompletionFinish << kCommitKindShift) | (request.finish_reason << kCommitReasonShift);
     staged->entry = CompletionEntry{commit, request.num_prompt_tokens, request.request_id,
-                                    result.output_idx + (result.has_token ? 1 : 0), 0.0f, state.now_ns};
+                                    result.output_idx + (result.has_token ? 1 : 0), static_cast<f32>(request.num_cached_tokens),
+                                    state.now_ns};
     staged->queue_pair_idx = result.queue_pair_idx;
   }
 }
@@ -98,6 +99,7 @@ BK_INLINE void end_request(const EngineParams& params, DirectorState& state, u32
 // All lanes. Requests that ended leave the running list, which keeps its order; their pages are free in the same step (L2). With a next
 // plan, its rows stay, and only their ids are free (K3).
 BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, DirectorState& state, bool has_next) {
+  keep_lru_room(params, lanes, state.pages);
   const u32 num_running = state.status.num_running;
   u32 num_kept = 0;
   u32 num_ended = 0;
@@ -134,15 +136,12 @@ BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, Dire
   for (u32 k = 0; k < num_ended; ++k) {
     const u32 request_idx = state.scratch[k];
     Request* request = request_at(params, request_idx);
-    move_pages_to_stack(params, lanes, state.pages.num_free, request_idx, request->num_pages);
-    lanes.sync();  // hazard: lane 0 raises the stack that the others still write above
+    release_pages(params, lanes, state.pages, request_idx);
     if (lanes.is_first()) {
-      state.pages.num_free += request->num_pages;
-      request->num_pages = 0;
       state.queue_pairs[request->queue_pair_idx].num_running -= 1;
       end_request(params, state, request_idx);
     }
-    lanes.sync();  // hazard: the next one's pages go on top
+    lanes.sync();  // hazard: scratch and the running list are free for the caller
   }
 }
 
