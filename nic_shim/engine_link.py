@@ -1,6 +1,7 @@
 """An ingress's tie to the engine: puts requests on the ring, routes completions back, and survives the engine's absences.
 
-Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, all from one thread. Test: pytest tests/host/test_zmq_ingress.py
+Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, or by nic_shim/engine_thread.py, all from one thread.
+Test: pytest tests/host/test_zmq_ingress.py
 
 Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
 Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
@@ -9,7 +10,8 @@ Hazard    A FINISH may be lost with the epoch while its last token was read: rea
 
 Invariants
 I1  A request is in exactly one place: waiting (in order), on the ring (_on_ring has its ring_id), or ended.
-I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored.
+I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
+    ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
 I3  Tokens of one submission arrive with index 0, 1, 2, ...; anything else is counted and ends the request with an error.
 """
 
@@ -62,6 +64,7 @@ class EngineLink:
         self._waiting: deque[LiveRequest] = deque()
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
+        self._abandoned: set[int] = set()  # ring ids
         # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
         self._next_ring_id = secrets.randbits(62) | 1
         self._attached = False
@@ -93,7 +96,7 @@ class EngineLink:
     @property
     def has_work(self) -> bool:
         """Whether completions may come, or something waits to go out."""
-        return bool(self._on_ring or self._waiting or self._cancels)
+        return bool(self._on_ring or self._waiting or self._cancels or self._abandoned)
 
     # ---- Requests --------------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
@@ -119,7 +122,9 @@ class EngineLink:
         """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
         ended: list[LiveRequest] = []
         while self._attached and self._cancels:
-            if self._cancels[0] in self._on_ring and not self._took(self.port.try_cancel(self._cancels[0])):
+            ring_id = self._cancels[0]
+            runs = ring_id in self._on_ring or ring_id in self._abandoned
+            if runs and not self._took(self.port.try_cancel(ring_id)):
                 return ended
             self._cancels.popleft()
         while self._attached and self._waiting:
@@ -129,8 +134,7 @@ class EngineLink:
                 ring_id,
                 request.ring_prompt(),
                 request.ring_sampling(),
-                stop_ids=request.sampling.stop_token_ids,
-                max_tokens=request.max_tokens - len(request.output_ids),
+                **request.ring_options(),
             )
             if status == PortStatus.TOO_LARGE:
                 request.fail(
@@ -173,28 +177,50 @@ class EngineLink:
                 break
             num_read += len(entries)
             for commit, token, ring_id, index, logprob, device_ns in entries.tolist():
+                kind = commit >> _KIND_SHIFT & 0xFF
                 request = self._on_ring.get(ring_id)
                 if request is None:
-                    self.counters.stray_completions += 1
+                    if ring_id not in self._abandoned:
+                        self.counters.stray_completions += 1
+                    elif kind == abi.COMPLETION_FINISH:
+                        self._abandoned.remove(ring_id)
                     continue
-                kind = commit >> _KIND_SHIFT & 0xFF
                 if kind == abi.COMPLETION_TOKEN:
-                    if index + request.num_resumed != len(request.output_ids):
+                    if index + request.num_resumed != len(request.output_ids) or request.num_top_missing:
                         self._break(request, index)
                     else:
                         self.counters.tokens += 1
                         request.push_token(token, logprob, device_ns)
+                        if request.is_stopped:
+                            self._end_here(request, device_ns)
+                elif kind == abi.COMPLETION_TOP:
+                    if not request.push_top(token, logprob):
+                        self._break(request, index)
+                    elif request.is_stopped:
+                        self._end_here(request, device_ns)
                 elif kind == abi.COMPLETION_ACK:
                     request.accepted_ns = request.accepted_ns or device_ns
                     continue
+                elif kind == abi.COMPLETION_START:
+                    request.started_ns = request.started_ns or device_ns
+                    continue
                 elif kind == abi.COMPLETION_FINISH:
                     del self._on_ring[ring_id]
+                    if not request.num_resumed:
+                        request.num_cached_tokens = int(logprob)
                     request.finish(commit >> _REASON_SHIFT & 0xFF, device_ns)
                 elif kind == abi.COMPLETION_REJECT:
                     del self._on_ring[ring_id]
                     _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
         return touched
+
+    def _end_here(self, request: LiveRequest, device_ns: int) -> None:
+        """The output holds a stop string: the request ends now, the engine is told to stop."""
+        del self._on_ring[request.ring_id]
+        self._abandoned.add(request.ring_id)
+        self._cancels.append(request.ring_id)
+        request.finish(0, device_ns)
 
     def _break(self, request: LiveRequest, index: int) -> None:
         self.counters.broken_sequences += 1
@@ -262,10 +288,12 @@ class EngineLink:
     def _resubmit(self) -> list[LiveRequest]:
         """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
         self._cancels.clear()
+        self._abandoned.clear()
         ended = []
         for ring_id in sorted(self._on_ring, reverse=True):
             request = self._on_ring.pop(ring_id)
             request.ring_id = 0
+            request.drop_partial()
             reason = abi.FINISH_CANCELLED if request.cancelled else request.reason_to_stop(self.eos_ids)
             if reason:
                 request.finish(reason)
@@ -280,6 +308,7 @@ class EngineLink:
         self._on_ring.clear()
         self._waiting.clear()
         self._cancels.clear()
+        self._abandoned.clear()
         for request in ended:
             request.fail(
                 "engine_lost",

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.sessions import Session, SessionTable
@@ -34,7 +35,6 @@ from blinkimp.protocol import (
     Stats,
     Submit,
     decode_client_message,
-    quote,
 )
 
 log = logging.getLogger("blinkimp.ingress")
@@ -199,13 +199,7 @@ class MessageHandler:
         if request.cancelled:
             request.finish(abi.FINISH_CANCELLED)
         elif isinstance(prompt_ids, Exception):
-            request.fail(
-                "bad_prompt",
-                "the prompt cannot be tokenised",
-                quote(str(prompt_ids)),
-                "text that the model's tokenizer takes",
-                "send other text, or token ids",
-            )
+            request.fail_with(untokenisable(request.client_id, prompt_ids))
         elif not self._fail_bad_prompt(request, prompt_ids):
             request.prompt_ids = prompt_ids
             self.counters.requests += 1
@@ -217,35 +211,11 @@ class MessageHandler:
             self._sessions.touch([request])
 
     def _fail_bad_prompt(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32]) -> bool:
-        """Ends the request where its prompt cannot be run; the director would reject it too, less readably."""
-        port, num_prompt_tokens = self._link.port, len(prompt_ids)
-        if num_prompt_tokens == 0:
-            request.fail(
-                "prompt_empty",
-                "the prompt is empty",
-                "0 tokens",
-                "at least 1 token",
-                "send a longer prompt",
-            )
-        elif num_prompt_tokens + request.max_tokens > port.max_context:
-            request.fail(
-                "prompt_too_long",
-                "prompt and output do not fit into the model's context",
-                f"{num_prompt_tokens} prompt tokens + max_tokens {request.max_tokens}",
-                f"at most {port.max_context} together",
-                "shorten the prompt or lower max_tokens",
-            )
-        else:
-            ids = [int(prompt_ids.max()), *request.output_ids, *request.sampling.stop_token_ids]
-            if max(ids) < port.vocab_size:
-                return False
-            request.fail(
-                "bad_token",
-                "a token id of prompt, stop_token_ids or delivered_ids is not in the vocabulary",
-                str(max(ids)),
-                f"0 to {port.vocab_size - 1}",
-                "use this model's tokenizer",
-            )
+        """Ends the request where its prompt cannot be run."""
+        problem = prompt_problem(request.client_id, prompt_ids, request.sampling, self._link.port, request.output_ids)
+        if problem is None:
+            return False
+        request.fail_with(problem)
         self.counters.refused += 1
         return True
 
@@ -293,28 +263,7 @@ class MessageHandler:
                     f"wait for some to finish, or raise the ingress's --{limit_name.replace('_', '-')}",
                     final=True,
                 )
-        num_bytes = len(submit.prompt) if isinstance(submit.prompt, str) else 0
-        if num_bytes > limits.max_prompt_bytes:
-            return _error(
-                submit.id,
-                "prompt_too_long",
-                "the prompt's text is too long",
-                f"{num_bytes} characters",
-                f"at most {limits.max_prompt_bytes}",
-                "shorten the prompt, or start the ingress with a larger --max-prompt-bytes",
-                final=True,
-            )
-        if len(submit.delivered_ids) > submit.sampling.max_tokens:
-            return _error(
-                submit.id,
-                "bad_message",
-                "delivered_ids holds more tokens than were asked for",
-                str(len(submit.delivered_ids)),
-                f"at most max_tokens = {submit.sampling.max_tokens}",
-                "send the tokens of this request that have arrived, no others",
-                final=True,
-            )
-        return None
+        return submit_problem(submit, limits.max_prompt_bytes)
 
     def _cancel(self, session: Session, cancel: Cancel) -> None:
         request = session.requests.get(cancel.id)
