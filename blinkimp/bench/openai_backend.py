@@ -94,10 +94,11 @@ class OpenAiBackend:
                     f"{self._url}: /models names no model: {body[:MAX_ERROR_CHARS]!r}; expected data[0].id; give --model-name"
                 ) from None
 
-    def submit(self, record: Record, prompt: list[int]) -> None:
+    def prepare(self, output_len: int, prompt: list[int]) -> bytes:
+        """A request as submit() takes it: what does not belong to the measured time is done here."""
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": record.output_len,
+            "max_tokens": output_len,
             "temperature": 0.0,
             "ignore_eos": True,
             "stream": True,
@@ -110,7 +111,9 @@ class OpenAiBackend:
         path = "/chat/completions" if self._chat else "/completions"
         content = self._encoder.encode(body)
         head = f"POST {self._base}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        request = head.encode("latin-1") + content
+        return head.encode("latin-1") + content
+
+    def submit(self, record: Record, request: bytes) -> None:
         while self._free:
             connection = self._free.pop()
             if not connection.is_closed:

@@ -77,12 +77,16 @@ class ZmqBackend:
             )
         self.vocab_size, self.max_context = health.vocab_size, health.max_context
 
-    def submit(self, record: Record, prompt: list[int]) -> None:
-        sampling = Sampling(temperature=0.0, max_tokens=record.output_len, ignore_eos=True)
-        message = Submit(self._next_id, prompt, sampling, detokenize=False)
-        self._records[self._next_id] = record
+    def prepare(self, output_len: int, prompt: list[int]) -> tuple[int, bytes]:
+        """A request as submit() takes it: what does not belong to the measured time is done here."""
+        request_id = self._next_id
         self._next_id += 1
-        frame = encode_client_message(message)  # before the clock: the prompt's size is not the server's matter
+        sampling = Sampling(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+        return request_id, encode_client_message(Submit(request_id, prompt, sampling, detokenize=False))
+
+    def submit(self, record: Record, prepared: tuple[int, bytes]) -> None:
+        request_id, frame = prepared
+        self._records[request_id] = record
         record.sent_ns = time.monotonic_ns()
         self._socket.send(frame)
         self._loop.call_soon(self._drain)

@@ -82,6 +82,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
             "--folder", type=Path, required=True, help="where cells are kept; measured ones are not measured again"
         )
         part.add_argument("--seed", type=int, default=0)
+        part.add_argument(
+            "--stop-after", type=float, metavar="S", help="begin no cell later; the same command goes on there"
+        )
         part.add_argument("--report", type=Path, metavar="FILE", help="write the report of the folder too")
     report.add_argument("--folder", type=Path, nargs="+", required=True, help="folders of cells")
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
@@ -127,6 +130,7 @@ def run_sweep_part(options: argparse.Namespace) -> int:
             seed=options.seed,
             source=open_nvml(),
             progress=bars,
+            stop_after_s=options.stop_after,
         )
 
 
@@ -162,4 +166,5 @@ def run_interference_part(options: argparse.Namespace) -> int:
             idle_w=idle_w,
             start_timeout_s=options.start_timeout,
             progress=bars,
+            stop_after_s=options.stop_after,
         )

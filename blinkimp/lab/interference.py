@@ -139,8 +139,10 @@ def run_interference(
     drain_s: float = 120.0,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = print,
+    stop_after_s: float | None = None,
 ) -> int:
-    """Measures the cells that are not there yet; returns how many failed."""
+    """Measures the cells that are not there yet; returns how many failed. stop_after_s: no cell begins later than that."""
+    deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
     plans = [
         CellPlan(engine, placement, kind, num_threads, load)
         for engine in engines
@@ -156,7 +158,7 @@ def run_interference(
         for engine in engines:
             for placement in grid.placements:
                 here = [plan for plan in missing if (plan.engine, plan.placement) == (engine, placement)]
-                if not here:
+                if not here or (deadline is not None and time.monotonic() > deadline):
                     continue
                 # The engine starts on all CPUs: loading is not what is measured.
                 set_affinity(os.getpid(), own_cpus)
@@ -165,6 +167,8 @@ def run_interference(
                         running.pin(placement)
                         set_affinity(os.getpid(), set(placement.reserved))
                         for plan in here:
+                            if deadline is not None and time.monotonic() > deadline:
+                                break
                             progress("cells", len(plans) - len(missing) + num_done, len(plans))
                             cell = measure(plan, running, grid, source, idle_w, drain_s, progress)
                             store.put(plan.key, cell)
@@ -176,7 +180,10 @@ def run_interference(
                     say(f"{engine.name}, {placement.name}: {error}")
     finally:
         set_affinity(os.getpid(), own_cpus)
-    progress("cells", len(plans), len(plans))
+    if num_done < len(missing) and deadline is not None and time.monotonic() > deadline:
+        say(
+            f"stopped after {stop_after_s:g} s with {len(missing) - num_done} cells missing; the same command goes on with them"
+        )
     return num_failed
 
 

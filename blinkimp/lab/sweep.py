@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -86,15 +87,21 @@ def run_sweep(
     source: PowerSource | None = None,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = print,
+    stop_after_s: float | None = None,
 ) -> int:
-    """Measures the cells that are not there yet; returns how many failed. A cell that fails is written down and tried again next time."""
+    """Measures the cells that are not there yet; returns how many failed. A cell that fails is written down and tried again next time.
+    stop_after_s: no cell begins later than that."""
     num_failed = 0
+    deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
     for number, point in enumerate(points):
         progress("cells", number, len(points))
         key = key_of("sweep", target.label or "engine", point.scenario.name, point.name)
         if store.get(key) is not None:
             say(f"{point.scenario.name}, {point.name}: measured before")
             continue
+        if deadline is not None and time.monotonic() > deadline:
+            say(f"stopped after {stop_after_s:g} s; the same command goes on with {point.scenario.name}, {point.name}")
+            break
         cell: dict[str, Any] = {
             "kind": "sweep",
             "engine": target.label or "engine",
@@ -119,7 +126,6 @@ def run_sweep(
             cell["error"] = str(error)
             say(f"{point.scenario.name}, {point.name}: failed: {error}")
         store.put(key, cell)
-    progress("cells", len(points), len(points))
     return num_failed
 
 

@@ -79,7 +79,9 @@ def test_a_server_that_runs_already_is_measured_as_it_is(tmp_path: Path) -> None
     with scripted_server("http", Script(first_ms=2, gap_ms=1)) as address:
         flags = ["--folder", str(tmp_path), "--loads", "c2:8x2", "--kinds", "bz2", "--threads", "1"]
         flags += ["--placements", "sharing", "--duration", "0.5", "--warmup", "0"]
-        assert main(["lab", "interference", *flags, "--engine", "scripted", address]) == 0
+        command = ["lab", "interference", *flags, "--engine", "scripted", address]
+        assert main([*command, "--stop-after", "0"]) == 0 and not list(tmp_path.glob("*.json"))
+        assert main(command) == 0
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 

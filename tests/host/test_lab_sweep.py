@@ -38,6 +38,15 @@ def test_a_sweep_goes_on_where_it_stopped_and_is_reported(tmp_path: Path, capsys
     assert "8x3: frontier" in text and "16x2: TTFT p99" in text
 
 
+def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted_server("zmq", Script(first_ms=2, gap_ms=1)) as address:
+        sweep = ["lab", "sweep", "--connect", address, "--folder", str(tmp_path), *FLAGS]
+        assert main([*sweep, "--stop-after", "0"]) == 0
+        assert not list(tmp_path.iterdir()) and "goes on with 8x3, concurrency 1" in capsys.readouterr().out
+        assert main([*sweep, "--stop-after", "60"]) == 0
+    assert len(list(tmp_path.glob("*.cell.json"))) == 6
+
+
 def test_a_sweep_whose_server_refuses_fails_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "cells", tmp_path / "report.html"
     flags = ["--folder", str(folder), "--scenarios", "8x2", "--concurrency", "1"]
