@@ -113,6 +113,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prefix_cache: Annotated[
         bool, Meta(description="requests that begin alike share the KV pages of their common beginning")
     ] = True
+    constraint_slots: Annotated[
+        int, Meta(ge=0, le=1024, description="structured outputs that a queue pair has loaded at once")
+    ] = 8
+    constraint_slot_bytes: Annotated[
+        int, Meta(ge=0, le=1 << 30, description="largest automaton of a structured output")
+    ] = 0
     num_threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads of the emulated device")] = 0
     ingress_timeout_s: Annotated[
         float, Meta(ge=0.2, le=3600, description="an ingress silent for longer is dropped, its requests cancelled")

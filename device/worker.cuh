@@ -237,7 +237,8 @@ BK_INLINE void compute(const EngineParams& params) {
     } else if (op.kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));
     } else if (op.kind == kOpSample) {
-      run_sample(params, opaque(plan), shared_memory + kScratchOffset);
+      const LogitTiles tiles{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), num_logit_tiles(params.dims.vocab, kLmHeadTileRows)};
+      run_sample(params, opaque(plan), shared_memory + kScratchOffset, tiles);
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
     }

@@ -92,6 +92,7 @@ enum Workspace : u32 {
   kWsSampledInput = 7,   // bf16 tiled input, hidden columns, sampled rows only
   kWsSampledScale = 8,   // f32 [max_batch]: 1 / rms of the sampled rows
   kWsAttentionPart = 9,  // attention's partial results
+  kWsLogitBest = 10,     // u64 [max_batch, ceil(vocab / 112)]: the best logit of each tile (logits_epilogue.cuh)
 };
 constexpr u32 kSquaresColumns = 32;
 

@@ -101,6 +101,8 @@ class Engine:
             geometry=QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes),
             max_context=sizes.max_context,
             vocab_size=self.model.vocab,
+            num_constraint_slots=sizes.num_constraint_slots,
+            constraint_slot_bytes=sizes.constraint_slot_bytes,
         )
         self._page = self._regions.engine_page.view(abi.ENGINE_PAGE)
         started_at = time.monotonic()
