@@ -30,10 +30,21 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Delta(msgspec.Struct):
+    """Of a chat completion. The first one may hold the role alone."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+
+
 class _Event(msgspec.Struct):
     """What counts of a streamed completion."""
 
-    choices: list[msgspec.Raw] = []
+    choices: list[_Choice] = []
     usage: _Usage | None = None
     error: msgspec.Raw | None = None
 
@@ -179,6 +190,11 @@ class OpenAiBackend:
         return self._decoder.decode(data)
 
 
+def is_output(choice: _Choice) -> bool:
+    """Whether a first piece is a token's: one that tells the role alone is none."""
+    return choice.delta is None or bool(choice.delta.content or choice.delta.reasoning_content)
+
+
 class _Connection(asyncio.Protocol):
     """One connection, with one request at a time."""
 
@@ -234,7 +250,7 @@ class _Connection(asyncio.Protocol):
         found = self._backend.decode(event)
         if found.error is not None:
             self._error = bytes(found.error)[:MAX_ERROR_CHARS].decode(errors="replace")
-        if found.choices:
+        if found.choices and (record.chunk_ns or is_output(found.choices[0])):
             record.add_chunk(now_ns, 1)
         if found.usage is not None:
             self._usage = found.usage.completion_tokens

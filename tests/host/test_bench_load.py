@@ -106,9 +106,11 @@ def test_requests_longer_than_the_server_takes_are_refused_before_the_load() -> 
         load("http", Script(), LoadOptions(concurrency=1, num_requests=1, input_len=4090, output_len=10))
 
 
-def test_chat_prompts_are_text() -> None:
+def test_chat_prompts_are_text_and_the_role_is_no_token() -> None:
     script = Script(gap_ms=1)
-    load("http", script, LoadOptions(concurrency=1, num_requests=2, input_len=3, output_len=1), target={"chat": True})
+    options = LoadOptions(concurrency=1, num_requests=2, input_len=3, output_len=4)
+    got = load("http", script, options, target={"chat": True}, details=True)
+    assert got["median_ttft_ms"] >= 30 and [len(gaps) for gaps in got["itls"]] == [3, 3]
     assert script.prompts[0][0]["role"] == "user" and len(script.prompts[0][0]["content"].split()) == 3
 
 
