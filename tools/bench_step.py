@@ -100,6 +100,7 @@ def bench_torch(arguments: argparse.Namespace, report: dict[str, Any], on_gpu: b
         command += ["--rows", ",".join(row.name for row in arguments.rows), "--device", "cuda" if on_gpu else "cpu"]
         command += ["--backend", arguments.torch_backend, "--mode", arguments.torch_mode]
         command += ["--compile-budget-s", str(arguments.compile_budget_s), "--seconds", str(arguments.energy_s)]
+        command += ["--tune"] if arguments.torch_tune else []
         command += ["--matrix-rate"] if arguments.measure_limits else []
         try:
             done = subprocess.run(command, check=False, timeout=TORCH_TIMEOUT_S)
