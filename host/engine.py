@@ -50,7 +50,7 @@ def choose_device(config: Config) -> Device:
     try:
         from blinkimp.host.gpu_device import GpuDevice
 
-        return GpuDevice()
+        return GpuDevice(kernel=config.kernel)
     except (ImportError, RuntimeError) as error:  # no cuda-python; GpuError: no driver, no GPU, or not one we run on
         if config.device == "gpu":
             raise DeviceError(
