@@ -151,6 +151,7 @@ BK_INLINE void take_prefix(const EngineParams& params, const Lanes& lanes, PageA
   if (lanes.is_first()) {
     Request* request = request_at(params, request_idx);
     request->num_pages = match.num_pages;
+    request->num_linked_pages = match.num_pages;
     request->num_computed = match.num_pages * kPageTokens;
     pages.num_cached -= match.num_unreferenced;
   }
@@ -232,21 +233,25 @@ BK_INLINE void register_chunk(const EngineParams& params, const Lanes& lanes, Pa
     const u32 page_idx = begin + lanes.id;
     register_pages(params, lanes, pages, page_idx < end ? request_idx : kNoRequest, page_idx, true);
   }
-  if (lanes.is_first() && first < end) pages.plan_fills_cache = 1;
+  if (lanes.is_first() && first < end) {
+    request_at(params, request_idx)->num_linked_pages = end;
+    pages.plan_fills_cache = 1;
+  }
 }
 
-// All lanes, each with a request of its own that decodes, or kNoRequest: its last full page, which the step before filled with outputs.
+// All lanes, each with a request of its own that decodes, or kNoRequest: its last full page, which the step before filled.
 BK_INLINE void register_decoded(const EngineParams& params, const Lanes& lanes, PageAllocator& pages, u64 key, u32 request_idx) {
   u32 page_idx = 0;
   u64 hash = 0;
   if (request_idx != kNoRequest) {
     Request* request = request_at(params, request_idx);
-    page_idx = request->num_hashed_pages;
+    page_idx = request->num_linked_pages;
     PrefixLink* links = prefix_links(params, request_idx);
     const u64 prefix_hash = page_idx == 0 ? mix_hash(key ^ request->cache_salt) : links[page_idx - 1].hash;
     hash = extend_hash(prefix_hash, hash_page_tokens(request_tokens(params, request_idx) + page_idx * kPageTokens, key));
     links[page_idx].hash = hash;
-    request->num_hashed_pages = page_idx + 1;
+    request->num_linked_pages = page_idx + 1;
+    if (request->num_hashed_pages <= page_idx) request->num_hashed_pages = page_idx + 1;
   }
   // Requests that say the same at the same time: one after the other, so that the second finds the first's.
   bool is_left = request_idx != kNoRequest;

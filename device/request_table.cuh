@@ -66,7 +66,7 @@ struct Request {
   u32 num_cached_tokens;         // prompt tokens that the prefix cache had when it was first admitted
   i32 running_level;             // effective priority level at its admission: lower is preempted later
   u32 count_slot;                // of token_counts, while it runs with penalties (penalties.cuh)
-  u32 reserved2;
+  u32 num_linked_pages;          // full pages that were found or registered since its admission
   u64 serial;                    // differs for each accepted request
   u64 reserved3[21];
 };

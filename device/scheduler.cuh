@@ -154,9 +154,9 @@ BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& la
     const u32 i = begin + lanes.id;
     const u32 request_idx = i < num_running ? state.running[i] : kNoRequest;
     const Request* request = request_idx != kNoRequest ? request_at(params, request_idx) : nullptr;
-    // Pages that were hashed are those of a prompt: its chunks registered them.
+    // Pages of a prompt were registered with the chunks that fill them.
     const bool filled = request != nullptr && request->step_rows == 1 && is_decode(*request) && request->num_computed % kPageTokens == 0 &&
-                        request->num_computed / kPageTokens == request->num_hashed_pages + 1 && uses_prefix_cache(state.pages, *request);
+                        request->num_computed / kPageTokens == request->num_linked_pages + 1 && uses_prefix_cache(state.pages, *request);
     if (lanes.any(filled)) register_decoded(params, lanes, state.pages, state.table.hash_key, filled ? request_idx : kNoRequest);
   }
 }

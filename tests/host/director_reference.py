@@ -405,9 +405,8 @@ class Reference:
         order = [job for job in self.running if rows.get(job) and job.is_decode]
         for job in order:
             num_filled, left_over = divmod(job.num_computed, abi.PAGE_TOKENS)
-            if job.is_cacheable and left_over == 0 and num_filled == job.num_hashed + 1:
-                self.pages.register(job, job.num_hashed)
-                job.num_hashed = num_filled
+            if job.is_cacheable and left_over == 0 and num_filled == len(job.links) + 1:
+                self.pages.register(job, num_filled - 1)
         order += [job for job in self.running if rows.get(job) and not job.is_decode]
         planned = [(job, self.seq(job, rows[job])) for job in order]
         for job in order:

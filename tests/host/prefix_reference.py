@@ -88,8 +88,7 @@ class Pages:
 
     def register(self, job: Holder, page_idx: int) -> None:
         """The rows of this full page are planned."""
-        assert len(job.links) >= page_idx
-        del job.links[page_idx:]
+        assert len(job.links) == page_idx
         parent = job.links[-1] if job.links else ROOT_IDENTITY
         twin = self.same(job, page_idx)
         if twin is not None and parent != 0 and twin.parent == parent:
