@@ -129,6 +129,7 @@ def run_sweep_part(options: argparse.Namespace) -> int:
             warmup_s=options.warmup,
             seed=options.seed,
             source=open_nvml(),
+            idle_w=options.idle_w,
             progress=bars,
             stop_after_s=options.stop_after,
         )

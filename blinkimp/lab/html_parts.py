@@ -1,4 +1,4 @@
-"""Pieces of the lab's HTML reports. Called by blinkimp/lab/report.py and interference_report.py. Test: pytest tests/host/test_lab_report.py"""
+"""Pieces of the lab's HTML reports. Called by blinkimp/lab/report.py and interference_report.py. Test: pytest tests/null/test_lab_report.py"""
 
 from __future__ import annotations
 

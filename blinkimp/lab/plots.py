@@ -1,6 +1,6 @@
 """Plots of lab runs as SVG text. matplotlib comes with the extra `lab`.
 
-Called by blinkimp/lab/report.py. Test: pytest tests/host/test_lab_report.py
+Called by blinkimp/lab/report.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations
@@ -80,5 +80,5 @@ def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str,
     axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups), default=0) > 8 else 0)
     axes.set(title=title, ylabel=y_label)
     axes.grid(visible=True, axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
     return _svg(figure)

@@ -2,7 +2,7 @@
 
     write_report([store, ...], Path("report.html"))
 
-Called by blinkimp/cli/lab.py. Test: pytest tests/host/test_lab_report.py
+Called by blinkimp/cli/lab.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations

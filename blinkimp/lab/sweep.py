@@ -85,6 +85,7 @@ def run_sweep(
     warmup_s: float = 5.0,
     seed: int = 0,
     source: PowerSource | None = None,
+    idle_w: float | None = None,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = print,
     stop_after_s: float | None = None,
@@ -111,7 +112,7 @@ def run_sweep(
         }
         load = point.load(range_ratio=range_ratio, duration_s=duration_s, warmup_s=warmup_s, seed=seed)
         try:
-            cell["report"] = asyncio.run(run_load(load, target, progress=progress, source=source))
+            cell["report"] = asyncio.run(run_load(load, target, progress=progress, source=source, idle_w=idle_w))
             figures = cell["report"]
             if not figures["completed"]:
                 raise LoadError(
