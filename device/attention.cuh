@@ -31,9 +31,10 @@ constexpr u32 kTurnBarrier = 4;
 constexpr u32 kNoPage = 0xffffffffu;
 
 // The same value, known to the compiler as equal in all lanes of the warp: wgmma must not stand behind what looks like a divergent branch.
+// All lanes call it.
 BK_INLINE u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-BK_INLINE u32 compute_warpgroup() { return uniform(thread_idx() / kWarpgroupThreads); }
+BK_INLINE u32 compute_warpgroup() { return thread_idx() / kWarpgroupThreads; }
 BK_INLINE bool is_elected() { return thread_idx() % kWarpgroupThreads == 0; }
 BK_INLINE void warpgroup_sync() { barrier_sync(kWarpgroupBarrier + compute_warpgroup(), kWarpgroupThreads); }
 
@@ -284,7 +285,7 @@ BK_INLINE void store_rows(const AttentionRun& run, const f32 (&totals)[kHeadDim 
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
 template <int kHeadDim, class Store>
 BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& keys, u32& others, const Store& store) {
-  const AttentionRun& run = attention.runs[compute_warpgroup()];
+  const AttentionRun& run = attention.runs[uniform(compute_warpgroup())];
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
   const u32 ring = shared_address(shared_memory);
   constexpr u32 kValuesOffset = kPageStages<kHeadDim> == 2 ? 0 : kKvTileBytes<kHeadDim>;
@@ -312,7 +313,7 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
       patch_page<kHeadDim>(run, shared_memory + at.stage * kWeightStageBytes, shared_memory + values.stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return ring + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>; };
+  const auto query_tile = [&]() { return ring + kScratchOffset + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
 
   const auto release_stage = [&](u32 stage) {
     if (is_elected()) mbarrier_arrive_count(&shared.weights_empty[stage], run.kind == kRunNarrow ? 2 : 1);  // the only reader of a narrow page
@@ -424,7 +425,7 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
   }
   named_barrier_sync<1, kComputeThreads>();  // op and plan are written
   RingCursor keys = shared.compute.cursors.weights;
-  const u32 warpgroup = compute_warpgroup();
+  const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
   u32 others = schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages;
   if (warpgroup == 1 && others) {

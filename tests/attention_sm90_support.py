@@ -28,7 +28,7 @@ def swizzled(tiles: Array) -> Array:
     order = (
         np.arange(8)[None, :] ^ (np.arange(tokens) % 8)[:, None]
     )  # place of a chunk; the exchange is its own inverse
-    return np.ascontiguousarray(np.take_along_axis(blocks, order[..., None], axis=-2))
+    return np.ascontiguousarray(np.take_along_axis(blocks, np.broadcast_to(order[..., None], blocks.shape), axis=-2))
 
 
 @dataclass
