@@ -3,6 +3,7 @@
 // Called by scheduler.cuh for the end of a plan. SCHEDULING.md says why it chooses as it does.
 // Test: pytest tests/host/test_director_plan.py tests/host/test_director_pages.py tests/host/test_prefix_cache.py
 #pragma once
+#include <count_slots.cuh>
 #include <plan_writer.cuh>
 #include <prefix_cache.cuh>
 #include <request_life.cuh>
@@ -58,7 +59,7 @@ BK_INLINE u32 choose_admission(const EngineParams& params, DirectorState& state)
   for (u32 k = 0; k < params.num_queue_pairs; ++k) {
     const u32 q = (state.next_admit_idx + k) % params.num_queue_pairs;
     const QueuePairState& queue_pair = state.queue_pairs[q];
-    if (queue_pair.num_waiting == 0 || completion_credit(queue_pair) < kStepCredit) continue;
+    if (queue_pair.num_waiting == 0 || completion_credit(queue_pair) < step_credit(queue_pair)) continue;
     state.next_admit_idx = q;
     return queue_pair.waiting_first_idx;
   }
@@ -87,7 +88,7 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
   state.running[state.status.num_running] = request_idx;
   state.status.num_running += 1;
   queue_pair.num_running += 1;
-  queue_pair.num_promised += kStepCredit;
+  queue_pair.num_promised += step_credit(queue_pair);
   state.next_admit_idx = (request->queue_pair_idx + 1) % params.num_queue_pairs;
   write_chunk(params, plan, request_idx, draft);
 }
@@ -112,6 +113,7 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
     room = lanes.broadcast(room, 0);
     if (room == kRoomNone) break;
     if (room == kRoomChanged) continue;
+    assign_count_slot(params, lanes, state, request_idx);
     take_prefix(params, lanes, state.pages, request_idx, match);
     if (num_needed > state.pages.num_free) evict_pages(params, lanes, state.pages, num_needed - state.pages.num_free);
     move_pages_to_request(params, lanes, state.pages.num_free, request_idx, match.num_pages, num_needed);

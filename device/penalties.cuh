@@ -2,7 +2,7 @@
 //
 //   EngineParams.token_counts    CountsTag [max_batch], then u16 [max_batch][counts_stride(vocab)]: kCountPromptBit and outputs
 //
-// Only requests with penalties have counts, in the slot that the director gave them at their admission (Request.count_slot). The sampling
+// Only requests with penalties have counts, in the slot that the director gave them at their admission (count_slots.cuh). The sampling
 // op keeps them: it adds each token it samples, and counts the whole anew when the tag says that the slot holds something else: at the
 // request's first sample, and at the first after a preemption.
 // A row's counts belong to whoever samples the row; no two rows of a step share a slot.
@@ -35,10 +35,10 @@ BK_INLINE u32 first_output(const Request& request) { return request.num_prompt_t
 // Makes the slot's counts those of the request's first num_tokens tokens. Ends with a barrier if it changed anything.
 template <class Group>
 BK_INLINE void refresh_counts(const Group& group, const EngineParams& params, u32 request_idx, const Request& request, u32 num_tokens) {
-  CountsTag* tag = counts_tag(params, request.count_slot);
+  CountsTag* tag = counts_tag(params, request.count_slot - 1);
   if (tag->serial == request.serial && tag->num_tokens == num_tokens) return;
   group.sync();  // hazard: the tag changes below while a member still compares it
-  u32* words = reinterpret_cast<u32*>(token_counts(params, request.count_slot));  // two counts each
+  u32* words = reinterpret_cast<u32*>(token_counts(params, request.count_slot - 1));  // two counts each
   for (u32 i = group.id; i < counts_stride(params.dims.vocab) / 2; i += group.count) words[i] = 0;
   group.sync();  // hazard: a token is counted before its word was cleared
   const u32* tokens = request_tokens(params, request_idx);
@@ -49,7 +49,7 @@ BK_INLINE void refresh_counts(const Group& group, const EngineParams& params, u3
     group.atomic_add_global(&words[token / 2], token % 2 == 0 ? 1u : 0x10000u);
   }
   group.sync();  // hazard: bits are set with plain stores of halves of words that others still add to
-  u16* counts = token_counts(params, request.count_slot);
+  u16* counts = token_counts(params, request.count_slot - 1);
   for (u32 i = group.id; i < begin; i += group.count) counts[tokens[i]] |= kCountPromptBit;  // whoever writes an id last writes the same
   if (group.id == 0) *tag = CountsTag{request.serial, num_tokens, 0};
   group.sync();  // hazard: a count is read before it was complete
@@ -57,8 +57,8 @@ BK_INLINE void refresh_counts(const Group& group, const EngineParams& params, u3
 
 // One lane, after refresh_counts(): the token that the row sampled.
 BK_INLINE void count_token(const EngineParams& params, const Request& request, u32 token, u32 num_tokens) {
-  if (num_tokens - first_output(request) < kMostCounted) token_counts(params, request.count_slot)[token] += 1;
-  counts_tag(params, request.count_slot)->num_tokens = num_tokens + 1;
+  if (num_tokens - first_output(request) < kMostCounted) token_counts(params, request.count_slot - 1)[token] += 1;
+  counts_tag(params, request.count_slot - 1)->num_tokens = num_tokens + 1;
 }
 
 }  // namespace blinkimp

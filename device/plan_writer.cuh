@@ -22,7 +22,7 @@ BK_INLINE void write_seq(const EngineParams& params, StepPlan* plan, u32 seq_idx
   seq->num_rows = request.step_rows;
   seq->position_begin = request.num_computed;
   seq->sample_row = sample_row;
-  seq->output_idx = request.num_tokens - request.num_prompt_tokens;
+  seq->output_idx = request.num_tokens - request.num_prompt_tokens + request.num_prior_outputs;
   seq->reserved0 = 0;
   seq->reserved1 = 0;
   if (sample_row != kNoRow) plan_sampled_rows(params, plan)[sample_row] = row_begin + request.step_rows - 1;

@@ -181,7 +181,7 @@ BK_INLINE void preempt_running(const EngineParams& params, DirectorState& state,
   const u32 request_idx = state.running[running_idx];
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
-  if (request->step_rows > 0) queue_pair.num_promised -= kStepCredit;
+  if (request->step_rows > 0) queue_pair.num_promised -= step_credit(queue_pair);
   release_pages(params, state.pages, request_idx);
   request->num_computed = 0;
   request->step_rows = 0;

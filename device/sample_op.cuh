@@ -25,7 +25,7 @@ struct LogitTiles {  // the best logit of each tile of each row, where the LM he
 
 // [max_batch], behind the top logprobs
 BK_INLINE SampleSplit* sample_splits(const EngineParams& params) {
-  return reinterpret_cast<SampleSplit*>(top_of_step(params, 0, 2 * params.max_batch));
+  return reinterpret_cast<SampleSplit*>(top_logprobs_of_step(params, 0) + 2 * u64{params.max_batch} * kMaxTopLogprobs);
 }
 
 // One slice of a plain greedy row. All CTAs of the row call it, each with its slice_idx.

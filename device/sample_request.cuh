@@ -11,11 +11,6 @@
 
 namespace blinkimp {
 
-// SampleResult [kMaxTopLogprobs], of a sampled row; sampling op writes, director reads
-BK_INLINE SampleResult* top_of_step(const EngineParams& params, u64 step, u32 sample_idx) {
-  return reinterpret_cast<SampleResult*>(params.top_logprobs) + ((step & 1) * params.max_batch + sample_idx) * kMaxTopLogprobs;
-}
-
 BK_INLINE const PlanSeq& sampled_seq(const EngineParams& params, const StepPlan* plan, u32 sample_idx) {
   const u32 row = plan_sampled_rows(params, plan)[sample_idx];
   return plan_seqs(params, plan)[plan_rows(params, plan)[row].seq_idx];
@@ -34,7 +29,7 @@ BK_INLINE LogitEdits edits_of_request(const EngineParams& params, u32 request_id
     edits.num_banned_eos_ids = params.dims.num_eos_ids;
   }
   if (uses_penalties(sampling)) {
-    edits.counts = token_counts(params, request.count_slot);
+    edits.counts = token_counts(params, request.count_slot - 1);
     edits.repetition_penalty = sampling.repetition_penalty != 0.0f ? sampling.repetition_penalty : 1.0f;
     edits.presence_penalty = sampling.presence_penalty;
     edits.frequency_penalty = sampling.frequency_penalty;
@@ -70,7 +65,7 @@ BK_INLINE void sample_request(const Group& group, const EngineParams& params, co
   const SampleInput input{logits, tile_best, params.dims.vocab, num_tiles,
                           edits_of_request(params, seq.request_idx, request, constraint, seq.output_idx)};
   const SampleResult result =
-      sample_row(group, input, request.sampling, seq.output_idx, scratch, top_of_step(params, plan->step, sample_idx));
+      sample_row(group, input, request.sampling, seq.output_idx, scratch, top_logprobs_of_step(params, plan->step) + u64{sample_idx} * kMaxTopLogprobs);
   group.sync();  // hazard: lane 0 changes counts and state that another member still reads
   if (group.id == 0) {
     sampled_of_step(params, plan->step)[sample_idx] = result;

@@ -28,12 +28,9 @@
 #pragma once
 #include <philox.cuh>
 #include <sampling_radix.cuh>
+#include <step_plan.cuh>
 
 namespace blinkimp {
-
-// What a row gives when no token is allowed. Token 0, because a step that was planned ahead goes on from it; no logprob is positive.
-BK_INLINE SampleResult no_token() { return SampleResult{0, 1.0f}; }
-BK_INLINE bool is_no_token(const SampleResult& result) { return result.logprob > 0.0f; }
 
 struct SampleInput {      // a row, uniform over the group
   const f32* logits;      // [vocab], the model's

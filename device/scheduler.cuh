@@ -10,7 +10,7 @@
 //
 // Invariants (checked by director_check_integrity or asserted by tests):
 //   S1  num_running <= max_batch; rows of a step <= max_step_tokens; rows of one request <= prefill_chunk_tokens.
-//   S2  a request is in a step only with kStepCredit promised to it (C1 counts the promise).
+//   S2  a request is in a step only with step_credit() of its queue pair promised to it (C1 counts the promise).
 //   S3  a running request has pages for all its tokens, except that a decode row takes its next page when it is planned.
 //   S4  the oldest running request that has credit is in every step: nobody preempts it but itself, and alone it fits (T2).
 //   S5  a queue pair without credit keeps no other from batch places or pages for longer than kStallPatience plans: its running
@@ -72,7 +72,7 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
     QueuePairState& queue_pair = state.queue_pairs[q];
     queue_pair.num_promised = queue_pair.num_promised_now;
-    const u32 num_needed = queue_pair.num_running * kStepCredit;
+    const u32 num_needed = queue_pair.num_running * step_credit(queue_pair);
     if (num_needed > 0 && (num_prefills + num_ending > 0 || num_needed > completion_credit(queue_pair))) short_mask |= 1u << q;
     else queue_pair.num_promised += num_needed;
   }
@@ -81,7 +81,7 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
   u32 num_stalled = 0;
   for (u32 q = 0; q < params.num_queue_pairs; ++q) {
     if (!(short_mask >> q & 1)) continue;
-    const u32 num_affordable = completion_credit(state.queue_pairs[q]) / kStepCredit;
+    const u32 num_affordable = completion_credit(state.queue_pairs[q]) / step_credit(state.queue_pairs[q]);
     u32 num_decodes = 0;
     for (u32 begin = 0; begin < num_running; begin += lanes.count) {
       const u32 i = begin + lanes.id;
@@ -94,7 +94,7 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
     const u32 num_promised = num_decodes < num_affordable ? num_decodes : num_affordable;
     num_stalled += num_decodes - num_promised;
     lanes.sync();  // hazard: lane 0 changes the credit that the others computed num_affordable from
-    if (lanes.is_first()) state.queue_pairs[q].num_promised += num_promised * kStepCredit;
+    if (lanes.is_first()) state.queue_pairs[q].num_promised += num_promised * step_credit(state.queue_pairs[q]);
   }
   if (lanes.is_first()) state.status.credit_stalls += num_stalled;
   return RunningCounts{num_prefills, num_ending};
@@ -107,7 +107,7 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
   for (u32 k = 0; k < num_prefills; ++k) {
     Request* request = request_at(params, state.running[state.scratch[k]]);
     QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
-    if (completion_credit(queue_pair) < kStepCredit) {
+    if (completion_credit(queue_pair) < step_credit(queue_pair)) {
       stall(request);
       state.status.credit_stalls += 1;
       continue;
@@ -115,7 +115,7 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
     request->step_rows = chunk_rows(params, *request, num_rows_left - num_rows);
     if (request->step_rows == 0) continue;
     num_rows += request->step_rows;
-    queue_pair.num_promised += kStepCredit;
+    queue_pair.num_promised += step_credit(queue_pair);
   }
   return num_rows;
 }
