@@ -41,6 +41,7 @@ class Script:
     at_once: int = 0
     most_at_once: int = 0
     num_connections: int = 0
+    clients: set[bytes] = field(default_factory=set)
     stalled_until: float = 0.0
 
     async def wait(self, seconds: float) -> None:
@@ -134,6 +135,7 @@ async def serve_zmq(script: Script, socket: zmq.asyncio.Socket) -> None:
             if isinstance(message, GetHealth):
                 await send(client, Health(message.id, "ok", 1, 0, "running", 1, 4096, 100, [0]))
             elif isinstance(message, Submit):
+                script.clients.add(client)
                 task = asyncio.create_task(answer(client, message))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)

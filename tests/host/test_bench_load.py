@@ -83,6 +83,14 @@ def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
     assert got["p99_ttft_ms"] > 400 and got["p99_ttft_intended_ms"] == pytest.approx(got["p99_ttft_ms"], abs=50)
 
 
+def test_a_load_is_many_clients_to_a_server() -> None:
+    """More at a time than an ingress grants one client: they come over several sockets."""
+    script = Script(first_ms=50, gap_ms=1)
+    got = load("zmq", script, LoadOptions(concurrency=300, num_requests=600, input_len=4, output_len=2))
+    assert (got["completed"], got["failed"]) == (600, 0) and script.most_at_once > 256
+    assert len(script.clients) == 3
+
+
 def test_warm_up_requests_are_sent_and_not_counted() -> None:
     got = load("zmq", Script(gap_ms=1), LoadOptions(rate=50, duration_s=1.0, warmup_s=0.5, output_len=2, input_len=4))
     assert got["num_not_counted"] > 5 and got["completed"] > 5
