@@ -263,13 +263,22 @@ async def run_load(
         "burstiness": options.burstiness,
         "max_concurrency": concurrency,
         **figures,
-        "gpu_energy": per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+        "gpu_energy": {
+            **per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+            "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
+        },
         "load": {key: str(value) if key == "trace" and value else value for key, value in vars(options).items()},
         "blinkimp_version": __version__,
         "inferencex": inferencex_keys(figures, num_gpus=target.num_gpus, **facts),
         "error_counts": counts([record.error for record in window.records if record.error]),
         **(details_of(window) if details else {}),
     }
+
+
+def mean_clock_mhz(meter: PowerMeter, begin_ns: int, end_ns: int) -> float | None:
+    """Of the GPU's multiprocessors; None without a GPU that tells."""
+    clocks = [reading.sm_clock_mhz for at_ns, reading in meter.samples() if begin_ns <= at_ns <= end_ns]
+    return sum(clocks) / len(clocks) if clocks else None
 
 
 def check_fits(plan: LoadPlan, max_context: int | None) -> None:

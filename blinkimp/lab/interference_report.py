@@ -33,7 +33,7 @@ HEADINGS: Final = (
         "retained",
         "tokens/J",
     ),
-    *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "clock MHz", "failed"),
+    *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "CPU MHz", "GPU MHz", "failed"),
 )
 
 
@@ -75,6 +75,7 @@ def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object
         host["context_switches_per_s"],
         sum(process["cpu_share"] for process in host["processes"]),
         host["mean_clock_mhz"],
+        report["gpu_energy"]["sm_clock_mhz"],
         report["failed"],
     ]
 

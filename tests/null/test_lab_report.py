@@ -35,7 +35,12 @@ def report_of(ttft_ms: int, tpot_ms: int, num_requests: int = 10) -> dict[str, A
         records.append(record)
     figures = figures_of(records, Window.of(records, 0, 1000 * MS), {})
     keys = inferencex_keys(figures, num_gpus=1, model="m")
-    return {**figures, "inferencex": keys, "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5}, "error_counts": {}}
+    return {
+        **figures,
+        "inferencex": keys,
+        "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5, "sm_clock_mhz": 1980.0},
+        "error_counts": {},
+    }
 
 
 def interfered(engine: str, kind: str, threads: int, ttft_ms: int, tpot_ms: int) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def test_interference_is_shown_as_multiples_of_the_isolated_run() -> None:
     assert found["vllm", "stream"] == "12.00" and found["vllm", "bz2"] == "10.00"
     assert found["persistent", "stream"] == "1.05" and found["vllm", "none"] == "1.00"
     assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("engine CPUs")] == "0.75"
-    assert rows[0][headings.index("CPU pressure")] == "25.0%" and rows[0][headings.index("clock MHz")] == "-"
+    assert rows[0][headings.index("CPU pressure")] == "25.0%" and rows[0][headings.index("CPU MHz")] == "-"
     assert section.count("<svg") == 3
 
 
