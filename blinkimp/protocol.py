@@ -46,6 +46,13 @@ TimeoutS = Annotated[float, Meta(gt=0.0, le=86400.0 * 365)]
 CacheSalt = Annotated[str, Meta(max_length=1024)]
 
 
+class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the output must look like. The server makes a token automaton of it, which the sampler walks."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    value: str | list[str] = ""  # the schema as JSON text; nothing; the expression; the texts to choose from
+
+
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """How tokens are chosen and when to stop. The defaults are vLLM's."""
 
@@ -64,6 +71,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, f
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias = {}  # by token id
     top_logprobs: NumTopLogprobs = 0  # alternatives reported with each token
+    constraint: Constraint | None = None
 
 
 # For programs; PROTOCOL.md says when each is sent.

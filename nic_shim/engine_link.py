@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.nic_shim.constraint_slots import ConstraintSlots
 from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
@@ -65,6 +66,8 @@ class EngineLink:
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
         self._abandoned: set[int] = set()  # ring ids
+        self._blocked: list[LiveRequest] = []  # waiting too: every constraint slot is in use
+        self.slots = ConstraintSlots()
         # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
         self._next_ring_id = secrets.randbits(62) | 1
         self._attached = False
@@ -91,7 +94,7 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
-        return len(self._waiting) + len(self._on_ring)
+        return len(self._waiting) + len(self._blocked) + len(self._on_ring)
 
     @property
     def has_work(self) -> bool:
@@ -114,8 +117,8 @@ class EngineLink:
             return
         if request.ring_id in self._on_ring:
             self._cancels.append(request.ring_id)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        elif request in self._waiting or request in self._blocked:
+            (self._waiting if request in self._waiting else self._blocked).remove(request)
             request.finish(abi.FINISH_CANCELLED)
 
     def pump(self) -> list[LiveRequest]:
@@ -129,11 +132,20 @@ class EngineLink:
             self._cancels.popleft()
         while self._attached and self._waiting:
             request = self._waiting[0]
+            slot = None
+            if request.constraint is not None:
+                if self.slots.is_blocked(self.port, request.constraint):
+                    self._blocked.append(self._waiting.popleft())
+                    continue
+                status, slot = self.slots.try_load(self.port, request.constraint)
+                if not self._took(status):
+                    break
             ring_id = self._next_ring_id
             status = self.port.try_submit(
                 ring_id,
                 request.ring_prompt(),
                 request.ring_sampling(),
+                constraint_slot=slot,
                 **request.ring_options(),
             )
             if status == PortStatus.TOO_LARGE:
@@ -153,7 +165,15 @@ class EngineLink:
             request.ring_id = ring_id
             request.num_resumed = len(request.output_ids)
             self._on_ring[ring_id] = request
+            if slot is not None:
+                self.slots.hold(ring_id, slot)
         return ended
+
+    def _leave_ring(self, ring_id: int) -> None:
+        """The engine is done with it."""
+        if self.slots.release(ring_id) and self._blocked:
+            self._waiting.extendleft(reversed(self._blocked))
+            self._blocked.clear()
 
     def _took(self, status: PortStatus) -> bool:
         if status == PortStatus.OK:
@@ -184,6 +204,7 @@ class EngineLink:
                         self.counters.stray_completions += 1
                     elif kind == abi.COMPLETION_FINISH:
                         self._abandoned.remove(ring_id)
+                        self._leave_ring(ring_id)
                     continue
                 if kind == abi.COMPLETION_TOKEN:
                     if index + request.num_resumed != len(request.output_ids) or request.num_top_missing:
@@ -206,11 +227,13 @@ class EngineLink:
                     continue
                 elif kind == abi.COMPLETION_FINISH:
                     del self._on_ring[ring_id]
+                    self._leave_ring(ring_id)
                     if not request.num_resumed:
                         request.num_cached_tokens = int(logprob)
                     request.finish(commit >> _REASON_SHIFT & 0xFF, device_ns)
                 elif kind == abi.COMPLETION_REJECT:
                     del self._on_ring[ring_id]
+                    self._leave_ring(ring_id)
                     _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
         return touched
@@ -225,6 +248,8 @@ class EngineLink:
     def _break(self, request: LiveRequest, index: int) -> None:
         self.counters.broken_sequences += 1
         del self._on_ring[request.ring_id]
+        self._abandoned.add(request.ring_id)
+        self._cancels.append(request.ring_id)
         request.fail(
             "engine_error",
             "the engine's tokens are out of order",
@@ -289,6 +314,9 @@ class EngineLink:
         """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
         self._cancels.clear()
         self._abandoned.clear()
+        self.slots.reset()
+        self._waiting.extendleft(reversed(self._blocked))
+        self._blocked.clear()
         ended = []
         for ring_id in sorted(self._on_ring, reverse=True):
             request = self._on_ring.pop(ring_id)
@@ -304,9 +332,10 @@ class EngineLink:
         return ended
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
-        ended = [*self._on_ring.values(), *self._waiting]
+        ended = [*self._on_ring.values(), *self._waiting, *self._blocked]
         self._on_ring.clear()
         self._waiting.clear()
+        self._blocked.clear()
         self._cancels.clear()
         self._abandoned.clear()
         for request in ended:

@@ -30,6 +30,7 @@ from blinkimp.nic_shim.http_fields import (
     DEFAULT_COMPLETION_TOKENS,
     check_combinations,
     check_model,
+    constraint_of,
     decode_body,
     prompts_of,
     sampling_of,
@@ -40,6 +41,7 @@ from blinkimp.nic_shim.http_generate import (
     GenerationResponse,
     PromptIds,
     ReplyShape,
+    compile_constraint,
     encode_prompts,
     make_requests,
     new_exchange,
@@ -125,7 +127,7 @@ class Api:
         )
         max_tokens = body.max_tokens or self.context.defaults.max_new_tokens or DEFAULT_COMPLETION_TOKENS
         sampling = sampling_of(body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.logprobs or 0)
-        return self._generate(request, body, prompt_ids, lambda _: sampling, shape, request_id)
+        return await self._generate(request, body, prompt_ids, sampling, shape, request_id)
 
     def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
         if not body.echo:
@@ -162,7 +164,7 @@ class Api:
             echo=template_messages(body.messages[-1:])[0]["content"] if body.echo else "",
             prompt_ids=prompt_ids.tolist(),
         )
-        return self._generate(request, body, [prompt_ids], lambda _: sampling, shape, request_id)
+        return await self._generate(request, body, [prompt_ids], sampling, shape, request_id)
 
     async def _chat_prompt(
         self, messages: list[ChatMessage], *, add_generation_prompt: bool, variables: dict[str, Any]
@@ -182,21 +184,22 @@ class Api:
         (ids,) = await encode_prompts(context, [text], add_special_tokens=context.template.is_plain)
         return ids
 
-    def _generate(
+    async def _generate(
         self,
         request: Request,
         body: GenerationFields,
         prompt_ids: list[PromptIds],
-        sampling_for: Callable[[PromptIds], Sampling],
+        sampling: Sampling,
         shape: ReplyShape,
         request_id: str,
     ) -> Response:
+        constraint = await compile_constraint(self.context, constraint_of(body))
         self._refuse_while_down()
         caller, num_choices = request.state.caller, len(prompt_ids) * (body.n or 1)
         self.gate.enter(caller, num_choices)
         exchange = new_exchange(self.context, lambda: self.gate.leave(caller, num_choices))
         try:
-            requests = make_requests(self.context, body, prompt_ids, sampling_for, exchange)
+            requests = make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
         except BaseException:
             exchange.abandon()
             raise

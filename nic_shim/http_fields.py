@@ -18,9 +18,10 @@ from blinkimp.nic_shim.http_types import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationFields,
+    ResponseFormat,
     TokenizeRequest,
 )
-from blinkimp.protocol import Complaint, Sampling, complaint_of
+from blinkimp.protocol import Complaint, Constraint, Sampling, complaint_of
 
 DEFAULT_COMPLETION_TOKENS: Final = 16  # OpenAI's and vLLM's, of /v1/completions; a chat reply may fill the context
 
@@ -115,7 +116,6 @@ def check_combinations(body: CompletionRequest | ChatRequest) -> None:
             "stream true",
             "set stream, or leave it out",
         )
-    refuse_constraints(body)
     if isinstance(body, CompletionRequest):
         if body.echo and body.logprobs is not None:
             raise bad_field(
@@ -134,20 +134,51 @@ def check_combinations(body: CompletionRequest | ChatRequest) -> None:
         )  # fmt: skip
 
 
-def refuse_constraints(body: GenerationFields) -> None:
-    """Raises HttpError 400: this server does not constrain its output."""
-    is_text = body.response_format is None or body.response_format.type == "text"
-    for name in (
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "structured_outputs",
-        *(() if is_text else ("response_format",)),
-    ):
-        if getattr(body, name) is not None:
-            raise bad_field(
-                name, f"{name} is not supported", "a constraint", 'text (response_format "text")', "leave it out"
-            )
+def constraint_of(body: GenerationFields) -> Constraint | None:
+    """The one constraint of a request. Raises HttpError 400 where there are several."""
+    found: dict[str, Constraint] = {}
+    if body.guided_json is not None:
+        found["guided_json"] = _schema(body.guided_json)
+    if body.guided_regex is not None:
+        found["guided_regex"] = Constraint("regex", body.guided_regex)
+    if body.guided_choice is not None:
+        found["guided_choice"] = Constraint("choice", body.guided_choice)
+    if body.structured_outputs is not None:
+        outputs = body.structured_outputs
+        if outputs.json is not None:
+            found["structured_outputs.json"] = _schema(outputs.json)
+        if outputs.regex is not None:
+            found["structured_outputs.regex"] = Constraint("regex", outputs.regex)
+        if outputs.choice is not None:
+            found["structured_outputs.choice"] = Constraint("choice", outputs.choice)
+        if outputs.json_object:
+            found["structured_outputs.json_object"] = Constraint("json_object")
+    if body.response_format is not None and body.response_format.type != "text":
+        found["response_format"] = _response_format(body.response_format)
+    if len(found) > 1:
+        first, second, *_ = found
+        raise bad_field(
+            first.partition(".")[0], f"{first} cannot be used", f"{second} beside it", "one constraint", "leave one out"
+        )
+    return next(iter(found.values()), None)
+
+
+def _schema(schema: str | dict[str, Any]) -> Constraint:
+    return Constraint("json_schema", schema if isinstance(schema, str) else msgspec.json.encode(schema).decode())
+
+
+def _response_format(wanted: ResponseFormat) -> Constraint:
+    if wanted.type == "json_object":
+        return Constraint("json_object")
+    if wanted.json_schema is None:
+        raise bad_field(
+            "response_format",
+            "json_schema is missing in response_format",
+            "type json_schema",
+            "the field json_schema",
+            "send it",
+        )
+    return _schema(wanted.json_schema.schema)
 
 
 def prompts_of(body: CompletionRequest) -> list[Prompt]:

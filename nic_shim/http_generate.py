@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.chat_template import ChatTemplate
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem, LoadedConstraint
 from blinkimp.nic_shim.engine_thread import EngineThread
 from blinkimp.nic_shim.http_errors import HttpError, http_error_of
 from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
@@ -29,7 +30,7 @@ from blinkimp.nic_shim.http_types import GenerationFields, PromptTokensDetails, 
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
-from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens
+from blinkimp.protocol import Constraint, Error, Finish, Sampling, Submit, Tokens
 
 log = logging.getLogger("blinkimp.http")
 
@@ -80,6 +81,8 @@ class Context:
     model_names: tuple[str, ...]
     max_prompt_chars: int
     pool: ThreadPoolExecutor  # one thread: tokenises, renders templates
+    compiler: ConstraintCompiler
+    compile_pool: ThreadPoolExecutor  # one thread: waits for the compiler
     exchanges: dict[Exchange, None] = field(default_factory=dict)  # that run in the engine
 
 
@@ -110,18 +113,31 @@ async def encode_prompts(
     return await asyncio.get_running_loop().run_in_executor(context.pool, encode)
 
 
+async def compile_constraint(context: Context, constraint: Constraint | None) -> LoadedConstraint | None:
+    """Raises HttpError."""
+    if constraint is None:
+        return None
+    try:
+        compiling = asyncio.get_running_loop().run_in_executor(
+            context.compile_pool, context.compiler.compile, constraint
+        )
+        return await compiling
+    except ConstraintProblem as problem:
+        raise http_error_of(problem.error) from None
+
+
 def make_requests(
     context: Context,
     body: GenerationFields,
     prompts: list[PromptIds],
-    sampling_for: Callable[[PromptIds], Sampling],
+    sampling: Sampling,
+    constraint: LoadedConstraint | None,
     exchange: Exchange,
 ) -> list[LiveRequest]:
     """n choices for each prompt, checked. Raises HttpError."""
     requests: list[LiveRequest] = []
     num_choices = body.n or 1
     for prompt_ids in prompts:
-        sampling = sampling_for(prompt_ids)
         for copy_idx in range(num_choices):
             # Like vLLM: the copies of a seeded request take the seeds that follow.
             seeded = sampling
@@ -143,6 +159,7 @@ def make_requests(
                 raise http_error_of(problem)
             request = LiveRequest(submit, exchange)
             request.prompt_ids = prompt_ids
+            request.constraint = constraint
             request.start_detokenizer(IncrementalDetokenizer(context.tokenizer, prompt_ids[-16:].tolist()))
             requests.append(request)
     return requests

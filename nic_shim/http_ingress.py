@@ -31,6 +31,7 @@ import uvloop
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.engine_thread import EngineThread
 from blinkimp.nic_shim.http_app import Api
@@ -151,6 +152,13 @@ class HttpIngress:
             self._model_names,
             limits.max_prompt_chars,
             pool,
+            ConstraintCompiler(
+                self._tokenizer.path,
+                self._link.port.vocab_size,
+                tuple(self._link.eos_ids),
+                self._link.port.constraint_slot_bytes,
+            ),
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-compile"),
         )
         self._api = Api(
             self._context,
@@ -180,6 +188,8 @@ class HttpIngress:
             await self._server.serve(sockets=[listener])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            self._context.compile_pool.shutdown(wait=False, cancel_futures=True)
+            self._context.compiler.close()
             await loop.run_in_executor(None, engine.stop)
             log.info("ended")
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.queue_pair import sampling_record
 from blinkimp.nic_shim.stop_strings import StopMatcher
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
@@ -49,6 +50,7 @@ class LiveRequest:
         self.cache_salt = cache_salt_word(submit.cache_salt)
         self.uses_prefix_cache = submit.prefix_cache
         self.prompt_ids: npt.NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
+        self.constraint: LoadedConstraint | None = None
         self.detokenizer: IncrementalDetokenizer | None = None
         self.cancelled = False  # the client does not want it any more
         self.end: Finish | Error | None = None
@@ -114,7 +116,17 @@ class LiveRequest:
             "priority": self.priority,
             "timeout_ns": self.remaining_ns(),
             "cache_salt": self.cache_salt,
+            "constraint_state": self._constraint_state(),
         }
+
+    def _constraint_state(self) -> int:
+        """Where the automaton stands behind the output so far."""
+        state = 0
+        if self.constraint is not None:
+            for token in self.output_ids:
+                following = self.constraint.table.next_state(state, token)
+                state = state if following is None else following  # a token that delivered_ids made up
+        return state
 
     def remaining_ns(self) -> int:
         """Of its time, for the engine to watch over: at least 1 where there is a deadline, 0 where there is none."""

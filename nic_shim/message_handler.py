@@ -12,11 +12,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.sessions import Session, SessionTable
@@ -87,8 +89,12 @@ class MessageHandler:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
         self._tokenised: deque[tuple[LiveRequest, npt.NDArray[np.uint32] | Exception]] = deque()
         self.num_tokenising = 0
+        self._compiler = ConstraintCompiler(
+            tokenizer.path, link.port.vocab_size, tuple(link.eos_ids), link.port.constraint_slot_bytes
+        )
 
     def close(self) -> None:
+        self._compiler.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # ---- Messages --------------------------------------------------------------------------------------------------
@@ -170,17 +176,27 @@ class MessageHandler:
             return
         request = LiveRequest(submit, session)
         self._sessions.add_request(session, request)
-        if isinstance(submit.prompt, list):
+        if submit.sampling.constraint is None and isinstance(submit.prompt, list):
             self._start(request, np.asarray(submit.prompt, dtype=np.uint32))
-        elif len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
-            self._start(request, self._encode(submit.prompt))
+        elif submit.sampling.constraint is None and len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
+            self._start(request, self._encode(str(submit.prompt)))
         else:
             self.num_tokenising += 1
-            future = self._pool.submit(self._encode, submit.prompt)
+            future = self._pool.submit(self._prepare, request, submit)
             # On the pool's thread; deque.append is atomic, and take_tokenised() picks it up.
             future.add_done_callback(
                 lambda done: None if done.cancelled() else self._tokenised.append((request, done.result()))
             )
+
+    def _prepare(self, request: LiveRequest, submit: Submit) -> npt.NDArray[np.uint32] | Exception:
+        """On the pool's thread: the prompt's ids, and the constraint's automaton."""
+        if submit.sampling.constraint is not None:
+            try:
+                request.constraint = self._compiler.compile(submit.sampling.constraint)
+            except ConstraintProblem as problem:
+                return problem
+        prompt = submit.prompt
+        return np.asarray(prompt, dtype=np.uint32) if isinstance(prompt, list) else self._encode(prompt)
 
     def _encode(self, text: str) -> npt.NDArray[np.uint32] | Exception:
         try:
@@ -198,6 +214,9 @@ class MessageHandler:
     def _start(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32] | Exception) -> None:
         if request.cancelled:
             request.finish(abi.FINISH_CANCELLED)
+        elif isinstance(prompt_ids, ConstraintProblem):
+            request.fail_with(msgspec.structs.replace(prompt_ids.error, id=request.client_id))
+            self.counters.refused += 1
         elif isinstance(prompt_ids, Exception):
             request.fail_with(untokenisable(request.client_id, prompt_ids))
         elif not self._fail_bad_prompt(request, prompt_ids):
