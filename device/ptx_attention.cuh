@@ -6,9 +6,9 @@
 
 namespace blinkimp {
 
-// Arrives `count` times at once: a warpgroup that alone read a stage arrives for both.
+// Arrives `count` times at once (0: not at all), without a branch: a warpgroup that alone read a stage arrives for both.
 BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0], %1;}" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
 // Barrier `id` of num_threads threads: sync waits for all, arrive only counts.

@@ -22,6 +22,7 @@ struct uint4 {
 };
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline void __syncwarp() { __any_sync(0xffffffffu, false); }
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == 0xffffffffu; }
 
 namespace simt90 {
 inline simt::Rendezvous grid;  // its generation counts arrivals at grid barriers

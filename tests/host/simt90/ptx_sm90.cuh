@@ -107,6 +107,9 @@ BK_INLINE void mbarrier_init(u64* barrier, u32 num_arrivals) {
 }
 BK_INLINE void fence_mbarrier_init() {}
 BK_INLINE void mbarrier_arrive(u64* barrier) { simt90::arrive(barrier, 1); }
+BK_INLINE void mbarrier_arrive_if(u64* barrier, bool arrives) {
+  if (arrives) simt90::arrive(barrier, 1);
+}
 BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
   simt90::barriers.at(barrier).num_bytes += num_bytes;
   simt90::arrive(barrier, 1);
@@ -158,6 +161,11 @@ BK_INLINE void named_barrier_sync() {
 BK_INLINE u32 cta_idx() { return simt90::cta_idx; }
 BK_INLINE u32 thread_idx() { return simt::machine.current; }
 BK_INLINE bool is_first_thread() { return thread_idx() == 0; }
+BK_INLINE u32 uniform(u32 value) {  // also checks that it is
+  const u32 first = __shfl_sync(0xffffffffu, value, 0);
+  if (first != value) simt::fail("a value that should be equal in all lanes of a warp", value, first);
+  return first;
+}
 template <class T>
 BK_INLINE T* opaque(T* pointer) {
   return pointer;
