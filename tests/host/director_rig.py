@@ -26,6 +26,7 @@ from tests.support import ROOT
 
 EOS_ID = 2
 VOCAB = 512
+NUM_PRIOR_OUTPUTS_AT = 300  # byte in a Request
 LANE_FLAGS = [
     "-std=c++17",
     "-O1",
@@ -280,7 +281,9 @@ class Rig:
                 assert sampled_rows[sample_row] == row + count - 1
                 sample_of.append((request.request_id, int(seq["output_idx"])))
                 sample_row += 1
-            assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens
+            word = (request_idx * abi.REQUEST_BYTES + NUM_PRIOR_OUTPUTS_AT) // 4
+            num_prior_outputs = int(self.requests.view(np.uint32)[word])
+            assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens + num_prior_outputs
             planned.append(PlannedSeq(request.request_id, count, begin, samples, int(seq["output_idx"])))
             row += count
             longest = max(longest, begin + count)
