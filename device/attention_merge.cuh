@@ -5,7 +5,7 @@
 // count folds the rest in order and writes the output rows. Nobody waits, and no grid barrier is needed.
 // Workspace kWsAttentionPart: f32 outputs [items, group, head_dim], float2 (maximum, sum) [items, group], u32 counters [max_batch * num_kv_heads];
 // items: attention_slots() * num_kv_heads. Counters are zero between ops (allocated zeroed; the last to arrive resets).
-// Called by device/attention.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
 

@@ -26,6 +26,7 @@ constexpr u32 kInputStageBytes = 16384;   // two tiles of 64 rows x 128 bytes
 constexpr u32 kRowTileBytes = kRowTile * 128;
 constexpr u32 kReduceBytes = 32768;       // 64 fragment registers x 128 threads x 4 bytes
 constexpr u32 kScratchBytes = kInputStages * kInputStageBytes + kReduceBytes;
+constexpr u32 kRingOffset = 0;
 constexpr u32 kScratchOffset = kWeightStages * kWeightStageBytes;
 
 // Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
