@@ -206,7 +206,7 @@ BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes,
     totals[3] += queue_pair.num_staged;
   }
   u32 num_staged = 0;
-  for (u32 i = lanes.id; i < state.num_staged; i += lanes.count) num_staged += state.staged[i].queue_pair_idx != kNoQueuePair ? 1 : 0;
+  for (u32 i = lanes.id; i < state.num_staged; i += lanes.count) num_staged += state.staged[i].queue_pair_idx != kNoQueuePair ? 1 + staged_tops(state.staged[i]) : 0;
   num_staged = lanes.sum(num_staged);
   for (u32 k = 0; k < 4; ++k) totals[k] = lanes.sum(totals[k]);
   const StatusLines& status = state.status;
