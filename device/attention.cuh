@@ -8,7 +8,7 @@
 // a warpgroup's stream of wgmmas, the outputs of one page and the scores of the next stand side by side, and its softmax runs while the
 // other warpgroup's are computed; in wide items named barriers keep them taking turns.
 // Scratch: kAttentionScratchBytes<head_dim>, aligned to 1024 bytes, free of readers and writers at the call; the ring's cursor is
-// WorkerShared.compute.cursors.weights. store.chunk(row, column, uint4) writes 8 outputs of a plan row, store.pair(row, column, u32) two;
+// given and returned. store.chunk(row, column, uint4) writes 8 outputs of a plan row, store.pair(row, column, u32) two;
 // column = head * head_dim + dimension.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention_sm90.py; without a GPU: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
@@ -202,9 +202,10 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   }
 }
 
-// All compute threads; the op's inputs are visible to them. `step`: parity of the schedule.
+// All compute threads; the op's inputs are visible to them. `step`: parity of the schedule. keys: the ring's place; returns where it is after
+// the op, equal in all threads.
 template <int kHeadDim, class Store>
-BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, const Store& store) {
+BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor keys, const Store& store) {
   static_assert(kAttentionScratchBytes<kHeadDim> <= kScratchBytes, "the query tiles");
   static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
   wait_schedule(params, attention, step);
@@ -218,7 +219,7 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
     state.plan = plan;
   }
   named_barrier_sync<1, kComputeThreads>();  // op and plan are written
-  RingCursor keys{uniform(shared.compute.cursors.weights.stage), uniform(shared.compute.cursors.weights.phase)};
+  keys = RingCursor{uniform(keys.stage), uniform(keys.phase)};
   const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
   u32 others = uniform(schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages);
@@ -247,8 +248,7 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
   }
   if (warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
-  named_barrier_sync<1, kComputeThreads>();  // hazard: a slow warp has not read the cursor yet
-  if (is_first_thread()) shared.compute.cursors.weights = keys;
+  return keys;
 }
 
 }  // namespace blinkimp

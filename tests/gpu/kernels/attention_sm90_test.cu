@@ -79,8 +79,12 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
       if (new_rows) write_new_rows(params, op, plan, new_rows);
       test_barrier(params, op_idx + 1);
       if (cta_idx() == 0 && is_first_thread()) times[op_idx] = device_clock_ns();
-      attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, PlainStore{output, params.dims.num_heads * HEAD_DIM});
-      if (is_first_thread()) shared.compute.op_idx++;
+      const RingCursor cursor = attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, shared.compute.cursors.weights, PlainStore{output, params.dims.num_heads * HEAD_DIM});
+      named_barrier_sync<1, kComputeThreads>();  // all threads have read the old state
+      if (is_first_thread()) {
+        shared.compute.cursors.weights = cursor;
+        shared.compute.op_idx++;
+      }
       named_barrier_sync<1, kComputeThreads>();  // the next op's number is written
     }
   }
