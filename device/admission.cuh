@@ -85,6 +85,7 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
     state.status.prefix_query_tokens += request->num_prompt_tokens;
     state.status.prefix_hit_tokens += request->num_computed;
   }
+  trace_request(params, state, *request, kTraceAdmitted, pack_argument(request->num_computed, request->num_pages));
   state.running[state.status.num_running] = request_idx;
   state.status.num_running += 1;
   queue_pair.num_running += 1;

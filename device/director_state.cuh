@@ -16,6 +16,7 @@
 #include <ingress_port.cuh>
 #include <page_allocator.cuh>
 #include <step_plan.cuh>
+#include <trace.cuh>
 
 namespace blinkimp {
 
@@ -101,6 +102,7 @@ struct DirectorState {
   u64 now_ns;                    // device clock at the start of the call that runs
   u64 plan_ns;                   // when the step in flight was handed to the workers
   u64 next_start_ns;             // kNextStarted: when that was
+  u64 arrived_ns;                // when the workers of the last step were done; 0 once the engine was idle since
   u64 integrity_ns;              // last check
   u64 stop_seen_ns;              // when kCommandStop was first seen, 0 = not
   u32 command;                   // EngineCommand, as last seen
@@ -109,13 +111,14 @@ struct DirectorState {
   u32 next_plan;                 // NextPlan: not kNextNone only while a step is in flight, or from its commit to the next director_plan
   u32 next_waits;                // kNextReady: worth a commit first, which makes room for requests that wait
   u32 is_advanced;               // the requests of the step in flight count what it computes and samples already
-  StepDraft next_draft;          // of the next plan
+  StepDraft next_draft;          // of the next plan; without one, of the step in flight
   u32 num_deferred;              // running requests with kFlagStopAsked or kFlagDropped: their end waits for the commit
   u32 num_staged;
   u32 next_admit_idx;            // queue pair whose turn it is at admission
   u32 next_take_idx;             // queue pair whose turn it is at the intake
   u32 reserved0;
   PageAllocator pages;
+  TraceWriter trace;
   StatusLines status;            // num_running, num_waiting, num_finishing and all counters live here; publish copies it
   RequestTable table;
   QueuePairState queue_pairs[kMaxQueuePairs];  // the first num_queue_pairs are open

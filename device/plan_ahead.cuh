@@ -34,7 +34,7 @@ BK_INLINE bool can_plan_ahead(const EngineParams& params, const Lanes& lanes, co
     if (!is_ending(*request) && is_decode(*request) && needs_page(*request)) num_needed += 1;
   }
   num_needed = lanes.sum(num_needed);
-  return !lanes.any(is_short) && num_needed <= state.pages.num_free;
+  return !lanes.any(is_short) && num_needed <= num_available_pages(state.pages);
 }
 
 // All lanes. Whether somebody waits whom the commit of the step in flight, and nothing sooner, can give room: then the plan is better

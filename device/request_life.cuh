@@ -15,6 +15,11 @@
 
 namespace blinkimp {
 
+// Lane 0. An event of a request, now.
+BK_INLINE void trace_request(const EngineParams& params, DirectorState& state, const Request& request, u32 kind, u64 argument) {
+  trace_event(params, state.trace, state.now_ns, kind, request.queue_pair_idx, state.status.step, request.request_id, argument);
+}
+
 // ---- Waiting queue -----------------------------------------------------------------------------------------------
 BK_INLINE void push_waiting(const EngineParams& params, DirectorState& state, u32 request_idx, bool at_front) {
   Request* request = request_at(params, request_idx);
@@ -77,6 +82,7 @@ BK_INLINE void finish_detached(const EngineParams& params, DirectorState& state,
   Request* request = request_at(params, request_idx);
   request->finish_reason = reason;
   count_finish(state, reason);
+  trace_request(params, state, *request, kTraceFinished, pack_argument(reason, request->num_tokens - request->num_prompt_tokens));
   // Not past an earlier FINISH of the queue pair that still waits: credit goes to the oldest.
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   if (queue_pair.num_finishing == 0 && can_stage(state, request->queue_pair_idx)) {
@@ -135,6 +141,7 @@ BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u
   while (queue_pair.num_waiting > 0) {
     const u32 request_idx = queue_pair.waiting_first_idx;
     remove_waiting(params, state, request_idx);
+    trace_request(params, state, *request_at(params, request_idx), kTraceFinished, kFinishCancelled);
     count_finish(state, kFinishCancelled);
     forget_request(params, state.table, request_idx);
     free_request(params, state.table, request_idx);
@@ -152,7 +159,10 @@ BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u
     const u32 request_idx = state.running[i];
     Request* request = request_at(params, request_idx);
     const bool drop_it = request->queue_pair_idx == queue_pair_idx && !(request->flags & (kFlagDropped | kFlagFinished));
-    if (drop_it) forget_request(params, state.table, request_idx);
+    if (drop_it) {
+      forget_request(params, state.table, request_idx);
+      trace_request(params, state, *request, kTraceFinished, pack_argument(kFinishCancelled, request->num_tokens - request->num_prompt_tokens));
+    }
     if (drop_it && pages_are_planned(state)) {  // L3
       if (!(request->flags & kFlagStopAsked)) state.num_deferred += 1;
       request->flags |= kFlagDropped;
@@ -182,6 +192,7 @@ BK_INLINE void preempt_running(const EngineParams& params, DirectorState& state,
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   if (request->step_rows > 0) queue_pair.num_promised -= step_credit(queue_pair);
+  trace_request(params, state, *request, kTracePreempted, request->num_tokens);
   release_pages(params, state.pages, request_idx);
   request->num_computed = 0;
   request->step_rows = 0;

@@ -38,6 +38,12 @@ BK_INLINE void stall(Request* request) {
   request->num_stalled_plans += 1;
 }
 
+// One lane. At a position of its own.
+BK_INLINE void trace_stall(const EngineParams& params, const DirectorState& state, u64 pos, const Request& request) {
+  if (params.trace == 0) return;
+  write_trace_event(state.trace, pos, state.now_ns, kTraceStalled, request.queue_pair_idx, state.status.step, request.request_id, 0);
+}
+
 // ---- Stage 1: credit of decode rows ------------------------------------------------------------------------------
 struct RunningCounts {
   u32 num_prefills;
@@ -78,6 +84,7 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
   }
   short_mask = lanes.sum(short_mask);
   lanes.sync();  // hazard: num_promised is read by every lane below
+  const u64 trace_pos = state.trace.producer_pos;
   u32 num_stalled = 0;
   for (u32 q = 0; q < params.num_queue_pairs; ++q) {
     if (!(short_mask >> q & 1)) continue;
@@ -88,7 +95,10 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
       Request* request = i < num_running ? request_at(params, state.running[i]) : nullptr;
       const bool decode = request != nullptr && request->queue_pair_idx == q && request->step_rows == 1;
       const u32 rank = num_decodes + lanes.exclusive_sum(decode ? 1 : 0);
-      if (decode && rank >= num_affordable) stall(request);
+      if (decode && rank >= num_affordable) {
+        stall(request);
+        trace_stall(params, state, trace_pos + num_stalled + rank - num_affordable, *request);
+      }
       num_decodes += lanes.sum(decode ? 1 : 0);
     }
     const u32 num_promised = num_decodes < num_affordable ? num_decodes : num_affordable;
@@ -96,7 +106,11 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
     lanes.sync();  // hazard: lane 0 changes the credit that the others computed num_affordable from
     if (lanes.is_first()) state.queue_pairs[q].num_promised += num_promised * step_credit(state.queue_pairs[q]);
   }
-  if (lanes.is_first()) state.status.credit_stalls += num_stalled;
+  lanes.sync();  // hazard: lane 0 moves the position that the others' events count from
+  if (lanes.is_first()) {
+    state.status.credit_stalls += num_stalled;
+    if (params.trace != 0) state.trace.producer_pos += num_stalled;
+  }
   return RunningCounts{num_prefills, num_ending};
 }
 
@@ -109,6 +123,7 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
     QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
     if (completion_credit(queue_pair) < step_credit(queue_pair)) {
       stall(request);
+      trace_request(params, state, *request, kTraceStalled, 0);
       state.status.credit_stalls += 1;
       continue;
     }

@@ -75,8 +75,16 @@ u32 bk_director_every_seq_was_stopped(const EngineParams* params, const StepPlan
   return answer;
 }
 
-void bk_director_start_next(const EngineParams* params, u64 arrived_ns, u64 start_ns) {
-  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, arrived_ns, start_ns); });
+void bk_director_note_arrival(const EngineParams* params, u64 arrived_ns) {
+  on_lanes([&](const Lanes& lanes) { director_note_arrival(*params, lanes, arrived_ns); });
+}
+
+void bk_director_start_next(const EngineParams* params, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, start_ns); });
+}
+
+void bk_director_note_start(const EngineParams* params, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_note_start(*params, lanes, start_ns); });
 }
 
 void bk_director_commit(const EngineParams* params, const StepPlan* plan) {

@@ -14,13 +14,14 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
+from blinkimp.host.trace_memory import TraceGeometry
 from tests.host.py_ingress import Completion, PyIngress, address_of
 from tests.support import ROOT
 
@@ -58,7 +59,9 @@ def library(kind: str) -> ctypes.CDLL:
         ("plan", u32, [params, plan]),
         ("plan_ahead", u32, [params, plan]),
         ("every_seq_was_stopped", u32, [params, plan]),
-        ("start_next", None, [params, u64, u64]),
+        ("note_arrival", None, [params, u64]),
+        ("start_next", None, [params, u64]),
+        ("note_start", None, [params, u64]),
         ("commit", None, [params, plan]),
         ("publish", None, [params]),
         ("check_integrity", u32, [params]),
@@ -146,7 +149,24 @@ class Shape:
     arena_bytes: int = 16384
     eos_ids: tuple[int, ...] = (EOS_ID,)
     ingress_timeout_ns: int = 3_600_000_000_000  # a test that wants a stale heartbeat ages it
+    trace_events: int = 0  # 0: no trace
     prefix_cache: bool = False  # a test that counts pages means each request's own
+
+
+class MemoryRegion:
+    """A trace outside of /dev/shm: what TraceReader asks of a host.shared_memory.Region."""
+
+    def __init__(self, geometry: TraceGeometry) -> None:
+        self._memory = np.zeros(geometry.region_bytes, np.uint8)
+        self._memory[: abi.TRACE_HEADER.itemsize] = geometry.header(1, 1).view(np.uint8)
+        self.buffer = memoryview(self._memory.data)
+        self.address = address_of(self._memory)
+
+    def view(self, dtype: np.dtype[Any], offset_bytes: int = 0) -> NDArray[Any]:
+        return np.frombuffer(self.buffer, dtype, 1, offset_bytes)
+
+    def close(self) -> None:
+        self.buffer.release()
 
 
 @dataclass
@@ -200,6 +220,9 @@ class Rig:
             cache_bytes = int(self.native.bk_director_prefix_cache_bytes(address_of(self.params)))
             self.prefix_cache = np.zeros(cache_bytes // 8 + 1, np.uint64)
             params["prefix_cache"] = address_of(self.prefix_cache)
+        if shape.trace_events:
+            self.trace = MemoryRegion(TraceGeometry(shape.trace_events))
+            params["trace"] = self.trace.address
         self.address = address_of(self.params)
         plan_bytes = int(self.native.bk_director_plan_bytes(self.address))
         self.plans = [np.zeros(plan_bytes, np.uint8) for _ in range(2)]
@@ -244,7 +267,8 @@ class Rig:
         return bool(self.native.bk_director_every_seq_was_stopped(self.address, address_of(plan_memory)))
 
     def start_next(self, arrived_ns: int = 0, start_ns: int = 0) -> None:
-        self.native.bk_director_start_next(self.address, arrived_ns, start_ns)
+        self.native.bk_director_note_arrival(self.address, arrived_ns)
+        self.native.bk_director_start_next(self.address, start_ns)
         self.next_started = True
 
     def read_plan(self, plan_memory: NDArray[np.uint8]) -> list[PlannedSeq]:
