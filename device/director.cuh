@@ -15,6 +15,7 @@
 #include <commit.cuh>
 #include <director_integrity.cuh>
 #include <intake.cuh>
+#include <limits.cuh>
 #include <plan_ahead.cuh>
 
 namespace blinkimp {
@@ -92,6 +93,8 @@ BK_INLINE void director_init(const EngineParams& params, const Lanes& lanes) {
     }
     state.now_ns = device_clock_ns();
     state.integrity_ns = state.now_ns;
+    state.earliest_deadline_ns = kNoDeadline;
+    set_limits(params, state, 0, 0, 0, 0);
   }
   lanes.sync();  // hazard: the first poll reads the state in other lanes
   publish_status(params, lanes, state);
@@ -105,7 +108,7 @@ BK_INLINE void obey_command(const EngineParams& params, DirectorState& state, u3
   if (command != kCommandStop) return;
   state.stop_seen_ns = state.now_ns;
   for (u32 q = 0; q < params.num_queue_pairs; ++q) {
-    while (state.queue_pairs[q].num_waiting > 0) stop_request(params, state, state.queue_pairs[q].waiting_first_idx, kFinishDraining);
+    while (state.queue_pairs[q].num_waiting > 0) stop_request(params, state, first_waiting(state, q), kFinishDraining);
   }
   for (u32 i = state.status.num_running; i-- > 0;) stop_request(params, state, state.running[i], kFinishDraining);
 }
@@ -114,8 +117,9 @@ BK_INLINE void obey_command(const EngineParams& params, DirectorState& state, u3
 BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   if (state.is_stopped) return;
-  // Asked for first, needed last. Relaxed: the word carries all there is to know.
+  // Asked for first, needed last. Relaxed: the words carry all there is to know; what else a new generation brings is read again.
   const u32 command = lanes.is_first() ? ld_relaxed_sys(&engine_page(params).control.command) : 0;
+  const u32 generation = lanes.is_first() ? ld_relaxed_sys(&engine_page(params).control.tuning_generation) : 0;
   if (lanes.is_first()) state.now_ns = device_clock_ns();
   lanes.sync();  // hazard: every lane ages heartbeats against now_ns
   keep_lru_room(params, lanes, state.pages);
@@ -132,7 +136,9 @@ BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   for (u32 q = 0; q < params.num_queue_pairs && event_mask != 0; ++q) {
     if (event_mask >> q & 1) handle_event(params, lanes, state, q);
   }
+  stop_expired(params, lanes, state);
   if (lanes.is_first()) {
+    obey_tuning(params, state, generation);
     obey_command(params, state, command);
     for (u32 q = 0; q < params.num_queue_pairs && state.status.num_finishing > 0; ++q) flush_finishing(params, state, q);
   }

@@ -110,6 +110,12 @@ void bk_director_age_heartbeat(const EngineParams* params, u32 queue_pair_idx, u
   director_state(*params).queue_pairs[queue_pair_idx].heartbeat_changed_ns -= age_ns;
 }
 
+// And a request longer on its way, so that a test need not wait for aging and deadlines.
+void bk_director_age_request(const EngineParams* params, u32 request_idx, u64 age_ns) {
+  request_at(*params, request_idx)->accepted_ns -= age_ns;
+  director_state(*params).earliest_deadline_ns = 0;
+}
+
 // The same for the pause between two integrity checks of an idle director.
 void bk_director_age_integrity(const EngineParams* params, u64 age_ns) { director_state(*params).integrity_ns -= age_ns; }
 

@@ -67,6 +67,7 @@ def library(kind: str) -> ctypes.CDLL:
         ("check_integrity", u32, [params]),
         ("age_heartbeat", None, [params, u32, u64]),
         ("age_integrity", None, [params, u64]),
+        ("age_request", None, [params, u32, u64]),
         ("running", u32, [params, out]),
         ("request", None, [params, u32, out]),
         ("queue_pair", None, [params, u32, out]),
@@ -387,6 +388,19 @@ class Rig:
 
     def age_heartbeat(self, queue_pair_idx: int, age_ns: int) -> None:
         self.native.bk_director_age_heartbeat(self.address, queue_pair_idx, age_ns)
+
+    def age_request(self, queue_pair_idx: int, request_id: int, age_ns: int) -> None:
+        for request_idx in range(self.shape.num_requests):
+            view = self.request(request_idx)
+            if view.state != 0 and (view.queue_pair_idx, view.request_id) == (queue_pair_idx, request_id):
+                self.native.bk_director_age_request(self.address, request_idx, age_ns)
+
+    def tune(self, **words: int) -> None:
+        """max_running, step_tokens, prefill_chunk_tokens, aging_ms; what is not named is as launched."""
+        control = self.engine_page[0]["control"]
+        for name in ("max_running", "step_tokens", "prefill_chunk_tokens", "aging_ms"):
+            control[name] = words.get(name, 0)
+        control["tuning_generation"] += 1
 
     def command(self, command: int) -> None:
         self.engine_page[0]["control"]["command"] = command
