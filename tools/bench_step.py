@@ -75,6 +75,7 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
             arguments.sampling,
         ) as bench:
             report["engine"] = bench.describe()
+            report["engine"]["ping"] = bench.ping_us()
             report["idle"]["engine_w"] = bench.idle_power_w(IDLE_S)
             for row in arguments.rows:
                 try:
@@ -82,7 +83,7 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
                 except BenchError as error:
                     report["errors"].append(f"blinkimp, {error}")
                     bench.engine.check()  # is it only this row?
-    except (DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
+    except (BenchError, DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
         report["errors"].append(f"blinkimp: {error}")
     return figures
 
