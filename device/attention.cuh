@@ -189,7 +189,7 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   }
   warpgroup_sync();  // all partial results are written before the first thread releases them
   if (is_elected()) {
-    u32* counter = unit_counter<kHeadDim>(params, run.unit_idx);
+    u32* counter = unit_counter(params, run.unit_idx);
     const u32 added = num_run_splits + (run.first_split == 0 ? num_run_splits << kFoldedShift : 0);
     const u32 count = atom_add_acq_rel_gpu(counter, added) + added;  // pairs with itself: the last sees what the others left
     attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()] = count;

@@ -27,24 +27,16 @@ struct WideWork {
   u32 num_pages;
 };
 
-// Writes wide_seqs and num_wide_items. One-row shares are narrow as long as there is room for their partial results.
+// Writes wide_seqs and num_wide_items.
 BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, u32 lane) {
   const PlanSeq* seqs = plan_seqs(params, plan);
-  const u32 group = group_of(params);
-  const u32 num_slots = attention_slots(params);
-  u32 slots_before = 0;
-  u32 narrow_end = group <= kNarrowRows ? plan->num_seqs : 0;
+  const u32 group = attention.group;
   WideWork work{0, 0};
   for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
     const u32 seq_idx = seq_begin + lane;
     const bool live = seq_idx < plan->num_seqs;
     const PlanSeq seq = seqs[live ? seq_idx : 0];
-    const bool one_row = live && seq.num_rows == 1;
-    const u32 slots_after = slots_before + warp_scan(one_row ? seq.position_begin / kSplitTokens + 1 : 0, lane);
-    const u32 without_room = __ballot_sync(0xffffffffu, one_row && slots_after > num_slots);
-    if (without_room) narrow_end = min(narrow_end, seq_begin + static_cast<u32>(__ffs(static_cast<int>(without_room))) - 1);
-    slots_before = __shfl_sync(0xffffffffu, slots_after, 31);
-    const bool wide = live && !(one_row && seq_idx < narrow_end);
+    const bool wide = live && (seq.num_rows != 1 || group > kNarrowRows);
     const u32 wide_lanes = __ballot_sync(0xffffffffu, wide);
     const u32 num_tiles = wide ? (seq.num_rows * group + kWideRows - 1) / kWideRows : 0;
     const u32 first_pages = seq.position_begin / kPageTokens + 1;

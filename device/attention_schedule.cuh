@@ -23,6 +23,7 @@ constexpr u32 kNarrowRows = 16;   // heads of a group that a decode row may have
 constexpr u32 kMaxWindows = 2;    // window sizes among the layers of a model
 constexpr u32 kMaxSeqs = 256;     // of a step: kMaxBatch of director_state.cuh
 constexpr u32 kWarpgroupThreads = 128;
+constexpr u32 kWsAttentionCounters = kNumWorkspaces - 1;  // EngineParams.workspaces: u32 [max_batch * num_kv_heads], zero between ops
 
 // A walk over a range of the list of splits. It stands at `page` of unit (seq_idx, kv_head), or at that unit's end.
 struct NarrowWalk {
@@ -110,11 +111,9 @@ struct AttentionState {
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
 
-// Partial results fit for so many (sequence, split) pairs of the step: attention_part_bytes() of host/gpu_memory.py.
-BK_INLINE u32 attention_slots(const EngineParams& params) {
-  const u64 longest = static_cast<u64>(params.max_batch) * ((params.max_pages_per_request + kSplitPages - 1) / kSplitPages);
-  const u64 pool = params.max_batch + params.num_pages / 2u;
-  return static_cast<u32>(longest < pool ? longest : pool);
+// (sequence, split) pairs that a step can have: there is room for their partial results, attention_part_bytes() of host/gpu_memory.py.
+BK_INLINE u64 attention_slots(const EngineParams& params) {
+  return static_cast<u64>(params.max_batch) * ((params.max_pages_per_request + kSplitPages - 1) / kSplitPages);
 }
 
 // The first key that a row at `position` sees.
