@@ -28,6 +28,7 @@ from blinkimp.host.memory_plan import MemoryPlan, plan_memory
 from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.trace_memory import TraceGeometry
+from blinkimp.host.tuning import write_tuning
 from blinkimp.host.watchdog import Watchdog
 from blinkimp.ring_abi import DType, EngineCommand, EngineState
 
@@ -164,6 +165,22 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def tune(
+        self,
+        *,
+        max_running: int | None = None,
+        step_tokens: int | None = None,
+        prefill_chunk_tokens: int | None = None,
+        aging_ms: int | None = None,
+        timeout_s: float = 10.0,
+    ) -> dict[str, int]:
+        """Limits of the schedule, from the next step on (host/tuning.py). Returns them as they stand now."""
+        if self._page is None:
+            raise EngineFaultError(f"engine {self.config.engine_name} is not started; expected start() before tune()")
+        words = {"max_running": max_running, "step_tokens": step_tokens}
+        words |= {"prefill_chunk_tokens": prefill_chunk_tokens, "aging_ms": aging_ms}
+        return write_tuning(self._page, timeout_s, **words)
 
     # ---- What it is doing --------------------------------------------------------------------------------------------
     def status(self) -> dict[str, int]:
