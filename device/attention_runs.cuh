@@ -6,7 +6,7 @@
 
 namespace blinkimp {
 
-constexpr u32 kNoPage = 0xffffffffu;
+constexpr u32 kNoPatchPage = 0xffffffffu;
 
 // The pages that hold a key which some row between the two positions must not see: page >= mask_from or < mask_until.
 BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_position, u32 window) {
@@ -40,7 +40,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
     set_mask_pages(run, walk.position, walk.position, op.window);
     run.key_end = walk.position + 1;
-    run.patch_page = kNoPage;
+    run.patch_page = kNoPatchPage;
     if (run.page_end == unit_end) {
       run.patch_page = unit_end - 1;
       run.patch_source = reinterpret_cast<u64>(kv_tile<kHeadDim>(params, op.layer, walk.last_page_id, walk.kv_head));
@@ -66,7 +66,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   run.position_begin = seq.position_begin;
   run.key_end = seq.position_begin + seq.num_rows;
   run.skip_before = run.skip_after = run.order_begin = 0;
-  run.order_end = kNoPage;
+  run.order_end = kNoPatchPage;
   const u32 group = attention.group;
   const u32 item_begin = wide_page_begin(item, run.position_begin, group, op.window);
   const u32 item_end = wide_page_end(item, run.position_begin, group);
@@ -90,7 +90,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     set_mask_pages(run, first_position, last_position, op.window);
   }
   if (run.order_end < run.order_begin) run.order_end = run.order_begin;
-  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPage;
+  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPatchPage;
   run.first_split = 0;
 }
 

@@ -33,7 +33,7 @@ BK_INLINE void load_queries(const EngineParams& params, const AttentionRun& run,
   const u32 group = run.group;
   const u16* query = reinterpret_cast<const u16*>(params.workspaces[kWsQuery]);
   uint4 new_chunk{0, 0, 0, 0};
-  const bool has_new = run.kind == kRunNarrow && run.patch_page != kNoPage && thread < 2 * kChunks;
+  const bool has_new = run.kind == kRunNarrow && run.patch_page != kNoPatchPage && thread < 2 * kChunks;
   if (has_new) {
     const u8* source = reinterpret_cast<const u8*>(run.patch_source) + (thread < kChunks ? 0 : kKvTileBytes<kHeadDim>);
     new_chunk = *reinterpret_cast<const uint4*>(source + kv_byte_offset((run.key_end - 1) % kPageTokens, thread % kChunks * 8));
