@@ -31,6 +31,7 @@ HEADINGS: Final = (
         "tokens/s",
         "retained",
         "tokens/J",
+        "the same above idle",
     ),
     *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "CPU MHz", "GPU MHz", "failed"),
 )
@@ -58,7 +59,7 @@ def compared(cell: dict[str, Any], isolated: dict[str, Any] | None) -> dict[str,
 
 def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object]:
     report, host, against = cell["report"], cell["host"], compared(cell, isolated)
-    joules = report["gpu_energy"]["j_per_token"]
+    joules, above = (report["gpu_energy"][name] for name in ("j_per_token", "j_per_token_above_idle"))
     return [
         cell["engine"],
         cell["interference"],
@@ -68,7 +69,8 @@ def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object
         against["tpot"],
         report["steady_output_throughput"],
         None if against["retained"] is None else f"{against['retained']:.1%}",
-        None if joules is None else 1 / joules,
+        None if not joules else 1 / joules,
+        None if not above else 1 / above,
         report["p99_send_delay_ms"],
         None if (share := host["pressure"].get("cpu some")) is None else f"{share:.1%}",
         host["context_switches_per_s"],

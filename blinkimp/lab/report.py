@@ -31,7 +31,7 @@ SWEEP_HEADINGS: Final = (
         "TPOT p50",
         "TPOT p99",
     ),
-    *("E2EL p99", "tokens/s for a user (p50)", "J/token", "failed"),
+    *("E2EL p99", "tokens/s for a user (p50)", "J/token", "J/token above idle", "failed"),
 )
 
 
@@ -47,6 +47,7 @@ def sweep_row(cell: dict[str, Any]) -> list[object]:
         *(figures[key] for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "p99_e2el_ms")),
         figures["inferencex"].get("median_intvty"),
         figures["gpu_energy"]["j_per_token"],
+        figures["gpu_energy"]["j_per_token_above_idle"],
         figures["failed"],
     ]
 

@@ -39,7 +39,7 @@ def report_of(ttft_ms: int, tpot_ms: int, num_requests: int = 10) -> dict[str, A
     return {
         **figures,
         "inferencex": keys,
-        "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5, "sm_clock_mhz": 1980.0},
+        "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5, "j_per_token_above_idle": 0.4, "sm_clock_mhz": 1980.0},
         "error_counts": {},
     }
 
@@ -124,7 +124,8 @@ def test_interference_is_shown_as_multiples_of_the_isolated_run() -> None:
     found = {(row[0], row[1]): row[column] for row in rows}
     assert found["vllm", "stream"] == "12.00" and found["vllm", "bz2"] == "10.00"
     assert found["persistent", "stream"] == "1.05" and found["vllm", "none"] == "1.00"
-    assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("engine CPUs")] == "0.75"
+    assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("the same above idle")] == "2.50"
+    assert rows[0][headings.index("engine CPUs")] == "0.75"
     assert rows[0][headings.index("CPU pressure")] == "25.0%" and rows[0][headings.index("CPU MHz")] == "-"
     assert len(section.plots) == 3
 
