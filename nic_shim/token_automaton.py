@@ -26,6 +26,9 @@ from blinkimp.nic_shim.constraint_table import MOST_STATES, ConstraintTable, Con
 DEAD: Final = 0xFFFF  # in byte automata, as NO_STATE in tables
 STATES_PER_PASS: Final = 256  # bounds the memory of a walk
 _BYTE_EOS: Final = 256
+# outlines-core determinises for matches that begin anywhere too, which costs 2^n states for "x{0,n}" where x may hold what the whole
+# begins with. Behind a character that the pattern does not hold nothing begins but at the start. (A noncharacter; [^a] still holds it.)
+_SENTINEL: Final = chr(0x10FFFF)
 
 U16 = npt.NDArray[np.uint16]
 
@@ -47,29 +50,33 @@ def byte_automaton(regex: str) -> ByteAutomaton:
     from outlines_core import Index, Vocabulary
 
     try:
-        index = Index(regex, Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)}))
+        index = Index(f"{_SENTINEL}(?:{regex})", Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)}))
     except (ValueError, TypeError, RuntimeError) as error:
         raise PatternError(f"the regular expression cannot be compiled: {str(error)[:300]}") from None
     transitions: dict[int, dict[int, int]] = index.get_transitions()
-    finals = set(index.get_final_states())
     first = index.get_initial_state()
+    for byte in _SENTINEL.encode():
+        first = transitions.get(first, {}).get(byte, -1)
     names = {first: 0}
-    for state in transitions:
-        names.setdefault(state, len(names))
-    for state in finals:
-        names.setdefault(state, len(names))
+    frontier = [first]
+    while frontier:
+        for byte, target in transitions.get(frontier.pop(), {}).items():
+            if byte != _BYTE_EOS and target not in names:
+                names[target] = len(names)
+                frontier.append(target)
     if len(names) >= MOST_STATES:
         raise ConstraintTooLargeError(
             f"the constraint has {len(names)} states; expected fewer than {MOST_STATES}; bound its repetitions"
         )
     next_state = np.full((len(names), 256), DEAD, dtype=np.uint16)
     is_accepting = np.zeros(len(names), dtype=bool)
-    for state, row in transitions.items():
-        for byte, target in row.items():
+    for state, name in names.items():
+        for byte, target in transitions.get(state, {}).items():
             if byte != _BYTE_EOS:
-                next_state[names[state], byte] = names.setdefault(target, len(names))
-    for state in finals:
-        is_accepting[names[state]] = True
+                next_state[name, byte] = names[target]
+    for state in index.get_final_states():
+        if state in names:
+            is_accepting[names[state]] = True
     return ByteAutomaton(next_state, is_accepting)
 
 
