@@ -61,7 +61,7 @@ BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, Dire
 }
 
 // Lane 0. The request has its pages: from the waiting queue to the batch and the plan.
-BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, i32 level, StepPlan* plan,
+BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, u32 level, StepPlan* plan,
                              StepDraft& draft) {
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
