@@ -26,9 +26,10 @@ from blinkimp.nic_shim.constraint_table import MOST_STATES, ConstraintTable, Con
 DEAD: Final = 0xFFFF  # in byte automata, as NO_STATE in tables
 STATES_PER_PASS: Final = 256  # bounds the memory of a walk
 _BYTE_EOS: Final = 256
-# outlines-core determinises for matches that begin anywhere too, which costs 2^n states for "x{0,n}" where x may hold what the whole
-# begins with. Behind a character that the pattern does not hold nothing begins but at the start. (A noncharacter; [^a] still holds it.)
-_SENTINEL: Final = chr(0x10FFFF)
+# outlines-core means a search, from anywhere to the first match: "x{0,n}" costs 2^n states where x may hold what the whole begins with, and
+# "ab|abc" finds ab only. Between two characters that the expression does not hold there is one beginning and one end. (A noncharacter;
+# [^a] still holds it, and may still be costly.)
+_MARK: Final = chr(0x10FFFF)
 
 U16 = npt.NDArray[np.uint16]
 
@@ -50,13 +51,19 @@ def byte_automaton(regex: str) -> ByteAutomaton:
     from outlines_core import Index, Vocabulary
 
     try:
-        index = Index(f"{_SENTINEL}(?:{regex})", Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)}))
+        vocabulary = Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)})
+        index = Index(f"{_MARK}(?:{regex}){_MARK}", vocabulary)
     except (ValueError, TypeError, RuntimeError) as error:
         raise PatternError(f"the regular expression cannot be compiled: {str(error)[:300]}") from None
     transitions: dict[int, dict[int, int]] = index.get_transitions()
-    first = index.get_initial_state()
-    for byte in _SENTINEL.encode():
-        first = transitions.get(first, {}).get(byte, -1)
+    finals = set(index.get_final_states())
+
+    def behind_mark(state: int) -> int:
+        for byte in _MARK.encode():
+            state = transitions.get(state, {}).get(byte, -1)
+        return state
+
+    first = behind_mark(index.get_initial_state())
     names = {first: 0}
     frontier = [first]
     while frontier:
@@ -74,9 +81,8 @@ def byte_automaton(regex: str) -> ByteAutomaton:
         for byte, target in transitions.get(state, {}).items():
             if byte != _BYTE_EOS:
                 next_state[name, byte] = names[target]
-    for state in index.get_final_states():
-        if state in names:
-            is_accepting[names[state]] = True
+    for state, name in names.items():
+        is_accepting[name] = behind_mark(state) in finals
     return ByteAutomaton(next_state, is_accepting)
 
 

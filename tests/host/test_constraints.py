@@ -75,7 +75,7 @@ def test_an_expression_is_matched_whole(server: HttpServer, pattern: str) -> Non
 
 
 def test_a_choice_is_one_of_the_choices(server: HttpServer) -> None:
-    choices = ["positive", "negative", "neutral (.*)", "nega"]
+    choices = ["nega", "positive", "negative", "neutral (.*)"]
     texts = outputs(server, 16, 11, guided_choice=choices)
     assert set(texts) <= set(choices) and len(set(texts)) > 1
 
