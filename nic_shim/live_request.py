@@ -1,7 +1,7 @@
 """One unfinished request in an ingress: its prompt, what the engine has answered, what the client has not got yet.
 
 Made by nic_shim/message_handler.py and nic_shim/http_generate.py, filled by nic_shim/engine_link.py, emptied by nic_shim/sessions.py and
-nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_live_request.py
+nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_stop_strings.py
 
 Invariants
 I1  output_ids holds every output token once, in order, whatever number of submissions it took.
