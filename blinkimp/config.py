@@ -131,6 +131,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=86400, description="SIGTERM: how long running requests may take to finish")
     ] = 30.0
+    park_after_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="idle for so long, the kernel leaves the GPU until it is wanted; 0: never"),
+    ] = 0.0
     trace_events: Annotated[
         int,
         Meta(ge=0, le=1 << 28, description="events that the trace keeps, a power of two, at least 65536; 0: no trace"),
