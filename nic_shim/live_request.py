@@ -30,6 +30,7 @@ from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
 from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
 FINISH_REASONS = {reason.value: reason.name.lower() for reason in abi.FinishReason}
+SMALLEST = 1e-30  # of what must not become 0 as a 32-bit float: there 0 is an error, or off
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd: another key for each number of tokens that a request resumes with
 
 
@@ -94,13 +95,13 @@ class LiveRequest:
         sampling = self.sampling
         return sampling_record(
             temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            top_p=max(sampling.top_p, SMALLEST),
             min_p=sampling.min_p,
             top_k=sampling.top_k,
             seed=(self.seed + _SEED_STEP * len(self.output_ids)) % 2**64,
             ignore_eos=sampling.ignore_eos,
             min_tokens=max(0, sampling.min_tokens - len(self.output_ids)),
-            repetition_penalty=sampling.repetition_penalty,
+            repetition_penalty=max(sampling.repetition_penalty, SMALLEST),
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             num_top_logprobs=sampling.top_logprobs,

@@ -64,7 +64,8 @@ def http_body(rng: random.Random) -> tuple[str, bytes]:
     if rng.random() < 0.1:
         body.pop(rng.choice(list(body)))
     # A request that may run for long would only measure the model.
-    if (isinstance(body.get("max_tokens"), int) and 64 < body["max_tokens"] < 2**32) or body.get("max_tokens", 0) is None:
+    asked = body.get("max_tokens", 1)
+    if asked is None or (isinstance(asked, int) and 64 < asked < 2**32):
         body["max_tokens"] = 3
     return path, mutated(json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass"), rng)
 
