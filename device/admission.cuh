@@ -97,6 +97,7 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
       match = find_prefix(params, lanes, state.pages, request_idx);
     }
     const u32 num_needed = pages_for_tokens(request->num_tokens) - match.num_pages;
+    lanes.sync();  // hazard: a preemption changes lists and pages that other lanes still look at
     u32 room = kRoomNone;
     if (lanes.is_first()) room = make_room(params, state, num_needed, match.num_unreferenced);
     lanes.sync();  // hazard: the other lanes read the lists that a preemption changed
