@@ -31,7 +31,6 @@ from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
 FINISH_REASONS = {reason.value: reason.name.lower() for reason in abi.FinishReason}
 SMALLEST = 1e-30  # of what must not become 0 as a 32-bit float: there 0 is an error, or off
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd: another key for each number of tokens that a request resumes with
 
 
 class LiveRequest:
@@ -91,16 +90,16 @@ class LiveRequest:
         return np.concatenate([self.prompt_ids, np.frombuffer(self.output_ids, dtype=np.uint32)])
 
     def ring_sampling(self) -> npt.NDArray[np.void]:
-        """The engine counts output positions from the submission, so a resumed request gets a key of its own (I1 of PROTOCOL.md)."""
+        """The same in each life: the engine counts output positions from num_prior_outputs on."""
         sampling = self.sampling
         return sampling_record(
             temperature=sampling.temperature,
             top_p=max(sampling.top_p, SMALLEST),
             min_p=sampling.min_p,
             top_k=sampling.top_k,
-            seed=(self.seed + _SEED_STEP * len(self.output_ids)) % 2**64,
+            seed=self.seed,
             ignore_eos=sampling.ignore_eos,
-            min_tokens=max(0, sampling.min_tokens - len(self.output_ids)),
+            min_tokens=sampling.min_tokens,
             repetition_penalty=max(sampling.repetition_penalty, SMALLEST),
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
@@ -113,6 +112,7 @@ class LiveRequest:
             "stop_ids": self.sampling.stop_token_ids,
             "max_tokens": self.max_tokens - len(self.output_ids),
             "logit_bias": self.sampling.logit_bias,
+            "num_prior_outputs": len(self.output_ids),
             "flags": 0 if self.uses_prefix_cache else int(abi.REQUEST_NO_PREFIX_CACHE),
             "priority": self.priority,
             "timeout_ns": self.remaining_ns(),
