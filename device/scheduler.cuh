@@ -185,8 +185,14 @@ BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& la
   }
 }
 
-// All lanes. Returns true when requests were preempted.
-BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
+enum DecodePages : u32 {
+  kDecodePagesNone = 0,
+  kDecodePagesTaken = 1,
+  kDecodePagesByPreemption = 2,
+};
+
+// All lanes.
+BK_INLINE DecodePages take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
   const u32 num_running = state.status.num_running;
   u32 num_needed = 0;
   for (u32 i = lanes.id; i < num_running; i += lanes.count) {
@@ -194,14 +200,13 @@ BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes,
     if (request->step_rows == 1 && is_decode(*request) && needs_page(*request)) num_needed += 1;
   }
   num_needed = lanes.sum(num_needed);
-  if (num_needed == 0) return false;
+  if (num_needed == 0) return kDecodePagesNone;
   lanes.sync();  // hazard: pages and requests change below while another lane still counts
   if (num_needed > num_available_pages(state.pages)) {
     lanes.sync();  // hazard: lane 0 takes pages while another lane still counts them
     if (lanes.is_first()) take_pages_by_preemption(params, state);
     lanes.sync();  // hazard: the next stage reads the running list
-    if (state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
-    return true;
+    return kDecodePagesByPreemption;
   }
   if (num_needed > state.pages.num_free) evict_pages(params, lanes, state.pages, num_needed - state.pages.num_free);
   const u32 num_free = state.pages.num_free;
@@ -220,25 +225,13 @@ BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes,
   }
   lanes.sync();  // hazard: all lanes read num_free above; pages are registered by other lanes than took them
   if (lanes.is_first()) state.pages.num_free = num_free - num_taken;
-  if (state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
-  return false;
+  return kDecodePagesTaken;
 }
 
 // ---- The whole ---------------------------------------------------------------------------------------------------
-// All lanes. Stages 5 and 6: what waits and has room goes to the end of the plan; rows of the sequences from first_chunk on.
-BK_INLINE void extend_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32 first_chunk,
-                           bool may_admit, StepDraft& draft) {
-  keep_lru_room(params, lanes, state.pages);
-  if (may_admit) admit_requests(params, lanes, state, plan, draft);
-  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
-  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
-  write_chunk_rows(params, lanes, plan, first_chunk, draft.num_seqs);
-}
-
-// All lanes. Fills the plan's arrays and counts; 0 rows: nothing can run.
-BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
-  keep_lru_room(params, lanes, state.pages);
+// All lanes. Stages 1 to 4: those that run. Returns whether others may be admitted (S6).
+BK_INLINE bool plan_running(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32* num_decode_seqs,
+                            StepDraft& draft) {
   if (lanes.is_first()) state.pages.plan_fills_cache = 0;
   const RunningCounts counts = promise_decodes(params, lanes, state);
   const u32 num_prefills = counts.num_prefills;
@@ -248,19 +241,29 @@ BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, Di
     if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, num_left);
     lanes.sync();  // hazard: the next stages read step_rows
   }
-  const bool preempted = take_decode_pages(params, lanes, state);
-  StepDraft draft;
+  const DecodePages taken = take_decode_pages(params, lanes, state);
+  if (taken != kDecodePagesNone && state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
   write_decodes(params, lanes, state, plan, draft);
-  const u32 num_decode_seqs = draft.num_seqs;
+  *num_decode_seqs = draft.num_seqs;
   if (num_prefills > 0 && lanes.is_first()) write_running_chunks(params, state, plan, draft);
   lanes.sync();  // hazard: admission and the rows read the sequences lane 0 wrote
   draft.num_rows = lanes.broadcast(draft.num_rows, 0);
   draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-  for (u32 seq_idx = num_decode_seqs; seq_idx < draft.num_seqs; ++seq_idx) {
-    register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);
-  }
-  extend_plan(params, lanes, state, plan, num_decode_seqs, !preempted, draft);  // S6
-  return draft;
+  return taken != kDecodePagesByPreemption;
+}
+
+// All lanes. Fills the plan's arrays and counts; 0 rows: nothing can run. `extends`: `draft` is planned already, and what waits and has room
+// goes to its end.
+BK_INLINE void plan_step(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, bool extends,
+                         StepDraft& draft) {
+  keep_lru_room(params, lanes, state.pages);
+  u32 first_chunk = draft.num_seqs;
+  const bool may_admit = extends || plan_running(params, lanes, state, plan, &first_chunk, draft);
+  admit_requests(params, lanes, state, plan, first_chunk, may_admit, draft);
+  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
+  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
+  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
+  write_chunk_rows(params, lanes, plan, first_chunk, draft.num_seqs);
 }
 
 }  // namespace blinkimp
