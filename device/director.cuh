@@ -234,9 +234,8 @@ BK_INLINE void director_note_arrival(const EngineParams& params, const Lanes& la
   if (lanes.is_first()) {
     state.arrived_ns = arrived_ns;
     trace_event(params, state.trace, arrived_ns, kTraceStepEnd, 0, state.status.step, 0, 0);
-    if (params.trace != 0 && op_times_wanted(state.trace.op_period, state.status.step)) {
-      const u64 slot = state.status.step / state.trace.op_period % state.trace.num_op_slots;
-      trace_event(params, state.trace, arrived_ns, kTraceOpTimes, 0, state.status.step, 0, slot);
+    if (op_times_wanted(params, state.status.step)) {
+      trace_event(params, state.trace, arrived_ns, kTraceOpTimes, 0, state.status.step, 0, op_times_slot(params, state.status.step));
     }
   }
 }

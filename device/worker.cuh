@@ -8,6 +8,7 @@
 #include <gemm_epilogues.cuh>
 #include <logits_epilogue.cuh>
 #include <sample_op.cuh>
+#include <trace.cuh>
 
 namespace blinkimp {
 
@@ -214,6 +215,13 @@ BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepP
   }
 }
 
+// Op times for the trace, in kernels that were compiled for it: a traced engine pays with a look at the trace's header for each op.
+BK_INLINE void trace_moment(const EngineParams& params, const StepPlan* plan, u32 op_idx, OpMoment moment) {
+#if defined(BK_TRACE_OPS)
+  if (is_first_thread()) trace_op(params, plan->step, op_idx, cta_idx(), moment);
+#endif
+}
+
 BK_INLINE void compute(const EngineParams& params) {
   for (;;) {
     u8* shared_memory = worker_memory();
@@ -226,6 +234,7 @@ BK_INLINE void compute(const EngineParams& params) {
     const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]);
     if (plan->flags & kPlanExit) return;
     const Op& op = reinterpret_cast<const Op*>(params.ops)[state.op_idx];
+    trace_moment(params, plan, state.op_idx, kOpBegins);
     if (op.kind == kOpLmHead) {
       gather_sampled_rows(params, opaque(plan));
       grid_barrier<false>(params, state);
@@ -242,6 +251,7 @@ BK_INLINE void compute(const EngineParams& params) {
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
     }
+    trace_moment(params, plan, state.op_idx, kOpIsDone);
     grid_barrier<true>(params, state);
   }
 }
