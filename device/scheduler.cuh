@@ -172,11 +172,12 @@ BK_INLINE void take_pages_by_preemption(const EngineParams& params, DirectorStat
 
 // All lanes. Decode rows of this plan whose step before filled a page: it enters the prefix cache. Its tokens are known, because the one that
 // may still be on its way is the first of the next page.
-BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
-  const u32 num_running = state.status.num_running;
-  for (u32 begin = 0; begin < num_running; begin += lanes.count) {
+// candidates: [num_candidates] request_idx, among them all that took a page for this plan.
+BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state, const u32* candidates,
+                                     u32 num_candidates) {
+  for (u32 begin = 0; begin < num_candidates; begin += lanes.count) {
     const u32 i = begin + lanes.id;
-    const u32 request_idx = i < num_running ? state.running[i] : kNoRequest;
+    const u32 request_idx = i < num_candidates ? candidates[i] : kNoRequest;
     const Request* request = request_idx != kNoRequest ? request_at(params, request_idx) : nullptr;
     // Pages of a prompt were registered with the chunks that fill them.
     const bool filled = request != nullptr && request->step_rows == 1 && is_decode(*request) && request->num_computed % kPageTokens == 0 &&
@@ -191,8 +192,8 @@ enum DecodePages : u32 {
   kDecodePagesByPreemption = 2,
 };
 
-// All lanes.
-BK_INLINE DecodePages take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
+// All lanes. Who took a page stands in state.scratch, unless pages were short.
+BK_INLINE DecodePages take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state, u32* num_takers) {
   const u32 num_running = state.status.num_running;
   u32 num_needed = 0;
   for (u32 i = lanes.id; i < num_running; i += lanes.count) {
@@ -220,11 +221,13 @@ BK_INLINE DecodePages take_decode_pages(const EngineParams& params, const Lanes&
     if (takes) {
       move_pages_to_request(params, Lanes{0, 1}, num_free - rank, request_idx, request->num_pages, 1);
       request->num_pages += 1;
+      state.scratch[rank] = request_idx;
     }
     num_taken += lanes.sum(takes ? 1 : 0);
   }
   lanes.sync();  // hazard: all lanes read num_free above; pages are registered by other lanes than took them
   if (lanes.is_first()) state.pages.num_free = num_free - num_taken;
+  *num_takers = num_taken;
   return kDecodePagesTaken;
 }
 
@@ -241,8 +244,12 @@ BK_INLINE bool plan_running(const EngineParams& params, const Lanes& lanes, Dire
     if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, num_left);
     lanes.sync();  // hazard: the next stages read step_rows
   }
-  const DecodePages taken = take_decode_pages(params, lanes, state);
-  if (taken != kDecodePagesNone && state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
+  u32 num_takers = 0;
+  const DecodePages taken = take_decode_pages(params, lanes, state, &num_takers);
+  if (taken != kDecodePagesNone && state.pages.prefix_enabled) {
+    const bool is_listed = taken == kDecodePagesTaken;
+    register_decode_pages(params, lanes, state, is_listed ? state.scratch : state.running, is_listed ? num_takers : state.status.num_running);
+  }
   write_decodes(params, lanes, state, plan, draft);
   *num_decode_seqs = draft.num_seqs;
   if (num_prefills > 0 && lanes.is_first()) write_running_chunks(params, state, plan, draft);
