@@ -29,6 +29,7 @@ enum FaultSite : u32 {
   kSiteWeightRing = 103,         // a stage of the shared-memory ring outlived its budget
   kSiteUnknownOp = 104,
   kSiteInputRing = 105,          // likewise, of the activations
+  kSiteScales = 107,             // of the row scales
   kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
   kSiteEmulatedOp = 200,
 };

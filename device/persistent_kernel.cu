@@ -15,12 +15,6 @@ BK_INLINE void publish_plan(const EngineParams& params, const Lanes& lanes, u32 
   if (lanes.is_first()) st_release_gpu(grid_word(params, kGridWordPlan), step + 1);  // pairs with wait_plan()
 }
 
-BK_INLINE u32 phases_of_program(const EngineParams& params) {
-  u32 num_phases = 0;
-  for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) num_phases += phases_of(reinterpret_cast<const Op*>(params.ops)[op_idx].kind);
-  return num_phases;
-}
-
 // Until the workers have passed num_barriers grid barriers. Meanwhile new submissions are taken, now and then: each look costs about 2 us of
 // PCIe reads, in which the end of the step would go unnoticed.
 BK_INLINE void wait_for_workers(const EngineParams& params, const Lanes& lanes, u32 num_barriers) {
@@ -43,7 +37,10 @@ BK_INLINE void wait_for_workers(const EngineParams& params, const Lanes& lanes, 
 
 BK_INLINE void direct(const EngineParams& params) {
   const Lanes lanes = Lanes::warp();
-  const u32 num_phases = phases_of_program(params);
+  StepPlan gathering{};  // a step that samples some rows only: it has all phases
+  gathering.num_rows = 1;
+  const u32 most_phases = phases_of_program(params, gathering);
+  const u32 fewest_phases = phases_of_program(params, StepPlan{});
   director_init(params, lanes);
   u32 num_barriers = 0;
   bool has_polled = false;
@@ -64,7 +61,7 @@ BK_INLINE void direct(const EngineParams& params) {
     }
     publish_plan(params, lanes, step++);
     director_publish(params, lanes);
-    num_barriers += num_phases;
+    num_barriers += samples_every_row(*plan) ? fewest_phases : most_phases;
     wait_for_workers(params, lanes, num_barriers);
     director_commit(params, lanes, plan);
     has_polled = true;
@@ -84,9 +81,15 @@ BK_INLINE void init_shared() {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }
-    mbarrier_init(&shared.producers_done, 2);
+    for (u32 i = 0; i < kScaleBuffers; i++) {
+      mbarrier_init(&shared.scales_full[i], kScaleWarps);
+      mbarrier_init(&shared.scales_empty[i], kComputeThreads / 32);
+    }
+    mbarrier_init(&shared.producers_done, 2 + kScaleWarps);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
+    shared.next_cursors = ConsumerCursors{};
+    shared.next_scales = RingCursor{};
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};
@@ -97,16 +100,19 @@ BK_INLINE void init_shared() {
 // The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
 extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
   init_shared();
-  if (threadIdx.x >= kComputeThreads) {
+  const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
+  if (warp >= kComputeThreads / 32) {
     set_registers_down<56>();
     if (cta_idx() == params.num_workers) return;
-    if (threadIdx.x == kComputeThreads) weight_producer(params);
-    if (threadIdx.x == kComputeThreads + 32) input_producer(params);
+    const u32 role = warp - kComputeThreads / 32;
+    if (role == 0 && threadIdx.x % 32 == 0) weight_producer(params);
+    if (role == 1 && threadIdx.x % 32 == 0) input_producer(params);
+    if (role >= 2) scale_producer(params, role - 2);
   } else {
     set_registers_up<224>();
-    if (cta_idx() != params.num_workers) {
+    if (uniform(cta_idx()) != params.num_workers) {
       compute(params);
-    } else if (threadIdx.x < 32) {
+    } else if (warp == 0) {
       direct(params);
     }
   }

@@ -11,6 +11,27 @@ template <int N>
 BK_INLINE void wgmma_m64_k16(f32 (&d)[N / 2], u64 a_descriptor, u64 b_descriptor, int accumulate);
 
 template <>
+BK_INLINE void wgmma_m64_k16<16>(f32 (&d)[8], u64 a_descriptor, u64 b_descriptor, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, %8, %9, p, 1, 1, 0, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
+}
+
+template <>
+BK_INLINE void wgmma_m64_k16<24>(f32 (&d)[12], u64 a_descriptor, u64 b_descriptor, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %14, 0; wgmma.mma_async.sync.aligned.m64n24k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
+      "}, %12, %13, p, 1, 1, 0, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
+}
+
+template <>
 BK_INLINE void wgmma_m64_k16<32>(f32 (&d)[16], u64 a_descriptor, u64 b_descriptor, int accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
@@ -31,6 +52,20 @@ BK_INLINE void wgmma_m64_k16<48>(f32 (&d)[24], u64 a_descriptor, u64 b_descripto
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
+}
+
+template <>
+BK_INLINE void wgmma_m64_k16<56>(f32 (&d)[28], u64 a_descriptor, u64 b_descriptor, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %30, 0; wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27"
+      "}, %28, %29, p, 1, 1, 0, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27])
       : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
 }
 

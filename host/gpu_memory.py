@@ -1,6 +1,6 @@
 """The GPU memory of one engine: what EngineParams points to, allocated and filled in.
 
-The workspaces are those of device/worker_memory.cuh (enum Workspace). Plain device allocations, all owned by the context.
+The workspaces are those of device/activation_layout.cuh (enum Workspace). Plain device allocations, all owned by the context.
 Called by host/gpu_device.py and the GPU tests. Test: pytest -m gpu tests/gpu/test_model_gpu.py
 """
 
@@ -18,7 +18,7 @@ from blinkimp.host.model_config import ModelConfig
 from blinkimp.ring_abi import DType
 
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
-SQUARES_COLUMNS: Final = 32
+SQUARES_COLUMNS: Final = 16  # kSquaresColumns of device/activation_layout.cuh
 SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
 
 
@@ -42,7 +42,7 @@ def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
         rows * (config.hidden // SQUARES_COLUMNS) * 4,
         sizes.max_batch * config.vocab * 4,
         sampled * config.hidden * 2,
-        sampled * 4,
+        sampled * (config.hidden // SQUARES_COLUMNS) * 4,
         attention_part_bytes(config, sizes),
     ]
     return used + [0] * (abi.NUM_WORKSPACES - len(used))

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-WIDTHS = (32, 48, 64, 112, 128)
+WIDTHS = (16, 24, 32, 48, 56, 64, 112, 128)
 TARGET = Path(__file__).resolve().parent.parent / "device" / "ptx_wgmma.cuh"
 
 HEAD = """\

@@ -263,7 +263,8 @@ class StepRunner:
 
 
 def tiled_index(num_rows: int, num_columns: int) -> NDArray[np.int64]:
-    """[num_rows, num_columns] element offsets of tiled_offset() in device/worker_memory.cuh."""
+    """[num_rows, num_columns] element offsets of tiled_offset() in device/activation_layout.cuh, in a step of num_rows rows."""
+    tile_rows = next((rows for rows in (8, 16, 32) if num_rows <= rows), 64)
     row, column = np.arange(num_rows)[:, None], np.arange(num_columns)[None, :]
-    within = (row % 64) * 64 + ((column % 64 // 8) ^ (row % 8)) * 8 + column % 8
-    return ((row // 64) * (num_columns // 64) + column // 64) * 4096 + within
+    within = (row % tile_rows) * 64 + ((column % 64 // 8) ^ (row % 8)) * 8 + column % 8
+    return ((row // tile_rows) * (num_columns // 64) + column // 64) * tile_rows * 64 + within

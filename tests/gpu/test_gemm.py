@@ -20,7 +20,7 @@ from blinkimp.ring_abi import OpKind
 from tests.gpu.step_runner import Request, StepRunner, llama_config, tiled_index, write_checkpoint
 
 HIDDEN, NORMED, QUERY, ATTENTION, ACTIVATION, SQUARES = range(6)
-NUM_ROWS = (1, 7, 8, 33, 64, 65, 128, 200, 515)
+NUM_ROWS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 200, 515)
 FAMILIES = {
     "llama": llama_config(),
     "qwen2": llama_config(
@@ -68,7 +68,7 @@ class Case:
     def put_squares(self, num_rows: int) -> NDArray[np.float64]:
         """Random sums of squares; returns 1 / rms of each row."""
         config = self.runner.config
-        parts = self.rng.uniform(10, 60, (num_rows, config.hidden // 32)).astype(np.float32)
+        parts = self.rng.uniform(10, 60, (num_rows, config.hidden // 16)).astype(np.float32)
         self.runner.set_workspace(SQUARES, parts)
         return 1 / np.sqrt(parts.astype(np.float64).sum(1, keepdims=True) / config.hidden + config.norm_eps)
 
@@ -107,8 +107,8 @@ def test_embed(case: Case, num_rows: int) -> None:
     np.testing.assert_array_equal(hidden, expected.astype(np.float32))
     gain = case.gains["model.layers.0.input_layernorm.weight"]
     assert relative_error(case.tiled(NORMED, num_rows, config.hidden), expected * gain) < 3e-3
-    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 32)[:num_rows]
-    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 32).sum(2)) < 1e-6
+    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 16)[:num_rows]
+    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 16).sum(2)) < 1e-6
 
 
 @pytest.mark.gpu
@@ -132,8 +132,8 @@ def test_project(case: Case, source: str, num_rows: int) -> None:
     assert relative_error(hidden, expected) < 1e-5  # fp32 accumulation
     gain_name = f"model.layers.{last}.post_attention_layernorm.weight" if source == "attention" else "model.norm.weight"
     assert relative_error(case.tiled(NORMED, num_rows, config.hidden), expected * case.gains[gain_name]) < 3e-3
-    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 32)[:num_rows]
-    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 32).sum(2)) < 1e-5
+    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 16)[:num_rows]
+    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 16).sum(2)) < 1e-5
 
 
 @pytest.mark.gpu
@@ -210,15 +210,17 @@ def test_bits_do_not_depend_on_the_batch(case: Case) -> None:
     runner, config = case.runner, case.runner.config
     normed = case.put_tiled(NORMED, 200, config.hidden)
     bits = runner.workspace(NORMED, np.uint16)
-    squares = case.rng.uniform(10, 60, (200, config.hidden // 32)).astype(np.float32)
+    squares = case.rng.uniform(10, 60, (200, config.hidden // 16)).astype(np.float32)
     runner.set_workspace(SQUARES, squares)
     runner.run(case.request(200), ops=only(OpKind.GATE_UP))
     together = case.tiled(ACTIVATION, 200, config.intermediate)
-    for row in (0, 63, 64, 199):
-        one = np.zeros(128 * config.hidden, np.uint16)
-        one[tiled_index(1, config.hidden)] = bits[tiled_index(200, config.hidden)[row]]
-        runner.set_workspace(NORMED, one)
-        runner.set_workspace(SQUARES, squares[row])
-        runner.run(case.request(1), ops=only(OpKind.GATE_UP))
-        np.testing.assert_array_equal(case.tiled(ACTIVATION, 1, config.intermediate)[0], together[row])
+    for num_rows in (1, 9, 30, 64):
+        for row in (0, 63, 64, 200 - num_rows):
+            few = np.zeros(128 * config.hidden, np.uint16)
+            few[tiled_index(num_rows, config.hidden)] = bits[tiled_index(200, config.hidden)[row : row + num_rows]]
+            runner.set_workspace(NORMED, few)
+            runner.set_workspace(SQUARES, squares[row : row + num_rows])
+            runner.run(case.request(num_rows), ops=only(OpKind.GATE_UP))
+            alone = case.tiled(ACTIVATION, num_rows, config.intermediate)
+            np.testing.assert_array_equal(alone, together[row : row + num_rows])
     assert normed.shape[0] == 200
