@@ -17,13 +17,13 @@ enum Workspace : u32 {
   kWsQuery = 2,          // bf16 [rows, num_heads * head_dim], pairs of the rotation adjacent
   kWsAttention = 3,      // bf16 tiled input, num_heads * head_dim columns
   kWsActivation = 4,     // bf16 tiled input, intermediate columns
-  kWsSquares = 5,        // f32 [rows, hidden / 16]: sums of squares of 16 hidden columns
+  kWsSquares = 5,        // f32 [rows, hidden / 32]: sums of squares of 32 hidden columns
   kWsLogits = 6,         // f32 [max_batch, vocab]
   kWsSampledInput = 7,    // bf16 tiled input, hidden columns, sampled rows only
-  kWsSampledSquares = 8,  // f32 [max_batch, hidden / 16]: the sampled rows of kWsSquares
+  kWsSampledSquares = 8,  // f32 [max_batch, hidden / 32]: the sampled rows of kWsSquares
   kWsAttentionPart = 9,  // attention's partial results
 };
-constexpr u32 kSquaresColumns = 16;
+constexpr u32 kSquaresColumns = 32;
 
 // Rows of a tile of a tiled input: as few as hold a step of at most 64 rows, so that one bulk copy brings several slices.
 BK_INLINE u32 input_tile_rows(u32 num_rows) { return num_rows <= 8 ? 8 : (num_rows <= 16 ? 16 : (num_rows <= 32 ? 32 : 64)); }

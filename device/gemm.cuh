@@ -81,62 +81,152 @@ BK_INLINE void produce_wide_inputs(const EngineParams& params, const u8* input, 
 }
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
-// The main loop over K of one item for one warpgroup: 64 rows x kColumns of the tile's weight rows, from the tile's row_offset on.
-// Products of a slice run while the next one's are issued; a stage is given back once the products that read it are done.
-// All that addresses are made of is uniform(): wgmma takes its descriptors from uniform registers, and moving them there from a thread's own
-// registers costs more than a product of few columns.
+// The main loops over K of one item for one warpgroup: 64 rows x kColumns of the tile's weight rows, from the tile's row_offset on.
+// A group of slices is multiplied while the next one's products are issued; stages are given back once the products that read them are done.
+// Two rules make the loops fast. All that addresses are made of is uniform(): wgmma takes its descriptors from uniform registers, and moving them
+// there from a thread's own registers costs more than a product of few columns. Between wgmma_fence() and wgmma_commit() there is no branch.
+constexpr u32 kNone = 0xffffffff;
+
+struct MainLoop {
+  const EngineParams& params;
+  WorkerShared& shared;
+  RingCursor weights;
+  RingCursor inputs;
+  u64 a_base;
+  u64 b_base;
+  bool elected;  // the warpgroup's thread that gives stages back
+
+  BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
+  BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
+  BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
+  BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
+  BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_if(&shared.weights_empty[stage], elected && used); }
+  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_if(&shared.inputs_empty[stage], elected && used); }
+};
+
+template <int kColumns>
+BK_INLINE void multiply_slice(f32 (&d)[kColumns / 2], u64 a, u64 b) {
+#pragma unroll
+  for (int k = 0; k < 4; k++) wgmma_m64_k16<kColumns>(d, a + 2 * k, b + 2 * k, 1);
+}
+
+// Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage.
+template <int kTileRows, int kColumns, int kGroup>
+BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f32 (&d)[kColumns / 2]) {
+  constexpr u32 kStageSlices = slices_per_stage(kTileRows);
+  static_assert(kStageSlices % kGroup == 0, "groups fill a weight stage");
+  constexpr u32 kSliceBytes = kTileRows * 128;
+  const u32 input_bytes = input_rows * 128;
+  const u32 stage_inputs = kInputStageBytes / input_bytes;  // slices in an input stage: 2, 4, 8 or 16
+  u32 in_stage = 0;          // slices of the current input stage that are used up
+  u32 in_weight_stage = 0;   // and of the weight stage
+  u32 used_weights = kNone;  // stages whose last reader is the group in flight
+  u32 used_inputs = kNone;
+#pragma unroll 1
+  for (u32 slice = 0; slice + kGroup <= num_slices; slice += kGroup) {
+    if (in_weight_stage == 0) loop.wait_weights();
+    if (in_stage == 0) loop.wait_inputs();
+    const u64 a = loop.a_of(in_stage * input_bytes);
+    const u64 b = loop.b_of(in_weight_stage * kSliceBytes);
+    wgmma_fence();
+#pragma unroll
+    for (u32 j = 0; j < kGroup; j++) multiply_slice<kColumns>(d, a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
+    wgmma_commit();
+    wgmma_wait<1>();
+    loop.give_weights(used_weights, used_weights != kNone);
+    loop.give_inputs(used_inputs, used_inputs != kNone);
+    used_weights = used_inputs = kNone;
+    in_weight_stage += kGroup;
+    if (in_weight_stage == kStageSlices) {
+      used_weights = loop.weights.stage;
+      loop.weights.advance(kWeightStages);
+      in_weight_stage = 0;
+    }
+    in_stage += kGroup;
+    if (in_stage == stage_inputs) {
+      used_inputs = loop.inputs.stage;
+      loop.inputs.advance(kInputStages);
+      in_stage = 0;
+    }
+  }
+  wgmma_wait<0>();
+  loop.give_weights(used_weights, used_weights != kNone);
+  loop.give_inputs(used_inputs, used_inputs != kNone);
+#pragma unroll 1
+  for (u32 slice = num_slices / kGroup * kGroup; slice < num_slices; slice++) {  // a last group that is not full
+    if (in_weight_stage == 0) loop.wait_weights();
+    if (in_stage == 0) loop.wait_inputs();
+    const u64 a = loop.a_of(in_stage * input_bytes);
+    const u64 b = loop.b_of(in_weight_stage * kSliceBytes);
+    wgmma_fence();
+    multiply_slice<kColumns>(d, a, b);
+    wgmma_commit();
+    wgmma_wait<0>();
+    in_weight_stage++;
+    if (++in_stage == stage_inputs) {
+      loop.give_inputs(loop.inputs.stage, true);
+      loop.inputs.advance(kInputStages);
+      in_stage = 0;
+    }
+  }
+  if (in_weight_stage != 0) {  // a last stage that is not full
+    loop.give_weights(loop.weights.stage, true);
+    loop.weights.advance(kWeightStages);
+  }
+  if (in_stage != 0) {
+    loop.give_inputs(loop.inputs.stage, true);
+    loop.inputs.advance(kInputStages);
+  }
+}
+
+// Wide: an input stage is a slice of both row tiles.
+template <int kTileRows, int kColumns>
+BK_INLINE void multiply_wide(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
+  constexpr u32 kStageSlices = slices_per_stage(kTileRows);
+  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
+  u32 used_inputs = kNone;
+  u32 in_stage = 0;
+#pragma unroll 1
+  for (u32 slice = 0; slice < num_slices; slice++) {
+    if (in_stage == 0) loop.wait_weights();
+    loop.wait_inputs();
+    const u64 a = loop.a_of(0);
+    const u64 b = loop.b_of(in_stage * (kTileRows * 128));
+    wgmma_fence();
+    multiply_slice<kColumns>(d, a, b);
+    wgmma_commit();
+    wgmma_wait<1>();
+    loop.give_weights(used_weights, used_weights != kNone);
+    loop.give_inputs(used_inputs, used_inputs != kNone);
+    used_weights = kNone;
+    used_inputs = loop.inputs.stage;
+    loop.inputs.advance(kInputStages);
+    if (++in_stage == kStageSlices || slice + 1 == num_slices) {
+      used_weights = loop.weights.stage;
+      in_stage = 0;
+      loop.weights.advance(kWeightStages);
+    }
+  }
+  wgmma_wait<0>();
+  loop.give_weights(used_weights, true);
+  loop.give_inputs(used_inputs, true);
+}
+
 template <int kTileRows, int kColumns, bool kWide>
 BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                              ConsumerCursors& cursors, f32 (&d)[kColumns / 2]) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
-  constexpr u32 kSliceBytes = kTileRows * 128;
-  constexpr u32 kNone = 0xffffffff;
-  const bool elected = thread_idx() % 128 == 0;
-  const u32 num_slices = uniform(shape.num_slices);
-  const u32 input_slice_bytes = kWide ? kInputStageBytes : uniform(shape.input_rows) * 128;
-  RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
-  RingCursor inputs{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)};
   const u32 base = uniform(shared_address(shared_memory));
+  const u32 input_rows = kWide ? kRowTile : uniform(shape.input_rows);
   // With 8 rows the row groups of wgmma's A operand are all the same one.
-  const u64 a_base = wgmma_descriptor(base + kScratchOffset + (kWide ? uniform(thread_idx() / 128) * kRowTileBytes : 0), input_slice_bytes == 1024 ? 0 : 1024);
+  const u64 a_base = wgmma_descriptor(base + kScratchOffset + (kWide ? uniform(thread_idx() / 128) * kRowTileBytes : 0), input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
-  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
-  u32 used_inputs = kNone;
-  u32 in_weight_stage = 0;
-  u32 input_offset = 0;
-#pragma unroll 1
-  for (u32 slice = 0; slice < num_slices; slice++) {
-    const bool last = slice + 1 == num_slices;
-    if (in_weight_stage == 0) wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing);
-    if (input_offset == 0) wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing);
-    const u64 a = a_base + ((inputs.stage * kInputStageBytes + input_offset) >> 4);
-    const u64 b = b_base + ((weights.stage * kWeightStageBytes + in_weight_stage * kSliceBytes) >> 4);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; k++) wgmma_m64_k16<kColumns>(d, a + 2 * k, b + 2 * k, 1);
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (elected && used_weights != kNone) mbarrier_arrive(&shared.weights_empty[used_weights]);
-    if (elected && used_inputs != kNone) mbarrier_arrive(&shared.inputs_empty[used_inputs]);
-    used_weights = used_inputs = kNone;
-    input_offset += input_slice_bytes;
-    if (input_offset == kInputStageBytes || last) {
-      used_inputs = inputs.stage;
-      input_offset = 0;
-      inputs.advance(kInputStages);
-    }
-    if (++in_weight_stage == kStageSlices || last) {
-      used_weights = weights.stage;
-      in_weight_stage = 0;
-      weights.advance(kWeightStages);
-    }
-  }
-  wgmma_wait<0>();
-  if (elected) {
-    mbarrier_arrive(&shared.weights_empty[used_weights]);
-    mbarrier_arrive(&shared.inputs_empty[used_inputs]);
-  }
-  cursors = ConsumerCursors{weights, inputs};
+  MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0};
+  if constexpr (kWide) multiply_wide<kTileRows, kColumns>(loop, uniform(shape.num_slices), d);
+  else if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
+  else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
+  cursors = ConsumerCursors{loop.weights, loop.inputs};
 }
 
 // Where a fragment register lies: thread t of a warpgroup holds, for h in {0, 1} and block j, columns 8j + 2(t mod 4) + {0, 1} of row

@@ -18,10 +18,12 @@ BK_INLINE f32 quad_sum(f32 value) {  // over the 4 lanes that share a fragment r
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// kOpProject: hidden += product (+ bias); leaves hidden * next gain as the next op's input and the sums of squares of 16 columns.
+// kOpProject: hidden += product (+ bias); leaves hidden * next gain as the next op's input and the sums of squares of 32 columns: those of its halves, added,
+// because in the narrow shape they are two warpgroups'.
 struct ProjectEpilogue {
   const EngineParams& params;
   const Op& op;
+  WorkerShared& shared;
   u32 num_rows;
 
   template <int kColumns>
@@ -55,8 +57,10 @@ struct ProjectEpilogue {
 
   template <int kColumns, bool kWide, class Prefetched>
   BK_INLINE void finish(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const Prefetched& loaded, const f32*) const {
-    constexpr u32 kPartBlocks = kSquaresColumns / 8;
-    static_assert(kColumns % kSquaresColumns == 0, "whole groups of the sums of squares");
+    constexpr u32 kHalfColumns = kSquaresColumns / 2;
+    constexpr u32 kPartBlocks = kHalfColumns / 8;
+    static_assert(kWide ? kColumns % kSquaresColumns == 0 : kColumns == kHalfColumns, "whole groups of the sums of squares, or half of one");
+    f32 sums[2][kColumns / kHalfColumns];  // [half][part]
     const u32 hidden = params.dims.hidden;
     const f32* bias = reinterpret_cast<const f32*>(op.bias);
     const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
@@ -67,7 +71,7 @@ struct ProjectEpilogue {
       const u32 row = row_begin + fragment_row(half);
       f32* residual = hidden_row(row);
 #pragma unroll
-      for (u32 part = 0; part < kColumns / kSquaresColumns; part++) {
+      for (u32 part = 0; part < kColumns / kHalfColumns; part++) {
         f32 squares = 0.0f;
 #pragma unroll
         for (u32 block = part * kPartBlocks; block < (part + 1) * kPartBlocks; block++) {
@@ -94,12 +98,35 @@ struct ProjectEpilogue {
             *reinterpret_cast<u32*>(normed + 2 * tiled_offset(row, column, hidden / kSliceColumns, tile_rows)) = pack_bf16x2(value.x * gains.x, value.y * gains.y);
           }
         }
-        squares = quad_sum(squares);
-        const u32 part_idx = column_begin / kSquaresColumns + part;
-        if (row < num_rows && thread_idx() % 4 == 0 && part_idx * kSquaresColumns < hidden) {
-          reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + part_idx] = squares;
+        sums[half][part] = quad_sum(squares);
+      }
+    }
+    f32* parts = reinterpret_cast<f32*>(params.workspaces[kWsSquares]);
+    const u32 num_parts = hidden / kSquaresColumns;
+    const u32 first_part = column_begin / kSquaresColumns;
+    if constexpr (kWide) {
+#pragma unroll
+      for (u32 half = 0; half < 2; half++) {
+        const u32 row = row_begin + fragment_row(half);
+        if (row >= num_rows || thread_idx() % 4 != 0) continue;
+#pragma unroll
+        for (u32 part = 0; part < kColumns / kSquaresColumns; part++) {
+          if (first_part + part < num_parts) parts[static_cast<u64>(row) * num_parts + first_part + part] = sums[half][2 * part] + sums[half][2 * part + 1];
         }
       }
+    } else {
+      const bool is_second = column_begin % kSquaresColumns != 0;
+      if (is_second && thread_idx() % 4 == 0) {
+        for (u32 half = 0; half < 2; half++) shared.row_squares[fragment_row(half)] = sums[half][0];
+      }
+      named_barrier_sync<1, kComputeThreads>();  // the second half is there
+      if (!is_second && thread_idx() % 4 == 0) {
+        for (u32 half = 0; half < 2; half++) {
+          const u32 row = row_begin + fragment_row(half);
+          if (row < num_rows && first_part < num_parts) parts[static_cast<u64>(row) * num_parts + first_part] = sums[half][0] + shared.row_squares[fragment_row(half)];
+        }
+      }
+      named_barrier_sync<1, kComputeThreads>();  // hazard: the next item's second half overtakes a reader
     }
   }
 };
@@ -120,10 +147,15 @@ struct QkvEpilogue {
     u64 page_base;   // its page's first tile, in tiles of one K or V
   };
 
+  // Where the pair of columns from `column` of a row goes, and how it turns. No destination: the row or the column does not exist.
+  struct Cell {
+    u8* destination;
+    float2 turn;  // cos, sin
+  };
+
   template <int kColumns>
-  struct Turns {
-    Place places[2];                // [half]
-    float2 turns[2][kColumns / 8];  // [half][block]: cos, sin
+  struct Cells {
+    Cell cells[2][kColumns / 8];  // [half][block]
   };
 
   BK_INLINE u32 num_rotated() const { return (params.dims.num_heads + params.dims.num_kv_heads) * kHeadDim; }
@@ -136,9 +168,20 @@ struct QkvEpilogue {
     return Place{where.position, (static_cast<u64>(op.layer) * params.num_pages + page_table[where.position / kPageTokens]) * params.dims.num_kv_heads};
   }
 
-  BK_INLINE float2 turn_of(u32 position, u32 column) const {
-    if (column >= num_rotated()) return float2{1.0f, 0.0f};
-    return reinterpret_cast<const float2*>(op.rope)[static_cast<u64>(position) * (kHeadDim / 2) + column % kHeadDim / 2];
+  BK_INLINE Cell cell_of(const Place& place, u32 row, u32 column) const {
+    const ModelDims& dims = params.dims;
+    if (row >= num_rows || column >= op.out_features) return Cell{nullptr, float2{1.0f, 0.0f}};
+    const u32 head = column / kHeadDim;
+    const u32 in_head = column % kHeadDim;
+    const bool is_value = column >= num_rotated();
+    Cell cell{reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(row) * dims.num_heads * kHeadDim + column), float2{1.0f, 0.0f}};
+    if (!is_value) cell.turn = reinterpret_cast<const float2*>(op.rope)[static_cast<u64>(place.position) * (kHeadDim / 2) + in_head / 2];
+    if (head >= dims.num_heads) {
+      const u32 kv_head = head - dims.num_heads - (is_value ? dims.num_kv_heads : 0);
+      const u64 tile = (place.page_base + kv_head) * 2 + (is_value ? 1 : 0);
+      cell.destination = reinterpret_cast<u8*>(params.kv_cache) + 2 * ((tile * kPageTokens + place.position % kPageTokens) * kHeadDim + in_head);
+    }
+    return cell;
   }
 
   template <int kColumns, bool kWide>
@@ -146,12 +189,13 @@ struct QkvEpilogue {
     if constexpr (kWide) {
       return NothingPrefetched{};
     } else {
-      Turns<kColumns> loaded;
+      Cells<kColumns> loaded;
 #pragma unroll
       for (u32 half = 0; half < 2; half++) {
-        loaded.places[half] = place_of(row_begin + fragment_row(half));
+        const u32 row = row_begin + fragment_row(half);
+        const Place place = place_of(row);
 #pragma unroll
-        for (u32 block = 0; block < kColumns / 8; block++) loaded.turns[half][block] = turn_of(loaded.places[half].position, column_begin + fragment_column(block));
+        for (u32 block = 0; block < kColumns / 8; block++) loaded.cells[half][block] = cell_of(place, row, column_begin + fragment_column(block));
       }
       return loaded;
     }
@@ -199,8 +243,8 @@ struct QkvEpilogue {
 
   template <int kColumns, bool kWide, class Prefetched>
   BK_INLINE void finish(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const Prefetched& loaded, const f32* row_scale) const {
-    const ModelDims& dims = params.dims;
     const f32* bias = reinterpret_cast<const f32*>(op.bias);
+    const f32* gains = reinterpret_cast<const f32*>(column_begin < params.dims.num_heads * kHeadDim ? op.q_norm : op.k_norm);
     const bool normed_head = op.q_norm != 0 && column_begin < num_rotated();
     f32 scales[2], head_scale[2] = {1.0f, 1.0f};
     for (u32 half = 0; half < 2; half++) scales[half] = row_scale[(row_begin + fragment_row(half)) % (2 * kRowTile)];
@@ -208,44 +252,32 @@ struct QkvEpilogue {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       const u32 row = row_begin + fragment_row(half);
-      Place place;
+      Place place{};
       if constexpr (kWide) place = place_of(row);
-      else place = loaded.places[half];
 #pragma unroll
       for (u32 block = 0; block < kColumns / 8; block++) {
         const u32 column = column_begin + fragment_column(block);
-        if (row >= num_rows || column >= op.out_features) continue;
+        Cell cell;
+        if constexpr (kWide) cell = cell_of(place, row, column);
+        else cell = loaded.cells[half][block];
+        if (cell.destination == nullptr) continue;
         f32 low = d[block * 4 + half * 2] * scales[half];
         f32 high = d[block * 4 + half * 2 + 1] * scales[half];
         if (bias) {
           low += bias[column];
           high += bias[column + 1];
         }
-        const u32 head = column / kHeadDim;
-        const u32 in_head = column % kHeadDim;
+        if (normed_head) {
+          const float2 gain = *reinterpret_cast<const float2*>(gains + column % kHeadDim);
+          low *= head_scale[half] * gain.x;
+          high *= head_scale[half] * gain.y;
+        }
         if (column < num_rotated()) {
-          if (normed_head) {
-            const float2 gain = *reinterpret_cast<const float2*>(reinterpret_cast<const f32*>(head < dims.num_heads ? op.q_norm : op.k_norm) + in_head);
-            low *= head_scale[half] * gain.x;
-            high *= head_scale[half] * gain.y;
-          }
-          float2 turn;
-          if constexpr (kWide) turn = turn_of(place.position, column);
-          else turn = loaded.turns[half][block];
-          const f32 turned = low * turn.x - high * turn.y;
-          high = high * turn.x + low * turn.y;
+          const f32 turned = low * cell.turn.x - high * cell.turn.y;
+          high = high * cell.turn.x + low * cell.turn.y;
           low = turned;
         }
-        u8* destination;
-        if (head < dims.num_heads) {
-          destination = reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(row) * dims.num_heads * kHeadDim + column);
-        } else {
-          const bool is_value = column >= num_rotated();
-          const u32 kv_head = head - dims.num_heads - (is_value ? dims.num_kv_heads : 0);
-          const u64 tile = (place.page_base + kv_head) * 2 + (is_value ? 1 : 0);
-          destination = reinterpret_cast<u8*>(params.kv_cache) + 2 * ((tile * kPageTokens + place.position % kPageTokens) * kHeadDim + in_head);
-        }
-        *reinterpret_cast<u32*>(destination) = pack_bf16x2(low, high);
+        *reinterpret_cast<u32*>(cell.destination) = pack_bf16x2(low, high);
       }
     }
   }

@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
   init_shared();
   const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
   if (warp >= kComputeThreads / 32) {
-    set_registers_down<56>();
+    set_registers_down<64>();
     if (cta_idx() == params.num_workers) return;
     const u32 role = warp - kComputeThreads / 32;
     if (role == 0 && threadIdx.x % 32 == 0) weight_producer(params);

@@ -21,6 +21,11 @@ BK_INLINE void mbarrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Without a branch: code around it stays straight.
+BK_INLINE void mbarrier_arrive_if(u64* barrier, bool arrives) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(shared_address(barrier)), "r"(static_cast<u32>(arrives)) : "memory");
+}
+
 BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_bytes) : "memory");
 }

@@ -1,6 +1,6 @@
 // The row scales of an op that normalises its input: 1 / rms of its rows, summed up by two warps while the products run. GPU only.
 //
-// RMSNorm is a factor per row, so it can enter after the product: the op before leaves the sums of squares of every 16 hidden columns
+// RMSNorm is a factor per row, so it can enter after the product: the op before leaves the sums of squares of every 32 hidden columns
 // (kWsSquares), the scale warps (10 and 11) add them up in a fixed order, the epilogue multiplies. A buffer holds the 128 rows of one row
 // group; a CTA whose next item has the same row group goes on with the buffer it has. Writers and readers step through the items alike.
 // Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
@@ -53,7 +53,7 @@ struct ScaleReader {
   }
 };
 
-// One warp's rows of a buffer: every kScaleWarps-th, four at a time so that their loads are in flight together.
+// One warp's rows of a buffer, several at a time so that their loads are in flight together.
 BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u32 row_begin, u32 num_rows, u32 warp, f32* row_scale) {
   constexpr u32 kRowsAtOnce = 4;
   const u32 lane = thread_idx() % 32;

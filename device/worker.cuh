@@ -125,7 +125,8 @@ BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
 }
 
 // ---- Compute -----------------------------------------------------------------------------------------------------
-// Ends a phase: everything the compute threads wrote before is visible to whoever waits for the grid after.
+// Ends a phase: everything the compute threads wrote before is visible to whoever waits for the grid after. To bulk copies too: whoever starts
+// one has a proxy fence between the wait and the copy.
 BK_INLINE void grid_arrive(const EngineParams& params) { red_add_release_gpu(grid_word(params, kGridWordArrivals), 1); }  // pairs with wait_grid()
 
 // Until all phases so far are over on every SM: for ops whose compute threads read what other SMs wrote.
@@ -136,7 +137,6 @@ BK_INLINE void wait_phases(const EngineParams& params, const ComputeState& state
 
 // The barrier between the phases of an op.
 BK_INLINE void phase_barrier(const EngineParams& params, ComputeState& state) {
-  fence_proxy_async();                       // our stores before the bulk copies of whoever waits
   named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0's release
   if (is_first_thread()) {
     grid_arrive(params);
@@ -157,7 +157,6 @@ BK_INLINE void fetch_op(const EngineParams& params, u32 op_idx, Op* destination)
 BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joined) {
   ComputeState& state = shared.compute;
   cp_async_wait<0>();
-  fence_proxy_async();  // our stores before the bulk copies of whoever waits
   // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
   if (is_first_thread() && state.op_idx + 1 == params.num_ops) wait_mbarrier(params, &shared.producers_done, state.step & 1, kSiteProducers);
   named_barrier_sync<1, kComputeThreads>();  // all threads are done with the op
@@ -176,14 +175,14 @@ BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joi
   if (is_first_thread()) grid_arrive(params);
 }
 
-// kOpEmbed, one row per CTA at a time: hidden = table[token], its tiled copy times the first gain, sums of squares per 16 columns.
+// kOpEmbed, one row per CTA at a time: hidden = table[token], its tiled copy times the first gain, sums of squares per 32 columns.
 BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPlan* plan) {
   const u32 hidden = opaque(params.dims.hidden);
   const u32 tile_rows = input_tile_rows(plan->num_rows);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
   for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
     const u64 first = static_cast<u64>(plan_rows(params, plan)[row].token) * hidden;
-    for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // half a warp holds one group of 16 columns
+    for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
       const f32 value = __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(op.weight)[first + column]) << 16);
       reinterpret_cast<f32*>(params.workspaces[kWsHidden])[static_cast<u64>(row) * hidden + column] = value;
       reinterpret_cast<u16*>(params.workspaces[kWsNormed])[tiled_offset(row, column, hidden / kSliceColumns, tile_rows)] = static_cast<u16>(pack_bf16x2(value * gain[column], 0.0f));
@@ -286,7 +285,7 @@ BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepP
       run_gemm<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, shape, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
       break;
     default:
-      run_gemm<kProjectTileRows, kProjectTileRows / 2, false>(params, shape, shared_memory, shared, ProjectEpilogue{params, op, num_rows});
+      run_gemm<kProjectTileRows, kProjectTileRows / 2, false>(params, shape, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
   }
 }
 

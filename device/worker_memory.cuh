@@ -75,6 +75,7 @@ struct WorkerShared {
   u64 reserved0;
   Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
   f32 row_scale[kScaleBuffers][2 * kRowTile];    // [buffer][row]: 1 / rms of the rows of a pair of row tiles
+  f32 row_squares[kRowTile];                     // [row]: the second half of a group of 32 columns (project epilogue)
   f32 head_squares[2][kRowTile];                 // [warpgroup][row]: a head's two halves meet here (QKV epilogue)
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
@@ -84,7 +85,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 256;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 231744;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232000;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -106,21 +107,23 @@ __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site
 
 // Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
 BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
-  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) return;
+  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) return;  // it mostly waits in there
   const u64 start_ns = device_clock_ns();
   while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) {
     if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, site, parity, *barrier);
   }
 }
 
+constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
+
 // Waits for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
 BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
-  if (mbarrier_try_wait(barrier, parity)) return;
-  const u64 start_ns = device_clock_ns();
-  while (!mbarrier_try_wait(barrier, parity)) {
-    if (device_clock_ns() - start_ns > params.spin_budget_ns) {
-      fail(params, kFaultSpinExpired, site, parity, *barrier);
-    }
+  u64 start_ns = 0;
+  for (u32 tries = 1; !mbarrier_try_wait(barrier, parity); tries++) {
+    if (tries % kTriesPerLook) continue;
+    const u64 now_ns = device_clock_ns();
+    if (!start_ns) start_ns = now_ns;
+    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, site, parity, *barrier);
   }
 }
 
@@ -136,11 +139,13 @@ BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num
 // Waits until the grid has passed num_barriers barriers since launch. Acquire: pairs with grid_arrive().
 BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers) {
   u32* arrivals = grid_word(params, kGridWordArrivals);
-  if (grid_has_passed(params, ld_acquire_gpu(arrivals), num_barriers)) return;
-  const u64 start_ns = device_clock_ns();
+  u64 start_ns = 0;
   u32 seen;
-  while (!grid_has_passed(params, seen = ld_acquire_gpu(arrivals), num_barriers)) {
-    if (device_clock_ns() - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
+  for (u32 tries = 1; !grid_has_passed(params, seen = ld_acquire_gpu(arrivals), num_barriers); tries++) {
+    if (tries % kTriesPerLook) continue;
+    const u64 now_ns = device_clock_ns();
+    if (!start_ns) start_ns = now_ns;
+    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
   }
 }
 

@@ -18,7 +18,7 @@ from blinkimp.host.model_config import ModelConfig
 from blinkimp.ring_abi import DType
 
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
-SQUARES_COLUMNS: Final = 16  # kSquaresColumns of device/activation_layout.cuh
+SQUARES_COLUMNS: Final = 32  # kSquaresColumns of device/activation_layout.cuh
 SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
 
 

@@ -68,7 +68,7 @@ class Case:
     def put_squares(self, num_rows: int) -> NDArray[np.float64]:
         """Random sums of squares; returns 1 / rms of each row."""
         config = self.runner.config
-        parts = self.rng.uniform(10, 60, (num_rows, config.hidden // 16)).astype(np.float32)
+        parts = self.rng.uniform(10, 60, (num_rows, config.hidden // 32)).astype(np.float32)
         self.runner.set_workspace(SQUARES, parts)
         return 1 / np.sqrt(parts.astype(np.float64).sum(1, keepdims=True) / config.hidden + config.norm_eps)
 
@@ -107,8 +107,8 @@ def test_embed(case: Case, num_rows: int) -> None:
     np.testing.assert_array_equal(hidden, expected.astype(np.float32))
     gain = case.gains["model.layers.0.input_layernorm.weight"]
     assert relative_error(case.tiled(NORMED, num_rows, config.hidden), expected * gain) < 3e-3
-    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 16)[:num_rows]
-    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 16).sum(2)) < 1e-6
+    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 32)[:num_rows]
+    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 32).sum(2)) < 1e-6
 
 
 @pytest.mark.gpu
@@ -132,8 +132,8 @@ def test_project(case: Case, source: str, num_rows: int) -> None:
     assert relative_error(hidden, expected) < 1e-5  # fp32 accumulation
     gain_name = f"model.layers.{last}.post_attention_layernorm.weight" if source == "attention" else "model.norm.weight"
     assert relative_error(case.tiled(NORMED, num_rows, config.hidden), expected * case.gains[gain_name]) < 3e-3
-    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 16)[:num_rows]
-    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 16).sum(2)) < 1e-5
+    squares = runner.workspace(SQUARES, np.float32).reshape(-1, config.hidden // 32)[:num_rows]
+    assert relative_error(squares, (expected**2).reshape(num_rows, -1, 32).sum(2)) < 1e-5
 
 
 @pytest.mark.gpu
@@ -210,7 +210,7 @@ def test_bits_do_not_depend_on_the_batch(case: Case) -> None:
     runner, config = case.runner, case.runner.config
     normed = case.put_tiled(NORMED, 200, config.hidden)
     bits = runner.workspace(NORMED, np.uint16)
-    squares = case.rng.uniform(10, 60, (200, config.hidden // 16)).astype(np.float32)
+    squares = case.rng.uniform(10, 60, (200, config.hidden // 32)).astype(np.float32)
     runner.set_workspace(SQUARES, squares)
     runner.run(case.request(200), ops=only(OpKind.GATE_UP))
     together = case.tiled(ACTIVATION, 200, config.intermediate)
