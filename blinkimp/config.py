@@ -47,6 +47,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "gpu", "emulated"],
         Meta(description="`auto`: the GPU where there is one, else the emulated device"),
     ] = "auto"
+    kernel: Annotated[
+        Literal["auto", "hopper", "portable"],
+        Meta(description="of the GPU; `auto`: `hopper` on compute capability 9.0, `portable` (8.0 and newer) elsewhere"),
+    ] = "auto"
     compute_dtype: Annotated[
         Literal["auto", "f32", "bf16"], Meta(description="of GEMM inputs and KV pages; the GPU computes in bf16")
     ] = "auto"
@@ -85,6 +89,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_memory_fraction: Annotated[
         float, Meta(gt=0, le=1, description="share of the memory left after the weights that KV pages may take")
     ] = 0.9
+    prefix_cache: Annotated[
+        bool, Meta(description="requests that begin alike share the KV pages of their common beginning")
+    ] = True
     num_threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads of the emulated device")] = 0
     ingress_timeout_s: Annotated[
         float, Meta(ge=0.2, le=3600, description="an ingress silent for longer is dropped, its requests cancelled")
@@ -143,6 +150,8 @@ def _expectation(info: msgspec.inspect.Type, power_of_two: bool) -> str:
             return f"{noun} from {low} to {high}" if high is not None else f"{noun} of at least {low}"
         case msgspec.inspect.FloatType(gt=above, ge=low, le=high):
             return f"a number from {low} to {high}" if above is None else f"a number above {above}, at most {high}"
+        case msgspec.inspect.BoolType():
+            return "true or false"
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return f"text that matches {pattern}"
     return "text"

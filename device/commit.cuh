@@ -1,12 +1,13 @@
 // Commit: what the workers sampled becomes the requests' new state. All lanes side by side, one sequence of the plan each.
 //
-// Called by the persistent kernel's director warp and the emulated device after a step's workers are done; part of director.cuh. Between
-// two steps only this and the plan remain, so what it says to the rings is staged here and written by director_publish.
+// Called by the persistent kernel's director warp and the emulated device after a step's workers are done; part of director.cuh. What it
+// says to the rings is staged here and written by director_publish. As a rule the next step was planned ahead and runs already.
 // Test: pytest tests/host/test_director_requests.py tests/host/test_director_stateful.py
 //
 // Invariants (asserted by tests):
 //   K1  each output token is staged once, in order, with its output position; preemption neither repeats nor skips one.
 //   K2  a cancelled request stages no token at the commit that follows its CANCEL, then one FINISH.
+//   K3  a request that ends as a row of the next plan says so at once, and is freed at that plan's commit, of which it takes nothing.
 #pragma once
 #include <director_port.cuh>
 
@@ -30,15 +31,17 @@ struct SeqResult {      // what one sequence brings, in the registers of its lan
   u32 queue_pair_idx;   // kNoQueuePair: no sequence
   u32 num_completions;  // 0, TOKEN, FINISH, or both
   bool has_token;
+  u32 output_idx;       // of the token; without one, outputs so far
   SampleResult sample;
 };
 
-// One lane per sequence: the request's new state.
-BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq) {
+// One lane per sequence: the request's new state. The counts may stand there already (advance_in_flight).
+BK_INLINE SeqResult apply_sample(const EngineParams& params, u64 step, const PlanSeq& seq) {
   Request* request = request_at(params, seq.request_idx);
-  SeqResult result{request->queue_pair_idx, 0, false, {0, 0.0f}};
+  SeqResult result{request->queue_pair_idx, 0, false, seq.output_idx, {0, 0.0f}};
+  if (request->flags & kFlagFinished) return result;  // K3: it ended one step ago
   request->num_computed = seq.position_begin + seq.num_rows;
-  request->step_rows = 0;
+  if (seq.sample_row != kNoRow) request->num_tokens = request->num_computed + 1;
   if (request->flags & kFlagDropped) return result;
   if (request->flags & kFlagStopAsked) {  // K2
     request->flags |= kFlagFinished;
@@ -46,14 +49,13 @@ BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq)
     return result;
   }
   if (seq.sample_row == kNoRow) return result;
-  result.sample = reinterpret_cast<const SampleResult*>(params.sampled)[seq.sample_row];
+  result.sample = sampled_of_step(params, step)[seq.sample_row];
   result.has_token = true;
   if (result.sample.token >= params.dims.vocab) {
     record_fault(params, kFaultIntegrity, kSiteSampledToken, params.dims.vocab, result.sample.token);
     result.sample.token = 0;  // the engine stops at the fault; until then no id leads out of the vocabulary
   }
-  request_tokens(params, seq.request_idx)[request->num_tokens] = result.sample.token;
-  request->num_tokens += 1;
+  request_tokens(params, seq.request_idx)[request->num_computed] = result.sample.token;
   request->last_token = result.sample.token;
   const u32 reason = stop_reason(params, *request, result.sample.token, request->num_tokens - request->num_prompt_tokens);
   if (reason != 0) {
@@ -68,14 +70,14 @@ BK_INLINE SeqResult apply_sample(const EngineParams& params, const PlanSeq& seq)
 BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged, const Request& request, const SeqResult& result) {
   if (result.has_token) {
     staged->entry = CompletionEntry{kCompletionToken << kCommitKindShift, result.sample.token, request.request_id,
-                                    request.num_tokens - request.num_prompt_tokens - 1, result.sample.logprob, state.now_ns};
+                                    result.output_idx, result.sample.logprob, state.now_ns};
     staged->queue_pair_idx = result.queue_pair_idx;
     staged += 1;
   }
-  if (request.flags & kFlagFinished) {
+  if (result.num_completions > (result.has_token ? 1u : 0u)) {
     const u32 commit = (kCompletionFinish << kCommitKindShift) | (request.finish_reason << kCommitReasonShift);
     staged->entry = CompletionEntry{commit, request.num_prompt_tokens, request.request_id,
-                                    request.num_tokens - request.num_prompt_tokens, 0.0f, state.now_ns};
+                                    result.output_idx + (result.has_token ? 1 : 0), 0.0f, state.now_ns};
     staged->queue_pair_idx = result.queue_pair_idx;
   }
 }
@@ -89,30 +91,46 @@ BK_INLINE void end_request(const EngineParams& params, DirectorState& state, u32
     return;
   }
   count_finish(state, (request->flags & kFlagDropped) ? u32{kFinishCancelled} : request->finish_reason);
-  if (!(request->flags & kFlagDropped)) forget_request(params, state.table, request_idx);
+  if (!(request->flags & (kFlagDropped | kFlagForgotten))) forget_request(params, state.table, request_idx);
   free_request(params, state.table, request_idx);
 }
 
-// All lanes. Requests that ended leave the running list, which keeps its order; their pages are free in the same step (L2).
-BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
+// All lanes. Requests that ended leave the running list, which keeps its order; their pages are free in the same step (L2). With a next
+// plan, its rows stay, and only their ids are free (K3).
+BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, DirectorState& state, bool has_next) {
   const u32 num_running = state.status.num_running;
   u32 num_kept = 0;
   u32 num_ended = 0;
+  u32 num_forgotten = 0;
   for (u32 begin = 0; begin < num_running; begin += lanes.count) {
     const u32 i = begin + lanes.id;
     const u32 request_idx = i < num_running ? state.running[i] : kNoRequest;
-    const bool ends = request_idx != kNoRequest && (request_at(params, request_idx)->flags & (kFlagFinished | kFlagStopAsked | kFlagDropped));
-    const bool stays = request_idx != kNoRequest && !ends;
+    const Request* request = request_idx != kNoRequest ? request_at(params, request_idx) : nullptr;
+    const bool is_over = request != nullptr && (request->flags & (kFlagFinished | kFlagStopAsked | kFlagDropped));
+    const bool ends = is_over && !(has_next && request->step_rows > 0);
+    const bool stays = request != nullptr && !ends;
+    const bool is_forgotten = is_over && stays && (request->flags & (kFlagFinished | kFlagDropped | kFlagForgotten)) == kFlagFinished;
     const u32 kept_rank = num_kept + lanes.exclusive_sum(stays ? 1 : 0);
     const u32 ended_rank = num_ended + lanes.exclusive_sum(ends ? 1 : 0);
+    const u32 forgotten_rank = num_forgotten + lanes.exclusive_sum(is_forgotten ? 1 : 0);
     lanes.sync();  // hazard: entries move down over places that other lanes read above
     if (stays) state.running[kept_rank] = request_idx;
     if (ends) state.scratch[ended_rank] = request_idx;
+    if (is_forgotten) state.scratch[kMaxBatch - 1 - forgotten_rank] = request_idx;
     num_kept += lanes.sum(stays ? 1 : 0);
     num_ended += lanes.sum(ends ? 1 : 0);
+    num_forgotten += lanes.sum(is_forgotten ? 1 : 0);
   }
-  if (lanes.is_first()) state.status.num_running = num_kept;
   lanes.sync();  // hazard: scratch is read by every lane below
+  if (lanes.is_first()) {
+    state.status.num_running = num_kept;
+    for (u32 k = 0; k < num_forgotten; ++k) {
+      const u32 request_idx = state.scratch[kMaxBatch - 1 - k];
+      forget_request(params, state.table, request_idx);
+      request_at(params, request_idx)->flags |= kFlagForgotten;
+    }
+  }
+  lanes.sync();  // hazard: whoever is called next reads the running list
   for (u32 k = 0; k < num_ended; ++k) {
     const u32 request_idx = state.scratch[k];
     Request* request = request_at(params, request_idx);
@@ -138,6 +156,7 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
   }
   const u32 num_seqs = plan->num_seqs;
   if (state.num_staged + num_seqs * kStepCredit > kMaxStaged) publish_completions(params, lanes, state);  // the caller never published
+  const bool has_next = state.next_plan != kNextNone;
   u32 num_staged = state.num_staged;
   u32 staged_mask = 0;  // queue pairs that this step may write to
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) staged_mask |= state.queue_pairs[q].num_promised > 0 ? 1u << q : 0;
@@ -149,13 +168,13 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
   u32 num_prompt_rows = 0;
   for (u32 begin = 0; begin < num_seqs; begin += lanes.count) {
     const u32 i = begin + lanes.id;
-    SeqResult result{kNoQueuePair, 0, false, {0, 0.0f}};
+    SeqResult result{kNoQueuePair, 0, false, 0, {0, 0.0f}};
     const Request* request = nullptr;
     if (i < num_seqs) {
       const PlanSeq seq = plan_seqs(params, plan)[i];
       request = request_at(params, seq.request_idx);
       num_prompt_rows += seq.num_rows == 1 && seq.position_begin >= request->num_prompt_tokens ? 0 : seq.num_rows;
-      result = apply_sample(params, seq);
+      result = apply_sample(params, plan->step, seq);
       num_outputs += result.has_token ? 1 : 0;
       num_finished += (request->flags & (kFlagFinished | kFlagDropped)) ? 1 : 0;
     }
@@ -173,18 +192,67 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
   num_prompt_rows = lanes.sum(num_prompt_rows);
   const u32 num_deferred = state.num_deferred;
   lanes.sync();  // hazard: lane 0 changes below what the others have read
-  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) state.queue_pairs[q].num_promised = 0;
+  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
+    QueuePairState& queue_pair = state.queue_pairs[q];
+    queue_pair.num_promised = has_next ? queue_pair.num_promised - queue_pair.num_promised_now : 0;
+    queue_pair.num_promised_now = 0;
+  }
   if (lanes.is_first()) {
     state.num_staged = num_staged;
     state.num_deferred = 0;
-    state.step_in_flight = 0;
+    state.is_advanced = 0;
     state.status.step += 1;
-    state.status.step_ns_last = state.now_ns - state.plan_ns;
+    state.status.step_ns_last = (state.next_plan == kNextStarted ? state.next_start_ns : state.now_ns) - state.plan_ns;
+    state.step_in_flight = 0;
+    if (state.next_plan == kNextStarted) {  // it is the one in flight now
+      state.step_in_flight = 1;
+      state.next_plan = kNextNone;
+      state.plan_ns = state.next_start_ns;
+      st_relaxed_sys(&state.fault.step, state.status.step);  // relaxed: for reports only
+    }
     state.status.prompt_tokens += num_prompt_rows;
     state.status.output_tokens += num_outputs;
   }
   lanes.sync();  // hazard: ends use the credit and the staging that lane 0 just set
-  if (num_finished + num_deferred > 0) remove_ended(params, lanes, state);
+  if (num_finished + num_deferred > 0) remove_ended(params, lanes, state, has_next);
+}
+
+// ---- A last look before the next step ----------------------------------------------------------------------------
+constexpr u32 kMaxWatchedSeqs = 32;  // that as many stop at one step, all of a batch, is not worth a look
+
+// What one lane must know to see, the moment the workers are done, whether its sequence of the next plan was stopped by the token it
+// should go on from. Read beforehand: the words do not change any more.
+struct WatchedSeq {
+  const Request* request;  // null: it goes on in any case
+  u32 sample_row;          // of the step before
+  u32 num_stop_ids;
+};
+
+BK_INLINE WatchedSeq watch_seq(const EngineParams& params, const StepPlan* next, u32 seq_idx) {
+  const PlanSeq seq = plan_seqs(params, next)[seq_idx];
+  const u32 token = plan_rows(params, next)[seq.row_begin].token;
+  const Request* request = request_at(params, seq.request_idx);
+  if (!(token & kTokenPending)) return WatchedSeq{nullptr, 0, 0};
+  return WatchedSeq{request, token & ~kTokenPending, request->num_stop_ids};
+}
+
+// After the workers of the step before. All loads at once: each takes the better part of a microsecond.
+BK_INLINE bool was_stopped(const EngineParams& params, const StepPlan* next, const WatchedSeq& seq) {
+  if (seq.request == nullptr) return false;
+  const u32 flags = seq.request->flags;
+  const u32 token = sampled_of_step(params, next->step - 1)[seq.sample_row].token;
+  bool found = (flags & (kFlagStopAsked | kFlagDropped | kFlagFinished)) != 0;
+  for (u32 k = 0; k < kMaxStopIds; ++k) found |= k < seq.num_stop_ids && seq.request->stop_ids[k] == token;
+  for (u32 k = 0; k < params.dims.num_eos_ids; ++k) found |= !(flags & kFlagIgnoreEos) && params.dims.eos_ids[k] == token;
+  return found;
+}
+
+// All lanes. True: nobody in the next plan goes on, so it is not worth starting. director_plan finds that out by itself.
+BK_INLINE bool every_seq_was_stopped(const EngineParams& params, const Lanes& lanes, const StepPlan* next) {
+  if (next->num_seqs > kMaxWatchedSeqs) return false;
+  bool goes_on = false;
+  for (u32 i = lanes.id; i < next->num_seqs; i += lanes.count) goes_on |= !was_stopped(params, next, watch_seq(params, next, i));
+  return !lanes.any(goes_on);
 }
 
 }  // namespace blinkimp

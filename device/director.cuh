@@ -1,18 +1,21 @@
 // The director: polls queue pairs, plans steps, commits what the workers sampled, publishes completions.
 //
 // Called by the persistent kernel's director warp and by the emulated device's loop; DESIGN.md has the table of calls. All lanes call each
-// function together. Between director_plan with rows and its director_commit a step is in flight: poll and publish may run as often as
-// they like, plan and commit strictly alternate. One thread (CPU) or one warp (GPU) ever runs the director.
+// function together. Between director_plan with rows and its director_commit a step is in flight: poll, publish and plan_ahead may run as
+// often as they like. A plan that plan_ahead made is either started before that commit (start_next), or finished by the director_plan
+// after it; otherwise plan and commit strictly alternate. One thread (CPU) or one warp (GPU) ever runs the director.
 // Test: pytest tests/host -k director
 //
 // Invariants beside those of the modules (asserted by tests):
 //   M1  after kCommandStop the director exits once every staged completion is published and every FINISH had its credit, or the ingress
 //       gave none for ingress_timeout_ns.
+//   M2  at most one step is in flight and one planned or started behind it; the tokens of a request do not depend on which steps were
+//       planned ahead.
 #pragma once
 #include <commit.cuh>
 #include <director_integrity.cuh>
 #include <intake.cuh>
-#include <scheduler.cuh>
+#include <plan_ahead.cuh>
 
 namespace blinkimp {
 
@@ -157,8 +160,105 @@ BK_INLINE bool may_exit(const EngineParams& params, const DirectorState& state) 
   return state.status.num_finishing == 0 || device_clock_ns() - state.stop_seen_ns > params.ingress_timeout_ns;
 }
 
+// Lane 0.
+BK_INLINE void write_plan_header(StepPlan* plan, const StepDraft& draft, u64 step, u32 flags) {
+  plan->step = step;
+  plan->num_rows = draft.num_rows;
+  plan->num_seqs = draft.num_seqs;
+  plan->num_sample_rows = draft.num_sample_rows;
+  plan->flags = flags;
+  plan->max_kv_tokens = draft.max_kv_tokens;
+  plan->reserved0 = 0;
+}
+
+// All lanes. Plans the step after the one in flight, or admits to that plan what came since. `plan`: plan_of_step() of it. Returns
+// whether there is one; the caller may start it once the workers are done, unless state.next_waits.
+BK_INLINE bool director_plan_ahead(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
+  DirectorState& state = director_state(params);
+  if (!state.step_in_flight || state.next_plan == kNextStarted || state.is_stopped) {
+    if (lanes.is_first()) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
+    return false;
+  }
+  const bool is_new = state.next_plan == kNextNone;
+  StepDraft draft = state.next_draft;
+  if (is_new) {
+    if (!state.is_advanced) advance_in_flight(params, lanes, plan_of_step(params, state.status.step));
+    lanes.sync();  // hazard: each lane looks at requests that another one advanced
+    if (lanes.is_first()) state.is_advanced = 1;
+    if (!can_plan_ahead(params, lanes, state)) return false;
+    lanes.sync();  // hazard: promises change while another lane still counts credit
+    for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
+      QueuePairState& queue_pair = state.queue_pairs[q];
+      queue_pair.num_promised_now = queue_pair.num_promised;
+    }
+    lanes.sync();  // hazard: credit is looked at in other lanes
+    draft = plan_step(params, lanes, state, plan);
+  } else {
+    const u32 num_seqs = draft.num_seqs;
+    lanes.sync();  // hazard: lane 0 admits while another lane still reads the draft
+    extend_plan(params, lanes, state, plan, num_seqs, true, draft);
+  }
+  const bool waits = commit_makes_room(params, lanes, state, draft);
+  lanes.sync();  // hazard: lane 0 changes below what the others have read; and the caller's lanes see the whole plan
+  if (lanes.is_first()) {
+    write_plan_header(plan, draft, state.status.step + 1, 0);
+    state.next_draft = draft;
+    state.next_plan = draft.num_rows > 0 ? u32{kNextReady} : u32{kNextNone};
+    state.next_waits = waits ? 1 : 0;
+  }
+  if (draft.num_rows == 0) {  // everybody's last token is on its way
+    for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) state.queue_pairs[q].num_promised_now = 0;
+  }
+  lanes.sync();  // hazard: the next call reads the state in all lanes
+  return draft.num_rows > 0;
+}
+
+// All lanes. The workers have the plan that director_plan_ahead made, since start_ns; they were done with the step before it at
+// arrived_ns, and its commit follows.
+BK_INLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
+  DirectorState& state = director_state(params);
+  if (lanes.is_first()) {
+    if (state.next_plan != kNextReady || !state.step_in_flight) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
+    state.next_plan = kNextStarted;
+    state.next_start_ns = start_ns;
+    state.status.gap_ns_last = start_ns - arrived_ns;
+  }
+  lanes.sync();  // hazard: the commit branches on it in all lanes
+}
+
+// All lanes. The workers have the plan of director_plan, since start_ns. arrived_ns: of the step before, 0 = the engine was idle.
+BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
+  DirectorState& state = director_state(params);
+  if (lanes.is_first()) {
+    state.plan_ns = start_ns;
+    if (arrived_ns != 0) state.status.gap_ns_last = start_ns - arrived_ns;
+  }
+}
+
+// All lanes. After a commit, with a plan made ahead of it. Drops that plan if nobody in it goes on; else admits to it what it can.
+BK_INLINE StepDraft finish_next_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
+  StepDraft draft = state.next_draft;
+  bool is_wanted = false;
+  for (u32 i = lanes.id; i < draft.num_seqs; i += lanes.count) {
+    const Request* request = request_at(params, plan_seqs(params, plan)[i].request_idx);
+    is_wanted |= !(request->flags & (kFlagStopAsked | kFlagDropped | kFlagFinished));
+  }
+  is_wanted = lanes.any(is_wanted);
+  lanes.sync();  // hazard: lane 0 changes below what the others have read
+  if (lanes.is_first()) state.next_plan = kNextNone;
+  if (is_wanted) {
+    extend_plan(params, lanes, state, plan, draft.num_seqs, true, draft);
+    return draft;
+  }
+  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) state.queue_pairs[q].num_promised = 0;
+  if (lanes.is_first()) state.num_deferred = 0;
+  lanes.sync();  // hazard: the ends below use that credit
+  remove_ended(params, lanes, state, false);
+  return plan_step(params, lanes, state, plan);
+}
+
 // All lanes. Fills `plan` for the next step and returns its rows; 0 rows: no step is in flight, and with kPlanExit in plan->flags the
-// director has stopped and published its last status.
+// director has stopped and published its last status. `plan` is the one that director_plan_ahead got, if that made one.
 BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
   DirectorState& state = director_state(params);
   if (state.step_in_flight) {
@@ -168,15 +268,10 @@ BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, Step
   if (lanes.is_first() && may_exit(params, state)) state.is_stopped = 1;
   lanes.sync();  // hazard: all lanes branch on is_stopped
   StepDraft draft{0, 0, 0, 0};
-  if (!state.is_stopped) draft = plan_step(params, lanes, state, plan);
+  if (!state.is_stopped && state.next_plan == kNextReady) draft = finish_next_plan(params, lanes, state, plan);
+  else if (!state.is_stopped) draft = plan_step(params, lanes, state, plan);
   if (lanes.is_first()) {
-    plan->step = state.status.step;
-    plan->num_rows = draft.num_rows;
-    plan->num_seqs = draft.num_seqs;
-    plan->num_sample_rows = draft.num_sample_rows;
-    plan->flags = state.is_stopped ? u32{kPlanExit} : 0;
-    plan->max_kv_tokens = draft.max_kv_tokens;
-    plan->reserved0 = 0;
+    write_plan_header(plan, draft, state.status.step, state.is_stopped ? u32{kPlanExit} : 0);
     state.step_in_flight = draft.num_rows > 0 ? 1 : 0;
     state.plan_ns = device_clock_ns();
     st_relaxed_sys(&state.fault.step, state.status.step);  // relaxed: for reports only

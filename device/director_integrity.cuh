@@ -99,7 +99,7 @@ BK_INLINE bool check_requests(const EngineParams& params, const Lanes& lanes, co
       const bool linked = request->next_idx == kNoRequest ||
                           (request->next_idx < params.num_requests && request_at(params, request->next_idx)->state == kRequestFree);
       if (!linked) num_bad_links += 1;
-    } else if (!(request->flags & kFlagDropped)) {  // R1, R3: with a twin, one of the two would not find itself
+    } else if (!(request->flags & (kFlagDropped | kFlagForgotten))) {  // R1, R3: with a twin, one of the two would not find itself
       if (find_request(params, state.table, request->queue_pair_idx, request->request_id) != r) num_lost += 1;
     }
   }

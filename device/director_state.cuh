@@ -8,7 +8,7 @@
 //   [.., consumer)                              the ingress read them; their entries are free
 //   [consumer, published)                       in the ring, for the ingress to read
 //   [published, + num_staged)                   written to `staged`, published by the next director_publish
-//   [published + num_staged, + num_promised)    promised to the step that is planned or runs: TOKEN and FINISH of each request
+//   [published + num_staged, + num_promised)    promised to the steps that are planned or run: TOKEN and FINISH of each request
 //   [.., consumer + num_completions)            credit: free to be promised or staged
 // Invariant C1: published + num_staged + num_promised - consumer <= num_completions. Nothing unread is ever overwritten.
 #pragma once
@@ -31,6 +31,20 @@ enum QueuePairEvent : u32 {
   kEventAttach = 1,  // ingress.epoch is odd and higher than what was answered
   kEventDetach = 2,  // ingress.epoch is even and higher than what was answered
   kEventStale = 3,   // the heartbeat stands still
+};
+
+// The step after the one in flight.
+enum NextPlan : u32 {
+  kNextNone = 0,
+  kNextReady = 1,    // planned ahead; more requests may still be admitted to it
+  kNextStarted = 2,  // the workers have it: the step before it is not committed yet
+};
+
+struct StepDraft {  // of one plan, uniform over the lanes
+  u32 num_seqs;
+  u32 num_rows;
+  u32 num_sample_rows;
+  u32 max_kv_tokens;
 };
 
 struct QueuePairState {
@@ -62,7 +76,7 @@ struct QueuePairState {
   u32 num_waiting;
   u32 num_running;
   u32 num_finishing;
-  u32 reserved0;
+  u32 num_promised_now;          // of num_promised: to the step in flight, while the next one is planned too. Else 0
   SubmissionEntry entry;
 };
 ABI_SIZE(QueuePairState, 232);
@@ -78,12 +92,17 @@ ABI_SIZE(StagedCompletion, 40);
 struct DirectorState {
   FaultLatch fault;              // first: fault.cuh
   u64 now_ns;                    // device clock at the start of the call that runs
-  u64 plan_ns;                   // when the step that runs was planned
+  u64 plan_ns;                   // when the step in flight was handed to the workers
+  u64 next_start_ns;             // kNextStarted: when that was
   u64 integrity_ns;              // last check
   u64 stop_seen_ns;              // when kCommandStop was first seen, 0 = not
   u32 command;                   // EngineCommand, as last seen
   u32 is_stopped;                // nothing is left to do after kCommandStop
   u32 step_in_flight;            // between a plan with rows and its commit
+  u32 next_plan;                 // NextPlan: not kNextNone only while a step is in flight, or from its commit to the next director_plan
+  u32 next_waits;                // kNextReady: worth a commit first, which makes room for requests that wait
+  u32 is_advanced;               // the requests of the step in flight count what it computes and samples already
+  StepDraft next_draft;          // of the next plan
   u32 num_deferred;              // running requests with kFlagStopAsked or kFlagDropped: their end waits for the commit
   u32 num_staged;
   u32 next_admit_idx;            // queue pair whose turn it is at admission
@@ -102,6 +121,9 @@ static_assert(sizeof(DirectorState) <= kDirectorStateBytes, "program_abi.h sizes
 BK_INLINE DirectorState& director_state(const EngineParams& params) { return *reinterpret_cast<DirectorState*>(params.director_state); }
 BK_INLINE EnginePage& engine_page(const EngineParams& params) { return *reinterpret_cast<EnginePage*>(params.engine_page); }
 BK_INLINE QueuePair& queue_pair_region(const QueuePairState& queue_pair) { return *reinterpret_cast<QueuePair*>(queue_pair.region); }
+
+// Requests' pages belong to workers that run, or to a plan that will.
+BK_INLINE bool pages_are_planned(const DirectorState& state) { return state.step_in_flight || state.next_plan != kNextNone; }
 
 BK_INLINE bool is_attached(const QueuePairState& queue_pair) { return (queue_pair.epoch & 1) != 0; }
 

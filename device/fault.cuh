@@ -24,6 +24,7 @@ enum FaultSite : u32 {
   kSiteCredit = 17,              // completions beyond the ring
   kSiteRequestBalance = 18,      // accepted != finished + live
   kSiteRequestLookup = 19,       // a live request that the lookup does not find
+  kSitePrefixCache = 20,         // a page of the prefix cache that the lookup or the LRU ring does not know
   kSiteGridBarrier = 100,        // a grid barrier outlived its budget
   kSiteStepWait = 102,           // the director waited for the workers
   kSiteWeightRing = 103,         // a stage of the shared-memory ring outlived its budget
@@ -31,6 +32,8 @@ enum FaultSite : u32 {
   kSiteInputRing = 105,          // likewise, of the activations
   kSiteScales = 107,             // of the row scales
   kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
+  kSiteAttentionSchedule = 107,  // the step's schedule of attention was not ready in time
+  kSiteAttentionWindows = 108,   // more window sizes among the layers than attention plans for
   kSiteEmulatedOp = 200,
 };
 

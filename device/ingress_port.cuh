@@ -96,10 +96,35 @@ BK_INLINE HeaderCheck check_queue_pair_header(const QueuePairHeader& header, u64
 // A claimed submission: private until commit(); dropping it is the abort, for nothing has been published.
 struct SubmissionClaim {
   SubmissionEntry* entry;  // in the ring, ours until commit()
-  RequestBody* body;       // in the arena, body_bytes long; null for an operation without a body
+  u8* body;                // in the arena, body_bytes long; null for an operation without a body
   u64 arena_pos;           // monotonic position of `body`
   u32 body_bytes;
 };
+
+// A request as try_submit() takes it; nic_shim/queue_pair.py packs the same words. Pointers are the caller's, read during the call only.
+struct RequestOrder {
+  const u32* stop_ids;          // [num_stop_ids]
+  const LogitBias* logit_bias;  // [num_logit_bias]
+  const u32* prompt_ids;        // [num_prompt_tokens]
+  u64 request_id;
+  u64 timeout_ns;
+  u64 cache_salt;
+  u32 num_stop_ids;
+  u32 num_logit_bias;
+  u32 num_prompt_tokens;
+  u32 max_tokens;
+  u32 num_prior_outputs;
+  u32 flags;                    // RequestBodyFlags
+  u32 constraint;               // slot + 1, or 0
+  u32 constraint_state;
+  i32 priority;
+  u32 reserved0;
+  SamplingParams sampling;      // num_logit_bias is taken from above
+};
+ABI_SIZE(RequestOrder, 152);
+
+// A piece is copied by the director in one poll: this many bytes over PCIe keep it away from the next step for 15 us or so.
+constexpr u64 kConstraintPieceBytes = 32 * 1024;
 
 struct IngressPort {
   QueuePair* queue_pair;          // start of the region, the engine's memory
@@ -218,7 +243,7 @@ struct IngressPort {
   }
 
   // ---- Submissions -----------------------------------------------------------------------------------------------
-  // body_bytes: RequestBody + stop ids + prompt ids, or 0 for an operation without a body.
+  // body_bytes: of the whole body, or 0 for an operation without a body.
   BK_INLINE u32 try_claim(u64 body_bytes, SubmissionClaim* claim) {
     const u32 port_state = state();
     if (port_state != kPortOk) return port_state;
@@ -243,23 +268,23 @@ struct IngressPort {
     const u64 arena_consumer_pos = ld_acquire_sys(&theirs.arena_consumer_pos);
     if (arena_producer_pos - arena_consumer_pos > arena_bytes) return kPortCorrupt;
     if (claim->arena_pos + claim_bytes - arena_consumer_pos > arena_bytes) return kPortArenaFull;
-    claim->body = reinterpret_cast<RequestBody*>(arena + offset);
+    claim->body = arena + offset;
     return kPortOk;
   }
 
-  // Publishes a claim whose body is filled in.
-  BK_INLINE void commit(const SubmissionClaim& claim, u32 op, u64 request_id, u32 num_prompt_tokens, u32 max_tokens, u64 client_ns) {
+  // Publishes a claim whose body is filled in. `words`: the entry's words, save those that the claim and this port know.
+  BK_INLINE void commit(const SubmissionClaim& claim, u32 op, const SubmissionEntry& words) {
     SubmissionEntry* entry = claim.entry;
     entry->epoch = static_cast<u32>(epoch);
-    entry->request_id = request_id;
+    entry->request_id = words.request_id;
     entry->arena_pos = claim.body != nullptr ? claim.arena_pos : 0;
     entry->body_bytes = claim.body_bytes;
-    entry->num_prompt_tokens = num_prompt_tokens;
-    entry->max_tokens = max_tokens;
-    entry->priority = 0;
-    entry->client_ns = client_ns;
-    entry->timeout_ns = 0;
-    entry->cache_salt = 0;
+    entry->num_prompt_tokens = words.num_prompt_tokens;
+    entry->max_tokens = words.max_tokens;
+    entry->priority = words.priority;
+    entry->client_ns = words.client_ns;
+    entry->timeout_ns = words.timeout_ns;
+    entry->cache_salt = words.cache_salt;
     // Release pairs with the director's acquire of the commit word (poll in director_port.cuh): entry and body stand before it (I4).
     st_release_sys(&entry->commit, commit_parity(producer_pos, num_submissions) | (op << kCommitKindShift));
     if (claim.body != nullptr) arena_producer_pos = claim.arena_pos + align_arena(claim.body_bytes);
@@ -267,20 +292,55 @@ struct IngressPort {
     st_relaxed_sys(&queue_pair->ingress.submission_producer_pos, producer_pos);  // relaxed: for observers only
   }
 
-  // A whole request. stop_ids: [num_stop_ids], prompt_ids: [num_prompt_tokens], both the caller's.
-  BK_INLINE u32 try_submit(u64 request_id, const SamplingParams& sampling, const u32* stop_ids, u32 num_stop_ids, const u32* prompt_ids,
-                           u32 num_prompt_tokens, u32 max_tokens) {
-    const u64 body_bytes = sizeof(RequestBody) + (static_cast<u64>(num_stop_ids) + num_prompt_tokens) * sizeof(u32);
+  // A whole request.
+  BK_INLINE u32 try_submit(const RequestOrder& order) {
+    const u64 num_ids = static_cast<u64>(order.num_stop_ids) + order.num_prompt_tokens;
+    const u64 body_bytes = sizeof(RequestBody) + num_ids * sizeof(u32) + static_cast<u64>(order.num_logit_bias) * sizeof(LogitBias);
     SubmissionClaim claim;
     const u32 status = try_claim(body_bytes, &claim);
     if (status != kPortOk) return status;
-    *claim.body = RequestBody{};
-    claim.body->sampling = sampling;
-    claim.body->num_stop_ids = num_stop_ids;
-    u32* ids = reinterpret_cast<u32*>(claim.body + 1);
-    for (u32 i = 0; i < num_stop_ids; ++i) ids[i] = stop_ids[i];
-    for (u32 i = 0; i < num_prompt_tokens; ++i) ids[num_stop_ids + i] = prompt_ids[i];
-    commit(claim, kSubmissionRequest, request_id, num_prompt_tokens, max_tokens, 0);
+    RequestBody* body = reinterpret_cast<RequestBody*>(claim.body);
+    *body = RequestBody{};
+    body->sampling = order.sampling;
+    body->sampling.num_logit_bias = order.num_logit_bias;
+    body->num_stop_ids = order.num_stop_ids;
+    body->num_prior_outputs = order.num_prior_outputs;
+    body->flags = order.flags;
+    body->constraint = order.constraint;
+    body->constraint_state = order.constraint_state;
+    u32* stop_ids = reinterpret_cast<u32*>(body + 1);
+    for (u32 i = 0; i < order.num_stop_ids; ++i) stop_ids[i] = order.stop_ids[i];
+    LogitBias* logit_bias = reinterpret_cast<LogitBias*>(stop_ids + order.num_stop_ids);
+    for (u32 i = 0; i < order.num_logit_bias; ++i) logit_bias[i] = order.logit_bias[i];
+    u32* prompt_ids = reinterpret_cast<u32*>(logit_bias + order.num_logit_bias);
+    for (u32 i = 0; i < order.num_prompt_tokens; ++i) prompt_ids[i] = order.prompt_ids[i];
+    SubmissionEntry words{};
+    words.request_id = order.request_id;
+    words.num_prompt_tokens = order.num_prompt_tokens;
+    words.max_tokens = order.max_tokens;
+    words.priority = order.priority;
+    words.timeout_ns = order.timeout_ns;
+    words.cache_salt = order.cache_salt;
+    commit(claim, kSubmissionRequest, words);
+    return kPortOk;
+  }
+
+  // Pieces of a constraint automaton from *offset on, as many as there is room for; *offset moves on. kPortOk: the whole is committed.
+  // table: u8 [table_bytes], the caller's, with the same bytes in each call.
+  BK_INLINE u32 try_load_constraint(u32 slot, const u8* table, u64 table_bytes, u64* offset) {
+    const u64 most_bytes = arena_bytes / 4 < kConstraintPieceBytes ? arena_bytes / 4 : kConstraintPieceBytes;
+    while (*offset < table_bytes) {
+      const u64 piece_bytes = table_bytes - *offset < most_bytes ? table_bytes - *offset : most_bytes;
+      SubmissionClaim claim;
+      const u32 status = try_claim(piece_bytes, &claim);
+      if (status != kPortOk) return status;
+      for (u64 i = 0; i < piece_bytes; ++i) claim.body[i] = table[*offset + i];
+      SubmissionEntry words{};
+      words.request_id = slot;
+      words.client_ns = *offset;
+      commit(claim, kSubmissionConstraint, words);
+      *offset += piece_bytes;
+    }
     return kPortOk;
   }
 
@@ -289,7 +349,10 @@ struct IngressPort {
     SubmissionClaim claim;
     const u32 status = try_claim(0, &claim);
     if (status != kPortOk) return status;
-    commit(claim, op, request_id, 0, 0, client_ns);
+    SubmissionEntry words{};
+    words.request_id = request_id;
+    words.client_ns = client_ns;
+    commit(claim, op, words);
     return kPortOk;
   }
 

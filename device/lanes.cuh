@@ -20,6 +20,10 @@ struct Lanes {
   BK_INLINE void sync() const { __syncwarp(); }
   BK_INLINE bool any(bool value) const { return __any_sync(0xffffffffu, value); }
   BK_INLINE u32 broadcast(u32 value, u32 source_lane) const { return __shfl_sync(0xffffffffu, value, source_lane); }
+  // One reading for all: lanes that compare clocks of their own would part ways.
+  BK_INLINE u64 clock_ns() const {
+    return __shfl_sync(0xffffffffu, device_clock_ns(), 0);
+  }
   BK_INLINE u32 sum(u32 value) const { return __reduce_add_sync(0xffffffffu, value); }
   BK_INLINE u32 max(u32 value) const { return __reduce_max_sync(0xffffffffu, value); }
   BK_INLINE u32 exclusive_sum(u32 value) const {
@@ -35,6 +39,7 @@ struct Lanes {
   void sync() const {}
   bool any(bool value) const { return value; }
   u32 broadcast(u32 value, u32) const { return value; }
+  u64 clock_ns() const { return device_clock_ns(); }
   u32 sum(u32 value) const { return value; }
   u32 max(u32 value) const { return value; }
   u32 exclusive_sum(u32) const { return 0; }

@@ -10,16 +10,11 @@ namespace blinkimp {
 BK_INLINE bool samples_every_row(const StepPlan& plan) { return plan.num_sample_rows == plan.num_rows; }
 
 // One barrier per phase: attention's splits and their combination; the LM head's gathering of the sampled rows and its product.
-BK_INLINE u32 phases_of(u32 kind, const StepPlan& plan) {
-  if (kind == kOpAttention) return 2;
-  return kind == kOpLmHead && !samples_every_row(plan) ? 2 : 1;
-}
+BK_INLINE u32 phases_of(u32 kind) { return kind == kOpAttention || kind == kOpLmHead ? 2 : 1; }
 
-// Grid barriers of a step: they depend on samples_every_row() alone.
-BK_INLINE u32 phases_of_program(const EngineParams& params, const StepPlan& plan) {
-  u32 num_phases = 0;
-  for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) num_phases += phases_of(reinterpret_cast<const Op*>(params.ops)[op_idx].kind, plan);
-  return num_phases;
-}
+// Phases that a step leaves out: the gathering, when there is nothing to gather.
+BK_INLINE u32 saved_phases(const StepPlan& plan) { return samples_every_row(plan) ? 1 : 0; }
+
+BK_INLINE u32 phases_in_step(u32 kind, const StepPlan& plan) { return phases_of(kind) - (kind == kOpLmHead ? saved_phases(plan) : 0); }
 
 }  // namespace blinkimp

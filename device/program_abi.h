@@ -11,6 +11,7 @@ namespace blinkimp {
 constexpr u32 kPageTokens = 64;       // tokens in a KV page
 constexpr u32 kMaxStepTokens = 8192;  // upper bound of EngineParams.max_step_tokens
 constexpr u32 kNoRow = 0xffffffff;
+constexpr u32 kTokenPending = 0x80000000;  // in PlanRow.token: the step before samples it; the low bits are its sample_row there
 
 enum DType : u32 {
   kF32 = 0,
@@ -96,7 +97,7 @@ struct PlanSeq {       // one request's share of the step
 ABI_SIZE(PlanSeq, 32);
 
 struct PlanRow {
-  u32 token;
+  u32 token;       // or kTokenPending | sample_row: read it with plan_row_token() of step_plan.cuh
   u32 position;
   u32 seq_idx;     // into PlanSeq
   u32 sample_row;  // or kNoRow
@@ -119,7 +120,7 @@ struct StepPlan {  // header; the arrays stand behind it: PlanSeq[max_batch], Pl
 };
 ABI_SIZE(StepPlan, 64);
 
-struct SampleResult {  // [max_batch], by sample_row; workers -> director
+struct SampleResult {  // [2][max_batch], by step & 1 and sample_row; workers -> director, and the next step's workers
   u32 token;
   f32 logprob;
 };
@@ -155,7 +156,7 @@ struct EngineParams {  // written by the host before launch, then constant
   u64 free_pages;                    // u32 [num_pages], a stack
   u64 page_owners;                   // u32 [num_pages]: request_idx + 1, 0 = free
   u64 plans[2];                      // StepPlan and its arrays; step n uses plans[n & 1]
-  u64 sampled;                       // SampleResult [max_batch]
+  u64 sampled;                       // SampleResult [2][max_batch]; step n uses [n & 1]
   u64 ops;                           // Op [num_ops]
   u64 kv_cache;                      // [num_layers, num_pages, num_kv_heads, 2 (K, V), kPageTokens, head_dim] of kv_dtype
   u64 workspaces[kNumWorkspaces];    // layouts belong to the interpreter
@@ -168,7 +169,7 @@ struct EngineParams {  // written by the host before launch, then constant
   u32 num_constraint_slots;          // of each queue pair
   u32 prefix_cache_enabled;          // 0, 1
   u64 prefix_cache;                  // device/prefix_cache.cuh, zeroed
-  u64 top_logprobs;                  // SampleResult [max_batch, kMaxTopLogprobs], by sample_row
+  u64 top_logprobs;                  // SampleResult [2][max_batch, kMaxTopLogprobs], by step & 1 and sample_row
   u64 trace;                         // device/trace.cuh, or 0: tracing is off
   u64 parked_after_ns;               // the kernel leaves after this long without work; 0 = never
   u64 reserved[6];

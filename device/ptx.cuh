@@ -109,6 +109,37 @@ BK_INLINE void st_release_gpu(u32* address, u32 value) {
 #endif
 }
 
+// Among warps of one CTA, through its shared memory (generic addresses).
+BK_INLINE u32 ld_acquire_cta(const u32* address) {
+#if BK_GPU
+  u32 value;
+  asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+#else
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+#endif
+}
+
+BK_INLINE void st_release_cta(u32* address, u32 value) {
+#if BK_GPU
+  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#else
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+#endif
+}
+
+// Compare-and-swap; returns the value seen before.
+BK_INLINE u32 cas_acq_rel_cta(u32* address, u32 expected, u32 desired) {
+#if BK_GPU
+  u32 seen;
+  asm volatile("atom.acq_rel.cta.cas.b32 %0, [%1], %2, %3;" : "=r"(seen) : "l"(address), "r"(expected), "r"(desired) : "memory");
+  return seen;
+#else
+  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return expected;
+#endif
+}
+
 BK_INLINE void red_add_release_gpu(u32* address, u32 value) {
 #if BK_GPU
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");

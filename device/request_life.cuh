@@ -7,7 +7,8 @@
 //   L1  accepted == finished (all reasons) + waiting + running. Each accepted request is finished once, with one FINISH, unless its
 //       ingress left.
 //   L2  pages of a request are free as soon as it stops running; a FINISH that waits for credit holds none.
-//   L3  while a step is in flight no running request loses its pages: its end is deferred to the commit.
+//   L3  while a step is in flight or planned no running request loses its pages: its end is deferred to a commit, and if the next step
+//       has it as a row, to that one's.
 //   L4  a waiting queue is in order of arrival, preempted requests before it.
 #pragma once
 #include <director_state.cuh>
@@ -111,8 +112,8 @@ BK_INLINE void stop_request(const EngineParams& params, DirectorState& state, u3
   if (request->state == kRequestWaiting) {
     remove_waiting(params, state, request_idx);
     finish_detached(params, state, request_idx, reason);
-  } else if (request->state == kRequestRunning && state.step_in_flight) {  // L3
-    if (request->flags & (kFlagStopAsked | kFlagDropped)) return;
+  } else if (request->state == kRequestRunning && pages_are_planned(state)) {  // L3
+    if (request->flags & (kFlagStopAsked | kFlagDropped | kFlagFinished)) return;
     request->flags |= kFlagStopAsked;
     request->finish_reason = reason;
     state.num_deferred += 1;
@@ -146,9 +147,9 @@ BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u
   for (u32 i = 0; i < state.status.num_running; ++i) {
     const u32 request_idx = state.running[i];
     Request* request = request_at(params, request_idx);
-    const bool drop_it = request->queue_pair_idx == queue_pair_idx && !(request->flags & kFlagDropped);
+    const bool drop_it = request->queue_pair_idx == queue_pair_idx && !(request->flags & (kFlagDropped | kFlagFinished));
     if (drop_it) forget_request(params, state.table, request_idx);
-    if (drop_it && state.step_in_flight) {  // L3
+    if (drop_it && pages_are_planned(state)) {  // L3
       if (!(request->flags & kFlagStopAsked)) state.num_deferred += 1;
       request->flags |= kFlagDropped;
     } else if (drop_it) {
@@ -166,6 +167,7 @@ BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u
   }
   queue_pair.num_staged = 0;
   queue_pair.num_promised = 0;  // dropped requests publish nothing, so nothing is owed to the step in flight
+  queue_pair.num_promised_now = 0;
 }
 
 // ---- Preemption --------------------------------------------------------------------------------------------------

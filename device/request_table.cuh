@@ -29,6 +29,7 @@ enum RequestFlags : u32 {
   kFlagDropped = 4,       // its ingress is gone: free it at the next commit, publish nothing
   kFlagFinished = 8,      // commit staged its FINISH; what is left is to free it
   kFlagStalled = 16,      // left out of this step for lack of completion credit
+  kFlagForgotten = 32,    // finished and out of the lookup, but a row of a step that was planned before: freed after that one
 };
 
 struct Request {
@@ -41,10 +42,10 @@ struct Request {
   u32 num_stop_ids;
   u32 num_prompt_tokens;
   u32 max_tokens;                // output tokens at most
-  u32 num_tokens;                // prompt + output so far
+  u32 num_tokens;                // prompt + output so far; once the next step is planned, with what the step that runs will sample
   u32 num_computed;              // KV entries in its pages
   u32 num_pages;
-  u32 last_token;                // tokens[num_tokens - 1], the input of its next decode row
+  u32 last_token;                // tokens[num_tokens - 1], the input of its next decode row; kTokenPending | sample_row: not sampled yet
   u32 finish_reason;             // FinishReason, valid with kFlagStopAsked, kFlagFinished or kRequestFinishing
   u32 step_rows;                 // rows in the step that is being planned or runs
   u32 num_stalled_plans;         // plans in a row that left it out for lack of credit
@@ -61,8 +62,10 @@ struct Request {
   u32 constraint;                // slot + 1, or 0
   u32 constraint_state;          // before its next output
   u32 body_flags;                // RequestBodyFlags
-  u32 reserved2;
-  u64 reserved3[24];
+  u32 num_hashed_pages;          // full pages whose hash stands in prefix_links (prefix_cache.cuh)
+  u32 num_cached_tokens;         // prompt tokens that the prefix cache had when it was first admitted
+  i32 running_level;             // effective priority level at its admission: lower is preempted later
+  u64 reserved2[23];
 };
 ABI_SIZE(Request, 512);
 ABI_AT(Request, sampling, 0);

@@ -98,7 +98,8 @@ struct SubmissionEntry {
 };
 // CONSTRAINT uses request_id as the slot, client_ns as the piece's byte offset in it, arena_pos and body_bytes for the piece, and zero for the
 // rest. Pieces of a slot come in order; offset 0 starts a new automaton. The ring is first in, first out: a request submitted after the
-// last piece finds the whole. The ingress does not overwrite a slot that a live request of its names. No answer unless it is rejected.
+// last piece finds the whole. The ingress does not overwrite a slot that a live request of its names. It is never answered: a piece that
+// cannot be right empties its slot, and requests that name a slot without a whole automaton are rejected (kRejectBadConstraint).
 ABI_SIZE(SubmissionEntry, 64);
 ABI_AT(SubmissionEntry, request_id, 8);
 ABI_AT(SubmissionEntry, arena_pos, 16);

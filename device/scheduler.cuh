@@ -1,6 +1,6 @@
 // Scheduler: which requests are in the next step, with how many rows, on which pages.
 //
-// Called by director_plan. A steady step (all decode, credit and pages suffice) is planned by all lanes side by side; what needs an
+// Called by director_plan and director_plan_ahead. A steady step (all decode, credit and pages suffice) is planned by all lanes side by side; what needs an
 // order (prefill budget, a page shortage, admission) is decided by lane 0.
 // Test: pytest tests/host/test_director_plan.py (step by step against a Python reference), tests/host/test_director_stateful.py
 //
@@ -16,6 +16,8 @@
 //   S5  a queue pair without credit keeps no other from batch places or pages for longer than kStallPatience plans: its running
 //       requests are preempted for them. Not at once: a reader that is a step late would lose its KV for it, step after step.
 //   S6  a step that preempts for a page admits nobody: what was just preempted would only come back.
+//   S7  a plan made ahead, while the step before it runs, preempts nobody and stalls nobody: where pages or credit might not do for all,
+//       there is none, and the step is planned after the commit. It has no row of a request that will have ended by then for sure.
 #pragma once
 #include <director_state.cuh>
 #include <request_life.cuh>
@@ -24,14 +26,13 @@ namespace blinkimp {
 
 constexpr u32 kStallPatience = 16;  // plans
 
-struct StepDraft {  // of one director_plan, uniform over the lanes
-  u32 num_seqs;
-  u32 num_rows;
-  u32 num_sample_rows;
-  u32 max_kv_tokens;
-};
-
 BK_INLINE bool needs_page(const Request& request) { return pages_for_tokens(request.num_tokens) > request.num_pages; }
+
+// Will not need a row after the step in flight: stopped, or that step samples its last output. None of these when nothing is in flight.
+BK_INLINE bool is_ending(const Request& request) {
+  return (request.flags & (kFlagStopAsked | kFlagDropped | kFlagFinished)) != 0 ||
+         request.num_tokens - request.num_prompt_tokens >= request.max_tokens;
+}
 
 // Lack of credit keeps a running request out of this step.
 BK_INLINE void stall(Request* request) {
@@ -45,33 +46,42 @@ BK_INLINE bool must_give_way(const Request& request) {  // S5
 }
 
 // ---- Stage 1: credit of decode rows ------------------------------------------------------------------------------
+struct RunningCounts {
+  u32 num_prefills;
+  u32 num_ending;
+};
+
 // All lanes. Every running decode request gets step_rows = 1 unless its queue pair's credit ends before it (S2).
-// Returns the number of prefill requests; their positions in the running list are in state.scratch, in order.
-BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
+// The positions of prefill requests in the running list are in state.scratch, in order.
+BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
   const u32 num_running = state.status.num_running;
   u32 num_prefills = 0;
+  u32 num_ending = 0;
   for (u32 begin = 0; begin < num_running; begin += lanes.count) {
     const u32 i = begin + lanes.id;
     bool prefill = false;
     if (i < num_running) {
       Request* request = request_at(params, state.running[i]);
-      prefill = !is_decode(*request);
+      const bool ends = is_ending(*request);
+      prefill = !ends && !is_decode(*request);
+      num_ending += ends ? 1 : 0;
       if (!(request->flags & kFlagStalled)) request->num_stalled_plans = 0;
-      request->step_rows = prefill ? 0 : 1;
+      request->step_rows = prefill || ends ? 0 : 1;
       request->flags &= ~u32{kFlagStalled};
     }
     const u32 rank = num_prefills + lanes.exclusive_sum(prefill ? 1 : 0);
     if (prefill) state.scratch[rank] = i;
     num_prefills += lanes.sum(prefill ? 1 : 0);
   }
+  num_ending = lanes.sum(num_ending);
   // A queue pair needs a closer look when its credit may not do for all its requests, or when they are not all decode.
   u32 short_mask = 0;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
     QueuePairState& queue_pair = state.queue_pairs[q];
-    queue_pair.num_promised = 0;
+    queue_pair.num_promised = queue_pair.num_promised_now;
     const u32 num_needed = queue_pair.num_running * kStepCredit;
-    if (num_needed > 0 && (num_prefills > 0 || num_needed > completion_credit(queue_pair))) short_mask |= 1u << q;
-    else queue_pair.num_promised = num_needed;
+    if (num_needed > 0 && (num_prefills + num_ending > 0 || num_needed > completion_credit(queue_pair))) short_mask |= 1u << q;
+    else queue_pair.num_promised += num_needed;
   }
   short_mask = lanes.sum(short_mask);
   lanes.sync();  // hazard: num_promised is read by every lane below
@@ -91,10 +101,10 @@ BK_INLINE u32 promise_decodes(const EngineParams& params, const Lanes& lanes, Di
     const u32 num_promised = num_decodes < num_affordable ? num_decodes : num_affordable;
     num_stalled += num_decodes - num_promised;
     lanes.sync();  // hazard: lane 0 changes the credit that the others computed num_affordable from
-    if (lanes.is_first()) state.queue_pairs[q].num_promised = num_promised * kStepCredit;
+    if (lanes.is_first()) state.queue_pairs[q].num_promised += num_promised * kStepCredit;
   }
   if (lanes.is_first()) state.status.credit_stalls += num_stalled;
-  return num_prefills;
+  return RunningCounts{num_prefills, num_ending};
 }
 
 // ---- Stage 2: chunks of running prefill requests -----------------------------------------------------------------
@@ -332,11 +342,22 @@ BK_INLINE void write_chunk_rows(const EngineParams& params, const Lanes& lanes, 
 }
 
 // ---- The whole ---------------------------------------------------------------------------------------------------
+// All lanes. Stages 5 and 6: what waits and has room goes to the end of the plan; rows of the sequences from first_chunk on.
+BK_INLINE void extend_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32 first_chunk,
+                           bool may_admit, StepDraft& draft) {
+  if (may_admit) admit_requests(params, lanes, state, plan, draft);
+  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
+  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
+  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
+  write_chunk_rows(params, lanes, plan, first_chunk, draft.num_seqs);
+}
+
 // All lanes. Fills the plan's arrays and counts; 0 rows: nothing can run.
 BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
-  const u32 num_prefills = promise_decodes(params, lanes, state);
+  const RunningCounts counts = promise_decodes(params, lanes, state);
+  const u32 num_prefills = counts.num_prefills;
   if (num_prefills > 0) {
-    const u32 num_decodes = state.status.num_running - num_prefills;  // at most: stalled ones leave their row unused
+    const u32 num_decodes = state.status.num_running - num_prefills - counts.num_ending;  // at most: stalled ones leave their row unused
     if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, params.max_step_tokens - num_decodes);
     lanes.sync();  // hazard: the next stages read step_rows
   }
@@ -347,11 +368,7 @@ BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, Di
   if (num_prefills > 0 && lanes.is_first()) write_running_chunks(params, state, plan, draft);
   lanes.sync();  // hazard: admission and the rows read the sequences lane 0 wrote
   draft.num_rows = lanes.broadcast(draft.num_rows, 0);
-  if (!preempted) admit_requests(params, lanes, state, plan, draft);  // S6
-  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
-  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
-  write_chunk_rows(params, lanes, plan, num_decode_seqs, draft.num_seqs);
+  extend_plan(params, lanes, state, plan, num_decode_seqs, !preempted, draft);  // S6
   return draft;
 }
 

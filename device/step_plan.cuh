@@ -1,4 +1,4 @@
-// Accessors of a StepPlan: its three arrays stand right behind the 64-byte header.
+// Accessors of a StepPlan: its three arrays stand right behind the 64-byte header; and of what the workers sampled.
 //
 // Written by the director (director_plan), read by the workers and the CPU interpreter.
 // Test: pytest tests/host/test_director_plan.py
@@ -34,5 +34,22 @@ BK_INLINE const u32* plan_sampled_rows(const EngineParams& params, const StepPla
 
 // Step n uses plans[n & 1], so that the workers may still read plan n while the director writes n + 1.
 BK_INLINE StepPlan* plan_of_step(const EngineParams& params, u64 step) { return reinterpret_cast<StepPlan*>(params.plans[step & 1]); }
+
+// ---- What was sampled --------------------------------------------------------------------------------------------
+// Two sets, because the director reads those of step n while the workers already run n + 1. Writer: the workers.
+BK_INLINE SampleResult* sampled_of_step(const EngineParams& params, u64 step) {
+  return reinterpret_cast<SampleResult*>(params.sampled) + (step & 1) * params.max_batch;
+}
+
+// [max_batch, kMaxTopLogprobs]
+BK_INLINE SampleResult* top_logprobs_of_step(const EngineParams& params, u64 step) {
+  return reinterpret_cast<SampleResult*>(params.top_logprobs) + (step & 1) * params.max_batch * kMaxTopLogprobs;
+}
+
+// The input token of a row. A plan that was made while the step before ran knows only where that step puts it.
+BK_INLINE u32 plan_row_token(const EngineParams& params, const StepPlan* plan, u32 row) {
+  const u32 token = plan_rows(params, plan)[row].token;
+  return token & kTokenPending ? sampled_of_step(params, plan->step - 1)[token & ~kTokenPending].token : token;
+}
 
 }  // namespace blinkimp

@@ -5,10 +5,10 @@
 // Each role waits for the grid itself, where it reads what other SMs wrote; the compute threads of a GEMM need not, their inputs come by the ring.
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
-#include <portable/attention.cuh>
 #include <logits_epilogue.cuh>
 #include <phases.cuh>
-#include <sampling.cuh>
+#include <portable/attention.cuh>
+#include <sample_op.cuh>
 
 namespace blinkimp {
 
@@ -80,7 +80,7 @@ BK_INLINE void input_producer(const EngineParams& params) {
     if (plan->flags & kPlanExit) return;
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
-      num_barriers += phases_of(op.kind, *plan) - 1;  // the input is ready before the op's last phase
+      num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
       if (is_gemm(op.kind)) {
         const GemmShape shape = gemm_shape(op, rows_of(op.kind, *plan));
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
@@ -109,7 +109,7 @@ BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
     if (plan->flags & kPlanExit) return;
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
-      num_barriers += phases_of(op.kind, *plan) - 1;
+      num_barriers += phases_in_step(op.kind, *plan) - 1;
       if (is_scaled(op.kind)) {
         const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(*plan);
         const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]);
@@ -181,7 +181,7 @@ BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPla
   const u32 tile_rows = input_tile_rows(plan->num_rows);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
   for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
-    const u64 first = static_cast<u64>(plan_rows(params, plan)[row].token) * hidden;
+    const u64 first = static_cast<u64>(plan_row_token(params, plan, row)) * hidden;
     for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
       const f32 value = __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(op.weight)[first + column]) << 16);
       reinterpret_cast<f32*>(params.workspaces[kWsHidden])[static_cast<u64>(row) * hidden + column] = value;
@@ -254,20 +254,6 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
   attention_splits<kHeadDim, 1>(attention, shared_memory + kScratchOffset, store);
   phase_barrier(params, state);
   attention_combine<kHeadDim>(attention, store);
-}
-
-// kOpSample, one CTA per sampled row.
-BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch) {
-  const BarrierSampleGroup<1, kComputeThreads> group;
-  const PlanSeq* seqs = plan_seqs(params, plan);
-  for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
-    const PlanSeq& seq = seqs[plan_rows(params, plan)[plan_sampled_rows(params, plan)[sample]].seq_idx];
-    const SamplingParams& sampling = *reinterpret_cast<const SamplingParams*>(params.requests + static_cast<u64>(seq.request_idx) * kRequestBytes);
-    const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample) * params.dims.vocab;
-    const SampleResult result = sample_row(group, logits, params.dims.vocab, sampling, seq.output_idx, reinterpret_cast<SampleScratch*>(scratch));
-    if (is_first_thread()) reinterpret_cast<SampleResult*>(params.sampled)[sample] = result;
-    named_barrier_sync<1, kComputeThreads>();  // `scratch` is used again for the next row
-  }
 }
 
 // The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided between the warpgroups at multiples of 8 rows, gate-up

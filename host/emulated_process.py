@@ -22,7 +22,7 @@ import numpy as np
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
-from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of
+from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.program import Model, load_model
 from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair
 from blinkimp.host.weights import HostTarget
@@ -121,8 +121,10 @@ def build_params(
     params["page_tables"] = memory.allocate(4 * sizes.num_requests * sizes.max_pages_per_request)
     params["free_pages"] = memory.allocate(4 * sizes.num_pages)
     params["page_owners"] = memory.allocate(4 * sizes.num_pages)
+    if sizes.prefix_cache_enabled:
+        params["prefix_cache"] = memory.allocate(prefix_cache_bytes_of(sizes))
     params["plans"] = [memory.allocate(plan_bytes_of(sizes)) for _ in range(2)]
-    params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * sizes.max_batch)
+    params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * 2 * sizes.max_batch)
     params["ops"] = memory.keep(model.ops)
     params["kv_cache"] = memory.allocate(kv_bytes(model, sizes))
     params["workspaces"] = [memory.allocate(num_bytes) if num_bytes else 0 for num_bytes in workspace_bytes(params)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.gpu_driver import GpuContext
-from blinkimp.host.memory_plan import EngineSizes, page_bytes_of, plan_bytes_of
+from blinkimp.host.memory_plan import EngineSizes, page_bytes_of, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.model_config import ModelConfig
 from blinkimp.ring_abi import DType
 
@@ -69,7 +69,8 @@ def allocate_engine(
         "page_tables": sizes.num_requests * sizes.max_pages_per_request * 4,
         "free_pages": sizes.num_pages * 4,
         "page_owners": sizes.num_pages * 4,
-        "sampled": sizes.max_batch * abi.SAMPLE_RESULT.itemsize,
+        **({"prefix_cache": prefix_cache_bytes_of(sizes)} if sizes.prefix_cache_enabled else {}),
+        "sampled": 2 * sizes.max_batch * abi.SAMPLE_RESULT.itemsize,
         "grid_words": abi.GRID_WORDS_BYTES,
     }
     for name, num_bytes in tables.items():

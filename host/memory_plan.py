@@ -29,6 +29,8 @@ DEFAULT_STEP_TOKENS: Final[dict[DeviceKind, int]] = {"gpu": 2048, "emulated": 12
 MAX_BATCH: Final = 256  # kMaxBatch of device/director_state.cuh: its running list has so many places
 MAX_REQUESTS: Final = 0xFFFF  # and its counters are packed into 16 bits (director.cuh)
 PAGE_TABLE_BYTES: Final = 4 + 4  # of free_pages and page_owners, for each page
+# Of device/prefix_layout.cuh: sizeof(CachedPage), kPrefixWays, kMinPrefixSets, kLruPagesPerPage, sizeof(PrefixLink)
+CACHED_PAGE_BYTES, PREFIX_WAYS, MIN_PREFIX_SETS, LRU_PAGES_PER_PAGE, PREFIX_LINK_BYTES = 320, 8, 16, 3, 16
 
 
 class MemoryPlanError(ValueError):
@@ -48,6 +50,7 @@ class EngineSizes:
     max_context: int
     max_pages_per_request: int
     num_pages: int
+    prefix_cache_enabled: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,25 @@ def plan_bytes_of(sizes: EngineSizes) -> int:
     return abi.STEP_PLAN.itemsize + seqs + rows + sizes.max_batch * 4
 
 
+def prefix_cache_bytes_of(sizes: EngineSizes) -> int:
+    """EngineParams.prefix_cache (device/prefix_layout.cuh); 0 where it is off."""
+    if not sizes.prefix_cache_enabled:
+        return 0
+    num_sets = MIN_PREFIX_SETS
+    while num_sets < sizes.num_pages:
+        num_sets *= 2
+    per_page = CACHED_PAGE_BYTES + 4 * LRU_PAGES_PER_PAGE
+    links = sizes.num_requests * sizes.max_pages_per_request * PREFIX_LINK_BYTES
+    return sizes.num_pages * per_page + links + num_sets * PREFIX_WAYS * 4
+
+
 def table_bytes_of(sizes: EngineSizes) -> int:
     """Everything EngineParams points to, but weights, KV pages and workspaces."""
     per_request = abi.REQUEST_BYTES + 4 * sizes.max_context + 4 * sizes.max_pages_per_request
     step = 2 * plan_bytes_of(sizes) + sizes.max_batch * abi.SAMPLE_RESULT.itemsize
     fixed = abi.DIRECTOR_STATE_BYTES + abi.GRID_WORDS_BYTES
-    return sizes.num_requests * per_request + sizes.num_pages * PAGE_TABLE_BYTES + step + fixed
+    pages = sizes.num_pages * PAGE_TABLE_BYTES + prefix_cache_bytes_of(sizes)
+    return sizes.num_requests * per_request + pages + step + fixed
 
 
 def plan_memory(
@@ -132,10 +148,14 @@ def plan_memory(
     page_bytes = page_bytes_of(model, kv_dtype)
     sizes = _sizes_without_pages(config, model, kind)
     workspace = workspace_bytes(sizes)
+    # Of the tables, what grows with the pages. Sets are a power of two: at most two for each page.
+    bytes_per_page = PAGE_TABLE_BYTES
+    if config.prefix_cache:
+        bytes_per_page += CACHED_PAGE_BYTES + 4 * LRU_PAGES_PER_PAGE + 2 * 4 * PREFIX_WAYS
 
     def left_for_pages(of: EngineSizes) -> int:
         left_bytes = available_bytes - weight_bytes - workspace - table_bytes_of(of)
-        return int(left_bytes * config.kv_memory_fraction) // (page_bytes + PAGE_TABLE_BYTES)
+        return int(left_bytes * config.kv_memory_fraction) // (page_bytes + bytes_per_page)
 
     num_fitting = left_for_pages(sizes)
     if config.max_context == 0 and 0 < num_fitting < sizes.max_pages_per_request:
@@ -181,6 +201,7 @@ def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -
         max_context=max_context,
         max_pages_per_request=0,
         num_pages=0,
+        prefix_cache_enabled=int(config.prefix_cache),
     )
     return _with_context(sizes, max_context)
 

@@ -156,15 +156,18 @@ class PowerMeter:
         """Joules between two moments of the clock. None: no source, or too short an interval."""
         if self._failure is not None:
             raise self._failure
-        if len(self._samples) < 2 or (end_ns - begin_ns) / 1e9 < MIN_INTERVAL_S:
+        if not self._samples or (end_ns - begin_ns) / 1e9 < MIN_INTERVAL_S:
             return None
-        at_ns = np.array([moment for moment, _ in self._samples], np.int64)
-        counted = [reading.energy_j for _, reading in self._samples]
+        if self._samples[-1][0] < end_ns:  # the thread's next one is up to a period away
+            self.sample()
+        samples = sorted(self._samples, key=lambda sample: sample[0])
+        at_ns = np.array([moment for moment, _ in samples], np.int64)
+        counted = [reading.energy_j for _, reading in samples]
         if all(value is not None for value in counted):
             begin_j, end_j = np.interp([begin_ns, end_ns], at_ns, np.array(counted, np.float64))
             return float(end_j - begin_j)
         is_inside = (at_ns >= begin_ns) & (at_ns <= end_ns)
-        power_w = np.array([reading.power_w for _, reading in self._samples])
+        power_w = np.array([reading.power_w for _, reading in samples])
         return float(power_w[is_inside].mean() * (end_ns - begin_ns) / 1e9) if is_inside.any() else None
 
     def power_w(self, begin_ns: int, end_ns: int) -> float | None:

@@ -139,7 +139,7 @@ class ReferenceRunner:
         )
         self._allocate("director_state", DIRECTOR_STATE_BYTES, 0)
         self._engine_page = self._allocate("engine_page", ENGINE_PAGE.itemsize, 0).view(ENGINE_PAGE)
-        self._sampled = self._allocate("sampled", max_batch * SAMPLE_RESULT.itemsize).view(SAMPLE_RESULT)
+        self._sampled = self._allocate("sampled", 2 * max_batch * SAMPLE_RESULT.itemsize).view(SAMPLE_RESULT)
         dims = model.config
         element_bytes = 2 if int(model.dims[0]["kv_dtype"]) == DType.BF16 else 4
         page_bytes = dims.num_layers * dims.num_kv_heads * 2 * PAGE_TOKENS * dims.head_dim * element_bytes

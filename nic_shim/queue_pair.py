@@ -7,7 +7,7 @@ Test: pytest tests/host/test_ingress_port.py
 Usage
     port = QueuePairPort.open("main", 0)
     port.attach(timeout_s=5)
-    status = port.try_submit(request_id, prompt_ids, sampling, stop_ids=(), max_tokens=16)
+    status = port.try_submit(request_id, prompt_ids, sampling_record(temperature=0.7), max_tokens=16)
     for entry in port.poll(): ...
     port.close()
 """
@@ -18,9 +18,10 @@ import ctypes
 import enum
 import functools
 import os
+import struct
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,10 @@ from blinkimp.host.shared_memory import Region, open_queue_pair
 HEARTBEAT_PERIOD_NS = 20_000_000  # a fifth of what ring_abi.h asks for
 HEARTBEAT_TIMEOUT_S = 2.0  # an owner whose heartbeat is older is taken over
 POLL_ENTRIES = 4096  # completions per poll at most
+# RequestOrder of device/ingress_port.cuh, up to its SamplingParams.
+_ORDER: Final = struct.Struct("=QQQ QQQ IIII IIII iI")
+_NO_IDS: Final = np.zeros(0, dtype=np.uint32)
+_NO_BIAS: Final = np.zeros(0, dtype=abi.LOGIT_BIAS)
 
 
 class PortStatus(enum.IntEnum):
@@ -92,7 +97,8 @@ def _library() -> ctypes.CDLL:
         "bk_port_detach": (None, [handle]),
         "bk_port_state": (u32, [handle]),
         "bk_port_epoch": (u64, [handle]),
-        "bk_port_try_submit": (u32, [handle, u64, pointer, pointer, u32, pointer, u32, u32]),
+        "bk_port_try_submit": (u32, [handle, pointer]),
+        "bk_port_try_load_constraint": (u32, [handle, u32, pointer, u64, u64_out]),
         "bk_port_try_cancel": (u32, [handle, u64]),
         "bk_port_try_ping": (u32, [handle, u64, u64]),
         "bk_port_poll": (u32, [handle, pointer, u32]),
@@ -128,12 +134,29 @@ def sampling_record(
     top_k: int = 0,
     seed: int = 0,
     ignore_eos: bool = False,
+    min_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    num_top_logprobs: int = 0,
 ) -> npt.NDArray[np.void]:
-    """One SamplingParams, as try_submit() takes it. Ranges are the director's to check."""
+    """One SamplingParams, as try_submit() takes it. Ranges are the director's to check; the bias list goes to try_submit()."""
     record = np.zeros(1, dtype=abi.SAMPLING_PARAMS)
     record["temperature"], record["top_p"], record["min_p"] = temperature, top_p, min_p
     record["top_k"], record["seed"], record["ignore_eos"] = top_k, seed, int(ignore_eos)
+    record["min_tokens"], record["num_top_logprobs"] = min_tokens, num_top_logprobs
+    record["repetition_penalty"] = repetition_penalty
+    record["presence_penalty"], record["frequency_penalty"] = presence_penalty, frequency_penalty
     return record
+
+
+def _logit_bias_array(logit_bias: Mapping[int, float]) -> npt.NDArray[np.void]:
+    if not logit_bias:
+        return _NO_BIAS
+    array = np.zeros(len(logit_bias), dtype=abi.LOGIT_BIAS)
+    array["token"] = list(logit_bias)
+    array["bias"] = list(logit_bias.values())
+    return array
 
 
 class QueuePairPort:
@@ -150,6 +173,8 @@ class QueuePairPort:
         self.num_submissions = int(header["num_submissions"])
         self.num_completions = int(header["num_completions"])
         self.arena_bytes = int(header["arena_bytes"])
+        self.num_constraint_slots = int(header["num_constraint_slots"])
+        self.constraint_slot_bytes = int(header["constraint_slot_bytes"])
         self._heartbeat_timeout_ns = int(heartbeat_timeout_s * 1e9)
         self._library = _library()
         self._handle: int | None = self._library.bk_port_open(region.address, region.region_bytes, os.getpid())
@@ -267,27 +292,74 @@ class QueuePairPort:
         prompt_ids: npt.NDArray[np.uint32],
         sampling: npt.NDArray[np.void],
         *,
-        stop_ids: Sequence[int] = (),
         max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        logit_bias: Mapping[int, float] | None = None,
+        num_prior_outputs: int = 0,
+        flags: int = 0,
+        priority: int = 0,
+        timeout_ns: int = 0,
+        cache_salt: int = 0,
+        constraint_slot: int | None = None,
+        constraint_state: int = 0,
     ) -> PortStatus:
-        """Commits one request: OK, RING_FULL, ARENA_FULL, TOO_LARGE, DETACHED, STOLEN or CORRUPT."""
+        """Commits one request: OK, RING_FULL, ARENA_FULL, TOO_LARGE, DETACHED, STOLEN or CORRUPT.
+
+        num_prior_outputs: so many of the last prompt ids are outputs of an earlier life of the request; output positions (seed,
+        penalties, min_tokens, TOKEN.index) go on from there. flags: REQUEST_NO_PREFIX_CACHE. timeout_ns 0: none. constraint_slot:
+        loaded by try_load_constraint() before; constraint_state: where its automaton stands. The other words: device/ring_abi.h.
+        """
         if prompt_ids.dtype != np.uint32 or not prompt_ids.flags.c_contiguous:
             raise TypeError(
                 f"prompt_ids is {prompt_ids.dtype}, expected contiguous uint32; convert with np.ascontiguousarray"
             )
-        stop_array = (ctypes.c_uint32 * len(stop_ids))(*stop_ids)
-        return PortStatus(
-            self._library.bk_port_try_submit(
-                self._handle,
-                request_id,
-                sampling.ctypes.data,
-                ctypes.addressof(stop_array),
-                len(stop_ids),
-                prompt_ids.ctypes.data,
-                len(prompt_ids),
-                max_tokens,
+        if sampling.dtype != abi.SAMPLING_PARAMS or sampling.shape != (1,):
+            raise TypeError(f"sampling is {sampling.dtype} {sampling.shape}, expected one record of sampling_record()")
+        try:
+            stop_array = np.array(stop_ids, dtype=np.uint32) if stop_ids else _NO_IDS
+            bias_array = _logit_bias_array(logit_bias) if logit_bias else _NO_BIAS
+            words = _ORDER.pack(
+                *(stop_array.ctypes.data, bias_array.ctypes.data, prompt_ids.ctypes.data),
+                *(request_id, timeout_ns, cache_salt),
+                *(len(stop_array), len(bias_array), len(prompt_ids), max_tokens, num_prior_outputs),
+                *(flags, 0 if constraint_slot is None else constraint_slot + 1, constraint_state, priority, 0),
             )
+        except (struct.error, OverflowError) as error:
+            raise ValueError(
+                f"a word of the request does not fit: {error}; expected ids and counts of 32 bits, request_id, timeout_ns and "
+                "cache_salt of 64 bits, priority of 32 bits signed; check them before they come here"
+            ) from error
+        order = ctypes.create_string_buffer(
+            words + sampling.tobytes()
+        )  # aligned for any type, as all of ctypes' memory is
+        return PortStatus(self._library.bk_port_try_submit(self._handle, order))
+
+    def try_load_constraint(self, slot: int, table: bytes, offset: int = 0) -> tuple[PortStatus, int]:
+        """Commits pieces of a constraint automaton (nic_shim/constraint_table.py) from `offset` on, as many as there is room for.
+
+        Returns the status and the offset to go on from: (OK, len(table)) when all is committed, (RING_FULL or ARENA_FULL, offset) to
+        call again later. A request submitted after the last piece may name the slot. The caller must not load a slot that a live
+        request of its own names. Nothing answers: a request that names a slot with a bad automaton is rejected.
+        """
+        if not 0 <= slot < self.num_constraint_slots or not 0 < len(table) <= self.constraint_slot_bytes:
+            raise ValueError(
+                f"constraint of {len(table)} bytes for slot {slot}; expected 1 to {self.constraint_slot_bytes} bytes and a slot below "
+                f"{self.num_constraint_slots}; simplify the constraint, or start the engine with larger or more slots"
+            )
+        next_offset = ctypes.c_uint64(offset)
+        status = self._library.bk_port_try_load_constraint(
+            self._handle, slot, table, len(table), ctypes.byref(next_offset)
         )
+        return PortStatus(status), next_offset.value
+
+    def load_constraint(self, slot: int, table: bytes, timeout_s: float = 5.0) -> PortStatus:
+        """try_load_constraint() until the whole is committed, or what it came to; sleeps while the director makes room."""
+        deadline = time.monotonic() + timeout_s
+        status, offset = self.try_load_constraint(slot, table)
+        while status in (PortStatus.RING_FULL, PortStatus.ARENA_FULL) and time.monotonic() < deadline:
+            time.sleep(0.0002)
+            status, offset = self.try_load_constraint(slot, table, offset)
+        return status
 
     def try_cancel(self, request_id: int) -> PortStatus:
         return PortStatus(self._library.bk_port_try_cancel(self._handle, request_id))

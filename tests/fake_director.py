@@ -35,6 +35,9 @@ class FakeRequest:
     ignore_eos: bool
     prompt_ids: tuple[int, ...]
     sampling: dict[str, float]
+    body: Any = None  # REQUEST_BODY
+    entry: Any = None  # SUBMISSION_ENTRY
+    logit_bias: tuple[tuple[int, float], ...] = ()
     num_output_tokens: int = 0
 
 
@@ -71,6 +74,7 @@ class FakeQueuePair:
         self.heartbeat = 0
         self.heartbeat_seen_at = time.monotonic()
         self.seen: list[FakeRequest] = []  # every request that was accepted, for the tests
+        self.constraints: dict[int, bytes] = {}  # by slot: what was loaded, in order and without a gap
         self.num_cancels = 0
         self.hold_acks = False  # a test's way to keep arena and ring full
 
@@ -135,10 +139,14 @@ class FakeQueuePair:
                 self._finish(request, abi.FINISH_CANCELLED)
         elif op == abi.SUBMISSION_REQUEST:
             self._take_request(entry, request_id)
+        elif op == abi.SUBMISSION_CONSTRAINT:
+            loaded = self.constraints.get(request_id, b"") if int(entry["client_ns"]) else b""
+            assert len(loaded) == int(entry["client_ns"]), "pieces of a constraint come in order"
+            self.constraints[request_id] = loaded + self._take_body(entry)
         else:
             self._queue(abi.COMPLETION_REJECT, abi.REJECT_MALFORMED, 0, request_id, 0, 0.0, 0)
 
-    def _take_request(self, entry: Any, request_id: int) -> None:
+    def _take_body(self, entry: Any) -> bytes:
         arena_pos, body_bytes = int(entry["arena_pos"]), int(entry["body_bytes"])
         offset = arena_pos & (self.arena_bytes - 1)
         assert arena_pos % abi.ARENA_ALIGN_BYTES == 0 and offset + body_bytes <= self.arena_bytes, "a body never wraps"
@@ -147,9 +155,16 @@ class FakeQueuePair:
         aligned_bytes = -(-body_bytes // abi.ARENA_ALIGN_BYTES) * abi.ARENA_ALIGN_BYTES
         assert arena_pos + aligned_bytes <= self.arena_consumer_pos + self.arena_bytes, "a body overtook the credit"
         self.arena_consumer_pos = arena_pos + aligned_bytes
+        return body
+
+    def _take_request(self, entry: Any, request_id: int) -> None:
+        body = self._take_body(entry)
         head = np.frombuffer(body, dtype=abi.REQUEST_BODY, count=1)[0]
-        ids = np.frombuffer(body, dtype=np.uint32, offset=abi.REQUEST_BODY.itemsize)
+        words = np.frombuffer(body, dtype=np.uint32, offset=abi.REQUEST_BODY.itemsize)
         num_stop_ids, num_prompt_tokens = int(head["num_stop_ids"]), int(entry["num_prompt_tokens"])
+        num_bias_words = 2 * int(head["sampling"]["num_logit_bias"])
+        bias = words[num_stop_ids : num_stop_ids + num_bias_words].view(abi.LOGIT_BIAS)
+        ids = np.concatenate([words[:num_stop_ids], words[num_stop_ids + num_bias_words :]])
         assert len(ids) == num_stop_ids + num_prompt_tokens, "counts must agree with body_bytes"
         max_tokens = int(entry["max_tokens"])
         reason = 0
@@ -174,6 +189,9 @@ class FakeQueuePair:
             ignore_eos=bool(head["sampling"]["ignore_eos"]),
             prompt_ids=tuple(ids[num_stop_ids:].tolist()),
             sampling=sampling,
+            body=head.copy(),
+            entry=entry.copy(),
+            logit_bias=tuple((int(one["token"]), float(one["bias"])) for one in bias),
         )
         self.running[request_id] = request
         self.seen.append(request)
@@ -191,7 +209,8 @@ class FakeQueuePair:
                 break
             position = request.num_prompt_tokens + request.num_output_tokens
             token = self.script[position % len(self.script)]
-            self.outbox.append((commit, token, request.request_id, request.num_output_tokens, -0.5, device_ns))
+            index = int(request.body["num_prior_outputs"]) + request.num_output_tokens
+            self.outbox.append((commit, token, request.request_id, index, -0.5, device_ns))
             request.num_output_tokens += 1
             num_tokens += 1
             credit -= 1

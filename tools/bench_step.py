@@ -1,289 +1,198 @@
 #!/usr/bin/env python3
-"""Milliseconds per decoded token and per prefill of a model shape with random weights, through a queue pair of a real engine.
+"""Milliseconds per decoded token and per prefill: blinkimp's kernel through a queue pair, a torch baseline, and what the hardware allows.
 
-    python tools/bench_step.py [--shape llama-3-8b] [--batches 1,16,64] [--context 1024] [--tokens 64] [--prefill 128,1024]
-                               [--device gpu] [--out FILE.json]
+    python tools/bench_step.py --quick --out FILE.json          nine rows of the 8B shape, within 4 minutes of an H200
+    python tools/bench_step.py --rows full                      contexts of 8,192 and 32,768 as well
+    python tools/bench_step.py --rows d16@1024,p128 --only blinkimp
 
-No ZeroMQ, no tokenizer: the figures are the engine's. Decode: `batch` requests of `context` random token ids; counted are only the
-times between tokens while all of them decode, by the device's clock (device_ns of TOKEN entries) and as this client saw them.
-Prefill: a lone request, from the submission to its first token as this client saw it, and from ACK to token by the device's clock.
-
-Limit = max(weight bytes / 4.6 TB/s, GEMM operations / 790 TFLOP/s) + max(KV bytes / 4.6 TB/s, attention operations / 790 TFLOP/s), what
-one H200 was measured to reach; ratios to it are given on a GPU only. Test: pytest tests/host/test_bench_step.py
+Rows: d<batch>@<context> is a step in which `batch` requests each attend to `context` positions (blinkimp's prompts are shortened so that the
+mean over the measured steps is that); p<tokens> a lone prompt up to its first token. Random weights and prompts. No ZeroMQ, no tokenizer: the
+figures are the engine's. All on the same GPU, one after the other: (a) blinkimp, by the device's clock (device_ns of completion entries) and at the
+client beside it; (b) tools/torch_baseline.py in a process of its own: torch.compile, CUDA graph, static KV, SDPA; (c) the limit from bytes and
+operations (tools/step_cost.py), at rates that one H200 reached or, with --measure-limits, that this GPU reaches now. Energy by NVML.
+Without a GPU: --device emulated, which has no limits and no energy. Test: pytest tests/host/test_bench_step.py
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import math
-import platform
-import secrets
-import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from step_cost import LIMIT_FORMULA, StepCost, decode_cost, prefill_cost  # noqa: E402  (the path above comes first)
-from step_requests import BenchError, Client, Times, steady_state  # noqa: E402
+from step_cost import Limits  # noqa: E402  (the path above comes first)
+from step_engine import EngineBench  # noqa: E402
+from step_report import fill_rows, print_report  # noqa: E402
+from step_requests import BenchError  # noqa: E402
+from step_rows import SHAPES, Row, parse_rows  # noqa: E402
+from step_stats import header, write_report  # noqa: E402
 
-from blinkimp import __version__  # noqa: E402
-from blinkimp import ring_abi as abi  # noqa: E402
-from blinkimp.cli.terminal import LoadingBars, set_up_logging  # noqa: E402
-from blinkimp.config import Config  # noqa: E402
+from blinkimp.cli.terminal import set_up_logging  # noqa: E402
 from blinkimp.host.device_protocol import DeviceError  # noqa: E402
-from blinkimp.host.engine import Engine, EngineFaultError  # noqa: E402
+from blinkimp.host.engine import EngineFaultError  # noqa: E402
+from blinkimp.host.gpu_driver import GpuError  # noqa: E402
 from blinkimp.host.memory_plan import MemoryPlanError  # noqa: E402
-from blinkimp.nic_shim.queue_pair import QueuePairError, QueuePairPort  # noqa: E402
+from blinkimp.host.model_config import parse_config  # noqa: E402
+from blinkimp.host.power import PowerSource, idle_power_w, open_nvml  # noqa: E402
+from blinkimp.nic_shim.queue_pair import QueuePairError  # noqa: E402
 
-# config.json by shape; None is the packaged model.
-SHAPES: Final[dict[str, dict[str, Any] | None]] = {
-    "llama-3-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-    },
-    "embedded": None,
-}
-NUM_PREFILLS: Final = 7  # measured ones of each length, after one that warms up
-ATTACH_TIMEOUT_S: Final = 10.0
+IDLE_S = 2.0  # how long an idle GPU's power is looked at
+TORCH_TIMEOUT_S = 1800.0
+QUICK_COMPILE_BUDGET_S = 80.0
 
 
-# ---- Measurements ----------------------------------------------------------------------------------------------------
-def spread(samples_ns: NDArray[np.int64]) -> dict[str, float]:
-    """Median, p10 and p90 in ms."""
-    p10, median, p90 = np.percentile(samples_ns, [10, 50, 90]) / 1e6
-    return {"median_ms": round(median, 4), "p10_ms": round(p10, 4), "p90_ms": round(p90, 4)}
+def max_context_of(rows: list[Row], shape: str) -> int:
+    """Room for the measured steps, and for those in which the prompts of a batch are still on their way."""
+    wanted = max(row.context for row in rows) * 5 // 4 + 1024
+    num_positions: int = SHAPES[shape]["max_position_embeddings"]
+    return min(-(-wanted // 64) * 64, num_positions)
 
 
-def measure_decode(client: Client, engine: Engine, batch: int, context: int, num_tokens: int) -> dict[str, Any]:
-    sizes = engine.plan.sizes
-    # Tokens that the first request may have before the last one's prompt is through; a step's rows are prompts' after decodes'.
-    num_lead = math.ceil(batch * context / max(1, min(sizes.prefill_chunk_tokens, sizes.max_step_tokens - batch))) + 2
-    times = client.run(f"decode, batch {batch}", batch, context, num_tokens + num_lead)
-    rows, columns = steady_state(times)
-    if len(rows) < batch * num_tokens:
-        raise BenchError(
-            f"decode, batch {batch}: {len(rows)} times between tokens while all decode, expected {batch * num_tokens}; "
-            "raise --tokens, or lower --context"
-        )
-    device_ns = times.device[rows, columns] - times.device[rows, columns - 1]
-    client_ns = times.client[rows, columns] - times.client[rows, columns - 1]
-    mean_context = context + float(columns.mean())
-    cost = decode_cost(engine.model, item_bytes_of(engine), batch, mean_context)
-    device = spread(device_ns)
-    return {
-        "batch": batch,
-        "context": context,
-        "mean_context": round(mean_context, 1),
-        "num_steps": len(rows) // batch,
-        "device": device,
-        "client": spread(client_ns),
-        "step_bytes": cost.num_bytes,
-        "achieved_tb_per_s": round(cost.num_bytes / device["median_ms"] / 1e9, 4),
-        **limit_of(engine, cost, device["median_ms"]),
+def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source: PowerSource | None) -> dict[str, Any]:
+    """Figures by row name. Fills `report` as it goes, so that what was measured before a failure is there."""
+    figures: dict[str, Any] = {}
+    settings = {
+        name: value
+        for name, value in (("max_step_tokens", arguments.step_tokens), ("prefill_chunk_tokens", arguments.chunk))
+        if value
     }
-
-
-def measure_prefill(client: Client, engine: Engine, num_tokens: int) -> dict[str, Any]:
-    runs: list[Times] = [client.run(f"prefill {num_tokens}", 1, num_tokens, 1) for _ in range(1 + NUM_PREFILLS)][1:]
-    cost = prefill_cost(engine.model, item_bytes_of(engine), num_tokens)
-    seen = spread(np.array([times.client[0, 0] - times.submitted[0] for times in runs]))
-    return {
-        "num_tokens": num_tokens,
-        "num_runs": NUM_PREFILLS,
-        "client": seen,
-        "device": spread(np.array([times.device[0, 0] - times.accepted[0] for times in runs])),
-        "step_operations": cost.num_operations,
-        "achieved_tflop_per_s": round(cost.num_operations / seen["median_ms"] / 1e9, 3),
-        **limit_of(engine, cost, seen["median_ms"]),
-    }
-
-
-def item_bytes_of(engine: Engine) -> int:
-    return 2 if engine.compute == abi.DType.BF16 else 4
-
-
-def limit_of(engine: Engine, cost: StepCost, got_ms: float) -> dict[str, float | None]:
-    if engine.device.kind != "gpu":
-        return {"limit_ms": None, "ratio_to_limit": None}
-    limit_ms = cost.limit_s * 1e3
-    return {"limit_ms": round(limit_ms, 4), "ratio_to_limit": round(got_ms / limit_ms, 3)}
-
-
-class LoadWatch:
-    """Times the stages that Device.start() reports, and shows them."""
-
-    def __init__(self, bars: LoadingBars) -> None:
-        self._bars = bars
-        self._began = 0.0
-        self._ended: dict[str, float] = {}
-
-    def begin(self) -> None:
-        """Right before the engine's start."""
-        self._began = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self._ended[stage] = time.monotonic()
-        self._bars(stage, done, total)
-
-    def report(self, weight_bytes: int) -> dict[str, float]:
-        """Called once the engine runs. The GPU compiles first; the emulated device's load includes the start of its process."""
-        compiled = self._ended.get("compile", self._began)
-        weights_s = self._ended["weights"] - compiled
-        return {
-            "compile_s": round(compiled - self._began, 3),
-            "weights_s": round(weights_s, 3),
-            "weights_gb_per_s": round(weight_bytes / 1e9 / weights_s, 3),
-            "start_s": round(time.monotonic() - self._began, 3),
-        }
-
-
-# ---- Report ----------------------------------------------------------------------------------------------------------
-def output_of(*command: str) -> str | None:
-    """What a command prints, or None where it is missing or fails."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        with EngineBench(
+            arguments.shape,
+            arguments.device,
+            max_context_of(arguments.rows, arguments.shape),
+            settings,
+            arguments.timeout,
+            source,
+        ) as bench:
+            report["engine"] = bench.describe()
+            report["idle"]["engine_w"] = bench.idle_power_w(IDLE_S)
+            for row in arguments.rows:
+                try:
+                    figures[row.name] = bench.measure(row, arguments.tokens, arguments.energy_s)
+                except BenchError as error:
+                    report["errors"].append(f"blinkimp, {error}")
+                    bench.engine.check()  # is it only this row?
+    except (DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
+        report["errors"].append(f"blinkimp: {error}")
+    return figures
 
 
-def commit() -> str:
-    """The commit that was measured, or `uncommitted` where the tree differs from it or there is no git."""
-    head, changes = output_of("git", "rev-parse", "HEAD"), output_of("git", "status", "--porcelain")
-    return head if head and changes == "" else "uncommitted"
+def bench_torch(arguments: argparse.Namespace, report: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """Figures by row name, from tools/torch_baseline.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "torch.json"
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "torch_baseline.py"),
+            "--shape",
+            arguments.shape,
+            "--out",
+            str(out),
+        ]
+        command += ["--rows", ",".join(row.name for row in arguments.rows), "--device", "cuda" if on_gpu else "cpu"]
+        command += ["--backend", arguments.torch_backend, "--mode", arguments.torch_mode]
+        command += ["--compile-budget-s", str(arguments.compile_budget_s), "--seconds", str(arguments.energy_s)]
+        command += ["--matrix-rate"] if arguments.measure_limits else []
+        try:
+            done = subprocess.run(command, check=False, timeout=TORCH_TIMEOUT_S)
+            if done.returncode:
+                report["errors"].append(
+                    f"torch: ended with status {done.returncode}, expected 0; its messages stand above"
+                )
+        except subprocess.TimeoutExpired:
+            report["errors"].append(f"torch: still ran after {TORCH_TIMEOUT_S:g} s; expected an end; choose fewer rows")
+        if not out.exists():
+            return {}
+        found = json.loads(out.read_text())
+    report["torch"] = {name: found[name] for name in ("torch", "cuda")}
+    report["errors"] += [f"torch, {failed['name']}: {failed['error']}" for failed in found["errors"]]
+    if "operations_per_s" in found:
+        report["limits"]["operations_per_s"] = found["operations_per_s"]
+    return {row["name"]: row for row in found["rows"]}
 
 
-def number_list(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+def bench(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    on_gpu = arguments.device == "gpu" or (arguments.device == "auto" and open_nvml() is not None)
+    source = open_nvml() if on_gpu else None
+    report["idle"]["gpu_w"] = idle_power_w(source, IDLE_S)
+    if arguments.measure_limits:
+        from stream_rate import stream_rate
+
+        report["limits"]["bytes_per_s"] = stream_rate()
+    blinkimp = bench_blinkimp(arguments, report, source) if arguments.only != "torch" else {}
+    torch = bench_torch(arguments, report, on_gpu) if arguments.only != "blinkimp" else {}
+    limits = Limits(**report["limits"]) if on_gpu else None
+    model = parse_config(SHAPES[arguments.shape])
+    report["rows"] = fill_rows(arguments.rows, model, limits, blinkimp, torch, report["idle"]["gpu_w"])
 
 
-def bench(arguments: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
-    """Fills `report` as it goes, so that what was measured before a failure is there."""
-    shape = SHAPES[arguments.shape]
-    if shape is not None:
-        (folder / "config.json").write_text(json.dumps(shape))
-    config = Config(
-        model="embedded" if shape is None else str(folder),
-        load_format="dummy",
-        device=arguments.device,
-        engine_name=f"bench-{secrets.token_hex(4)}",
-        num_queue_pairs=1,
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="--rows quick with less repetition: within 4 minutes of GPU time"
     )
-    with LoadingBars() as bars:
-        watch = LoadWatch(bars)
-        engine = Engine(config, progress=watch)
-        plan = engine.plan
-        watch.begin()
-        with engine:
-            report["device"] = engine.device.describe()
-            report["load"] = {"weight_bytes": plan.weight_bytes, **watch.report(plan.weight_bytes)}
-            report["memory_plan"] = {
-                **dataclasses.asdict(plan),
-                "kv_bytes": plan.kv_bytes,
-                "free_bytes": plan.free_bytes,
-            }
-            with QueuePairPort.open(config.engine_name, 0) as port:
-                port.attach(ATTACH_TIMEOUT_S)
-                port.start_heartbeat()
-                client = Client(engine, port, bars, arguments.timeout)
-                for num_tokens in arguments.prefill:
-                    report["prefill"].append(measure_prefill(client, engine, num_tokens))
-                for batch in arguments.batches:
-                    report["decode"].append(measure_decode(client, engine, batch, arguments.context, arguments.tokens))
-
-
-def print_report(report: dict[str, Any]) -> None:
-    if "load" in report:
-        load = report["load"]
-        print(
-            f"{report['device']}; shape {report['shape']}: {load['weight_bytes'] / 1e9:.2f} GB of weights in {load['weights_s']:.1f} s "
-            f"({load['weights_gb_per_s']:.2f} GB/s), kernels in {load['compile_s']:.1f} s, running after {load['start_s']:.1f} s"
-        )
-    print(f"limit = {LIMIT_FORMULA}")
-    print(f"{'':22}{'ms':>10}{'p10':>10}{'p90':>10}{'beside it':>12}{'limit ms':>10}{'x limit':>9}  achieved")
-    for row in report["decode"]:
-        print_row(f"decode, batch {row['batch']}", row, "device", "client", f"{row['achieved_tb_per_s']:.3f} TB/s")
-    for row in report["prefill"]:
-        print_row(
-            f"prefill, {row['num_tokens']} tokens",
-            row,
-            "client",
-            "device",
-            f"{row['achieved_tflop_per_s']:.2f} TFLOP/s",
-        )
-    print(
-        "decode: ms per token by the device's clock, the client's beside it; prefill: ms to the first token at the client"
+    parser.add_argument(
+        "--rows", type=parse_rows, help="d<batch>@<context> and p<tokens>, by commas; or quick, or full"
     )
-
-
-def print_row(name: str, row: dict[str, Any], clock: str, other: str, achieved: str) -> None:
-    times, limit_ms = row[clock], row["limit_ms"]
-    limit = f"{'-':>10}{'-':>9}" if limit_ms is None else f"{limit_ms:10.3f}{row['ratio_to_limit']:9.2f}"
-    numbers = "".join(f"{times[key]:10.3f}" for key in ("median_ms", "p10_ms", "p90_ms"))
-    print(f"{name:22}{numbers}{row[other]['median_ms']:12.3f}{limit}  {achieved}")
+    parser.add_argument("--only", choices=("blinkimp", "torch"), help="one side of the comparison")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--device", choices=("auto", "gpu", "emulated"), default="auto")
+    parser.add_argument("--tokens", type=int, default=64, help="decode steps to measure of each row, at least")
+    parser.add_argument("--energy-s", type=float, help="how long each row is repeated on a GPU (default 2; quick: 1)")
+    parser.add_argument("--step-tokens", type=int, default=0, help="rows of a step at most (max_step_tokens)")
+    parser.add_argument(
+        "--chunk", type=int, default=0, help="prompt tokens of a request in a step (prefill_chunk_tokens)"
+    )
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one set of requests may take")
+    parser.add_argument("--measure-limits", action="store_true", help="measure bandwidth and matrix rate on this GPU")
+    parser.add_argument("--torch-backend", default="inductor", help="of torch.compile; none: uncompiled")
+    parser.add_argument("--torch-mode", default="default", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    parser.add_argument(
+        "--compile-budget-s", type=float, help="torch.compile's, over all rows (default 600; quick: 80)"
+    )
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
+    arguments = parser.parse_args(argv)
+    arguments.rows = arguments.rows or parse_rows("quick" if arguments.quick else "full")
+    if arguments.energy_s is None:
+        arguments.energy_s = 1.0 if arguments.quick else 2.0
+    if arguments.compile_budget_s is None:
+        arguments.compile_budget_s = QUICK_COMPILE_BUDGET_S if arguments.quick else 600.0
+    if arguments.tokens < 1 or arguments.energy_s <= 0:
+        parser.error("expected positive numbers for --tokens and --energy-s")
+    if arguments.measure_limits and (arguments.only == "blinkimp" or arguments.device == "emulated"):
+        parser.error(
+            "--measure-limits asks the GPU, and torch for the matrix rate; leave --only blinkimp and --device emulated away"
+        )
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--device", choices=("auto", "gpu", "emulated"), default="auto")
-    parser.add_argument("--batches", type=number_list, default=[1, 16, 64], help="requests that decode together")
-    parser.add_argument("--context", type=int, default=1024, help="prompt tokens of the requests that decode")
-    parser.add_argument("--tokens", type=int, default=64, help="steps to measure of each batch, at least")
-    parser.add_argument("--prefill", type=number_list, default=[128, 1024], help="prompt lengths")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that one set of requests may take")
-    parser.add_argument("--out", type=Path, help="JSON of what was measured")
-    arguments = parser.parse_args(argv)
-    if min([1, arguments.tokens, arguments.context, *arguments.batches, *arguments.prefill]) < 1:
-        parser.error("expected positive numbers for --batches, --context, --tokens and --prefill")
+    arguments = parse_arguments(argv)
     set_up_logging("info")
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "blinkimp": __version__},
-        "driver": output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        **header("bench_step", argv, arguments.commit, open_nvml()),
         "shape": arguments.shape,
-        "limit": LIMIT_FORMULA,
-        "decode": [],
-        "prefill": [],
+        "limits": dataclasses.asdict(Limits()),
+        "limits_measured_in_this_run": arguments.measure_limits,
+        "idle": {"gpu_w": None, "engine_w": None},
+        "rows": [],
+        "errors": [],
     }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            bench(arguments, Path(folder), report)
-    except (BenchError, DeviceError, EngineFaultError, MemoryPlanError, QueuePairError) as error:
-        report["error"] = str(error)
+    bench(arguments, report)
     print_report(report)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"wrote {arguments.out}")
-    if "error" in report:
-        print(f"error: {report['error']}", file=sys.stderr)
-        return 1
-    return 0
+    write_report(report, arguments.out)
+    for error in report["errors"]:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if report["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def render() -> str:
     lines = [BEGIN, "| key | default | expected | meaning |", "|---|---|---|---|"]
     for key in config.keys().values():
         default = f"`{key.default}`" if key.default != "" else "empty"
+        default = default.lower() if isinstance(key.default, bool) else default  # as TOML writes it
         expected = key.expected.replace("|", "\\|")
         lines.append(f"| `{key.name}` | {default} | {expected} | {key.description} |")
     lines += ["", "| other variable | meaning |", "|---|---|"]

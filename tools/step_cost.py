@@ -10,9 +10,21 @@ from typing import Final
 
 from blinkimp.host.model_config import ModelConfig
 
-BYTES_PER_S: Final = 4.6e12  # device memory of one H200, measured
-OPERATIONS_PER_S: Final = 790e12  # bf16 GEMMs of one H200, measured
-LIMIT_FORMULA: Final = "max(weight bytes / 4.6 TB/s, GEMM operations / 790 TFLOP/s) + max(KV bytes / 4.6 TB/s, attention operations / 790 TFLOP/s)"
+
+@dataclass(frozen=True)
+class Limits:
+    """What the hardware can do. The default is what one H200 was measured to reach."""
+
+    bytes_per_s: float = 4.6e12  # reading device memory
+    operations_per_s: float = 790e12  # bf16 matrix products
+
+    @property
+    def formula(self) -> str:
+        memory, matrix = f"{self.bytes_per_s / 1e12:.3g} TB/s", f"{self.operations_per_s / 1e12:.4g} TFLOP/s"
+        return f"max(weight bytes / {memory}, GEMM operations / {matrix}) + max(KV bytes / {memory}, attention operations / {matrix})"
+
+
+H200: Final = Limits()
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,9 @@ class StepCost:
     def num_operations(self) -> int:
         return self.gemm_operations + self.attention_operations
 
-    @property
-    def limit_s(self) -> float:
-        gemm_s = max(self.weight_bytes / BYTES_PER_S, self.gemm_operations / OPERATIONS_PER_S)
-        return gemm_s + max(self.kv_bytes / BYTES_PER_S, self.attention_operations / OPERATIONS_PER_S)
+    def limit_s(self, limits: Limits = H200) -> float:
+        gemm_s = max(self.weight_bytes / limits.bytes_per_s, self.gemm_operations / limits.operations_per_s)
+        return gemm_s + max(self.kv_bytes / limits.bytes_per_s, self.attention_operations / limits.operations_per_s)
 
 
 def step_cost(

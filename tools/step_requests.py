@@ -1,12 +1,12 @@
 """Requests with random prompts on one queue pair of an engine, and when each of their tokens came.
 
-Called by tools/bench_step.py. Test: pytest tests/host/test_bench_step.py
+Called by tools/step_engine.py and tools/bench_arrival.py. Test: pytest tests/host/test_bench_step.py
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,8 +27,18 @@ class BenchError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Wave:
+    """Requests of one kind, submitted together once every request of the waves before has `after_tokens` tokens."""
+
+    batch: int
+    context: int  # prompt tokens
+    max_tokens: int
+    after_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Times:
-    """When things happened to each request, in ns: of the device's clock, or of this process's."""
+    """When things happened to each request of a wave, in ns: of the device's clock, or of this process's."""
 
     submitted: NDArray[np.int64]  # [batch] client
     accepted: NDArray[np.int64]  # [batch] device
@@ -47,26 +57,34 @@ class Client:
         self._sampling = sampling_record(temperature=0.0, ignore_eos=True)
         self._next_id = 1
 
-    def run(self, what: str, batch: int, context: int, max_tokens: int) -> Times:
-        """All requests at once, to their ends."""
-        sizes = self._engine.plan.sizes
-        if context < 1 or context + max_tokens > sizes.max_context or batch > sizes.max_batch:
-            raise BenchError(
-                f"{what}: batch {batch}, {context} prompt and {max_tokens} output tokens; expected a batch of at most {sizes.max_batch} "
-                f"and 1 to {sizes.max_context} tokens a request; lower --batches, --context, --tokens or --prefill"
-            )
+    def run(self, what: str, waves: Sequence[Wave]) -> list[Times]:
+        """All waves to their ends; the times of each."""
+        self._expect_fitting(what, waves)
         before = self._engine.status()
-        first_id, self._next_id = self._next_id, self._next_id + batch
-        prompts = self._random.integers(0, self._port.vocab_size, (batch, context), dtype=np.uint32)
-        submitted = np.zeros(batch, np.int64)
+        first_id = self._next_id
+        wave_of = np.repeat(np.arange(len(waves)), [wave.batch for wave in waves])  # [requests]
+        num_requests = len(wave_of)
+        self._next_id += num_requests
+        prompts = [
+            self._random.integers(0, self._port.vocab_size, (wave.batch, wave.context), dtype=np.uint32)
+            for wave in waves
+        ]
+        prompt_of = [prompt for rows in prompts for prompt in rows]
+        submitted = np.zeros(num_requests, np.int64)
+        num_got = np.zeros(num_requests, np.int64)  # tokens of each request
+        total_tokens = sum(wave.batch * wave.max_tokens for wave in waves)
         pieces: list[tuple[NDArray[np.void], int]] = []  # completions, and when they were seen
-        num_ended = num_submitted = num_tokens = 0
+        num_ended = num_submitted = 0
         deadline = time.monotonic() + self._timeout_s
-        while num_ended < batch:
-            while num_submitted < batch:
+        while num_ended < num_requests:
+            while num_submitted < num_requests:
+                wave = waves[wave_of[num_submitted]]
+                earlier = num_got[wave_of < wave_of[num_submitted]]
+                if earlier.size and earlier.min() < wave.after_tokens:
+                    break
                 now_ns = time.monotonic_ns()
                 status = self._port.try_submit(
-                    first_id + num_submitted, prompts[num_submitted], self._sampling, max_tokens=max_tokens
+                    first_id + num_submitted, prompt_of[num_submitted], self._sampling, max_tokens=wave.max_tokens
                 )
                 if status in (PortStatus.RING_FULL, PortStatus.ARENA_FULL):
                     break  # the rest when the director has taken some
@@ -80,19 +98,31 @@ class Client:
                 pieces.append((entries.copy(), now_ns))
                 kinds = kinds_of(entries)
                 num_ended += int(np.isin(kinds, (CompletionKind.FINISH, CompletionKind.REJECT)).sum())
-                num_tokens += int((kinds == CompletionKind.TOKEN).sum())
-                self._progress(what, num_tokens, batch * max_tokens)
+                tokens = entries["request_id"][kinds == CompletionKind.TOKEN].astype(np.int64) - first_id
+                np.add.at(num_got, tokens, 1)
+                self._progress(what, int(num_got.sum()), total_tokens)
             else:
                 self._engine.check()
-            if event & WaitEvent.STATE_CHANGED or (time.monotonic() > deadline and num_ended < batch):
+            if event & WaitEvent.STATE_CHANGED or (time.monotonic() > deadline and num_ended < num_requests):
                 self._engine.check()
                 raise BenchError(
-                    f"{what}: {num_ended} of {batch} requests ended and {num_tokens} tokens came within {self._timeout_s:g} s; expected all; "
-                    f"raise --timeout, or see the engine's log\n{self._port.dump()}\n{self._engine.status()}"
+                    f"{what}: {num_ended} of {num_requests} requests ended and {int(num_got.sum())} tokens came within "
+                    f"{self._timeout_s:g} s; expected all; raise --timeout, or see the engine's log\n{self._port.dump()}\n{self._engine.status()}"
                 )
-        times = times_of(what, pieces, submitted, first_id, max_tokens)
-        self._expect_undisturbed(what, before, batch * context)
+        times = times_of(what, pieces, submitted, first_id, waves)
+        self._expect_undisturbed(what, before, sum(wave.batch * wave.context for wave in waves))
         return times
+
+    def _expect_fitting(self, what: str, waves: Sequence[Wave]) -> None:
+        sizes = self._engine.plan.sizes
+        batch = sum(wave.batch for wave in waves)
+        least = min(wave.context for wave in waves)
+        most = max(wave.context + wave.max_tokens for wave in waves)
+        if least < 1 or most > sizes.max_context or batch > sizes.max_batch:
+            raise BenchError(
+                f"{what}: batch {batch}, prompts from {least} tokens, at most {most} tokens a request; expected a batch of at most "
+                f"{sizes.max_batch}, and 1 to {sizes.max_context} tokens a request; choose smaller rows, or fewer --tokens"
+            )
 
     def _expect_undisturbed(self, what: str, before: dict[str, int], num_prompt_tokens: int) -> None:
         """Waits until the engine is idle. Every prompt token was computed once: no preemption, nothing from a prefix cache."""
@@ -116,8 +146,12 @@ def kinds_of(entries: NDArray[np.void]) -> NDArray[np.uint32]:
 
 
 def times_of(
-    what: str, pieces: list[tuple[NDArray[np.void], int]], submitted: NDArray[np.int64], first_id: int, max_tokens: int
-) -> Times:
+    what: str,
+    pieces: list[tuple[NDArray[np.void], int]],
+    submitted: NDArray[np.int64],
+    first_id: int,
+    waves: Sequence[Wave],
+) -> list[Times]:
     entries = np.concatenate([piece for piece, _ in pieces])
     seen_ns = np.repeat([now_ns for _, now_ns in pieces], [len(piece) for piece, _ in pieces])
     kinds, rows = kinds_of(entries), entries["request_id"].astype(np.int64) - first_id
@@ -129,22 +163,29 @@ def times_of(
         raise BenchError(
             f"{what}: {int(is_reject.sum())} of {len(submitted)} requests were rejected as {RejectReason(reason).name}; expected none"
         )
-    shape = (len(submitted), max_tokens)
-    times = Times(submitted, np.zeros(shape[0], np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
-    times.accepted[rows[is_ack]] = entries["device_ns"][is_ack]
-    places = (rows[is_token], entries["index"][is_token])
-    times.device[places], times.client[places] = entries["device_ns"][is_token], seen_ns[is_token]
-    if int(is_token.sum()) != times.device.size or not times.device.all() or not times.accepted.all():
-        raise BenchError(
-            f"{what}: {int(is_token.sum())} tokens and {int(is_ack.sum())} acknowledgements came; "
-            f"expected {times.device.size} and {len(submitted)}; see the engine's log"
-        )
-    return times
+    all_times, first_row = [], 0
+    for wave in waves:
+        is_of_wave = (rows >= first_row) & (rows < first_row + wave.batch)
+        shape = (wave.batch, wave.max_tokens)
+        here = submitted[first_row : first_row + wave.batch]
+        times = Times(here, np.zeros(wave.batch, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        times.accepted[rows[is_ack & is_of_wave] - first_row] = entries["device_ns"][is_ack & is_of_wave]
+        tokens = is_token & is_of_wave
+        places = (rows[tokens] - first_row, entries["index"][tokens])
+        times.device[places], times.client[places] = entries["device_ns"][tokens], seen_ns[tokens]
+        if int(tokens.sum()) != times.device.size or not times.device.all() or not times.accepted.all():
+            raise BenchError(
+                f"{what}: {int(tokens.sum())} tokens and {int((is_ack & is_of_wave).sum())} acknowledgements came; "
+                f"expected {times.device.size} and {wave.batch}; see the engine's log"
+            )
+        all_times.append(times)
+        first_row += wave.batch
+    return all_times
 
 
-def steady_state(times: Times) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def steady_state(device_ns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(request, output position) of each token whose step, and the step before, decoded all requests and nothing else."""
-    begin, end = times.device[:, 0].max(), times.device[:, -1].min()
-    is_steady = (times.device[:, :-1] >= begin) & (times.device[:, 1:] <= end)
+    begin, end = device_ns[:, 0].max(), device_ns[:, -1].min()
+    is_steady = (device_ns[:, :-1] >= begin) & (device_ns[:, 1:] <= end)
     rows, columns = np.nonzero(is_steady)
     return rows, columns + 1

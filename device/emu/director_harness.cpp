@@ -54,6 +54,29 @@ u32 bk_director_plan(const EngineParams* params, StepPlan* plan) {
   return num_rows;
 }
 
+// 1: there is a plan for the step after the one in flight, 2: there is, but it is better started after the commit.
+u32 bk_director_plan_ahead(const EngineParams* params, StepPlan* plan) {
+  u32 answer = 0;
+  on_lanes([&](const Lanes& lanes) {
+    const bool has_plan = director_plan_ahead(*params, lanes, plan);
+    if (lanes.is_first()) answer = has_plan ? 1 + director_state(*params).next_waits : 0;
+  });
+  return answer;
+}
+
+u32 bk_director_every_seq_was_stopped(const EngineParams* params, const StepPlan* next) {
+  u32 answer = 0;
+  on_lanes([&](const Lanes& lanes) {
+    const bool all = every_seq_was_stopped(*params, lanes, next);
+    if (lanes.is_first()) answer = all ? 1 : 0;
+  });
+  return answer;
+}
+
+void bk_director_start_next(const EngineParams* params, u64 arrived_ns, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, arrived_ns, start_ns); });
+}
+
 void bk_director_commit(const EngineParams* params, const StepPlan* plan) {
   on_lanes([&](const Lanes& lanes) { director_commit(*params, lanes, plan); });
 }

@@ -1,8 +1,10 @@
 // The emulated device: the director and the CPU interpreter in one loop, as the persistent kernel runs them on a GPU.
 //
-//   poll -> plan -> [run the program on params.num_workers threads] -> commit -> publish, until COMMAND_STOP is carried out
+//   poll -> plan -> start the step -> { publish, plan the next one -> step done -> poll -> start the next step -> commit } -> ...
 //
-// As on the GPU, the director goes on polling and publishing while a long step runs: Pulse does it, from a thread of its own.
+// until COMMAND_STOP is carried out: the order of device/director_loop.cuh. The interpreter's threads are params.num_workers; the director is
+// one of them, so what it does while a step runs is done before it takes its share of that step. In a long step it goes on polling and
+// publishing, as on the GPU: Pulse does it, from a thread of its own.
 // Called by host/emulated_process.py, in a process of its own, with EngineParams over that process's memory.
 // Test: pytest tests/host/test_engine.py
 #include <emu/reference_ops.h>
@@ -43,12 +45,15 @@ class WorkerThreads {
   WorkerThreads(const WorkerThreads&) = delete;
   WorkerThreads& operator=(const WorkerThreads&) = delete;
 
-  // Runs one step. The last op's barrier has let everybody through when it returns, so the plan may be written again.
-  void run(const StepPlan& plan) {
+  // The others set out.
+  void start(const StepPlan& plan) {
     plan_ = &plan;
     steps_.advance();  // hands plan_ over: pairs with wait_for() in work()
-    run_program(params_, plan, 0, barrier_);
   }
+
+  // The caller's share of the step that was started. The last op's barrier has let everybody through when it returns, so the plan may be
+  // written again.
+  void finish() { run_program(params_, *plan_, 0, barrier_); }
 
  private:
   void leave() {
@@ -90,6 +95,13 @@ class Pulse {
   Pulse(const Pulse&) = delete;
   Pulse& operator=(const Pulse&) = delete;
 
+  // While a step is in flight: takes submissions, and those that can still be admitted to the next plan go into it.
+  void look(const Lanes& lanes) {
+    director_poll(params_, lanes);
+    const u64 step = director_state(params_).status.step;
+    director_plan_ahead(params_, lanes, plan_of_step(params_, step + 1));
+  }
+
   template <typename Step>
   void during(Step&& step) {
     step_runs_ = true;
@@ -106,7 +118,7 @@ class Pulse {
     while (!stops_) {
       wake_.wait_for(lock, std::chrono::nanoseconds(kPulseNs));
       if (stops_ || !step_runs_) continue;
-      director_poll(params_, lanes);
+      look(lanes);
       director_publish(params_, lanes);
     }
   }
@@ -172,20 +184,37 @@ int bk_emulated_device_run(const EngineParams* params) try {
   IdleBackoff idle(params->idle_sleep_ns);
   Pulse pulse(*params);
   director_init(*params, lanes);
+  DirectorState& state = director_state(*params);
+  u64 arrived_ns = 0;  // of the step before, while there is work
   for (u64 step = 0; !fault_recorded(*params);) {
     director_poll(*params, lanes);
     StepPlan* plan = plan_of_step(*params, step);
     const u32 num_rows = director_plan(*params, lanes, plan);
     if (plan->flags & kPlanExit) return 0;
-    if (num_rows > 0) {
-      pulse.during([&] { workers.run(*plan); });
-      if (fault_recorded(*params)) break;  // the step is not whole: nothing of it may be committed
-      director_commit(*params, lanes, plan);
-      idle.was_busy();
-      step += 1;
+    if (num_rows == 0) {
+      arrived_ns = 0;
+      director_publish(*params, lanes);
+      idle.wait();
+      continue;
     }
-    director_publish(*params, lanes);
-    if (num_rows == 0) idle.wait();
+    workers.start(*plan);
+    director_note_start(*params, lanes, arrived_ns, device_clock_ns());
+    for (bool goes_on = true; goes_on; ++step) {
+      StepPlan* next = plan_of_step(*params, step + 1);
+      director_publish(*params, lanes);
+      director_plan_ahead(*params, lanes, next);
+      pulse.during([&] { workers.finish(); });
+      if (fault_recorded(*params)) break;  // the step is not whole: nothing of it may be committed
+      arrived_ns = device_clock_ns();
+      pulse.look(lanes);
+      goes_on = state.next_plan == kNextReady && !state.next_waits && !every_seq_was_stopped(*params, lanes, next);
+      if (goes_on) {
+        workers.start(*next);
+        director_start_next(*params, lanes, arrived_ns, device_clock_ns());
+      }
+      director_commit(*params, lanes, plan_of_step(*params, step));
+    }
+    idle.was_busy();
   }
   director_publish(*params, lanes);
   return 1;

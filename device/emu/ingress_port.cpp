@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
-#include <string.h>
 
 #include <new>
 #include <system_error>
@@ -145,11 +144,11 @@ u32 bk_port_state(void* handle) { return as_port(handle)->ring.state(); }
 
 u64 bk_port_epoch(void* handle) { return as_port(handle)->ring.epoch; }
 
-u32 bk_port_try_submit(void* handle, u64 request_id, const void* sampling, const u32* stop_ids, u32 num_stop_ids, const u32* prompt_ids,
-                       u32 num_prompt_tokens, u32 max_tokens) {
-  SamplingParams params;
-  memcpy(&params, sampling, sizeof params);  // the caller's bytes need not be aligned
-  return as_port(handle)->ring.try_submit(request_id, params, stop_ids, num_stop_ids, prompt_ids, num_prompt_tokens, max_tokens);
+// order: a RequestOrder.
+u32 bk_port_try_submit(void* handle, const void* order) { return as_port(handle)->ring.try_submit(*static_cast<const RequestOrder*>(order)); }
+
+u32 bk_port_try_load_constraint(void* handle, u32 slot, const u8* table, u64 table_bytes, u64* offset) {
+  return as_port(handle)->ring.try_load_constraint(slot, table, table_bytes, offset);
 }
 
 u32 bk_port_try_cancel(void* handle, u64 request_id) { return as_port(handle)->ring.try_operation(kSubmissionCancel, request_id, 0); }

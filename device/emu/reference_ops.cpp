@@ -79,11 +79,10 @@ void for_each_tile(const OpContext& context, u32 num_rows, u32 unit_features, u3
 // ---- Ops -----------------------------------------------------------------------------------------------------------
 void run_embed(const OpContext& context) {
   const Op& op = context.op;
-  const PlanRow* rows = plan_rows(context.params, &context.plan);
   const Share share = share_of(context, context.plan.num_rows);
   for (u32 row = share.begin; row < share.end; ++row) {
     f32* hidden = context.buffer(kBufHidden) + u64{row} * op.in_features;
-    const u64 offset = u64{rows[row].token} * op.in_features;
+    const u64 offset = u64{plan_row_token(context.params, &context.plan, row)} * op.in_features;
     if (op.weight_dtype == kBF16) {
       const u16* weight = reinterpret_cast<const u16*>(op.weight) + offset;
       for (u32 i = 0; i < op.in_features; ++i) hidden[i] = f32_of_bf16(weight[i]);
@@ -203,7 +202,7 @@ void run_sample(const OpContext& context) {
     const PlanSeq& seq = plan_seqs(params, &context.plan)[row.seq_idx];
     const SamplingParams* sampling = reinterpret_cast<const SamplingParams*>(params.requests + u64{seq.request_idx} * kRequestBytes);
     const f32* logits = context.buffer(kBufLogits) + u64{idx} * vocab;
-    reinterpret_cast<SampleResult*>(params.sampled)[idx] =
+    sampled_of_step(params, context.plan.step)[idx] =
         sample_row(SingleSampleGroup{}, logits, vocab, *sampling, seq.output_idx, scratch);
   }
 }

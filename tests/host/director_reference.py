@@ -53,6 +53,14 @@ class Job:
         return self.num_uncomputed == 1
 
     @property
+    def is_over(self) -> bool:
+        return self.finished or self.stop_asked or self.dropped
+
+    @property
+    def is_ending(self) -> bool:
+        return self.is_over or self.num_outputs >= self.max_tokens
+
+    @property
     def needs_page(self) -> bool:
         return pages_for(self.num_tokens) > self.num_pages
 
@@ -86,6 +94,7 @@ class Lane:
     unread: deque[Completion] = field(default_factory=deque)  # in the ring, for the ingress to read
     num_owed: int = 0  # unread as far as the last poll saw
     promised: int = 0
+    promised_now: int = 0  # of it to the step in flight, while the next one is planned too
 
     @property
     def is_attached(self) -> bool:
@@ -113,6 +122,8 @@ class Reference:
         self.next_take = 0
         self.command = abi.COMMAND_RUN
         self.in_flight: list[tuple[Job, PlannedSeq]] | None = None
+        self.next: list[tuple[Job, PlannedSeq]] | None = None  # the step after it, planned ahead
+        self.next_started = False
 
     # ---- Poll ----------------------------------------------------------------------------------------------------
     def poll(self, asked_epochs: list[int], stale: set[int], command: int) -> None:
@@ -159,7 +170,7 @@ class Reference:
         live = [
             *lane.waiting,
             *lane.finishing,
-            *(job for job in self.running if job.queue_pair is lane and not job.dropped),
+            *(job for job in self.running if job.queue_pair is lane and not job.dropped and not job.finished),
         ]
         return next((job for job in live if job.request_id == request_id), None)
 
@@ -241,8 +252,8 @@ class Reference:
         if job in job.queue_pair.waiting:
             job.queue_pair.waiting.remove(job)
             self.finish(job, reason)
-        elif job in self.running and self.in_flight is not None:
-            if not job.stop_asked and not job.dropped:
+        elif job in self.running and (self.in_flight is not None or self.next is not None):
+            if not job.is_over:
                 job.stop_asked, job.finish_reason = True, reason
         elif job in self.running:
             self.release(job)
@@ -258,14 +269,14 @@ class Reference:
             self.count_finish(abi.FINISH_CANCELLED)
         lane.waiting.clear()
         lane.finishing.clear()
-        for job in [job for job in self.running if job.queue_pair is lane and not job.dropped]:
-            if self.in_flight is not None:
+        for job in [job for job in self.running if job.queue_pair is lane and not job.dropped and not job.finished]:
+            if self.in_flight is not None or self.next is not None:
                 job.dropped = True
             else:
                 self.release(job)
                 self.count_finish(abi.FINISH_CANCELLED)
         lane.staged.clear()
-        lane.promised = 0
+        lane.promised = lane.promised_now = 0
 
     # ---- Plan ----------------------------------------------------------------------------------------------------
     def preempt(self, job: Job) -> None:
@@ -279,10 +290,60 @@ class Reference:
         return 1 + self.shape.num_pages // 128 if num_running else 0
 
     def plan(self) -> list[PlannedSeq]:
+        """After a commit. A plan made ahead of it is kept if anybody in it goes on, and more may be admitted to it."""
+        assert self.in_flight is None
+        planned, self.next = self.next, None
+        if planned is not None and any(not job.is_over for job, _ in planned):
+            planned += self.admit(sum(seq.num_rows for _, seq in planned), [])
+        else:
+            if planned is not None:
+                for lane in self.lanes:
+                    lane.promised = 0
+                self.remove_ended()
+            planned = self.plan_afresh()
+        self.in_flight = planned or None
+        return [seq for _, seq in planned]
+
+    def plan_ahead(self) -> tuple[list[PlannedSeq], bool]:
+        """While a step is in flight: the next one, or more admissions to it; and whether it should wait for the commit."""
+        assert self.in_flight is not None and not self.next_started
+        if self.next is None:
+            for job, seq in self.in_flight:
+                if not job.is_over:
+                    job.num_computed = seq.position_begin + seq.num_rows
+                    job.num_tokens = job.num_computed + 1 if seq.samples else job.num_tokens
+            for lane in self.lanes:
+                if STEP_CREDIT * sum(job.queue_pair is lane for job in self.running) > lane.credit:
+                    return [], False
+            if sum(not job.is_ending and job.is_decode and job.needs_page for job in self.running) > self.free_pages:
+                return [], False
+            for lane in self.lanes:
+                lane.promised_now = lane.promised
+            self.next = self.plan_afresh() or None
+            if self.next is None:
+                for lane in self.lanes:
+                    lane.promised_now = 0
+                return [], False
+        else:
+            self.next += self.admit(sum(seq.num_rows for _, seq in self.next), [])
+        in_next = [job for job, _ in self.next]
+        num_rows = sum(seq.num_rows for _, seq in self.next)
+        waits = (
+            any(lane.waiting for lane in self.lanes)
+            and num_rows < self.shape.max_step_tokens
+            and any(job.is_ending and job not in in_next for job in self.running)
+        )
+        return [seq for _, seq in self.next], waits
+
+    def start_next(self) -> None:
+        assert self.next is not None and self.in_flight is not None
+        self.next_started = True
+
+    def plan_afresh(self) -> list[tuple[Job, PlannedSeq]]:
         rows: dict[Job, int] = {}
         stalled: list[Job] = []
         for lane in self.lanes:
-            lane.promised = 0
+            lane.promised = lane.promised_now
 
         def promise(job: Job) -> bool:
             if job.queue_pair.credit < STEP_CREDIT:
@@ -294,8 +355,8 @@ class Reference:
             job.queue_pair.promised += STEP_CREDIT
             return True
 
-        decodes = [job for job in self.running if job.is_decode]
-        chunks = [job for job in self.running if not job.is_decode]
+        decodes = [job for job in self.running if job.is_decode and not job.is_ending]
+        chunks = [job for job in self.running if not job.is_decode and not job.is_ending]
         for job in decodes:
             if promise(job):
                 rows[job] = 1
@@ -322,28 +383,27 @@ class Reference:
 
         order = [job for job in self.running if rows.get(job) and job.is_decode]
         order += [job for job in self.running if rows.get(job) and not job.is_decode]
-        num_rows = sum(rows[job] for job in order)
-        while num_preemptions == self.counts["preemptions"] and num_rows < self.shape.max_step_tokens:
-            job_or_none = self.choose_admission(stalled)
-            num_preemptions = self.counts["preemptions"]  # those of stalled requests do not end admission
-            if job_or_none is None:
-                break
-            job = job_or_none
+        planned = [(job, self.seq(job, rows[job])) for job in order]
+        if num_preemptions == self.counts["preemptions"]:
+            planned += self.admit(sum(rows[job] for job in order), stalled)
+        return planned
+
+    def seq(self, job: Job, num_rows: int) -> PlannedSeq:
+        return PlannedSeq(job.request_id, num_rows, job.num_computed, num_rows == job.num_uncomputed, job.num_outputs)
+
+    def admit(self, num_rows: int, stalled: list[Job]) -> list[tuple[Job, PlannedSeq]]:
+        """Behind num_rows rows that are planned already."""
+        admitted = []
+        while num_rows < self.shape.max_step_tokens and (job := self.choose_admission(stalled)) is not None:
             job.queue_pair.waiting.remove(job)
             job.num_pages = pages_for(job.num_tokens)
             self.free_pages -= job.num_pages
             job.queue_pair.promised += STEP_CREDIT
-            rows[job] = min(job.num_tokens, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
-            num_rows += rows[job]
+            count = min(job.num_tokens, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
+            num_rows += count
             self.running.append(job)
-            order.append(job)
-
-        planned = [
-            PlannedSeq(job.request_id, rows[job], job.num_computed, rows[job] == job.num_uncomputed, job.num_outputs)
-            for job in order
-        ]
-        self.in_flight = list(zip(order, planned, strict=True)) if planned else None
-        return planned
+            admitted.append((job, self.seq(job, count)))
+        return admitted
 
     def choose_admission(self, stalled: list[Job]) -> Job | None:
         num_lanes = len(self.lanes)
@@ -377,15 +437,18 @@ class Reference:
     def commit(self, sampler: Callable[[int, int], int], eos_ids: tuple[int, ...]) -> None:
         assert self.in_flight is not None
         for job, seq in self.in_flight:
-            job.num_computed += seq.num_rows
+            if job.finished:  # one step ago: a row of a plan that was made before that
+                continue
+            job.num_computed = seq.position_begin + seq.num_rows
             if job.dropped:
                 continue
             if job.stop_asked:
+                job.num_tokens = job.num_prompt + seq.output_idx
                 job.finished = True
                 self.stage_finish(job)
             elif seq.samples:
                 token = sampler(job.request_id, seq.output_idx)
-                job.num_tokens += 1
+                job.num_tokens = job.num_prompt + seq.output_idx + 1
                 job.queue_pair.staged.append(job.completion(abi.COMPLETION_TOKEN, 0, token, seq.output_idx))
                 self.counts["output_tokens"] += 1
                 if token in eos_ids and not job.ignore_eos:
@@ -397,10 +460,18 @@ class Reference:
                 if job.finish_reason:
                     job.finished = True
                     self.stage_finish(job)
-        self.in_flight = None
         for lane in self.lanes:
-            lane.promised = 0
-        for job in [job for job in self.running if job.finished or job.stop_asked or job.dropped]:
+            lane.promised = 0 if self.next is None else lane.promised - lane.promised_now
+            lane.promised_now = 0
+        self.in_flight = None
+        self.remove_ended()
+        if self.next_started:
+            self.in_flight, self.next, self.next_started = self.next, None, False
+
+    def remove_ended(self) -> None:
+        """Those that are rows of the next step stay until its commit."""
+        in_next = [job for job, _ in self.next or []]
+        for job in [job for job in self.running if job.is_over and job not in in_next]:
             self.release(job)
             if job.dropped:
                 self.count_finish(abi.FINISH_CANCELLED)

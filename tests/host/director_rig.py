@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
@@ -53,6 +54,9 @@ def library(kind: str) -> ctypes.CDLL:
         ("init", None, [params]),
         ("poll", None, [params]),
         ("plan", u32, [params, plan]),
+        ("plan_ahead", u32, [params, plan]),
+        ("every_seq_was_stopped", u32, [params, plan]),
+        ("start_next", None, [params, u64, u64]),
         ("commit", None, [params, plan]),
         ("publish", None, [params]),
         ("check_integrity", u32, [params]),
@@ -178,7 +182,7 @@ class Rig:
         self.page_tables = np.zeros((shape.num_requests, pages_per_request), np.uint32)
         self.free_pages = np.zeros(shape.num_pages, np.uint32)
         self.page_owners = np.zeros(shape.num_pages, np.uint32)
-        self.sampled = np.zeros(shape.max_batch, abi.SAMPLE_RESULT)
+        self.sampled = np.zeros((2, shape.max_batch), abi.SAMPLE_RESULT)
         for name, array in (
             ("engine_page", self.engine_page), ("director_state", self.director_state), ("requests", self.requests),
             ("tokens", self.tokens), ("page_tables", self.page_tables), ("free_pages", self.free_pages),
@@ -192,7 +196,11 @@ class Rig:
         self.plans = [np.zeros(plan_bytes, np.uint8) for _ in range(2)]
         for i, plan in enumerate(self.plans):
             params["plans"][i] = address_of(plan)
-        self.plan_memory = self.plans[0]
+        self.plan_memory = self.plans[0]  # of the step in flight
+        self.num_commits = 0  # the number of that step
+        self.in_flight = False
+        self.next_started = False
+        self.samples_of_step: dict[int, list[tuple[int, int]]] = {}  # (request id, output position) of each sampled row
         self.native.bk_director_init(self.address)
         self.check()
 
@@ -202,21 +210,46 @@ class Rig:
 
     def plan(self) -> list[PlannedSeq]:
         """The planned sequences; every word of the plan is checked against the request table."""
-        self.plan_memory = self.plans[int(self.engine_status("step")) & 1]
+        self.plan_memory = self.plans[self.num_commits & 1]
         num_rows = int(self.native.bk_director_plan(self.address, address_of(self.plan_memory)))
-        return self.read_plan(num_rows)
+        assert num_rows == self.plan_memory[:64].view(abi.STEP_PLAN)[0]["num_rows"]
+        self.in_flight = num_rows > 0
+        return self.read_plan(self.plan_memory)
 
-    def read_plan(self, num_rows: int) -> list[PlannedSeq]:
-        header = self.plan_memory[:64].view(abi.STEP_PLAN)[0]
+    def plan_ahead(self) -> tuple[list[PlannedSeq], bool]:
+        """The step after the one in flight, and whether it should wait for the commit."""
+        plan_memory = self.plans[(self.num_commits + 1) & 1]
+        answer = int(self.native.bk_director_plan_ahead(self.address, address_of(plan_memory)))
+        return (self.read_plan(plan_memory), answer == 2) if answer else ([], False)
+
+    def plan_rows(self, plan_memory: NDArray[np.uint8]) -> NDArray[np.void]:
+        header = plan_memory[:64].view(abi.STEP_PLAN)[0]
+        begin = 64 + self.shape.max_batch * abi.PLAN_SEQ.itemsize
+        rows: NDArray[np.void] = plan_memory[begin : begin + int(header["num_rows"]) * abi.PLAN_ROW.itemsize].view(
+            abi.PLAN_ROW
+        )
+        return rows
+
+    def every_seq_was_stopped(self) -> bool:
+        plan_memory = self.plans[(self.num_commits + 1) & 1]
+        return bool(self.native.bk_director_every_seq_was_stopped(self.address, address_of(plan_memory)))
+
+    def start_next(self, arrived_ns: int = 0, start_ns: int = 0) -> None:
+        self.native.bk_director_start_next(self.address, arrived_ns, start_ns)
+        self.next_started = True
+
+    def read_plan(self, plan_memory: NDArray[np.uint8]) -> list[PlannedSeq]:
+        header = plan_memory[:64].view(abi.STEP_PLAN)[0]
+        step, num_rows = int(header["step"]), int(header["num_rows"])
         num_seqs, num_sample_rows = int(header["num_seqs"]), int(header["num_sample_rows"])
-        assert num_rows == header["num_rows"] <= self.shape.max_step_tokens
+        assert num_rows <= self.shape.max_step_tokens
         seqs_end = 64 + self.shape.max_batch * abi.PLAN_SEQ.itemsize
         rows_end = seqs_end + self.shape.max_step_tokens * abi.PLAN_ROW.itemsize
-        seqs = self.plan_memory[64:seqs_end].view(abi.PLAN_SEQ)[:num_seqs]
-        rows = self.plan_memory[seqs_end:rows_end].view(abi.PLAN_ROW)[:num_rows]
-        sampled_rows = self.plan_memory[rows_end:].view(np.uint32)[:num_sample_rows]
+        seqs = plan_memory[64:seqs_end].view(abi.PLAN_SEQ)[:num_seqs]
+        rows = plan_memory[seqs_end:rows_end].view(abi.PLAN_ROW)[:num_rows]
+        sampled_rows = plan_memory[rows_end:].view(np.uint32)[:num_sample_rows]
         planned, row, sample_row, longest = [], 0, 0, 0
-        self.sample_of: list[tuple[int, int]] = []  # (request id, output position) of each sampled row
+        sample_of: list[tuple[int, int]] = []
         for seq_idx, seq in enumerate(seqs):
             request_idx, begin, count = int(seq["request_idx"]), int(seq["position_begin"]), int(seq["num_rows"])
             request = self.request(request_idx)
@@ -226,25 +259,39 @@ class Rig:
             samples = begin + count == request.num_tokens
             assert int(seq["sample_row"]) == (sample_row if samples else abi.NO_ROW)
             own = rows[row : row + count]
-            assert np.array_equal(own["token"], self.tokens[request_idx, begin : begin + count])
+            if int(own["token"][0]) & abi.TOKEN_PENDING:  # what the step before samples for it
+                assert count == 1 and begin >= request.num_prompt_tokens
+                sampled_in = self.samples_of_step[step - 1][int(own["token"][0]) & ~abi.TOKEN_PENDING]
+                assert sampled_in == (request.request_id, int(seq["output_idx"]) - 1)
+            else:
+                assert np.array_equal(own["token"], self.tokens[request_idx, begin : begin + count])
             assert np.array_equal(own["position"], np.arange(begin, begin + count))
             assert (own["seq_idx"] == seq_idx).all() and (own["sample_row"][:-1] == abi.NO_ROW).all()
             assert own["sample_row"][-1] == seq["sample_row"]
             if samples:
                 assert sampled_rows[sample_row] == row + count - 1
-                self.sample_of.append((request.request_id, int(seq["output_idx"])))
+                sample_of.append((request.request_id, int(seq["output_idx"])))
                 sample_row += 1
             assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens
             planned.append(PlannedSeq(request.request_id, count, begin, samples, int(seq["output_idx"])))
             row += count
             longest = max(longest, begin + count)
         assert row == num_rows and sample_row == num_sample_rows and int(header["max_kv_tokens"]) == longest
+        self.samples_of_step[step] = sample_of
         return planned
 
     def commit(self, sampler: Sampler) -> None:
-        for sample_row, (request_id, output_idx) in enumerate(self.sample_of):
-            self.sampled[sample_row] = (sampler(request_id, output_idx), -0.5)
+        self.run_workers(sampler)
         self.native.bk_director_commit(self.address, address_of(self.plan_memory))
+        self.samples_of_step.pop(self.num_commits - 1, None)
+        self.num_commits += 1
+        self.in_flight, self.next_started = self.next_started, False
+        self.plan_memory = self.plans[self.num_commits & 1]
+
+    def run_workers(self, sampler: Sampler) -> None:
+        """The step in flight."""
+        for sample_row, (request_id, output_idx) in enumerate(self.samples_of_step[self.num_commits]):
+            self.sampled[self.num_commits & 1, sample_row] = (sampler(request_id, output_idx), -0.5)
 
     def publish(self) -> None:
         self.native.bk_director_publish(self.address)

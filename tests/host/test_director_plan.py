@@ -117,7 +117,7 @@ def test_a_full_batch_of_256_decodes_in_every_step(kind: str) -> None:
     """The steady state that all lanes plan side by side; pages turn over in the middle of it."""
     rig = attached(
         kind, max_batch=256, num_requests=256, max_requests_per_queue_pair=256, max_step_tokens=1024, prefill_chunk_tokens=64,
-        num_pages=600, max_context=256, num_submissions=256, num_completions=1024, arena_bytes=65536,
+        num_pages=600, max_context=256, num_submissions=256, num_completions=1024, arena_bytes=131072,
     )  # fmt: skip
     ingress = rig.ingresses[0]
     for request_id in range(1, 257):

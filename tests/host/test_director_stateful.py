@@ -44,7 +44,7 @@ IDS = st.integers(1, 12)
 def sampler(request_id: int, output_idx: int) -> int:
     """EOS now and then, small ids often enough for stop ids to be met. The same answer whenever it is asked."""
     mixed = (request_id * 2654435761 + output_idx * 40503) % 97
-    return EOS_ID if mixed == 0 else 3 + mixed
+    return EOS_ID if mixed < 4 else 3 + mixed
 
 
 class DirectorMachine(RuleBasedStateMachine):
@@ -93,7 +93,7 @@ class DirectorMachine(RuleBasedStateMachine):
         """Enough at once to fill batches and pages."""
         for num_prompt in lengths:
             self.next_id += 1
-            self.submit(q, self.next_id, num_prompt, max_tokens, [], True)
+            self.submit(q, self.next_id, num_prompt, max_tokens, [], self.next_id % 3 != 0)
         self.run(3)
 
     @rule(q=QUEUE_PAIRS, request_id=IDS, fault=st.integers(0, 8))
@@ -175,6 +175,18 @@ class DirectorMachine(RuleBasedStateMachine):
     def plan(self) -> None:
         assert self.rig.plan() == self.reference.plan()
 
+    @precondition(lambda self: self.reference.in_flight is not None and not self.reference.next_started)
+    @rule()
+    def plan_ahead(self) -> None:
+        assert self.rig.plan_ahead() == self.reference.plan_ahead()
+
+    @precondition(lambda self: self.reference.next is not None and not self.reference.next_started)
+    @precondition(lambda self: self.reference.in_flight is not None)
+    @rule()
+    def start_next(self) -> None:
+        self.rig.start_next()
+        self.reference.start_next()
+
     @precondition(lambda self: self.reference.in_flight is not None)
     @rule()
     def commit(self) -> None:
@@ -190,11 +202,30 @@ class DirectorMachine(RuleBasedStateMachine):
     def run(self, num_turns: int, num_readers: int = 0) -> None:
         """The engine's loop; the first num_readers queue pairs read along."""
         for _ in range(num_turns):
-            if self.reference.in_flight is not None:
+            while self.reference.in_flight is not None:
                 self.commit()
             self.poll()
             self.plan()
             self.publish()
+            for q in range(min(num_readers, len(self.rig.ingresses))):
+                self.read(q, 100)
+
+    @rule(num_turns=st.integers(1, 60), num_readers=st.integers(0, 3), starts=st.integers(0, 1))
+    def run_ahead(self, num_turns: int, num_readers: int, starts: int) -> None:
+        """The loop of the GPU: each step is planned while the one before it runs, and started before that one's commit."""
+        for turn in range(num_turns):
+            if self.reference.in_flight is None:
+                self.poll()
+                self.plan()
+            self.publish()
+            if self.reference.in_flight is not None:
+                for _ in range(1 + turn % 2):
+                    if not self.reference.next_started:
+                        self.plan_ahead()
+                    self.poll()
+                if starts and self.reference.next is not None and not self.reference.next_started:
+                    self.start_next()
+                self.commit()
             for q in range(min(num_readers, len(self.rig.ingresses))):
                 self.read(q, 100)
 
@@ -228,7 +259,7 @@ class DirectorMachine(RuleBasedStateMachine):
         while num_idle < 1000:
             num_idle = num_idle + 1 if self.reference.counts["output_tokens"] == last_output else 0
             last_output = self.reference.counts["output_tokens"]
-            if self.reference.in_flight is not None:
+            while self.reference.in_flight is not None:
                 self.commit()
             self.poll()
             self.plan()

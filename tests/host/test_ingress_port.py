@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,6 +199,88 @@ def test_request_arrives_whole(director: FakeDirector, port: QueuePairPort) -> N
         "top_k": 40,
         "seed": 2**64 - 1,
     }
+
+
+def test_every_word_of_a_request_arrives(director: FakeDirector, port: QueuePairPort) -> None:
+    words = {
+        "min_tokens": 3,
+        "repetition_penalty": 1.25,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 1.5,
+        "num_top_logprobs": 20,
+    }
+    status = port.try_submit(
+        9,
+        prompt(6),
+        sampling_record(**words),  # type: ignore[arg-type]
+        max_tokens=4,
+        stop_ids=[5],
+        logit_bias={17: -100.0, 3: 2.5},
+        num_prior_outputs=2,
+        flags=abi.REQUEST_NO_PREFIX_CACHE,
+        priority=-7,
+        timeout_ns=2**40,
+        cache_salt=2**63 + 1,
+        constraint_slot=0,
+        constraint_state=77,
+    )
+    assert status == PortStatus.OK
+    director.queue_pairs[0].poll()
+    (request,) = director.queue_pairs[0].seen
+    assert request.prompt_ids == tuple(range(1, 7)) and request.stop_ids == (5,)
+    assert request.logit_bias == ((17, -100.0), (3, 2.5))
+    assert {name: request.body["sampling"][name] for name in words} == words
+    assert int(request.body["sampling"]["num_logit_bias"]) == 2
+    names = ("num_prior_outputs", "flags", "constraint", "constraint_state")
+    assert [int(request.body[name]) for name in names] == [2, abi.REQUEST_NO_PREFIX_CACHE, 1, 77]
+    names = ("priority", "timeout_ns", "cache_salt", "max_tokens")
+    assert [int(request.entry[name]) for name in names] == [-7, 2**40, 2**63 + 1, 4]
+
+
+def test_plain_request_has_the_neutral_words(director: FakeDirector, port: QueuePairPort) -> None:
+    assert port.try_submit(9, prompt(6), sampling_record(), max_tokens=4) == PortStatus.OK
+    director.queue_pairs[0].poll()
+    (request,) = director.queue_pairs[0].seen
+    body = request.body.copy()
+    sampling = sampling_record()
+    assert body["sampling"] == sampling[0] and float(sampling["repetition_penalty"][0]) == 1.0
+    body["sampling"] = 0
+    assert body.tobytes() == bytes(abi.REQUEST_BODY.itemsize)
+    assert [int(request.entry[name]) for name in ("priority", "timeout_ns", "cache_salt", "client_ns")] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{"priority": 2**31}, {"cache_salt": -1}, {"stop_ids": [2**32]}, {"logit_bias": {-1: 0.0}}, {"max_tokens": 2**32}],
+    ids=str,
+)
+def test_word_that_does_not_fit_is_refused(port: QueuePairPort, words: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a word of the request does not fit"):
+        port.try_submit(1, prompt(3), sampling_record(), **{"max_tokens": 1, **words})
+
+
+def test_constraint_arrives_in_pieces_with_room_for_requests(director: FakeDirector, port: QueuePairPort) -> None:
+    queue_pair = director.queue_pairs[0]
+    table = np.random.default_rng(1).integers(0, 256, 3 * SMALL_RINGS.arena_bytes + 12, dtype=np.uint8).tobytes()
+    port.num_constraint_slots, port.constraint_slot_bytes = 2, len(table)
+    status, offset = port.try_load_constraint(1, table)
+    full = (PortStatus.ARENA_FULL, PortStatus.RING_FULL)
+    assert status in full and offset == SMALL_RINGS.arena_bytes, "four pieces of a quarter"
+    while status != PortStatus.OK:
+        queue_pair.poll()
+        status, offset = port.try_load_constraint(1, table, offset)
+    queue_pair.poll()
+    assert queue_pair.constraints == {1: table} and offset == len(table)
+    assert port.load_constraint(1, b"another") == PortStatus.OK
+    queue_pair.poll()
+    assert queue_pair.constraints == {1: b"another"}
+
+
+@pytest.mark.parametrize(("slot", "num_bytes"), [(2, 1), (-1, 1), (0, 101), (0, 0)])
+def test_constraint_that_has_no_place_is_refused(port: QueuePairPort, slot: int, num_bytes: int) -> None:
+    port.num_constraint_slots, port.constraint_slot_bytes = 2, 100
+    with pytest.raises(ValueError, match="expected 1 to 100 bytes and a slot below 2"):
+        port.try_load_constraint(slot, bytes(num_bytes))
 
 
 def test_wrap_at_lap_boundary(director: FakeDirector, port: QueuePairPort) -> None:

@@ -246,6 +246,7 @@ def test_a_second_launch_goes_on_from_the_regions_positions() -> None:
     for memory in (rig.director_state, rig.requests, rig.page_tables, rig.free_pages, rig.page_owners):
         memory[:] = 0
     rig.native.bk_director_init(rig.address)
+    rig.num_commits = 0
     assert rig.queue_pair(0).published_pos == published
     assert not ingress.is_attached, "its requests are gone, so it must attach again"
     ingress.ask_attach()
@@ -274,6 +275,7 @@ def test_a_header_that_cannot_be_right_is_a_fault_at_init(word: str, value: int)
     rig.ingresses[1].words["header"][word] = value
     rig.director_state[:] = 0
     rig.native.bk_director_init(rig.address)
+    rig.num_commits = 0
     assert rig.fault() == {"code": abi.FAULT_INTEGRITY, "site": 1, "expected": 0, "seen": 101, "step": 0}
     assert rig.engine_status("state") == abi.ENGINE_FAULTED
 

@@ -64,6 +64,11 @@ struct Lanes {
   u32 broadcast(u32 value, u32 source_lane) const {
     return collect(value, [=](const u32* values, u32) { return values[source_lane]; });
   }
+  u64 clock_ns() const {
+    const u64 now_ns = device_clock_ns();
+    const u32 low = broadcast(static_cast<u32>(now_ns), 0);
+    return u64{broadcast(static_cast<u32>(now_ns >> 32), 0)} << 32 | low;
+  }
   u32 sum(u32 value) const {
     return collect(value, [](const u32* values, u32 n) {
       u32 total = 0;

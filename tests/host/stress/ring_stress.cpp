@@ -1,4 +1,4 @@
-// Both ends of the queue pairs at full speed, for the sanitizers: one thread is the director, two more are ingresses.
+// Both ends of the queue pairs at full speed, for the sanitizers: one thread is the director, one the workers, two more are ingresses.
 //
 // The ingresses submit, cancel, ping, read in bursts, leave and attach again; each checks every completion it gets. Rings, arena and pages
 // are small, so that laps, credit and preemption happen all the time. Exit status 0: every request ended as it should and no page is lost.
@@ -99,7 +99,7 @@ struct Engine {
     params.page_tables = zeroed(u64{4} * params.num_requests * params.max_pages_per_request);
     params.free_pages = zeroed(u64{4} * params.num_pages);
     params.page_owners = zeroed(u64{4} * params.num_pages);
-    params.sampled = zeroed(sizeof(SampleResult) * params.max_batch);
+    params.sampled = zeroed(sizeof(SampleResult) * 2 * params.max_batch);
     for (u64& plan : params.plans) plan = zeroed(plan_bytes(params));
     for (u32 q = 0; q < kNumIngresses; ++q) params.queue_pairs[q] = make_queue_pair(q);
   }
@@ -125,6 +125,60 @@ struct Engine {
   }
 };
 
+// ---- The workers' thread -----------------------------------------------------------------------------------------
+// Samples what a plan asks for, while the director commits the step before, plans the next one and polls.
+class Workers {
+ public:
+  explicit Workers(const EngineParams& params) : params_(params), thread_([this] { run(); }) {}
+
+  void start(u64 step) { st_release_sys(&num_started_, step + 1); }  // the plan is written: pairs with run()
+
+  void wait(u64 step) const {
+    while (ld_acquire_sys(&num_done_) != step + 1) std::this_thread::yield();  // pairs with run()
+  }
+
+  void leave() {
+    st_release_sys(&num_started_, kLeave);
+    thread_.join();
+  }
+
+ private:
+  static constexpr u64 kLeave = ~u64{0};
+
+  void run() {
+    for (u64 step = 0;; ++step) {
+      u64 num_started;
+      while ((num_started = ld_acquire_sys(&num_started_)) == step) std::this_thread::yield();
+      if (num_started == kLeave) return;
+      const StepPlan* plan = plan_of_step(params_, step);
+      for (u32 row = 0; row < plan->num_rows; ++row) {
+        const u32 token = plan_row_token(params_, plan, row);
+        CHECK(token < kVocab, "step %llu row %u: token %u", step, row, token);
+      }
+      for (u32 i = 0; i < plan->num_seqs; ++i) {
+        const PlanSeq& seq = plan_seqs(params_, plan)[i];
+        const PlanRow& row = plan_rows(params_, plan)[seq.row_begin];
+        const u64 request_id = request_at(params_, seq.request_idx)->request_id;
+        // K1: the input of a decode row is what the request sampled last.
+        if (seq.num_rows == 1 && row.token & kTokenPending) {
+          const u32 expected = expected_token(request_id, seq.output_idx - 1);
+          CHECK(plan_row_token(params_, plan, seq.row_begin) == expected, "step %llu seq %u", step, i);
+        }
+        if (seq.sample_row == kNoRow) continue;
+        SampleResult& sample = sampled_of_step(params_, plan->step)[seq.sample_row];
+        sample.token = expected_token(request_id, seq.output_idx);
+        sample.logprob = -1.0f;
+      }
+      st_release_sys(&num_done_, step + 1);
+    }
+  }
+
+  const EngineParams& params_;
+  u64 num_started_ = 0;  // writer: the director's thread
+  u64 num_done_ = 0;     // writer: run()
+  std::thread thread_;
+};
+
 // ---- The director's thread ---------------------------------------------------------------------------------------
 template <typename Call>
 void on_lanes(Call call) {
@@ -135,34 +189,66 @@ void on_lanes(Call call) {
 #endif
 }
 
-void direct(const EngineParams& params) {
+void check_integrity(const EngineParams& params) {
   bool holds = true;
-  for (u64 turn = 0;; ++turn) {
-    StepPlan* plan = plan_of_step(params, director_state(params).status.step);
+  on_lanes([&](const Lanes& lanes) {
+    const bool lane_holds = director_check_integrity(params, lanes);
+    if (lanes.is_first()) holds = lane_holds;
+  });
+  const FaultRecord& fault = engine_page(params).fault;
+  CHECK(holds && fault.code == kFaultNone, "fault site %u expected %llu seen %llu", fault.site, fault.expected, fault.seen);
+}
+
+// The loop of device/director_loop.cuh; some steps are planned after the commit, as if the workers had been too fast.
+u64 direct(const EngineParams& params) {
+  Workers workers(params);
+  u64 num_ahead = 0;
+  for (u64 step = 0;;) {
+    if (step % 64 == 0) check_integrity(params);
     u32 num_rows = 0;
+    StepPlan* plan = plan_of_step(params, step);
     on_lanes([&](const Lanes& lanes) {
       director_poll(params, lanes);
       const u32 rows = director_plan(params, lanes, plan);
+      if (rows == 0) director_publish(params, lanes);
       if (lanes.is_first()) num_rows = rows;
     });
     if (plan->flags & kPlanExit) break;
-    for (u32 i = 0; num_rows > 0 && i < plan->num_seqs; ++i) {
-      const PlanSeq& seq = plan_seqs(params, plan)[i];
-      if (seq.sample_row == kNoRow) continue;
-      SampleResult& sample = reinterpret_cast<SampleResult*>(params.sampled)[seq.sample_row];
-      sample.token = expected_token(request_at(params, seq.request_idx)->request_id, seq.output_idx);
-      sample.logprob = -1.0f;
+    if (num_rows == 0) {
+      sleep_ns(1000);
+      continue;
     }
-    on_lanes([&](const Lanes& lanes) {
-      if (num_rows > 0) director_commit(params, lanes, plan);
-      director_publish(params, lanes);
-      const bool lane_holds = turn % 64 != 0 || director_check_integrity(params, lanes);
-      if (lanes.is_first()) holds = lane_holds;
-    });
-    const FaultRecord& fault = engine_page(params).fault;
-    CHECK(holds && fault.code == kFaultNone, "fault site %u expected %llu seen %llu", fault.site, fault.expected, fault.seen);
-    if (num_rows == 0) sleep_ns(1000);
+    workers.start(step);
+    for (bool goes_on = true; goes_on; ++step) {
+      StepPlan* next = plan_of_step(params, step + 1);
+      bool starts = false;
+      on_lanes([&](const Lanes& lanes) {
+        director_publish(params, lanes);
+        if (step % 7 != 0) director_plan_ahead(params, lanes, next);
+        director_poll(params, lanes);
+        const bool has_plan = step % 7 != 0 && director_plan_ahead(params, lanes, next);
+        if (lanes.is_first()) starts = has_plan && !director_state(params).next_waits;
+      });
+      workers.wait(step);
+      on_lanes([&](const Lanes& lanes) {
+        const bool all_stopped = starts && every_seq_was_stopped(params, lanes, next);
+        lanes.sync();  // `starts` is read by every lane
+        if (lanes.is_first() && all_stopped) starts = false;
+      });
+      goes_on = starts;
+      if (goes_on) {
+        workers.start(step + 1);
+        num_ahead += 1;
+      }
+      on_lanes([&](const Lanes& lanes) {
+        if (goes_on) director_start_next(params, lanes, 0, 0);
+        director_commit(params, lanes, plan_of_step(params, step));
+      });
+    }
   }
+  workers.leave();
+  check_integrity(params);
+  return num_ahead;
 }
 
 // ---- An ingress's thread -----------------------------------------------------------------------------------------
@@ -212,11 +298,17 @@ class Ingress {
     u32 prompt[120];
     const u32 num_prompt = 1 + draw() % 120;
     for (u32 i = 0; i < num_prompt; ++i) prompt[i] = (next_id_ + i) % kVocab;
-    SamplingParams sampling{};
-    sampling.top_p = 1.0f;
     const u32 stop_id = 3 + draw() % 400;
     LiveRequest request{next_id_, 1 + draw() % 60, 0, false, false};
-    if (port_.try_submit(request.request_id, sampling, &stop_id, 1, prompt, num_prompt, request.max_tokens) != kPortOk) return;
+    RequestOrder order{};
+    order.stop_ids = &stop_id;
+    order.prompt_ids = prompt;
+    order.request_id = request.request_id;
+    order.num_stop_ids = 1;
+    order.num_prompt_tokens = num_prompt;
+    order.max_tokens = request.max_tokens;
+    order.sampling.top_p = 1.0f;
+    if (port_.try_submit(order) != kPortOk) return;
     live_.push_back(request);
     next_id_ += 1;
   }
@@ -279,14 +371,16 @@ int main(int argc, char** argv) {
   for (u32 q = 0; q < kNumIngresses; ++q) {
     ingresses.emplace_back([&params, q, num_requests] { Ingress(params.queue_pairs[q], q).run(num_requests); });
   }
-  std::thread director([&params] { direct(params); });
+  u64 num_ahead = 0;
+  std::thread director([&params, &num_ahead] { num_ahead = direct(params); });
   for (std::thread& ingress : ingresses) ingress.join();
   st_relaxed_sys(&engine_page(params).control.command, static_cast<u32>(kCommandStop));
   director.join();
   const StatusLines& status = engine_page(params).status;
   CHECK(status.num_pages_free == params.num_pages && status.num_free_requests == params.num_requests, "%u pages, %u requests are free",
         status.num_pages_free, status.num_free_requests);
-  printf("accepted %llu preemptions %llu stalls %llu steps %llu\n", status.requests_accepted, status.preemptions, status.credit_stalls,
-         status.step);
+  printf("accepted %llu preemptions %llu stalls %llu steps %llu, %llu of them started before the commit\n", status.requests_accepted,
+         status.preemptions, status.credit_stalls, status.step, num_ahead);
+  CHECK(num_ahead * 8 > status.step, "%llu of %llu steps were started ahead", num_ahead, status.step);
   return status.preemptions > 0 && status.credit_stalls > 0 ? 0 : 3;
 }

@@ -1,0 +1,198 @@
+"""What a load consists of: each request's prompt, output length and, in an open loop, the time it is meant to be sent.
+
+    plan = make_plan(LoadOptions(rate=8, duration_s=60, input_len=512, output_len=128), vocab_size=4096)
+
+A trace is a file of JSON lines {"at_s": 0.25, "input_tokens": 512, "output_tokens": 128}; at_s may be absent where rate or concurrency is given.
+Called by blinkimp/bench/runner.py. Test: pytest tests/null/test_bench_plan.py
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from blinkimp.bench import lengths
+from blinkimp.bench.arrivals import arrival_times
+from blinkimp.bench.errors import LoadError
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """One load. Either rate or concurrency or a trace with times; either num_requests or duration_s."""
+
+    rate: float | None = None  # requests/s of an open loop
+    concurrency: int | None = None  # requests at a time: alone it is a closed loop, beside `rate` a cap
+    burstiness: float = 1.0
+    ramp_s: float = 0.0
+    warmup_s: float = 0.0  # requests that were meant to be sent before are not counted
+    num_requests: int | None = None
+    duration_s: float | None = None  # of sending
+    lengths: Literal["fixed", "range", "sharegpt"] = "fixed"
+    input_len: int = 512
+    output_len: int = 128
+    range_ratio: float = 1.0
+    trace: Path | None = None
+    time_scale: float = 1.0  # a trace's times are multiplied by it
+    max_total_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        has_times = self.trace is not None and self.rate is None and self.concurrency is None
+        if not has_times and self.rate is None and self.concurrency is None:
+            raise LoadError(
+                "load: got neither rate nor concurrency nor a trace; expected one: give --rate, --concurrency or --trace"
+            )
+        if self.trace is None and (self.num_requests is None) == (self.duration_s is None):
+            raise LoadError(
+                f"load: got {self.num_requests} requests and {self.duration_s} s; expected one of both: give --num-requests or --duration"
+            )
+        least = {
+            "input_len": 1,
+            "output_len": 1,
+            "concurrency": 1,
+            "num_requests": 1,
+            "seed": 0,
+            "warmup_s": 0,
+            "ramp_s": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise LoadError(f"{name}: got {value}, expected at least {bound}")
+
+    @property
+    def is_closed(self) -> bool:
+        return (self.rate is None and self.trace is None) or (self.trace is not None and self.concurrency is not None)
+
+
+class TraceLine(msgspec.Struct, forbid_unknown_fields=True):
+    input_tokens: int
+    output_tokens: int
+    at_s: float | None = None
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Requests in the order in which they are sent."""
+
+    options: LoadOptions
+    intended_s: NDArray[np.float64] | None  # [requests] from the start; None: a closed loop
+    input_lens: NDArray[np.int64]  # [requests]
+    output_lens: NDArray[np.int64]  # [requests]
+    prompt_seed: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.input_lens)
+
+    def prompt(self, idx: int) -> list[int]:
+        """Random token ids, the same for the same seed; no two requests share a beginning."""
+        random = np.random.default_rng([self.prompt_seed, idx])
+        ids: list[int] = random.integers(0, self.vocab_size, self.input_lens[idx]).tolist()
+        return ids
+
+
+def read_trace(path: Path) -> list[TraceLine]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise LoadError(f"trace {path}: cannot be read ({error.strerror}); check --trace") from error
+    decoder = msgspec.json.Decoder(TraceLine)
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(decoder.decode(line))
+        except msgspec.DecodeError as error:
+            raise LoadError(
+                f'trace {path}, line {number}: {error}; expected {{"at_s": 0.25, "input_tokens": 512, "output_tokens": 128}}'
+            ) from error
+    if not found:
+        raise LoadError(f"trace {path}: got no lines, expected at least one request")
+    return found
+
+
+def write_trace(path: Path, plan: LoadPlan) -> None:
+    """The plan as a trace that read_trace() takes."""
+    times = plan.intended_s
+    lines = [
+        TraceLine(
+            int(plan.input_lens[i]), int(plan.output_lens[i]), None if times is None else round(float(times[i]), 6)
+        )
+        for i in range(len(plan))
+    ]
+    path.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines) + b"\n")
+
+
+def num_of_closed(options: LoadOptions) -> int:
+    """A closed loop by duration draws on more requests than it can use up: they cost nothing until they are sent."""
+    assert options.duration_s is not None
+    return max(4096, math.ceil(options.duration_s * (options.concurrency or 1) * 20))
+
+
+def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:
+    """The same options and seed give the same plan. Raises LoadError."""
+    random = np.random.default_rng(options.seed)
+    intended: NDArray[np.float64] | None = None
+    if options.trace is not None:
+        inputs, outputs, intended = _of_trace(options)
+        num_requests = len(inputs)
+    if options.rate is not None:
+        duration_s = options.duration_s if options.trace is None else None
+        wanted = num_requests if options.trace is not None else options.num_requests
+        intended = arrival_times(
+            random,
+            rate=options.rate,
+            burstiness=options.burstiness,
+            ramp_s=options.ramp_s,
+            num_requests=wanted,
+            duration_s=duration_s,
+        )
+        num_requests = len(intended)
+    elif options.trace is None:
+        num_requests = options.num_requests or num_of_closed(options)
+    if options.trace is None:
+        inputs, outputs = _drawn(random, num_requests, options)
+    if num_requests == 0:
+        raise LoadError(
+            f"load: no request within {options.duration_s} s at {options.rate}/s; expected some: raise --duration or --rate"
+        )
+    if options.is_closed:
+        intended = None
+    return LoadPlan(options, intended, inputs, outputs, options.seed, vocab_size)
+
+
+def _drawn(random: np.random.Generator, num_requests: int, options: LoadOptions) -> lengths.Lengths:
+    if options.lengths == "sharegpt":
+        return lengths.sharegpt_like(random, num_requests, options.max_total_len)
+    if options.lengths == "range":
+        return lengths.random_range(random, num_requests, options.input_len, options.output_len, options.range_ratio)
+    return lengths.fixed(num_requests, options.input_len, options.output_len)
+
+
+def _of_trace(options: LoadOptions) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64] | None]:
+    assert options.trace is not None
+    lines = read_trace(options.trace)
+    if options.num_requests is not None:
+        lines = lines[: options.num_requests]
+    inputs = np.array([line.input_tokens for line in lines], np.int64)
+    outputs = np.array([line.output_tokens for line in lines], np.int64)
+    if options.rate is not None or options.concurrency is not None:
+        return inputs, outputs, None
+    if any(line.at_s is None for line in lines):
+        raise LoadError(
+            f"trace {options.trace}: a line has no at_s; expected times, or --rate or --concurrency in their place"
+        )
+    times = np.array([line.at_s for line in lines], np.float64) * options.time_scale
+    if (np.diff(times) < 0).any() or times[0] < 0:
+        raise LoadError(
+            f"trace {options.trace}: times go backwards; expected at_s ascending from 0 or more; sort the lines"
+        )
+    return inputs, outputs, times

@@ -1,0 +1,46 @@
+"""A load's figures as a table for the terminal. Called by blinkimp/cli/bench.py and sweep.py. Test: pytest tests/host/test_cli_bench.py"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+STATISTICS: Final = ("mean", "median", "p90", "p95", "p99", "p99.9")
+ROWS: Final = (
+    ("TTFT, from sending", "ttft"),
+    ("TTFT, from the intended time", "ttft_intended"),
+    ("TPOT", "tpot"),
+    ("ITL", "itl"),
+    ("E2EL, from sending", "e2el"),
+    ("E2EL, from the intended time", "e2el_intended"),
+)
+
+
+def table_of(report: Mapping[str, Any]) -> str:
+    """What `blinkimp bench` prints."""
+    lines = [
+        f"{report['completed']} requests completed, {report['failed']} failed, in {report['duration']:.2f} s "
+        f"({report['num_not_counted']} of the warm-up not counted)",
+        f"{report['request_throughput']:.2f} requests/s, {report['output_throughput']:.1f} output tokens/s, "
+        f"{report['total_token_throughput']:.1f} total tokens/s; while sending {report['steady_output_throughput']:.1f} output tokens/s",
+        f"{'ms':30}" + "".join(f"{name:>11}" for name in STATISTICS),
+    ]
+    lines += [
+        f"{label:30}" + "".join(f"{report[f'{statistic}_{name}_ms']:11.3f}" for statistic in STATISTICS)
+        for label, name in ROWS
+    ]
+    if report["slos_ms"]:
+        limits = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slos_ms"].items())
+        lines.append(
+            f"goodput ({limits}): {report['request_goodput']:.2f} requests/s, {report['good_requests']} requests"
+        )
+    lines.append(
+        f"sent later than intended: p99 {report['p99_send_delay_ms']:.3f} ms, at most {report['max_send_delay_ms']:.3f} ms"
+    )
+    energy = report["gpu_energy"]
+    if energy["j_per_token"] is not None:
+        above = energy["j_per_token_above_idle"]
+        idle = "" if above is None else f", {above:.4f} with the idle GPU's share subtracted"
+        lines.append(f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle}")
+    lines += [f"failed {number} times: {words}" for words, number in report["error_counts"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,276 @@
+"""Runs a load against a target, open or closed loop, and puts the figures together.
+
+    report = asyncio.run(run_load(plan_options, target, slos={}, progress=...))
+
+Open loop: each request is sent when it is meant to be, whatever the others do; where the client is late, or a cap on concurrency holds it back,
+the latency from the intended time tells. Closed loop: `concurrency` requests at a time, the next one when one ends.
+Called by blinkimp/cli/bench.py, blinkimp/bench/sweep.py and blinkimp/lab. Test: pytest tests/host/test_bench_load.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from blinkimp import __version__
+from blinkimp.bench.errors import LoadError
+from blinkimp.bench.load_plan import LoadOptions, LoadPlan, make_plan
+from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys
+from blinkimp.bench.openai_backend import OpenAiBackend
+from blinkimp.bench.record import Record
+from blinkimp.bench.zmq_backend import ZmqBackend
+from blinkimp.host.power import PowerMeter, PowerSource, per_token
+
+SPIN_NS: Final = 1_000_000  # asyncio's timers are a millisecond coarse: the last one is spun away
+OPEN_TIMEOUT_S: Final = 10.0
+
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is loaded: connect (ZeroMQ endpoint) or url (OpenAI-compatible)."""
+
+    connect: str | None = None
+    url: str | None = None
+    model_name: str | None = None
+    api_key: str | None = None
+    vocab_size: int | None = None
+    chat: bool = False
+    num_gpus: int = 1
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.connect is None) == (self.url is None):
+            raise LoadError(
+                f"target: got connect {self.connect} and url {self.url}; expected one of them: --connect or --url"
+            )
+
+
+class Backend(Protocol):
+    """zmq_backend.py, openai_backend.py."""
+
+    name: str
+    model: str
+    vocab_size: int
+    max_context: int | None
+
+    async def open(self, timeout_s: float) -> None: ...
+    def submit(self, record: Record, prompt: list[int]) -> None: ...
+    async def close(self) -> None: ...
+
+
+def make_backend(target: Target, on_end: Callable[[Record], None]) -> Backend:
+    if target.connect is not None:
+        return ZmqBackend(target.connect, on_end)
+    assert target.url is not None
+    return OpenAiBackend(
+        target.url,
+        on_end,
+        model=target.model_name,
+        api_key=target.api_key,
+        vocab_size=target.vocab_size,
+        chat=target.chat,
+    )
+
+
+class LoadRun:
+    """One load while it runs. Invariant: every submitted record ends exactly once, at the latest by give_up()."""
+
+    def __init__(self, plan: LoadPlan, backend: Backend, progress: Progress) -> None:
+        self.plan, self.backend, self._progress = plan, backend, progress
+        self.records: list[Record] = []
+        self.num_running = self.num_ended = 0
+        self._waiting: deque[Record] = deque()  # meant to be sent, held back by the cap on concurrency
+        self._changed = asyncio.Event()
+        # Prompts are made before the clock starts where they are few enough; the rest as they are needed.
+        self._prompts = {idx: plan.prompt(idx) for idx in range(min(len(plan), 2000))}
+
+    def on_end(self, record: Record) -> None:
+        self.num_running -= 1
+        self.num_ended += 1
+        self._changed.set()
+        if self._waiting:
+            self._send(self._waiting.popleft())
+
+    def make(self, idx: int, intended_ns: int) -> Record:
+        record = Record(idx, int(self.plan.input_lens[idx]), int(self.plan.output_lens[idx]), intended_ns)
+        self.records.append(record)
+        return record
+
+    def offer(self, record: Record) -> None:
+        """Sends, or keeps waiting under the cap."""
+        most = self.plan.options.concurrency
+        if most is not None and self.num_running >= most:
+            self._waiting.append(record)
+        else:
+            self._send(record)
+
+    def _send(self, record: Record) -> None:
+        self.num_running += 1
+        prompt = self._prompts.pop(record.idx, None) or self.plan.prompt(record.idx)
+        self.backend.submit(record, prompt)
+
+    async def run(self, begin_ns: int) -> int:
+        """Sends everything; returns when sending ended, in ns."""
+        await (self._run_closed(begin_ns) if self.plan.intended_s is None else self._run_open(begin_ns))
+        return time.monotonic_ns()
+
+    async def _run_open(self, begin_ns: int) -> None:
+        assert self.plan.intended_s is not None
+        for idx, at_s in enumerate(self.plan.intended_s):
+            intended_ns = begin_ns + int(at_s * 1e9)
+            await sleep_until(intended_ns)
+            self.offer(self.make(idx, intended_ns))
+            self._progress("requests", self.num_ended, len(self.plan))
+        duration_s = self.plan.options.duration_s
+        if duration_s is not None and self.plan.options.trace is None:
+            await sleep_until(begin_ns + int(duration_s * 1e9))
+
+    async def _run_closed(self, begin_ns: int) -> None:
+        options = self.plan.options
+        end_ns = None if options.duration_s is None else begin_ns + int(options.duration_s * 1e9)
+        assert options.concurrency is not None
+        for idx in range(len(self.plan)):
+            # A ramp starts its users one after the other.
+            user_ns = begin_ns + int(options.ramp_s * 1e9 * min(idx, options.concurrency) / options.concurrency)
+            if idx < options.concurrency and options.ramp_s > 0:
+                await sleep_until(user_ns)
+            while self.num_running >= min(idx + 1, options.concurrency):
+                self._changed.clear()
+                if not await wait_until(self._changed, end_ns):
+                    return
+            now_ns = time.monotonic_ns()
+            if end_ns is not None and now_ns >= end_ns:
+                return
+            self.offer(self.make(idx, now_ns))
+            if end_ns is None:
+                self._progress("requests", self.num_ended, len(self.plan))
+            else:
+                self._progress("seconds", (now_ns - begin_ns) // 10**9, (end_ns - begin_ns) // 10**9)
+        if end_ns is None:
+            return
+        raise LoadError(
+            f"closed loop: its {len(self.plan)} requests were used up before the duration; expected fewer; give --num-requests"
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Waits for what was sent; what is not there by then has failed."""
+        deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        while self.num_running or self._waiting:
+            self._changed.clear()
+            self._progress("draining", self.num_ended, len(self.records))
+            if not await wait_until(self._changed, deadline_ns):
+                break
+        now_ns = time.monotonic_ns()
+        for record in self.records:
+            if not record.is_ended:
+                record.end(now_ns, error=f"unfinished {timeout_s:g} s after the load's end")
+
+
+async def sleep_until(at_ns: int) -> None:
+    """To a few microseconds, where the loop has nothing else to do."""
+    left_ns = at_ns - time.monotonic_ns()
+    if left_ns > SPIN_NS:
+        await asyncio.sleep((left_ns - SPIN_NS) / 1e9)
+    while time.monotonic_ns() < at_ns:
+        await asyncio.sleep(0)
+
+
+async def wait_until(event: asyncio.Event, deadline_ns: int | None) -> bool:
+    """False: the deadline came first."""
+    if deadline_ns is None:
+        await event.wait()
+        return True
+    try:
+        await asyncio.wait_for(event.wait(), max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9))
+    except TimeoutError:
+        return False
+    return True
+
+
+async def run_load(
+    options: LoadOptions,
+    target: Target,
+    *,
+    slos: Mapping[str, float] | None = None,
+    progress: Progress = lambda *_: None,
+    drain_s: float = 120.0,
+    source: PowerSource | None = None,
+    idle_w: float | None = None,
+    details: bool = False,
+) -> dict[str, Any]:
+    """The report of one load: vLLM's keys, this tool's own, energy, and InferenceX's under `inferencex`."""
+    runs: list[LoadRun] = []
+    backend = make_backend(target, lambda record: runs[0].on_end(record))
+    try:
+        await backend.open(OPEN_TIMEOUT_S)
+        plan = make_plan(options, target.vocab_size or backend.vocab_size)
+        check_fits(plan, backend.max_context)
+        run = LoadRun(plan, backend, progress)
+        runs.append(run)
+        gc.collect()
+        gc.disable()  # a collection in the middle of a load is a late token that the server did not cause
+        try:
+            with PowerMeter(source) as meter:
+                begin_ns = time.monotonic_ns()
+                sent_ns = await run.run(begin_ns)
+                await run.drain(drain_s)
+                end_ns = time.monotonic_ns()
+        finally:
+            gc.enable()
+    finally:
+        await backend.close()
+    window = Window.of(run.records, begin_ns + int(options.warmup_s * 1e9), sent_ns)
+    if not window.records:
+        raise LoadError(
+            f"load: no request was meant to be sent after the {options.warmup_s:g} s of warm-up; expected some; make it longer"
+        )
+    figures = figures_of(run.records, window, slos or {})
+    energy_j = meter.energy_j(begin_ns, end_ns)
+    tokens = sum(record.num_output_tokens for record in run.records)
+    concurrency = options.concurrency
+    facts = {
+        "model": backend.model,
+        "framework": target.label or backend.name,
+        "hw": "cpu" if source is None else source.name,
+        "precision": "bf16",
+        "conc": concurrency or 0,
+    }
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": backend.name,
+        "backend": backend.name,
+        "label": target.label or None,
+        "model_id": backend.model,
+        "tokenizer_id": backend.model,
+        "num_prompts": len(window.records),
+        "request_rate": "inf" if options.rate is None else options.rate,
+        "burstiness": options.burstiness,
+        "max_concurrency": concurrency,
+        **figures,
+        "gpu_energy": per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+        "load": {key: str(value) if key == "trace" and value else value for key, value in vars(options).items()},
+        "blinkimp_version": __version__,
+        "inferencex": inferencex_keys(figures, num_gpus=target.num_gpus, **facts),
+        "error_counts": counts([record.error for record in window.records if record.error]),
+        **(details_of(window) if details else {}),
+    }
+
+
+def check_fits(plan: LoadPlan, max_context: int | None) -> None:
+    longest = int((plan.input_lens + plan.output_lens).max())
+    if max_context is not None and longest > max_context:
+        raise LoadError(
+            f"load: a request of {longest} tokens, prompt and output; expected at most the server's {max_context}; choose shorter lengths"
+        )
+
+
+def counts(errors: list[str]) -> dict[str, int]:
+    return {error: errors.count(error) for error in dict.fromkeys(errors)}

@@ -1,0 +1,103 @@
+// Where the splits of a narrow unit meet when several warpgroups had some: partial results in a workspace, folded by the last to arrive. GPU only.
+//
+// The warpgroup with the unit's first split folds its splits in registers and leaves one total; the others leave every split as it is,
+// because a fold is not associative in its last bit. Each then adds the number of its splits to the unit's counter; whoever completes the
+// count folds the rest in order and writes the output rows. Nobody waits, and no grid barrier is needed.
+// Workspace kWsAttentionPart: f32 outputs [items, group, head_dim], float2 (maximum, sum) [items, group], u32 counters [max_batch * num_kv_heads];
+// items: attention_slots() * num_kv_heads. Counters are zero between ops (allocated zeroed; the last to arrive resets).
+// Called by device/attention.cuh. Test: pytest tests/host/test_attention_simt.py
+#pragma once
+#include <attention_schedule.cuh>
+
+namespace blinkimp {
+
+// A unit's counter: splits that arrived in the low half, splits folded into the first total in the high half.
+constexpr u32 kFoldedShift = 16;
+
+template <int kHeadDim>
+BK_INLINE f32* part_outputs(const EngineParams& params, u32 item_idx, u32 row) {
+  return reinterpret_cast<f32*>(params.workspaces[kWsAttentionPart]) + (static_cast<u64>(item_idx) * group_of(params) + row) * kHeadDim;
+}
+
+template <int kHeadDim>
+BK_INLINE float2* part_softmax(const EngineParams& params, u32 item_idx, u32 row) {
+  const u64 num_parts = static_cast<u64>(attention_slots(params)) * params.dims.num_heads;
+  return reinterpret_cast<float2*>(params.workspaces[kWsAttentionPart] + num_parts * kHeadDim * sizeof(f32)) + static_cast<u64>(item_idx) * group_of(params) + row;
+}
+
+template <int kHeadDim>
+BK_INLINE u32* unit_counter(const EngineParams& params, u32 unit_idx) {
+  const u64 num_parts = static_cast<u64>(attention_slots(params)) * params.dims.num_heads;
+  return reinterpret_cast<u32*>(params.workspaces[kWsAttentionPart] + num_parts * (kHeadDim * sizeof(f32) + sizeof(float2))) + unit_idx;
+}
+
+// The first warp of a warpgroup leaves the fragments of the unit's rows (a narrow unit has no others).
+template <int kHeadDim>
+BK_INLINE void store_part(const EngineParams& params, u32 item_idx, const f32 (&outputs)[kHeadDim / 2], const f32 (&maximum)[2], const f32 (&sum)[2]) {
+  const u32 lane = thread_idx() % 128u;
+  if (lane >= 32) return;
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 row = lane / 4u + half * 8u;
+    if (row >= group_of(params)) continue;
+    f32* values = part_outputs<kHeadDim>(params, item_idx, row) + lane % 4u * 2u;
+#pragma unroll
+    for (u32 tile = 0; tile < kHeadDim / 8; ++tile) *reinterpret_cast<float2*>(values + tile * 8) = make_float2(outputs[tile * 4 + half * 2], outputs[tile * 4 + half * 2 + 1]);
+    if (lane % 4u == 0) *part_softmax<kHeadDim>(params, item_idx, row) = make_float2(maximum[half], sum[half]);
+  }
+}
+
+// Folds items [item_begin, item_begin + num_items) of one unit in order and writes its rows; the first item is a total. One warp a row, a lane
+// holds head_dim / 32 neighbouring columns; 16 splits are on their way at once.
+template <int kHeadDim, class Store>
+BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_folded, u32 num_splits, u32 out_row, u32 kv_head, const Store& store) {
+  constexpr u32 kColumns = kHeadDim / 32;
+  constexpr u32 kAtOnce = 16;
+  const f32 scale = params.dims.attention_scale * 1.4426950408889634f;
+  const u32 lane = thread_idx() % 32u;
+  const u32 group = group_of(params);
+  for (u32 row = thread_idx() % 128u / 32u; row < group; row += 4) {
+    const float2 first = *part_softmax<kHeadDim>(params, item_begin, row);
+    FoldTotal total{first.x, first.y};
+    f32 outputs[kColumns];
+    const float2* values = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin, row) + lane * kColumns);
+#pragma unroll
+    for (u32 i = 0; i < kColumns / 2; ++i) {
+      const float2 value = values[i];
+      outputs[i * 2] = value.x;
+      outputs[i * 2 + 1] = value.y;
+    }
+    for (u32 split_begin = num_folded; split_begin < num_splits; split_begin += kAtOnce) {
+      const u32 num_left = min(kAtOnce, num_splits - split_begin);
+      const u32 item_idx = item_begin + split_begin;
+      float2 parts[kAtOnce][kColumns / 2];
+#pragma unroll
+      for (u32 split = 0; split < kAtOnce; ++split) {
+        const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_idx + min(split, num_left - 1), row) + lane * kColumns);
+#pragma unroll
+        for (u32 i = 0; i < kColumns / 2; ++i) parts[split][i] = part[i];
+      }
+      const float2 mine = *part_softmax<kHeadDim>(params, item_idx + min(lane % kAtOnce, num_left - 1), row);
+#pragma unroll
+      for (u32 split = 0; split < kAtOnce; ++split) {
+        const f32 split_maximum = __shfl_sync(0xffffffffu, mine.x, split);
+        const f32 split_sum = __shfl_sync(0xffffffffu, mine.y, split);
+        if (split >= num_left) continue;
+        const FoldFactors factors = fold_split(total, split_maximum, split_sum, scale);
+#pragma unroll
+        for (u32 i = 0; i < kColumns / 2; ++i) {
+          outputs[i * 2] = fold_value(outputs[i * 2], parts[split][i].x, factors);
+          outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[split][i].y, factors);
+        }
+      }
+    }
+    const f32 inverse_sum = __frcp_rn(total.sum);
+    const u32 column = (kv_head * group + row) * kHeadDim + lane * kColumns;
+#pragma unroll
+    for (u32 i = 0; i < kColumns / 2; ++i) {
+      store.pair(out_row, column + i * 2, pack_bf16x2(finish_value(outputs[i * 2], inverse_sum), finish_value(outputs[i * 2 + 1], inverse_sum)));
+    }
+  }
+}
+
+}  // namespace blinkimp

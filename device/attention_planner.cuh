@@ -1,0 +1,213 @@
+// The schedule of a step's attention: one warp of every CTA writes its CTA's share into shared memory while the step's first ops run. GPU only.
+//
+// Two passes over the shares, 32 at a time, one a lane: which are narrow and how much wide work there is; then, for each window size, the
+// total of narrow pages and the places of this CTA's three cuts in it.
+// Called by device/worker.cuh (warp 10). Test: pytest tests/host/test_attention_simt.py
+#pragma once
+#include <attention_schedule.cuh>
+
+namespace blinkimp {
+
+BK_INLINE u32 warp_sum(u32 value) {
+  for (u32 distance = 16; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+BK_INLINE u32 warp_scan(u32 value, u32 lane) {  // inclusive
+  for (u32 distance = 1; distance < 32; distance *= 2) {
+    const u32 below = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
+// Pages of wide items, summed over the step.
+struct WideWork {
+  u32 num_items;
+  u32 num_pages;
+};
+
+// Writes wide_seqs, num_wide_seqs, num_wide_items and narrow_end.
+BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, u32 lane) {
+  const PlanSeq* seqs = plan_seqs(params, plan);
+  const u32 group = group_of(params);
+  const u32 num_slots = attention_slots(params);
+  u32 slots_before = 0;
+  u32 narrow_end = group <= kNarrowRows ? plan->num_seqs : 0;
+  u32 num_wide_seqs = 0;
+  WideWork work{0, 0};
+  for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
+    const u32 seq_idx = seq_begin + lane;
+    const bool live = seq_idx < plan->num_seqs;
+    const PlanSeq seq = seqs[live ? seq_idx : 0];
+    const bool one_row = live && seq.num_rows == 1;
+    const u32 slots_after = slots_before + warp_scan(one_row ? seq.position_begin / kSplitTokens + 1 : 0, lane);
+    const u32 without_room = __ballot_sync(0xffffffffu, one_row && slots_after > num_slots);
+    if (without_room) narrow_end = min(narrow_end, seq_begin + static_cast<u32>(__ffs(static_cast<int>(without_room))) - 1);
+    slots_before = __shfl_sync(0xffffffffu, slots_after, 31);
+    const bool wide = live && !(one_row && seq_idx < narrow_end);
+    const u32 wide_lanes = __ballot_sync(0xffffffffu, wide);
+    const u32 num_tiles = wide ? (seq.num_rows * group + kWideRows - 1) / kWideRows : 0;
+    const u32 first_pages = seq.position_begin / kPageTokens + 1;
+    const u32 last_pages = (seq.position_begin + seq.num_rows - 1) / kPageTokens + 1;
+    work.num_items += warp_sum(num_tiles * params.dims.num_kv_heads);
+    work.num_pages += warp_sum(wide ? (num_tiles * (first_pages + last_pages) + 1) / 2 * params.dims.num_kv_heads : 0);
+    const u32 wide_below = static_cast<u32>(__popc(wide_lanes & ((1u << lane) - 1)));
+    if (wide) attention.wide_seqs[num_wide_seqs + wide_below] = static_cast<u8>(seq_idx);
+    num_wide_seqs += static_cast<u32>(__popc(wide_lanes));
+  }
+  if (lane == 0) {
+    attention.num_wide_seqs = num_wide_seqs;
+    attention.num_wide_items = work.num_items;
+    attention.narrow_end = narrow_end;
+  }
+  __syncwarp();  // is_narrow() below reads narrow_end
+  return work;
+}
+
+// How the list of narrow pages is cut among the 2 * num_workers warpgroups: evenly, except that a CTA's wide items count against its share.
+struct NarrowCuts {
+  double capacity_more;  // of a CTA that gets one wide item more than others
+  double capacity_less;
+  u32 num_more;       // such CTAs: the first, or in an odd round of dealing the last
+  bool from_end;
+
+  BK_INLINE NarrowCuts(const EngineParams& params, const WideWork& wide, u32 num_pages) {
+    const double num_ctas = params.num_workers;
+    if (wide.num_items == 0) {
+      capacity_more = capacity_less = 1.0;
+      num_more = 0;
+      from_end = false;
+      return;
+    }
+    const u32 num_rounds = wide.num_items / params.num_workers;
+    const double item_pages = static_cast<double>(wide.num_pages) / wide.num_items;
+    const double even = (static_cast<double>(num_pages) + wide.num_pages) / num_ctas;
+    const double less = even - num_rounds * item_pages;
+    const double more = less - item_pages;
+    capacity_less = less > 0.0 ? less : 0.0;
+    capacity_more = more > 0.0 ? more : 0.0;
+    num_more = wide.num_items % params.num_workers;
+    from_end = num_rounds % 2u != 0;
+  }
+
+  // The first page of a warpgroup, 0 .. 2 * num_ctas, before rounding to a split. Of 2 * num_ctas: num_pages.
+  BK_INLINE u32 place(u32 num_ctas, u32 warpgroup_idx, u32 num_pages) const {
+    const u32 cta = warpgroup_idx / 2;
+    if (cta == num_ctas) return num_pages;
+    const u32 first_more = from_end ? num_ctas - num_more : 0;
+    const u32 more_before = cta <= first_more ? 0 : min(cta - first_more, num_more);
+    const bool is_more = cta >= first_more && cta < first_more + num_more;
+    const double before = more_before * capacity_more + (cta - more_before) * capacity_less + (is_more ? capacity_more : capacity_less) * 0.5 * (warpgroup_idx % 2);
+    const double total = num_more * capacity_more + (num_ctas - num_more) * capacity_less;
+    return static_cast<u32>(before / total * num_pages);
+  }
+};
+
+// Writes one WindowSchedule.
+BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, WindowSchedule& schedule, const WideWork& wide, u32 lane) {
+  const PlanSeq* seqs = plan_seqs(params, plan);
+  const u32 num_kv_heads = params.dims.num_kv_heads;
+  const u32 window = schedule.window;
+  u32 num_pages = 0;
+  for (u32 seq_idx = lane; seq_idx < plan->num_seqs; seq_idx += 32) {
+    const PlanSeq& seq = seqs[seq_idx];
+    if (is_narrow(attention, seq, seq_idx)) num_pages += (seq.position_begin / kPageTokens + 1 - first_page(seq.position_begin, window)) * num_kv_heads;
+  }
+  num_pages = warp_sum(num_pages);
+  if (lane < 2) schedule.narrow[lane].num_pages = 0;
+  __syncwarp();
+  if (num_pages == 0) return;
+
+  const NarrowCuts cuts(params, wide, num_pages);
+  const u32 own_place = cuts.place(params.num_workers, 2 * cta_idx() + min(lane, 2), num_pages);
+  u32 places[3];  // this CTA's cuts, before rounding up to a split's first page
+#pragma unroll
+  for (u32 i = 0; i < 3; ++i) places[i] = __shfl_sync(0xffffffffu, own_place, i);
+  u32 pages_before = 0;
+  u32 items_before = 0;
+  u32 rounded[3] = {num_pages, num_pages, num_pages};
+  for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
+    const u32 seq_idx = seq_begin + lane;
+    const PlanSeq seq = seqs[seq_idx < plan->num_seqs ? seq_idx : 0];
+    const bool narrow = seq_idx < plan->num_seqs && is_narrow(attention, seq, seq_idx);
+    const u32 begin = first_page(seq.position_begin, window);
+    const u32 end = seq.position_begin / kPageTokens + 1;
+    const u32 weight = narrow ? (end - begin) * num_kv_heads : 0;
+    const u32 num_items = narrow ? splits_between(begin, end) * num_kv_heads : 0;
+    const u32 pages_after = pages_before + warp_scan(weight, lane);
+    const u32 items_after = items_before + warp_scan(num_items, lane);
+#pragma unroll
+    for (u32 i = 0; i < 3; ++i) {
+      const u32 first = pages_after - weight;
+      const bool here = weight != 0 && places[i] >= first && places[i] < pages_after;
+      u32 at = 0;
+      if (here) {
+        const u32 within = places[i] - first;
+        const u32 head = within / (end - begin);
+        u32 page = begin + within % (end - begin);
+        if (page != begin) page = min((page + kSplitPages - 1) / kSplitPages * kSplitPages, end);
+        at = first + head * (end - begin) + page - begin;
+        if (i < 2) {
+          NarrowWalk& walk = schedule.narrow[i];
+          walk.seq_idx = seq_idx;
+          walk.kv_head = head;
+          walk.page = page;
+          walk.item_idx = items_after - num_items + head * splits_between(begin, end) + (page == end ? splits_between(begin, end) : page / kSplitPages - begin / kSplitPages);
+          walk.row = seq.row_begin;
+          walk.position = seq.position_begin;
+          walk.request_idx = seq.request_idx;
+        }
+      }
+      const u32 finders = __ballot_sync(0xffffffffu, here);
+      if (finders) rounded[i] = __shfl_sync(0xffffffffu, at, static_cast<u32>(__ffs(static_cast<int>(finders))) - 1);
+    }
+    pages_before = __shfl_sync(0xffffffffu, pages_after, 31);
+    items_before = __shfl_sync(0xffffffffu, items_after, 31);
+  }
+  if (lane < 2) schedule.narrow[lane].num_pages = lane == 0 ? rounded[1] - rounded[0] : rounded[2] - rounded[1];
+}
+
+// Once, before the first step: the window sizes among the program's layers. All lanes of the planning warp.
+BK_INLINE void find_windows(const EngineParams& params, AttentionShared& attention) {
+  const u32 lane = thread_idx() % 32u;
+  const Op* ops = reinterpret_cast<const Op*>(params.ops);
+  u32 num_windows = 0;
+  u32 windows[kMaxWindows] = {};
+  for (u32 op_begin = 0; op_begin < params.num_ops; op_begin += 32) {
+    const u32 op_idx = op_begin + lane;
+    bool is_new = op_idx < params.num_ops && ops[op_idx].kind == kOpAttention;
+    const u32 window = is_new ? ops[op_idx].window : 0;
+    for (;;) {
+#pragma unroll
+      for (u32 i = 0; i < kMaxWindows; ++i) is_new = is_new && !(i < num_windows && windows[i] == window);
+      const u32 finders = __ballot_sync(0xffffffffu, is_new);
+      if (!finders) break;
+      const u32 found = __shfl_sync(0xffffffffu, window, static_cast<u32>(__ffs(static_cast<int>(finders))) - 1);
+      if (num_windows == kMaxWindows) fail(params, kFaultBadProgram, kSiteAttentionWindows, kMaxWindows, found);
+#pragma unroll
+      for (u32 i = 0; i < kMaxWindows; ++i) {
+        if (i == num_windows) windows[i] = found;
+      }
+      num_windows++;
+    }
+  }
+  if (lane == 0) {
+    attention.group = group_of(params);
+    attention.num_windows = num_windows;
+#pragma unroll
+    for (u32 i = 0; i < kMaxWindows; ++i) attention.windows[i].window = windows[i];
+  }
+  __syncwarp();
+}
+
+// All lanes of the planning warp, once a step; plan is acquired by them. The previous step's attention is over: the plan came after it.
+BK_INLINE void plan_attention(const EngineParams& params, const StepPlan* plan, AttentionShared& attention) {
+  const u32 lane = thread_idx() % 32u;
+  const WideWork wide = plan_wide(params, plan, attention, lane);
+  for (u32 i = 0; i < attention.num_windows; ++i) plan_narrow(params, plan, attention, attention.windows[i], wide, lane);
+  __syncwarp();  // all lanes' words are written before lane 0 arrives
+  if (lane == 0) mbarrier_arrive(&attention.schedule_ready);  // pairs with wait_schedule()
+}
+
+}  // namespace blinkimp

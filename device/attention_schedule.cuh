@@ -1,0 +1,187 @@
+// Which warpgroup computes what in attention: planned once a step, from the plan alone, by a warp of its own in every CTA. GPU only.
+//
+// A request's share of the step (PlanSeq) is worked on in one of two ways; both give the same bits (attention_math.cuh):
+//   narrow  one row (decode). Units (row, kv head) of splits; all splits of a step stand in one list, cut by pages into one contiguous range
+//           for each warpgroup of the grid. A unit that several warpgroups share meets again in attention_merge.cuh.
+//   wide    several rows (prefill chunk): items (tile of 128 packed rows, kv head), each over all its keys; the longest first, dealt to the
+//           CTAs to and fro. Packed row p of a share is head p % group of the row's group, token p / group; each warpgroup takes 64.
+// CTAs with more wide work get shorter narrow ranges. A step has one wide list and a narrow one per window size among the layers.
+// I1 Every CTA computes the same cuts: from the same plan, with the same integer and double arithmetic.
+// I2 The producer and the two warpgroups walk the same ranges in the same order.
+// Called by device/attention.cuh, attention_producer.cuh. Test: pytest tests/host/test_attention_simt.py
+#pragma once
+#include <attention_math.cuh>
+#include <kv_layout.cuh>
+#include <step_plan.cuh>
+#include <worker_memory.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kWideRows = 128;    // of an item; half for each warpgroup
+constexpr u32 kTileRows = 64;     // wgmma's M
+constexpr u32 kNarrowRows = 16;   // heads of a group that a decode row may have: one warp's rows. Larger groups are computed wide
+constexpr u32 kMaxWindows = 4;    // window sizes among the layers of a model
+constexpr u32 kMaxWideSeqs = 256;
+constexpr u32 kWarpgroupThreads = 128;
+
+// A walk over a range of the list of splits. It stands at `page` of unit (seq_idx, kv_head), or at that unit's end.
+struct NarrowWalk {
+  u32 seq_idx;
+  u32 kv_head;
+  u32 page;
+  u32 num_pages;    // left in the range
+  u32 item_idx;     // number of the split at `page` in the step's list
+  u32 row;          // of the sequence seq_idx, as the next two
+  u32 position;
+  u32 request_idx;
+};
+
+// The producer's walk for one warpgroup.
+struct ProducerWalk {
+  NarrowWalk walk;
+  u32 num_pages;  // left in the walk's run of pages
+  u32 page_id;    // of the page at walk.page
+};
+
+struct WideWalk {
+  u32 round;         // of dealing
+  u32 wide_idx;      // into wide_seqs
+  u32 items_before;  // of the shares before it
+};
+
+struct WindowSchedule {
+  u32 window;            // tokens, 0 = none
+  u32 reserved0;
+  NarrowWalk narrow[2];  // this CTA's two ranges, by warpgroup
+};
+
+enum RunKind : u32 { kRunEnd = 0, kRunNarrow = 1, kRunWide = 2 };
+
+// What a warpgroup works on: consecutive pages of one unit or wide item.
+struct AttentionRun {
+  u32 kind;
+  u32 group;           // heads of a kv head
+  u32 kv_head;
+  u32 row_begin;       // the share's first row in the step
+  u32 position_begin;  // and its position
+  u32 packed_begin;    // packed rows [packed_begin, packed_begin + num_packed), at most 64
+  u32 num_packed;
+  u32 page_begin;      // pages [page_begin, page_end) are computed
+  u32 page_end;
+  u32 skip_before;     // wide: pages of the item before and after that the other warpgroup needs alone
+  u32 skip_after;
+  u32 order_begin;     // wide: pages [order_begin, order_end) are computed by both warpgroups, which then take turns
+  u32 order_end;
+  u32 mask_from;       // pages >= mask_from or < mask_until hold keys that some row must not see
+  u32 mask_until;
+  u32 key_end;         // keys at and after it do not exist
+  u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
+  u64 patch_source;    // narrow: K tile of patch_page in the cache
+  u32 unit_idx;        // narrow: counter of the unit
+  u32 item_begin;      // narrow: number of the unit's first split
+  u32 num_splits;      // narrow: of the unit
+  u32 window;
+  u32 first_split;     // narrow: of the run, within the unit; 0: the run folds its splits, else it leaves them one by one
+};
+
+// What the roles of a CTA share beside rings and scratch. Writers are named at each member; all are ordered by schedule_ready or by barriers.
+struct AttentionShared {
+  u64 schedule_ready;                    // mbarrier, a phase per step: the planning warp has written the next seven
+  u32 group;                             // query heads of a kv head (a division otherwise)
+  u32 num_windows;
+  u32 num_wide_seqs;
+  u32 num_wide_items;
+  u32 narrow_end;                        // one-row shares from this one on are computed wide: no room for their partial results
+  WindowSchedule windows[kMaxWindows];   // [num_windows]
+  u8 wide_seqs[kMaxWideSeqs];            // [num_wide_seqs] numbers of PlanSeqs, rising
+  NarrowWalk walks[2];                   // [warpgroup] where each warpgroup is; writer and reader: its first thread
+  WideWalk wide_walks[2];                // likewise
+  ProducerWalk producer_walks[2];        // [warpgroup] writer and reader: the producer
+  const Op* op;                          // of the compute threads, here because the loop over pages leaves no registers for them;
+  const StepPlan* plan;                  // writer: thread 0, before a barrier at the op's start
+  AttentionRun runs[2];                  // [warpgroup] writer: its first thread, between two of its barriers
+  u32 messages[2];                       // [warpgroup] likewise
+};
+
+BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
+
+// Partial results fit for so many (sequence, split) pairs of the step: attention_part_bytes() of host/gpu_memory.py.
+BK_INLINE u32 attention_slots(const EngineParams& params) {
+  const u64 longest = static_cast<u64>(params.max_batch) * ((params.max_pages_per_request + kSplitPages - 1) / kSplitPages);
+  const u64 pool = params.max_batch + params.num_pages / 2u;
+  return static_cast<u32>(longest < pool ? longest : pool);
+}
+
+// The first key that a row at `position` sees.
+BK_INLINE u32 first_visible_key(u32 position, u32 window) { return window != 0 && position + 1 > window ? position + 1 - window : 0; }
+BK_INLINE u32 first_page(u32 position, u32 window) { return first_visible_key(position, window) / kPageTokens; }
+BK_INLINE u32 splits_between(u32 page_begin, u32 page_end) { return (page_end - 1) / kSplitPages - page_begin / kSplitPages + 1; }
+
+BK_INLINE bool is_narrow(const AttentionShared& attention, const PlanSeq& seq, u32 seq_idx) { return seq.num_rows == 1 && seq_idx < attention.narrow_end; }
+
+BK_INLINE const WindowSchedule& schedule_of(const AttentionShared& attention, u32 window) {
+  u32 i = 0;
+  while (i + 1 < attention.num_windows && attention.windows[i].window != window) i++;
+  return attention.windows[i];
+}
+
+// ---- Walks -------------------------------------------------------------------------------------------------------
+// Steps to the unit's first page if the walk stands at a unit's end. False: the range is done.
+BK_INLINE bool normalise(const PlanSeq* seqs, const AttentionShared& attention, u32 num_kv_heads, u32 window, NarrowWalk& walk) {
+  if (walk.num_pages == 0) return false;
+  if (walk.page <= walk.position / kPageTokens) return true;
+  if (++walk.kv_head == num_kv_heads) {
+    walk.kv_head = 0;
+    do {
+      walk.seq_idx++;
+    } while (!is_narrow(attention, seqs[walk.seq_idx], walk.seq_idx));
+    const PlanSeq& seq = seqs[walk.seq_idx];
+    walk.row = seq.row_begin;
+    walk.position = seq.position_begin;
+    walk.request_idx = seq.request_idx;
+  }
+  walk.page = first_page(walk.position, window);
+  return true;
+}
+
+// Pages from walk.page on that belong to its unit and range.
+BK_INLINE u32 run_pages(const NarrowWalk& walk) {
+  const u32 in_unit = walk.position / kPageTokens + 1 - walk.page;
+  return in_unit < walk.num_pages ? in_unit : walk.num_pages;
+}
+
+struct WideItem {
+  u32 seq_idx;
+  u32 kv_head;
+  u32 tile_begin;  // packed rows [tile_begin, tile_end)
+  u32 tile_end;
+};
+
+// Pages [begin, end) that the item's rows see; position_begin: of its share.
+BK_INLINE u32 wide_page_begin(const WideItem& item, u32 position_begin, u32 group, u32 window) { return first_page(position_begin + item.tile_begin / group, window); }
+BK_INLINE u32 wide_page_end(const WideItem& item, u32 position_begin, u32 group) { return (position_begin + (item.tile_end - 1) / group) / kPageTokens + 1; }
+
+// This CTA's next wide item. False: there is none.
+BK_INLINE bool next_wide_item(const EngineParams& params, const PlanSeq* seqs, const AttentionShared& attention, WideWalk& walk, WideItem* item) {
+  const u32 place = walk.round % 2u ? params.num_workers - 1 - cta_idx() : cta_idx();
+  const u32 item_idx = walk.round++ * params.num_workers + place;
+  if (item_idx >= attention.num_wide_items) return false;
+  const u32 num_kv_heads = params.dims.num_kv_heads;
+  const u32 group = attention.group;
+  for (;; walk.wide_idx++) {
+    item->seq_idx = attention.wide_seqs[walk.wide_idx];
+    const PlanSeq& seq = seqs[item->seq_idx];
+    const u32 num_packed = seq.num_rows * group;
+    const u32 num_tiles = (num_packed + kWideRows - 1) / kWideRows;
+    const u32 within = item_idx - walk.items_before;
+    if (within < num_tiles * num_kv_heads) {
+      item->kv_head = within % num_kv_heads;
+      item->tile_begin = (num_tiles - 1 - within / num_kv_heads) * kWideRows;  // the longest first
+      item->tile_end = min(item->tile_begin + kWideRows, num_packed);
+      return true;
+    }
+    walk.items_before += num_tiles * num_kv_heads;
+  }
+}
+
+}  // namespace blinkimp

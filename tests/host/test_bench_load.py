@@ -1,0 +1,119 @@
+"""blinkimp/bench against servers with scripted delays: what it reports is what they did, over HTTP and over ZeroMQ.
+
+Run: pytest tests/host/test_bench_load.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blinkimp.bench.errors import LoadError
+from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.runner import Target, run_load
+from tests.scripted_server import Script, scripted_server
+
+KINDS = ["http", "zmq"]
+SLACK_MS = 15.0  # a machine with two busy cores
+
+
+def target_of(address: str, **more: Any) -> Target:
+    return Target(connect=address, **more) if address.startswith("tcp") else Target(url=address, **more)
+
+
+def load(kind: str, script: Script, options: LoadOptions, **how: Any) -> dict[str, Any]:
+    with scripted_server(kind, script) as address:
+        return asyncio.run(run_load(options, target_of(address, **how.pop("target", {})), **how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_open_loop_reports_the_delays_that_were_scripted(kind: str) -> None:
+    """First token after 30 ms, then every 10 ms: TTFT 30, TPOT 10, E2EL 30 + 7 * 10."""
+    script = Script()
+    options = LoadOptions(rate=40, num_requests=40, input_len=12, output_len=8)
+    got = load(kind, script, options, slos={"ttft": 5000}, details=True)
+    assert (got["completed"], got["failed"]) == (40, 0)
+    assert 30 <= got["median_ttft_ms"] < 30 + SLACK_MS
+    assert 10 <= got["median_tpot_ms"] < 10 + SLACK_MS / 4
+    assert 10 - SLACK_MS / 2 < got["median_itl_ms"] < 10 + SLACK_MS / 2
+    assert 100 <= got["median_e2el_ms"] < 100 + SLACK_MS * 2
+    assert got["total_output_tokens"] == 40 * 8 and got["total_input_tokens"] == 40 * 12
+    assert got["request_rate"] == 40 and got["good_requests"] == 40
+    assert all(len(prompt) == 12 for prompt in script.prompts) and len(script.prompts) == 40
+    assert len(got["ttfts"]) == 40 and [len(gaps) for gaps in got["itls"]] == [7] * 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_loop_keeps_as_many_running_as_asked(kind: str) -> None:
+    """4 at a time, each 20 + 4 * 5 = 40 ms: 100 requests/s."""
+    script = Script(first_ms=20, gap_ms=5)
+    got = load(kind, script, LoadOptions(concurrency=4, duration_s=1.0, input_len=4, output_len=5))
+    assert script.most_at_once == 4 and got["max_concurrency"] == 4
+    assert 50 < got["request_throughput"] <= 100
+    assert got["steady_output_throughput"] == pytest.approx(got["output_throughput"], rel=0.2)
+    if kind == "http":
+        assert script.num_connections <= 4 + 1  # connections are used again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refusals_are_failures_with_their_words(kind: str) -> None:
+    got = load(kind, Script(fail_each=4, gap_ms=1), LoadOptions(concurrency=2, num_requests=16, output_len=2))
+    assert (got["completed"], got["failed"]) == (12, 4)
+    ((words, number),) = got["error_counts"].items()
+    assert number == 4 and "busy" in words
+
+
+def test_a_stall_of_the_server_is_not_omitted() -> None:
+    """The server stops for 600 ms. A cap of 2 holds requests back meanwhile: from sending they look fast, from intention they do not."""
+    script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=600)
+    options = LoadOptions(rate=50, num_requests=50, concurrency=2, input_len=4, output_len=2)
+    got = load("http", script, options, slos={"ttft": 200})
+    assert got["median_ttft_ms"] < 100  # only those two that ran into it show it
+    assert got["p90_ttft_intended_ms"] > 300 and got["max_send_delay_ms"] > 300
+    assert got["good_requests"] < 40
+
+
+def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
+    script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=500)
+    got = load("zmq", script, LoadOptions(rate=50, num_requests=50, input_len=4, output_len=2))
+    assert got["max_send_delay_ms"] < 250 and got["max_concurrent_requests"] > 10
+    assert got["p99_ttft_ms"] > 400 and got["p99_ttft_intended_ms"] == pytest.approx(got["p99_ttft_ms"], abs=50)
+
+
+def test_warm_up_requests_are_sent_and_not_counted() -> None:
+    got = load("zmq", Script(gap_ms=1), LoadOptions(rate=50, duration_s=1.0, warmup_s=0.5, output_len=2, input_len=4))
+    assert got["num_not_counted"] > 5 and got["completed"] > 5
+    assert got["sending_duration"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_what_does_not_end_has_failed() -> None:
+    got = load("http", Script(first_ms=5000), LoadOptions(concurrency=2, num_requests=2, output_len=1), drain_s=0.3)
+    assert got["failed"] == 2 and "unfinished" in next(iter(got["error_counts"]))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "http://127.0.0.1:1"])
+def test_a_server_that_is_not_there_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blinkimp.bench.runner.OPEN_TIMEOUT_S", 0.3)
+    with pytest.raises(LoadError, match="check that it runs"):
+        asyncio.run(run_load(LoadOptions(concurrency=1, num_requests=1), target_of(address)))
+
+
+def test_requests_longer_than_the_server_takes_are_refused_before_the_load() -> None:
+    with pytest.raises(LoadError, match="at most the server's 4096"):
+        load("http", Script(), LoadOptions(concurrency=1, num_requests=1, input_len=4090, output_len=10))
+
+
+def test_chat_prompts_are_text() -> None:
+    script = Script(gap_ms=1)
+    load("http", script, LoadOptions(concurrency=1, num_requests=2, input_len=3, output_len=1), target={"chat": True})
+    assert script.prompts[0][0]["role"] == "user" and len(script.prompts[0][0]["content"].split()) == 3
+
+
+def test_a_bad_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="expected http://"):
+        asyncio.run(run_load(LoadOptions(concurrency=1, num_requests=1), Target(url="localhost:8000")))
+    with pytest.raises(LoadError, match="expected one of them"):
+        Target()

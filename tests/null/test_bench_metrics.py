@@ -1,0 +1,116 @@
+"""blinkimp/bench/metrics.py on records written by hand: every figure has one right value.
+
+Run: pytest tests/null/test_bench_metrics.py
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from blinkimp.bench.errors import LoadError
+from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys, parse_slos, percentile_word
+from blinkimp.bench.record import Record
+
+MS = 1_000_000
+
+
+def record(
+    intended_ms: int, sent_ms: int, chunks: list[tuple[int, int]], *, error: str = "", input_len: int = 10
+) -> Record:
+    """chunks: (time in ms, tokens)."""
+    made = Record(0, input_len, sum(tokens for _, tokens in chunks), intended_ms * MS, sent_ms * MS)
+    for at_ms, num_tokens in chunks:
+        made.add_chunk(at_ms * MS, num_tokens)
+    made.end((chunks[-1][0] if chunks else sent_ms) * MS, error=error)
+    return made
+
+
+def test_latencies_of_one_request() -> None:
+    """Sent 5 ms late; first token 100 ms after sending, then 10, 10 and 40 ms: 4 tokens, the last gap brings 2 of 5."""
+    one = record(1000, 1005, [(1105, 1), (1115, 1), (1125, 1), (1165, 2)])
+    window = Window.of([one], 1000 * MS, 2000 * MS)
+    got = figures_of([one], window, {})
+    assert got["mean_ttft_ms"] == 100 and got["mean_ttft_intended_ms"] == 105
+    assert got["mean_tpot_ms"] == 60 / 4  # 5 tokens: 4 after the first
+    assert got["mean_itl_ms"] == 20 and got["median_itl_ms"] == 10
+    assert got["mean_e2el_ms"] == 160 and got["mean_e2el_intended_ms"] == 165
+    assert got["max_send_delay_ms"] == 5
+    assert got["duration"] == pytest.approx(0.165) and got["output_throughput"] == pytest.approx(5 / 0.165)
+    assert got["total_token_throughput"] == pytest.approx(15 / 0.165)
+    assert got["request_goodput"] is None
+
+
+def test_the_server_count_of_tokens_wins_over_the_number_of_chunks() -> None:
+    """A text protocol packs 8 tokens into 4 chunks."""
+    one = Record(0, 10, 8, 1, 1)
+    for at_ms in (100, 110, 120, 130):
+        one.add_chunk(at_ms * MS, 1)
+    one.end(130 * MS, num_output_tokens=8)
+    got = figures_of([one], Window.of([one], 0, 200 * MS), {})
+    assert got["total_output_tokens"] == 8 and got["mean_tpot_ms"] == pytest.approx(30 / 7)
+
+
+def test_percentiles_are_vllms_keys() -> None:
+    records = [record(0, 0, [(i + 1, 1)]) for i in range(1000)]
+    got = figures_of(records, Window.of(records, 0, 1000 * MS), {})
+    assert got["median_ttft_ms"] == 500.5 and got["mean_ttft_ms"] == 500.5
+    assert (got["p90_ttft_ms"], got["p99_ttft_ms"]) == (pytest.approx(900.1), pytest.approx(990.01))
+    assert got["p99.9_ttft_ms"] == pytest.approx(999.001)
+    assert got["mean_tpot_ms"] == 0  # one token each: there is none
+    assert percentile_word(99.0) == "99" and percentile_word(99.9) == "99.9"
+
+
+def test_warm_up_failures_and_the_window() -> None:
+    """Counted are requests meant to be sent at 1 s or later; of three, one failed. The warm-up's tokens count as arrivals only."""
+    records = [
+        record(500, 500, [(900, 1), (1100, 3)]),
+        record(1000, 1000, [(1200, 1), (1300, 1)]),
+        record(1500, 1500, [(1600, 1), (1700, 1)]),
+        record(1600, 1600, [], error="status 503"),
+    ]
+    got = figures_of(records, Window.of(records, 1000 * MS, 2000 * MS), {})
+    assert (got["completed"], got["failed"], got["num_not_counted"]) == (2, 1, 1)
+    assert got["duration"] == pytest.approx(0.7) and got["request_throughput"] == pytest.approx(2 / 0.7)
+    assert got["steady_output_throughput"] == 7  # 3 + 2 + 2 within the second of sending
+    assert got["max_concurrent_requests"] == 2
+
+
+def test_an_output_without_tokens_is_a_failure() -> None:
+    empty = record(0, 0, [])
+    assert not empty.is_complete and empty.error == "ended without output"
+
+
+def test_goodput_counts_from_the_intended_time() -> None:
+    """All three take 100 ms from sending; the second was sent 80 ms late and misses 150 ms."""
+    records = [
+        record(0, 0, [(100, 1), (110, 1)]),
+        record(0, 80, [(180, 1), (190, 1)]),
+        record(0, 0, [(100, 1), (160, 1)]),
+    ]
+    window = Window.of(records, 0, 1000 * MS)
+    assert figures_of(records, window, {"ttft": 150})["good_requests"] == 2
+    assert figures_of(records, window, {"ttft": 150, "tpot": 20})["good_requests"] == 1
+    assert figures_of(records, window, {"e2el": 1000})["request_goodput"] == pytest.approx(3 / 0.19)
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft:fast", "ttft:-1", "itl:5", "x:1"])
+def test_a_limit_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(LoadError, match="expected NAME:MILLISECONDS"):
+        parse_slos([text])
+
+
+def test_inferencex_keys_are_seconds_per_gpu_and_interactivity() -> None:
+    records = [record(0, 0, [(100, 1), (120, 1)])]
+    figures = figures_of(records, Window.of(records, 0, 1000 * MS), {})
+    keys = inferencex_keys(figures, num_gpus=2, model="m", conc=4)
+    assert keys["tp"] == 2 and keys["conc"] == 4 and keys["model"] == "m"
+    assert keys["mean_ttft"] == pytest.approx(0.1) and keys["p99_tpot"] == pytest.approx(0.02)
+    assert keys["median_intvty"] == pytest.approx(50) and keys["p99_intvty"] == pytest.approx(50)
+    assert keys["tput_per_gpu"] == pytest.approx(12 / 0.12 / 2)
+    assert keys["input_tput_per_gpu"] + keys["output_tput_per_gpu"] == pytest.approx(keys["tput_per_gpu"])
+
+
+def test_details_are_vllms_lists() -> None:
+    got = details_of(Window.of([record(0, 10, [(100, 1), (120, 1)]), record(5, 5, [], error="x")], 0, 1000 * MS))
+    assert got["ttfts"] == [0.09, 0.0] and got["itls"] == [[0.02], []] and got["errors"] == ["", "x"]
+    assert got["input_lens"] == [10, 10] and got["output_lens"] == [2, 0]

@@ -1,0 +1,123 @@
+"""blinkimp/bench: lengths, arrivals, traces, and plans that a seed repeats.
+
+Run: pytest tests/null/test_bench_plan.py
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blinkimp.bench import lengths
+from blinkimp.bench.arrivals import arrival_times
+from blinkimp.bench.errors import LoadError
+from blinkimp.bench.load_plan import LoadOptions, make_plan, read_trace, write_trace
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
+
+
+def test_random_lengths_fill_their_range() -> None:
+    inputs, outputs = lengths.random_range(rng(), 4000, 100, 10, 0.8)
+    assert (inputs.min(), inputs.max()) == (80, 100) and (outputs.min(), outputs.max()) == (8, 10)
+    assert inputs.mean() == pytest.approx(90, rel=0.02)
+
+
+def test_sharegpt_like_lengths_have_its_means_and_long_tails() -> None:
+    inputs, outputs = lengths.sharegpt_like(rng(), 50_000, None)
+    assert inputs.mean() == pytest.approx(161, rel=0.1) and outputs.mean() == pytest.approx(338, rel=0.1)
+    assert np.median(inputs) < inputs.mean() / 2 and np.percentile(inputs, 99) > 1000
+    inputs, outputs = lengths.sharegpt_like(rng(), 5000, 512)
+    assert (inputs + outputs).max() <= 512 and inputs.min() >= 1 and outputs.min() >= 1
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0, math.inf])
+def test_arrivals_have_the_rate_and_the_burstiness_asked_for(burstiness: float) -> None:
+    """Of a gamma process the squared coefficient of variation of the intervals is 1 / shape."""
+    gaps = np.diff(arrival_times(rng(), rate=8.0, burstiness=burstiness, num_requests=40_000))
+    assert gaps.mean() == pytest.approx(1 / 8, rel=0.03)
+    assert gaps.var() / gaps.mean() ** 2 == pytest.approx(1 / burstiness, rel=0.08)
+
+
+def test_a_ramp_raises_the_rate_linearly() -> None:
+    """Up to 100/s over 20 s: 250 arrivals in the first half of the ramp, 750 in the second, 1,000 in each 10 s after it."""
+    times = arrival_times(rng(), rate=100.0, ramp_s=20.0, duration_s=40.0)
+    counts, _ = np.histogram(times, [0, 10, 20, 30, 40])
+    assert counts.tolist() == pytest.approx([250, 750, 1000, 1000], rel=0.15)
+    assert times.max() < 40 and (np.diff(times) >= 0).all()
+
+
+def test_a_plan_is_repeated_by_its_seed_and_prompts_do_not_share_beginnings() -> None:
+    options = LoadOptions(rate=5, duration_s=30, input_len=64, output_len=8, lengths="range", range_ratio=0.5)
+    one, two = make_plan(options, 1000), make_plan(options, 1000)
+    assert one.intended_s is not None and two.intended_s is not None
+    assert one.intended_s.tolist() == two.intended_s.tolist() and one.input_lens.tolist() == two.input_lens.tolist()
+    prompts = [one.prompt(idx) for idx in range(len(one))]
+    assert prompts == [two.prompt(idx) for idx in range(len(two))]
+    assert [len(prompt) for prompt in prompts] == one.input_lens.tolist()
+    assert len({tuple(prompt[:8]) for prompt in prompts}) == len(prompts)
+
+
+def test_a_trace_is_replayed_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    plan = make_plan(LoadOptions(rate=5, num_requests=20, lengths="sharegpt"), 1000)
+    write_trace(path, plan)
+    again = make_plan(LoadOptions(trace=path, time_scale=2.0), 1000)
+    assert plan.intended_s is not None and again.intended_s is not None
+    assert again.intended_s.tolist() == pytest.approx((plan.intended_s * 2).tolist(), abs=1e-5)
+    assert again.output_lens.tolist() == plan.output_lens.tolist()
+    closed = make_plan(LoadOptions(trace=path, concurrency=4, num_requests=7), 1000)
+    assert closed.intended_s is None and len(closed) == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"input_tokens": 3}', "output_tokens"),
+        ("{", "line 1"),
+        ('{"input_tokens": 3, "output_tokens": 1}', "has no at_s"),
+        (
+            '{"input_tokens": 3, "output_tokens": 1, "at_s": 2}\n{"input_tokens": 3, "output_tokens": 1, "at_s": 1}',
+            "backwards",
+        ),
+        ("", "no lines"),
+    ],
+)
+def test_a_bad_trace_is_explained(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line)
+    with pytest.raises(LoadError, match=words):
+        make_plan(LoadOptions(trace=path), 100)
+
+
+def test_a_missing_trace_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="cannot be read"):
+        read_trace(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_requests": 3},
+        {"rate": 1.0},
+        {"rate": 1.0, "num_requests": 3, "duration_s": 1.0},
+        {"concurrency": 0, "num_requests": 3},
+        {"rate": 1.0, "num_requests": 3, "input_len": 0},
+    ],
+)
+def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="expected"):
+        LoadOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rate": 0.0, "num_requests": 1}, {"rate": 1.0}, {"rate": 1.0, "burstiness": 0.0, "num_requests": 1}]
+)
+def test_arrivals_that_cannot_be_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="expected"):
+        arrival_times(rng(), **arguments)

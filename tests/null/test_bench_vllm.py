@@ -1,0 +1,87 @@
+"""tools/bench_vllm.py with a scripted engine in vLLM's place: which steps count, and what is said without vLLM.
+
+Run: pytest tests/null/test_bench_vllm.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import load_tool
+
+tool = load_tool("bench_vllm")
+STEP_S = 0.004
+PREFILL_S = 0.03
+
+
+@dataclass
+class Output:
+    request_id: str
+    outputs: list[Any]
+
+
+@dataclass
+class Tokens:
+    token_ids: list[int] = field(default_factory=list)
+
+
+class ScriptedEngine:
+    """One prompt a step, which then takes PREFILL_S; else STEP_S for a token of every request that has begun."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, int]] = []
+        self.running: dict[str, tuple[Tokens, int]] = {}
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], max_tokens: int) -> None:
+        assert len(prompt["prompt_token_ids"]) >= 1
+        self.waiting.append((name, max_tokens))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def step(self) -> list[Output]:
+        if self.waiting:
+            name, max_tokens = self.waiting.pop(0)
+            self.running[name] = (Tokens(), max_tokens)
+            time.sleep(PREFILL_S)
+        else:
+            time.sleep(STEP_S)
+        for tokens, _ in self.running.values():
+            tokens.token_ids.append(7)
+        outputs = [Output(name, [Tokens(list(tokens.token_ids))]) for name, (tokens, _) in self.running.items()]
+        self.running = {name: item for name, item in self.running.items() if len(item[0].token_ids) < item[1]}
+        return outputs
+
+
+def side() -> Any:
+    return tool.VllmSide(ScriptedEngine(), lambda max_tokens: max_tokens, 100, None)
+
+
+def test_decode_counts_only_steps_in_which_all_requests_decode() -> None:
+    """Prompts take 30 ms a step; none of that is in the 4 ms between tokens."""
+    got = side().measure(tool.Row("decode", 3, 64), 32)
+    assert got["num_steps"] >= 30
+    assert STEP_S * 1e3 <= got["device"]["p10_ms"] <= got["device"]["median_ms"] < PREFILL_S * 1e3 / 2
+    assert got["mean_context"] == pytest.approx(64, abs=2)
+
+
+def test_prefill_is_the_time_to_the_first_token() -> None:
+    got = side().measure(tool.Row("prefill", 1, 32), 5)
+    assert got["num_steps"] == 5 and got["device"]["median_ms"] >= PREFILL_S * 1e3
+
+
+def test_without_vllm_the_tool_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # --site adds to these
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')\n")
+    assert tool.main(["--site", str(tmp_path), "--rows", "d1@64"]) == 1
+    assert "no vLLM here" in capsys.readouterr().err
