@@ -57,7 +57,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
-  const WideWalk walk = wide_walk(params, chosen);
+  const GemmWalk walk = gemm_walk(params, chosen);
   if (walk.first >= walk.end) return;  // a pair's CTAs have equally many items
   if (kPaired && !follows) enter_paired(params, shared, pair, cursor);
   if (unit_stages(stack * op.tile_rows) == 2) align_producer(params, shared, pair, cursor);
@@ -69,7 +69,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
     const u32 slice_bytes = tiling.tile_rows * 128;
     const u32 num_unit_slices = unit_slices(stack * tiling.tile_rows);
     const u32 num_unit_stages = unit_stages(stack * tiling.tile_rows);
-    const u32 first_tile = wide_item(tiling, item).weight_item * stack;
+    const u32 first_tile = gemm_item(tiling, item).weight_item * stack;
     const u32 num_tiles = min(stack, tiling.num_tiles - first_tile);
     const u8* source = reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes;
 #pragma unroll 1
@@ -94,11 +94,11 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 // input: [row / 64][k / 64][64 rows][64 k], swizzled. Rows that do not exist keep old bytes, whose products nobody reads.
 BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const WideWalk walk = wide_walk(params, tiling);
+  const GemmWalk walk = gemm_walk(params, tiling);
   const u64 row_tile_bytes = static_cast<u64>(tiling.num_slices) * kRowTileBytes;
   const bool halved = tiling.tokens == kRowTile;
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
-    const u32 row_begin = wide_item(tiling, item).row_tile * tiling.tokens;
+    const u32 row_begin = gemm_item(tiling, item).row_tile * tiling.tokens;
     const u8* tile = input + row_begin / kRowTile * row_tile_bytes;
     const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
     const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
@@ -171,7 +171,7 @@ BK_INLINE void multiply_item(MainLoop& loop, PairShared& pair, u32 num_slices, f
 // One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh; what it prefetches is loaded
 // one packed tile ahead.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const WideItem& item, MainLoop& loop, PairShared& pair, WorkerShared& shared,
+BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, PairShared& pair, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
   constexpr int kParts = kHalved ? 1 : kStack;
   constexpr int kColumns = kTileRows * kParts;
@@ -196,7 +196,7 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, bool follows, u8* weight_ring, u8* input_ring, WorkerShared& shared,
                               PairShared& pair, ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
-  const WideWalk walk = wide_walk(params, tiling);
+  const GemmWalk walk = gemm_walk(params, tiling);
   if (walk.first >= walk.end) return;
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   if (kPaired && !follows) align_consumer(kWeightStages, weights);
@@ -210,7 +210,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tili
                 thread_idx() % 128 == 0};
 #pragma unroll 1
   for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
-    const WideItem item = wide_item(tiling, idx);
+    const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
     run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, pair, shared, scales, epilogue);
   }
@@ -242,10 +242,10 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
 // The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.
 BK_INLINE void produce_row_scales_wide(const EngineParams& params, const Op& op, const f32* squares, u32 num_rows, u32 warp, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const WideWalk walk = wide_walk(params, tiling);
+  const GemmWalk walk = gemm_walk(params, tiling);
   u32 row_tile = kNoRow;
   for (u32 idx = walk.first; idx < walk.end; idx += walk.stride) {
-    const u32 next_row_tile = wide_item(tiling, idx).row_tile;
+    const u32 next_row_tile = gemm_item(tiling, idx).row_tile;
     if (next_row_tile == row_tile) continue;
     row_tile = next_row_tile;
     wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);

@@ -91,32 +91,32 @@ BK_INLINE WideTiling wide_tiling(const EngineParams& params, const Op& op, u32 n
 }
 
 // Where an item lies. Row tiles go fastest, within groups of kRasterRowTiles: the CTAs that run at the same time share weights and inputs.
-struct WideItem {
+struct GemmItem {
   u32 row_tile;     // of `tokens` rows; of a pair's second CTA it may lie past the last row
   u32 weight_item;  // of `stack` packed tiles
 };
 
-BK_INLINE WideItem wide_item(const WideTiling& tiling, u32 item) {
+BK_INLINE GemmItem gemm_item(const WideTiling& tiling, u32 item) {
   constexpr u32 kUnit = kPaired ? 2 : 1;  // row tiles of an item
   constexpr u32 kGroupUnits = kRasterRowTiles / kUnit;
   const u32 num_units = (tiling.num_row_tiles + kUnit - 1) / kUnit;
   const u32 first_unit = item / (kGroupUnits * tiling.num_weight_items) * kGroupUnits;
   const u32 group_units = min(num_units - first_unit, kGroupUnits);
   const u32 in_group = item - first_unit * tiling.num_weight_items;
-  return WideItem{(first_unit + in_group % group_units) * kUnit + (kPaired ? pair_rank() : 0), in_group / group_units};
+  return GemmItem{(first_unit + in_group % group_units) * kUnit + (kPaired ? pair_rank() : 0), in_group / group_units};
 }
 
 // The items of this CTA: first, first + stride, ... below `end`.
-struct WideWalk {
+struct GemmWalk {
   u32 first;
   u32 stride;
   u32 end;
 };
 
-BK_INLINE WideWalk wide_walk(const EngineParams& params, const WideTiling& tiling) {
-  if (!kPaired) return WideWalk{cta_idx(), params.num_workers, tiling.num_items};
+BK_INLINE GemmWalk gemm_walk(const EngineParams& params, const WideTiling& tiling) {
+  if (!kPaired) return GemmWalk{cta_idx(), params.num_workers, tiling.num_items};
   const u32 num_pairs = params.num_workers / 2;
-  return WideWalk{cta_idx() / 2, num_pairs, cta_idx() / 2 < num_pairs ? tiling.num_items : 0};
+  return GemmWalk{cta_idx() / 2, num_pairs, cta_idx() / 2 < num_pairs ? tiling.num_items : 0};
 }
 
 }  // namespace blinkimp
