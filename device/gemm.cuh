@@ -42,7 +42,8 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
 BK_INLINE void produce_narrow_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.input_rows * 128;
   const u32 input_bytes = shape.num_slices * slice_bytes;
-  for (u32 item = cta_idx(); item < shape.num_tiles; item += params.num_workers) {
+  const u32 num_items = shape.num_tiles * shape.num_row_groups;  // none without rows
+  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
     for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);

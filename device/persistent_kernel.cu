@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
   init_shared();
   const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
   if (warp >= kComputeThreads / 32) {
-    set_registers_down<64>();
+    set_registers_down<56>();  // 128 x 56 + 256 x 224 = 384 x 168: what the launch has; more would wait for ever
     if (cta_idx() == params.num_workers) return;
     const u32 role = warp - kComputeThreads / 32;
     if (role == 0 && threadIdx.x % 32 == 0) weight_producer(params);

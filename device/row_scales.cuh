@@ -53,27 +53,30 @@ struct ScaleReader {
   }
 };
 
-// One warp's rows of a buffer, several at a time so that their loads are in flight together.
-BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u32 row_begin, u32 num_rows, u32 warp, f32* row_scale) {
+// One warp's rows of a buffer, four at a time so that their loads are in flight together. Rows past the last repeat it: fewer conditions, fewer
+// registers.
+BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u32 num_rows, u32 warp, f32* row_scale) {
   constexpr u32 kRowsAtOnce = 4;
   const u32 lane = thread_idx() % 32;
-  const u32 num_quads = params.dims.hidden / kSquaresColumns / 4;
-  const u32 end = min(num_rows - row_begin, 2 * kRowTile);
-  for (u32 first = warp * kRowsAtOnce; first < end; first += kScaleWarps * kRowsAtOnce) {
+  const u32 num_pairs = params.dims.hidden / kSquaresColumns / 2;
+  const float2* pairs = reinterpret_cast<const float2*>(squares);
+#pragma unroll 1
+  for (u32 first = warp * kRowsAtOnce; first < num_rows; first += kScaleWarps * kRowsAtOnce) {
     f32 sums[kRowsAtOnce] = {};
-    for (u32 quad = lane; quad < num_quads; quad += 32) {
+#pragma unroll 1
+    for (u32 pair = lane; pair < num_pairs; pair += 64) {
 #pragma unroll
       for (u32 i = 0; i < kRowsAtOnce; i++) {
-        if (first + i < end) {
-          const float4 part = __ldcg(reinterpret_cast<const float4*>(squares) + static_cast<u64>(row_begin + first + i) * num_quads + quad);
-          sums[i] += (part.x + part.y) + (part.z + part.w);
-        }
+        const float2* row = pairs + min(first + i, num_rows - 1) * num_pairs;
+        const float2 low = __ldcg(row + pair);
+        const float2 high = pair + 32 < num_pairs ? __ldcg(row + pair + 32) : float2{0.0f, 0.0f};
+        sums[i] += (low.x + low.y) + (high.x + high.y);
       }
     }
 #pragma unroll
     for (u32 i = 0; i < kRowsAtOnce; i++) {
       for (u32 distance = 16; distance; distance /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-      if (lane == i && first + i < end) row_scale[first + i] = rsqrtf(sums[i] / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
+      if (lane == 0) row_scale[min(first + i, num_rows - 1)] = rsqrtf(sums[i] / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
     }
   }
 }
@@ -87,7 +90,9 @@ BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares
     if (next_group == group) continue;
     group = next_group;
     wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-    sum_row_scales(params, squares, group * 2 * kRowTile, shape.num_rows, warp, shared.row_scale[cursor.stage]);
+    const u32 row_begin = group * 2 * kRowTile;
+    const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
+    sum_row_scales(params, rows, min(shape.num_rows - row_begin, 2 * kRowTile), warp, shared.row_scale[cursor.stage]);
     __syncwarp();
     if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
     cursor.advance(kScaleBuffers);
