@@ -53,14 +53,14 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
 }
 
 // follows: the op before this one in the step was produced here too (gemm_wide_pair.cuh). All roles must say the same.
-BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* ring, WorkerShared& shared, PairShared& pair, RingCursor& cursor) {
+BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  if (walk.first >= walk.end) return;  // a pair's CTAs have equally many items
-  if (kPaired && !follows) enter_paired(params, shared, pair, cursor);
-  if (unit_stages(stack * op.tile_rows) == 2) align_producer(params, shared, pair, cursor);
+  if (!follows && has_partner(params)) enter_paired(params, shared, cursor);  // without an item too: the next op follows
+  if (walk.first >= walk.end) return;                                       // a pair's CTAs have equally many items
+  if (unit_stages(stack * op.tile_rows) == 2) align_producer(params, shared, cursor);
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
@@ -79,7 +79,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 #pragma unroll 1
       for (u32 i = 0; i < num_unit_stages; i++) {
         wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
-        if constexpr (kPaired) wait_partner_stage(params, pair, cursor.stage + i);
+        if constexpr (kPaired) wait_partner_stage(params, shared.pair, cursor.stage + i);
       }
       if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
       mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
@@ -119,9 +119,9 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
 // A weight stage that is given back, to the partner first: its producer may count on the order (align_producer).
-BK_INLINE void give_unit(const MainLoop& loop, PairShared& pair, u32 stage, u32 num_stages, bool used) {
+BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool used) {
   for (u32 i = 0; i < num_stages; i++) {
-    if constexpr (kPaired) mbarrier_arrive_cluster_if(&pair.stage_empty[stage + i], pair_rank() ^ 1, loop.elected && used);
+    if constexpr (kPaired) mbarrier_arrive_cluster_if(&loop.shared.pair.stage_empty[stage + i], pair_rank() ^ 1, loop.elected && used);
     loop.give_weights(stage + i, used);
   }
 }
@@ -129,7 +129,7 @@ BK_INLINE void give_unit(const MainLoop& loop, PairShared& pair, u32 stage, u32 
 // The main loop over K of one item, for one warpgroup: 64 rows x kColumns of the item's kItemColumns weight rows. `d` starts at zero.
 // Its two rules are gemm.cuh's: addresses are uniform(), and no branch between wgmma_fence() and wgmma_commit().
 template <int kItemColumns, int kColumns>
-BK_INLINE void multiply_item(MainLoop& loop, PairShared& pair, u32 num_slices, f32 (&d)[kColumns / 2]) {
+BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
   constexpr bool kHalved = kColumns != kItemColumns;
   constexpr u32 kUnitStages = unit_stages(kItemColumns);
   constexpr u32 kUnitSlices = unit_slices(kItemColumns);
@@ -148,7 +148,7 @@ BK_INLINE void multiply_item(MainLoop& loop, PairShared& pair, u32 num_slices, f
     multiply_slice<kColumns>(d, a, b);
     wgmma_commit();
     wgmma_wait<1>();  // the slice before is done
-    give_unit(loop, pair, used_weights, kUnitStages, used_weights != kNone);
+    give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
     loop.give_inputs(used_inputs, used_inputs != kNone);
     used_weights = used_inputs = kNone;
     const bool last = slice + 1 == num_slices;
@@ -164,14 +164,14 @@ BK_INLINE void multiply_item(MainLoop& loop, PairShared& pair, u32 num_slices, f
     }
   }
   wgmma_wait<0>();
-  give_unit(loop, pair, used_weights, kUnitStages, true);
+  give_unit(loop, used_weights, kUnitStages, true);
   loop.give_inputs(used_inputs, true);
 }
 
 // One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh; what it prefetches is loaded
 // one packed tile ahead.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, PairShared& pair, WorkerShared& shared,
+BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
   constexpr int kParts = kHalved ? 1 : kStack;
   constexpr int kColumns = kTileRows * kParts;
@@ -181,7 +181,7 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  multiply_item<kTileRows * kStack, kColumns>(loop, pair, uniform(tiling.num_slices), d);
+  multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
   auto loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column);
@@ -194,49 +194,61 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
 }
 
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, bool follows, u8* weight_ring, u8* input_ring, WorkerShared& shared,
-                              PairShared& pair, ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
+BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, bool follows, u8* shared_memory, WorkerShared& shared,
+                              ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   const GemmWalk walk = gemm_walk(params, tiling);
-  if (walk.first >= walk.end) return;
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
-  if (kPaired && !follows) align_consumer(kWeightStages, weights);
+  if (!follows && has_partner(params)) align_consumer(kWeightStages, weights);
+  cursors.weights = weights;
+  if (walk.first >= walk.end) return;
   if (unit_stages(kTileRows * kStack) == 2) align_consumer(2, weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
   // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
   const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
   MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
-                wgmma_descriptor(uniform(shared_address(input_ring)) + input_offset, 1024), wgmma_descriptor(uniform(shared_address(weight_ring)) + weight_offset, 1024),
+                wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
                 thread_idx() % 128 == 0};
 #pragma unroll 1
   for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
-    run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, pair, shared, scales, epilogue);
+    run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, shared, scales, epilogue);
   }
   cursors = ConsumerCursors{loop.weights, loop.inputs};
 }
 
-// Runs all items of an op for this warpgroup. kScaled: the op normalises its input (produce_row_scales_wide).
+BK_INLINE bool has_wide_items(const EngineParams& params, const Op& op, u32 num_rows) {
+  const GemmWalk walk = gemm_walk(params, wide_tiling(params, op, num_rows));
+  return walk.first < walk.end;
+}
+
+// Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).
 template <int kTileRows, bool kScaled, class Epilogue>
-BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* weight_ring, u8* input_ring, WorkerShared& shared,
-                             PairShared& pair, ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
+BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   constexpr u32 kMax = max_stack(kTileRows);
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
+  ConsumerCursors cursors = shared.compute.cursors;
+  ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
-    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, follows, weight_ring, input_ring, shared, pair, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
   } else if (stack == kMax) {
-    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, follows, weight_ring, input_ring, shared, pair, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {
     if (stack == kMax / 2) {
-      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, follows, weight_ring, input_ring, shared, pair, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
     } else if constexpr (kMax / 4 >= kMin) {
-      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, follows, weight_ring, input_ring, shared, pair, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
     }
   }
   if constexpr (kScaled) scales.leave(shared);
+  // Equal in all threads; taken over when the op ends.
+  if (is_first_thread()) {
+    shared.next_cursors = cursors;
+    shared.next_scales = scales.cursor;
+  }
 }
 
 // The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.
@@ -251,7 +263,10 @@ BK_INLINE void produce_row_scales_wide(const EngineParams& params, const Op& op,
     wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
     const u32 row_begin = row_tile * tiling.tokens;
     const u32 row_end = min(num_rows, row_begin + tiling.tokens);
-    if (row_begin < row_end) sum_row_scales(params, squares, row_begin, row_end, warp, shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
+    if (row_begin < row_end) {
+      const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
+      sum_row_scales(params, rows, row_end - row_begin, warp, shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
+    }
     __syncwarp();
     if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
     cursor.advance(kScaleBuffers);

@@ -23,13 +23,6 @@ namespace blinkimp {
 
 constexpr bool kPaired = BK_PAIRED != 0;
 
-struct PairShared {
-  u64 stage_empty[kWeightStages];  // [stage]; a phase per use in a paired op; writers: the partner's compute warpgroups; reader: own weight producer
-  u64 ready;                       // a phase per handshake; writer: the partner's weight producer; reader: own
-  u32 stage_parity;                // bit per stage: which phase of stage_empty to wait for next; weight producer only
-  u32 ready_parity;                // likewise of `ready`
-};
-
 // By one thread, before fence_mbarrier_init() and cluster_sync().
 BK_INLINE void init_pair(PairShared& pair) {
   for (u32 i = 0; i < kWeightStages; i++) mbarrier_init(&pair.stage_empty[i], 2);  // the partner's two warpgroups
@@ -39,6 +32,7 @@ BK_INLINE void init_pair(PairShared& pair) {
 }
 
 BK_INLINE u32 pair_rank() { return cta_idx() % 2; }
+BK_INLINE bool has_partner(const EngineParams& params) { return kPaired && cta_idx() / 2 < params.num_workers / 2; }
 
 // ---- Weight producer ---------------------------------------------------------------------------------------------
 BK_INLINE void wait_partner_stage(const EngineParams& params, PairShared& pair, u32 stage) {
@@ -55,29 +49,29 @@ BK_INLINE void pass_stage(const EngineParams& params, WorkerShared& shared, Ring
 }
 
 // A unit of two stages begins at an even one.
-BK_INLINE void align_producer(const EngineParams& params, WorkerShared& shared, PairShared& pair, RingCursor& cursor) {
+BK_INLINE void align_producer(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
   if (cursor.stage % 2 == 0) return;
   if constexpr (kPaired) {
     // Hazard: a CTA that passed a stage alone could be a lap later in it with data for a partner that has yet to pass it. The first wait is for
     // the own warpgroups' last words to the partner: ours come after them.
     wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
-    wait_partner_stage(params, pair, cursor.stage);
-    for (u32 i = 0; i < 2; i++) mbarrier_arrive_cluster_if(&pair.stage_empty[cursor.stage], pair_rank() ^ 1, true);
+    wait_partner_stage(params, shared.pair, cursor.stage);
+    for (u32 i = 0; i < 2; i++) mbarrier_arrive_cluster_if(&shared.pair.stage_empty[cursor.stage], pair_rank() ^ 1, true);
   }
   pass_stage(params, shared, cursor);
 }
 
 // The handshake: own ring drained, cursor at stage 0, and the partner's as well.
-BK_INLINE void enter_paired(const EngineParams& params, WorkerShared& shared, PairShared& pair, RingCursor& cursor) {
+BK_INLINE void enter_paired(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
   RingCursor ahead = cursor;
   for (u32 i = 0; i < kWeightStages; i++) {
     wait_mbarrier(params, &shared.weights_empty[ahead.stage], ahead.phase, kSiteWeightRing);
     ahead.advance(kWeightStages);
   }
   while (cursor.stage != 0) pass_stage(params, shared, cursor);
-  mbarrier_arrive_cluster_if(&pair.ready, pair_rank() ^ 1, true);
-  wait_mbarrier(params, &pair.ready, pair.ready_parity, kSiteWeightRing);
-  pair.ready_parity ^= 1;
+  mbarrier_arrive_cluster_if(&shared.pair.ready, pair_rank() ^ 1, true);
+  wait_mbarrier(params, &shared.pair.ready, shared.pair.ready_parity, kSiteWeightRing);
+  shared.pair.ready_parity ^= 1;
 }
 
 // ---- Compute warpgroups ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ KERNEL_NAME: Final = "persistent_kernel"
 PACK_SOURCE: Final = "pack_weights.cu"
 WORKER_THREADS: Final = 384
 # kSharedMemoryBytes of device/worker_memory.cuh, which asserts it; a test compares the two.
-SHARED_MEMORY_BYTES: Final = 232_000
+SHARED_MEMORY_BYTES: Final = 232_080
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ struct PlainEpilogue {
 
 BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
   fence_proxy_async();
-  named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0 releases them
+  named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0 releases them, all threads done with the cursors
   if (is_first_thread()) {
+    worker_shared(worker_memory()).compute.cursors = worker_shared(worker_memory()).next_cursors;
     red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);
     wait_grid(params, num_barriers);
   }
@@ -61,10 +62,10 @@ BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
 extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(const __grid_constant__ EngineParams params, u32 num_rows, u32 ops_follow, const u8* input, f32* output, u64* times) {
   u8* memory = worker_memory();
   WorkerShared& shared = worker_shared(memory);
-  __shared__ PairShared pair;
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   if (threadIdx.x == 0) {
-    init_pair(pair);
+    init_pair(shared.pair);
+    shared.compute = ComputeState{};
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);
@@ -84,7 +85,7 @@ extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gem
     set_registers_down<56>();
     RingCursor cursor{0, 1};
     if (works && threadIdx.x == kComputeThreads) {
-      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, i && ops_follow, memory + kRingOffset, shared, pair, cursor);
+      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, i && ops_follow, memory + kRingOffset, shared, cursor);
     }
     if (works && threadIdx.x == kComputeThreads + 32) {
       for (u32 i = 0; i < params.num_ops; i++) {
@@ -95,13 +96,11 @@ extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gem
     }
   } else {
     set_registers_up<224>();
-    ConsumerCursors cursors{};
     const bool keeps_time = is_first_thread() && cta_idx() == 0;
     if (keeps_time) times[0] = device_clock_ns();
-    ScaleReader scales{RingCursor{0, 0}, kNoRow};
     for (u32 i = 0; works && i < uniform(params.num_ops); i++) {
       const PlainEpilogue epilogue{output, num_rows, ops[i].out_features};
-      run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), i && ops_follow, memory + kRingOffset, memory + kScratchOffset, shared, pair, cursors, scales, epilogue);
+      run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), i && ops_follow, memory, shared, epilogue);
       test_barrier(params, i + 1);
       if (keeps_time) times[i + 1] = device_clock_ns();
     }
