@@ -316,7 +316,8 @@ BK_INLINE void compute(const EngineParams& params) {
       run_embed(params, op, opaque(plan));
     } else if (kind == kOpSample) {
       wait_phases(params, state);
-      run_sample(params, opaque(plan), shared_memory + kScratchOffset);
+      const LogitTiles parts{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), num_logit_parts(params.dims.vocab)};
+      run_sample(params, opaque(plan), shared_memory + kScratchOffset, parts);
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }

@@ -91,11 +91,12 @@ class EngineBench:
         settings: dict[str, Any],
         timeout_s: float,
         source: PowerSource | None,
+        sampling: str = "greedy",
     ) -> None:
         self._stack = contextlib.ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._config = config_of(folder, shape, device, max_context, settings)
-        self._timeout_s, self._source = timeout_s, source
+        self._timeout_s, self._source, self._sampling = timeout_s, source, sampling
 
     def __enter__(self) -> Self:
         try:
@@ -108,7 +109,7 @@ class EngineBench:
             port = self._stack.enter_context(QueuePairPort.open(self._config.engine_name, 0))
             port.attach(ATTACH_TIMEOUT_S)
             port.start_heartbeat()
-            self.client = Client(self.engine, port, bars, self._timeout_s)
+            self.client = Client(self.engine, port, bars, self._timeout_s, self._sampling)
             self._meter = self._stack.enter_context(PowerMeter(self._source))
         except BaseException:
             self._stack.close()
@@ -176,8 +177,13 @@ class EngineBench:
         device_ns = times.device[rows, columns] - times.device[rows, columns - 1]
         client_ns = times.client[rows, columns] - times.client[rows, columns - 1]
         begin_ns, end_ns = int(times.client[rows, columns - 1].min()), int(times.client[rows, columns].max())
+        gaps_us = [gap_ns / 1e3 for at_ns, gap_ns in self.client.gaps if begin_ns < at_ns <= end_ns]
         return {
             "name": row.name,
+            "director_gap_us": {
+                "median": round(float(np.median(gaps_us)), 3),
+                "p90": round(float(np.percentile(gaps_us, 90)), 3),
+            },
             "mean_context": round(context + float(columns.mean()), 1),
             "num_steps": len(rows) // row.batch,
             "device": spread(device_ns),

@@ -14,6 +14,7 @@ KERNELS = [
     ("sampling_test.cu", []),
     ("attention_test.cu", ["-DHEAD_DIM=64"]),
     ("attention_test.cu", ["-DHEAD_DIM=128"]),
+    *(("gemm_wide_test.cu", [f"-DTILE_ROWS={tile_rows}"]) for tile_rows in (32, 48, 64, 112, 128)),
 ]
 
 

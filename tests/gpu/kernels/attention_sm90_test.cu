@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
     shared.compute = ComputeState{};
   }
   __syncthreads();  // mbarriers are initialised before any role uses them
-  if (threadIdx.x >= kComputeThreads) {
+  if (uniform(threadIdx.x / 32) >= kComputeThreads / 32) {
     set_registers_down<56>();
     if (threadIdx.x == kComputeThreads) {
       RingCursor cursor{0, 1};
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
   } else {
     set_registers_up<224>();
     for (;;) {  // the op's number stands in shared memory, as in the worker: attention needs the registers
-      const u32 op_idx = shared.compute.op_idx;
+      const u32 op_idx = uniform(shared.compute.op_idx);
       if (op_idx == params.num_ops) break;
       const Op& op = reinterpret_cast<const Op*>(params.ops)[op_idx];
       if (new_rows) write_new_rows(params, op, plan, new_rows);
