@@ -176,11 +176,11 @@ BK_INLINE void wait_stage(const EngineParams& params, WorkerShared& shared, cons
   }
 }
 
-// Wide: pages that only the other warpgroup computes.
+// Wide: pages that only the other warpgroup computes. The first warp alone waits: a slow one might find its stage two laps on, and wait for ever.
 template <int kHeadDim>
 BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, RingCursor& keys, u32 num_pages) {
   for (u32 i = 0; i < num_pages * kPageStages<kHeadDim>; ++i) {
-    wait_stage(params, shared, keys);  // an arrival before the stage's turn would count for the turn before
+    if (uniform(thread_idx() % kWarpgroupThreads < 32)) wait_stage(params, shared, keys);  // an arrival before the stage's turn would count for the turn before
     mbarrier_arrive_if(&shared.weights_empty[keys.stage], is_elected());
     keys.advance(kWeightStages);
   }

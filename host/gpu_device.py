@@ -138,15 +138,18 @@ class GpuDevice:
     def _load(self, launch: Launch, progress: Progress | None) -> Model:
         started_at = time.monotonic()
         target = GpuTarget(self._context, launch.model, self._pack.cubin, self.num_workers)
-        self._model = load_model(
-            launch.model_folder,
-            target,
-            compute="bf16",
-            max_context=launch.sizes.max_context,
-            load_format=launch.load_format,
-            progress=None if progress is None else (lambda done, total: progress("weights", done, total)),
-        )
-        target.finish()
+        try:
+            self._model = load_model(
+                launch.model_folder,
+                target,
+                compute="bf16",
+                max_context=launch.sizes.max_context,
+                load_format=launch.load_format,
+                progress=None if progress is None else (lambda done, total: progress("weights", done, total)),
+            )
+            target.finish()
+        finally:
+            target.close()
         seconds = time.monotonic() - started_at
         _log.info(
             "weights: %.2f GB in %.1f s (%.2f GB/s)", target.num_bytes / 1e9, seconds, target.num_bytes / 1e9 / seconds

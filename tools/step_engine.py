@@ -146,7 +146,9 @@ class EngineBench:
         """One row. On a GPU it is repeated for energy_s, as its limit tells in advance; else `num_tokens` decode steps."""
         if row.phase == "decode":
             cost = decode_cost(self.engine.model, self.item_bytes, row.batch, row.context)
-            return self._decode(row, self._num_repeats(cost, limits, energy_s, num_tokens, MAX_DECODE_STEPS))
+            return self._decode(
+                row, num_tokens, self._num_repeats(cost, limits, energy_s, num_tokens, MAX_DECODE_STEPS)
+            )
         cost = prefill_cost(self.engine.model, self.item_bytes, row.context)
         return self._prefill(row, self._num_repeats(cost, limits, energy_s, MIN_PREFILLS, MAX_PREFILLS), cost)
 
@@ -155,13 +157,15 @@ class EngineBench:
             return least
         return min(most, max(least, math.ceil(energy_s / cost.limit_s(limits))))
 
-    def _decode(self, row: Row, num_steps: int) -> dict[str, Any]:
+    def _decode(self, row: Row, least_steps: int, wanted_steps: int) -> dict[str, Any]:
         """`batch` requests at once; only steps that decode all of them count, and their mean context is the row's."""
         sizes = self.engine.plan.sizes
         # Tokens that the first request may have before the last one's prompt is through; a step's rows are prompts' after decodes'.
         num_chunk_rows = max(1, min(sizes.prefill_chunk_tokens, sizes.max_step_tokens - row.batch))
         num_lead = math.ceil(row.batch * row.context / num_chunk_rows) + 2
         mean_lead = num_lead / 2 if row.batch > 1 else 0
+        # Half of the steps come before the mean: a quarter of the context is left to the prompts.
+        num_steps = max(least_steps, min(wanted_steps, int(1.5 * (row.context - mean_lead))))
         context = row.context - round(mean_lead + num_steps / 2)
         if context < 1:
             raise BenchError(

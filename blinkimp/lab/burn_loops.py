@@ -139,8 +139,8 @@ class Work:
             case "stream":
                 return int(stream(*self._state))
             case "llc":
-                self._at = int(llc(self._state, self._at, 1_000_000))
-                return 1_000_000
+                self._at = int(llc(self._state, self._at, 200_000))
+                return 200_000
             case "tlb":
                 return int(tlb(20))
             case "syscall":
