@@ -28,7 +28,7 @@ constexpr u32 kAttentionScratchBytes = 2 * kQueryTileBytes<kHeadDim>;
 // Named barriers: 1 is all compute threads'; these are a warpgroup's own, and its turn at the tensor cores.
 constexpr u32 kWarpgroupBarrier = 2;
 constexpr u32 kTurnBarrier = 4;
-constexpr u32 kNoPage = 0xffffffffu;
+constexpr u32 kNoSuchPage = 0xffffffffu;
 
 BK_INLINE u32 compute_warpgroup() { return thread_idx() / kWarpgroupThreads; }
 BK_INLINE bool is_elected() { return thread_idx() % kWarpgroupThreads == 0; }
@@ -67,7 +67,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, AttentionShare
     run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
     set_mask_pages(run, walk.position, walk.position, op.window);
     run.key_end = walk.position + 1;
-    run.patch_page = kNoPage;
+    run.patch_page = kNoSuchPage;
     if (run.page_end == unit_end) {
       run.patch_page = unit_end - 1;
       const u32 page_id = page_table_of(params, walk.request_idx)[run.patch_page];
@@ -94,7 +94,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, AttentionShare
   run.position_begin = seq.position_begin;
   run.key_end = seq.position_begin + seq.num_rows;
   run.skip_before = run.skip_after = run.order_begin = 0;
-  run.order_end = kNoPage;
+  run.order_end = kNoSuchPage;
   const u32 group = attention.group;
   const u32 item_begin = wide_page_begin(item, run.position_begin, group, op.window);
   const u32 item_end = wide_page_end(item, run.position_begin, group);
@@ -118,7 +118,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, AttentionShare
     set_mask_pages(run, first_position, last_position, op.window);
   }
   if (run.order_end < run.order_begin) run.order_end = run.order_begin;
-  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPage;
+  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoSuchPage;
   run.first_split = 0;
 }
 
@@ -289,7 +289,7 @@ template <int kHeadDim, class Store>
 BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& keys, u32& others, const Store& store) {
   const AttentionRun& run = attention.runs[uniform(compute_warpgroup())];
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-  const u32 ring = shared_address(shared_memory);
+  const u32 ring = shared_address(shared_memory + kRingOffset);
   constexpr u32 kValuesOffset = kPageStages<kHeadDim> == 2 ? 0 : kKvTileBytes<kHeadDim>;
   const bool has_rows = uniform(thread_idx() % kWarpgroupThreads / 32u * 16u < run.num_packed);  // of this warp: if not, its products are never read
 
@@ -312,10 +312,10 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
     if (uniform(page == run.patch_page)) {
       const RingCursor values = values_of<kHeadDim>(at);
       wait_stage(params, shared, values);
-      patch_page<kHeadDim>(run, shared_memory + at.stage * kWeightStageBytes, shared_memory + values.stage * kWeightStageBytes + kValuesOffset);
+      patch_page<kHeadDim>(run, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return ring + kScratchOffset + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
+  const auto query_tile = [&]() { return shared_address(shared_memory) + kScratchOffset + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
 
   const auto release_stage = [&](u32 stage) {
     mbarrier_arrive_count(&shared.weights_empty[stage], is_elected() ? (run.kind == kRunNarrow ? 2 : 1) : 0);  // the only reader of a narrow page
@@ -456,7 +456,7 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
   }
   named_barrier_sync<1, kComputeThreads>();  // hazard: a slow warp has not read the cursor yet
-  if (is_first_thread()) shared.compute.cursors.weights = keys;
+  if (is_first_thread()) shared.next_cursors = ConsumerCursors{keys, shared.compute.cursors.inputs};  // taken over when the op ends
 }
 
 }  // namespace blinkimp

@@ -26,9 +26,9 @@ SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
 
 def attention_part_bytes(config: ModelConfig, sizes: EngineSizes) -> int:
     """A partial result for every split of every request of a batch at its longest context: attention_slots() slots
-    of num_heads * (head_dim + 2) f32."""
+    of num_heads * (head_dim + 2) f32; behind them a counter for each request and KV head."""
     num_slots = sizes.max_batch * -(-sizes.max_pages_per_request // SPLIT_PAGES)
-    return num_slots * config.num_heads * (config.head_dim + 2) * 4
+    return num_slots * config.num_heads * (config.head_dim + 2) * 4 + sizes.max_batch * config.num_kv_heads * 4
 
 
 def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
@@ -83,8 +83,8 @@ def allocate_engine(
         params["plans"][0, i] = context.allocate(plan_bytes_of(sizes), "plans", zero=True)
     params["ops"] = context.allocate(ops.nbytes, "ops")
     context.upload(int(params["ops"][0]), ops)
-    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages")
+    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages", zero=True)
     for i, num_bytes in enumerate(workspace_sizes(config, sizes)):
         if num_bytes:
-            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}")
+            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}", zero=True)
     return params
