@@ -23,6 +23,7 @@ from blinkimp import ring_abi
 ENVIRONMENT_PREFIX = "BLINKIMP_"
 # Variables that are not configuration of an engine; README, "Environment".
 OTHER_VARIABLES = {
+    "BLINKIMP_API_KEY": "HTTP: API keys, separated by commas, beside those of api_key_file",
     "BLINKIMP_CONFIG": "path of the TOML file, where no --config is given",
     "BLINKIMP_EXPECT_CACHED": "1: a compile at start is an error (the cubin must be in the cache already)",
     "BLINKIMP_NATIVE_LIBRARY": "path of another build of the native library, e.g. one with a sanitizer",
@@ -49,7 +50,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     kernel: Annotated[
         Literal["auto", "hopper", "portable"],
-        Meta(description="of the GPU; `auto`: `hopper` on compute capability 9.0, `portable` (8.0 and newer) elsewhere"),
+        Meta(
+            description="of the GPU; `auto`: `hopper` on compute capability 9.0, `portable` (8.0 and newer) elsewhere"
+        ),
     ] = "auto"
     compute_dtype: Annotated[
         Literal["auto", "f32", "bf16"], Meta(description="of GEMM inputs and KV pages; the GPU computes in bf16")
@@ -63,6 +66,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             pattern=r"^(tcp|ipc)://.+", description="ZeroMQ endpoint of the first ingress; others take the next ports"
         ),
     ] = "tcp://127.0.0.1:5555"
+    http: Annotated[
+        str,
+        Meta(
+            pattern=r"^$|^\S*:[0-9]{1,5}$",
+            description="HOST:PORT of an HTTP ingress with OpenAI's API, such as 127.0.0.1:8000; empty: none",
+        ),
+    ] = ""
+    served_model_name: Annotated[str, Meta(description="what HTTP clients call the model; empty: as `model` says")] = ""
+    api_key_file: Annotated[
+        str, Meta(description="HTTP: API keys, one a line, mode 600; empty: BLINKIMP_API_KEY, else none is asked for")
+    ] = ""
+    max_outstanding: Annotated[
+        int, Meta(ge=1, le=65535, description="HTTP: choices of one API key that run at once")
+    ] = 1024
+    max_requests_per_s: Annotated[
+        int,
+        Meta(ge=1, le=1 << 20, description="HTTP: requests a second of one API key; twice as many may come at once"),
+    ] = 500
     num_ingress: Annotated[int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="ingress processes")] = 1
     num_queue_pairs: Annotated[
         int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="queue pairs; each ingress process takes one")
@@ -92,6 +113,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prefix_cache: Annotated[
         bool, Meta(description="requests that begin alike share the KV pages of their common beginning")
     ] = True
+    constraint_slots: Annotated[
+        int, Meta(ge=0, le=1024, description="structured outputs that a queue pair has loaded at once")
+    ] = 8
+    constraint_slot_bytes: Annotated[
+        int, Meta(ge=0, le=1 << 30, description="largest automaton of a structured output")
+    ] = 0
     num_threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads of the emulated device")] = 0
     ingress_timeout_s: Annotated[
         float, Meta(ge=0.2, le=3600, description="an ingress silent for longer is dropped, its requests cancelled")
@@ -240,9 +267,11 @@ def load_config(
         values[name] = _parse(known[name], raw, f"flag {known[name].flag}")
 
     config = Config(**values)  # type: ignore[arg-type]  # each value was converted to its key's type above
-    if config.num_ingress > config.num_queue_pairs:
+    num_ingresses = config.num_ingress + bool(config.http)
+    if num_ingresses > config.num_queue_pairs:
+        with_http = " with the HTTP ingress" if config.http else ""
         raise ConfigError(
-            f"num_ingress: got {config.num_ingress}, expected at most num_queue_pairs = {config.num_queue_pairs}, because each "
+            f"num_ingress: got {num_ingresses}{with_http}, expected at most num_queue_pairs = {config.num_queue_pairs}, because each "
             "ingress takes a queue pair; raise num_queue_pairs"
         )
     return config

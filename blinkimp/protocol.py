@@ -9,29 +9,69 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 PROTOCOL_VERSION = 1
 MAX_STOP_TOKEN_IDS = 16  # kMaxStopIds of device/ring_abi.h; a test compares
+MAX_TOP_LOGPROBS = 20  # kMaxTopLogprobs, likewise
+MAX_LOGIT_BIAS = 512  # kMaxLogitBias, likewise
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
 
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Id = Annotated[int, Meta(ge=0)]  # u64: msgpack has no larger integer
+
+# Ranges of the fields that both ingresses take: nic_shim/http_types.py names the same types.
+Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
+Seed = Annotated[int, Meta(ge=0)]
+MaxTokens = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+StopTokenIds = Annotated[list[U32], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+LogitBias = Annotated[
+    dict[Annotated[int, Meta(ge=0, le=2**32 - 1)], Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    Meta(max_length=MAX_LOGIT_BIAS),
+]
+NumTopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+TimeoutS = Annotated[float, Meta(gt=0.0, le=86400.0 * 365)]
+CacheSalt = Annotated[str, Meta(max_length=1024)]
+
+
+class Constraint(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the output must look like. The server makes a token automaton of it, which the sampler walks."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    value: str | list[str] = ""  # the schema as JSON text; nothing; the expression; the texts to choose from
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """How tokens are chosen and when to stop. The defaults are vLLM's."""
 
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0  # 0 is greedy
+    temperature: Temperature = 1.0  # 0 is greedy
     top_k: U32 = 0  # 0 is off
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # 1 is off
-    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0  # 0 is off
-    seed: Annotated[int, Meta(ge=0)] | None = None  # u64; absent: the server draws one and reports it in `finish`
-    max_tokens: Annotated[int, Meta(ge=1, le=2**32 - 1)] = 16
-    stop_token_ids: Annotated[list[U32], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
+    top_p: TopP = 1.0  # 1 is off
+    min_p: MinP = 0.0  # 0 is off
+    seed: Seed | None = None  # u64; absent: the server draws one and reports it in `finish`
+    max_tokens: MaxTokens = 16
+    stop_token_ids: StopTokenIds = []
     ignore_eos: bool = False
+    stop: StopStrings = []  # text that ends the request; it is not part of the output
+    min_tokens: U32 = 0  # no end-of-sequence, stop id or stop string before so many output tokens
+    repetition_penalty: RepetitionPenalty = 1.0  # 1 is off
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}  # by token id
+    top_logprobs: NumTopLogprobs = 0  # alternatives reported with each token
+    constraint: Constraint | None = None
 
 
 # For programs; PROTOCOL.md says when each is sent.
@@ -43,6 +83,8 @@ ErrorCode = Literal[
     "prompt_too_long",
     "bad_token",
     "bad_prompt",
+    "bad_constraint",
+    "constraint_too_large",
     "duplicate_id",
     "too_many_requests",
     "busy",
@@ -64,6 +106,10 @@ class Submit(msgspec.Struct, tag="submit", tag_field="type", forbid_unknown_fiel
     stream: bool = True  # false: one `tokens` message at the end
     detokenize: bool = True  # false: token ids only
     delivered_ids: list[U32] = []  # output that the client has already (it resumes after a lost connection)
+    priority: Priority = 0  # lower runs first
+    timeout_s: TimeoutS | None = None  # then the request ends with reason `timeout`; nil: never
+    cache_salt: CacheSalt = ""  # prompts share pages of the prefix cache only under the same salt
+    prefix_cache: bool = True  # false: neither takes pages from the prefix cache nor leaves any there
 
 
 class Cancel(msgspec.Struct, tag="cancel", tag_field="type", forbid_unknown_fields=True):
@@ -90,7 +136,7 @@ ClientMessage = Submit | Cancel | Alive | GetStats | GetHealth
 
 
 # ---- Server to client ------------------------------------------------------------------------------------------------
-class Tokens(msgspec.Struct, tag="tokens", tag_field="type"):
+class Tokens(msgspec.Struct, tag="tokens", tag_field="type", omit_defaults=True):
     """Output of a request. Text lags behind ids where a character is not complete yet; ids may be empty when it catches up."""
 
     id: int
@@ -98,13 +144,15 @@ class Tokens(msgspec.Struct, tag="tokens", tag_field="type"):
     token_ids: list[int]
     logprobs: list[float]  # natural log, one per id
     text: str
+    # For each id its top_logprobs likeliest alternatives, [token id, logprob], likeliest first. Absent where none were asked for.
+    top: list[list[tuple[int, float]]] = []
 
 
-class Finish(msgspec.Struct, tag="finish", tag_field="type"):
+class Finish(msgspec.Struct, tag="finish", tag_field="type", omit_defaults=True):
     """The last message of a request that was accepted."""
 
     id: int
-    reason: str  # eos, stop_id, length, cancelled, draining
+    reason: str  # eos, stop_id, stop, length, cancelled, timeout, constraint, draining
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
@@ -112,6 +160,9 @@ class Finish(msgspec.Struct, tag="finish", tag_field="type"):
     first_token_ns: int
     finished_ns: int
     ingress_ns: int  # the ingress's clock, from the arrival of `submit` to this message
+    started_ns: int = 0  # the device's clock: when the prompt's computation began
+    num_cached_tokens: int = 0  # of the prompt, that the prefix cache had
+    stop: str | int | None = None  # the stop string or stop token id that ended it
 
 
 class Error(msgspec.Struct, tag="error", tag_field="type"):
@@ -190,7 +241,7 @@ def decode_client_message(payload: bytes) -> ClientMessage:
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING_FIELD = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
 _WRONG_VALUE = re.compile(r"Expected (.*?)(?:, got `.*`)?$", re.DOTALL)
-_PATH_STEP = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
+_PATH_STEP = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
 _REMEDY = "correct the message as nic_shim/PROTOCOL.md describes it"
 MAX_QUOTED_CHARS = 200
 
@@ -199,6 +250,35 @@ def quote(value: object) -> str:
     """A value from outside, short enough for an error message."""
     text = repr(value)
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}... ({len(text)} characters)"
+
+
+class Complaint(NamedTuple):
+    """What msgspec found wrong with a message, in this project's words."""
+
+    path: str  # of the value, as in `sampling.stop[0]`; empty: the message itself, or a field that is unknown or missing in it
+    what: str
+    got: str
+    expected: str
+    field: str | None  # the first step of the path, or the field that is unknown or missing
+
+
+def complaint_of(error: Exception, content: Any, known: Callable[[str], Sequence[str]]) -> Complaint:
+    """`content`: the message, decoded. known(path): the fields of the struct that stands there."""
+    complaint, _, path = str(error).partition(" - at `")
+    complaint = complaint.removesuffix(" - at")
+    path = path.rstrip("`").rpartition("$")[2].lstrip(".")  # "key` in `$.logit_bias" speaks of a key
+    where = path or "the message"
+    what, expected, got = f"{where} cannot be used", complaint, quote(_value_at(content, path))
+    field: str | None = re.split(r"[.\[]", path, maxsplit=1)[0] or None
+    if match := _UNKNOWN_FIELD.match(complaint):
+        what, got = f"unknown field in {where}", quote(match[1])
+        expected, field = "one of " + ", ".join(known(path)), field or match[1]
+    elif match := _MISSING_FIELD.match(complaint):
+        what, got, expected = f"a field is missing in {where}", f"no field {match[1]!r}", f"the field {match[1]!r}"
+        field = field or match[1]
+    elif match := _WRONG_VALUE.match(complaint):
+        expected = match[1].replace("`", "")
+    return Complaint(path, what, got, expected, field)
 
 
 @functools.cache
@@ -223,28 +303,14 @@ def _explain(payload: bytes, error: Exception) -> Error:
         )
     message_type = content.get("type") if isinstance(content, dict) else None
     message_id = content.get("id") if isinstance(content, dict) else None
-    request_id = message_id if isinstance(message_id, int) and 0 <= message_id < 2**64 else None
-    complaint, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`")
-    where = path.lstrip(".") or "the message"
-    what, expected = f"{where} cannot be used", complaint
-    got = quote(_value_at(content, path))
-    if match := _UNKNOWN_FIELD.match(complaint):
-        what, got = f"unknown field in {where}", quote(match[1])
-        known = _fields_of(message_type if isinstance(message_type, str) else None, path == ".sampling")
-        expected = "one of " + ", ".join(known)
-    elif match := _MISSING_FIELD.match(complaint):
-        what, got, expected = f"a field is missing in {where}", f"no field {match[1]!r}", f"the field {match[1]!r}"
-    elif path == ".type":
-        expected = "one of submit, cancel, alive, stats, health"
-    elif match := _WRONG_VALUE.match(complaint):
-        expected = match[1].replace("`", "")
+    known_type = message_type if isinstance(message_type, str) else None
+    complaint = complaint_of(error, content, lambda path: _fields_of(known_type, path == "sampling"))
     return Error(
-        id=request_id,
-        code="bad_sampling" if path.startswith(".sampling") else "bad_message",
-        what=what,
-        got=got,
-        expected=expected,
+        id=message_id if isinstance(message_id, int) and 0 <= message_id < 2**64 else None,
+        code="bad_sampling" if complaint.path.startswith("sampling") else "bad_message",
+        what=complaint.what,
+        got=complaint.got,
+        expected="one of submit, cancel, alive, stats, health" if complaint.path == "type" else complaint.expected,
         remedy=_REMEDY,
         final=message_type == "submit",
     )

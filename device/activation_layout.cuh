@@ -22,6 +22,7 @@ enum Workspace : u32 {
   kWsSampledInput = 7,    // bf16 tiled input, hidden columns, sampled rows only
   kWsSampledSquares = 8,  // f32 [max_batch, hidden / 32]: the sampled rows of kWsSquares
   kWsAttentionPart = 9,  // attention's partial results
+  kWsLogitBest = 10,     // u64 [max_batch, ceil(vocab / 56)]: the best logit of every 56 columns (logits_epilogue.cuh)
 };
 constexpr u32 kSquaresColumns = 32;
 

@@ -28,12 +28,9 @@ constexpr u32 kAttentionScratchBytes = 2 * kQueryTileBytes<kHeadDim>;
 // Named barriers: 1 is all compute threads'; these are a warpgroup's own, and its turn at the tensor cores.
 constexpr u32 kWarpgroupBarrier = 2;
 constexpr u32 kTurnBarrier = 4;
-constexpr u32 kNoPage = 0xffffffffu;
+constexpr u32 kNoSuchPage = 0xffffffffu;
 
-// The same value, known to the compiler as equal in all lanes of the warp: wgmma must not stand behind what looks like a divergent branch.
-BK_INLINE u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
-
-BK_INLINE u32 compute_warpgroup() { return uniform(thread_idx() / kWarpgroupThreads); }
+BK_INLINE u32 compute_warpgroup() { return thread_idx() / kWarpgroupThreads; }
 BK_INLINE bool is_elected() { return thread_idx() % kWarpgroupThreads == 0; }
 BK_INLINE void warpgroup_sync() { barrier_sync(kWarpgroupBarrier + compute_warpgroup(), kWarpgroupThreads); }
 
@@ -44,9 +41,10 @@ BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_po
   run.mask_until = (first_visible_key(last_position, window) + kPageTokens - 1) / kPageTokens;
 }
 
-// The next run of a warpgroup, by its first thread.
+// The next run of a warpgroup, by its first thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
+// there on, and wgmma's descriptors then leave the uniform registers.
 template <int kHeadDim>
-BK_INLINE void next_run(const EngineParams& params, AttentionShared& attention, u32 warpgroup) {
+__device__ __noinline__ void next_run(const EngineParams& params, AttentionShared& attention, u32 warpgroup) {
   const Op& op = *attention.op;
   const PlanSeq* seqs = plan_seqs(params, attention.plan);
   const u32 num_kv_heads = params.dims.num_kv_heads;
@@ -69,7 +67,7 @@ BK_INLINE void next_run(const EngineParams& params, AttentionShared& attention, 
     run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
     set_mask_pages(run, walk.position, walk.position, op.window);
     run.key_end = walk.position + 1;
-    run.patch_page = kNoPage;
+    run.patch_page = kNoSuchPage;
     if (run.page_end == unit_end) {
       run.patch_page = unit_end - 1;
       const u32 page_id = page_table_of(params, walk.request_idx)[run.patch_page];
@@ -96,7 +94,7 @@ BK_INLINE void next_run(const EngineParams& params, AttentionShared& attention, 
   run.position_begin = seq.position_begin;
   run.key_end = seq.position_begin + seq.num_rows;
   run.skip_before = run.skip_after = run.order_begin = 0;
-  run.order_end = kNoPage;
+  run.order_end = kNoSuchPage;
   const u32 group = attention.group;
   const u32 item_begin = wide_page_begin(item, run.position_begin, group, op.window);
   const u32 item_end = wide_page_end(item, run.position_begin, group);
@@ -120,7 +118,7 @@ BK_INLINE void next_run(const EngineParams& params, AttentionShared& attention, 
     set_mask_pages(run, first_position, last_position, op.window);
   }
   if (run.order_end < run.order_begin) run.order_end = run.order_begin;
-  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPage;
+  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoSuchPage;
   run.first_split = 0;
 }
 
@@ -167,18 +165,23 @@ BK_INLINE void next_page(RingCursor& keys, u32& others) {
   }
 }
 
+// All lanes of a warp together: the vote keeps the warp provably in step, which uniform registers need (wgmma's descriptors stand in them;
+// moved there for each instruction, they would cost twice the product).
 BK_INLINE void wait_stage(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
-  wait_mbarrier(params, &shared.weights_full[cursor.stage], cursor.phase, kSiteWeightRing);
+  u64* barrier = &shared.weights_full[cursor.stage];
+  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) return;  // it mostly waits in there
+  const u64 start_ns = device_clock_ns();
+  while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) {
+    if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, kSiteWeightRing, cursor.phase, *barrier);
+  }
 }
 
-// Wide: pages that only the other warpgroup computes.
+// Wide: pages that only the other warpgroup computes. The first warp alone waits: a slow one might find its stage two laps on, and wait for ever.
 template <int kHeadDim>
 BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, RingCursor& keys, u32 num_pages) {
   for (u32 i = 0; i < num_pages * kPageStages<kHeadDim>; ++i) {
-    if (is_elected()) {
-      wait_stage(params, shared, keys);  // an arrival before the stage's turn would count for the turn before
-      mbarrier_arrive(&shared.weights_empty[keys.stage]);
-    }
+    if (uniform(thread_idx() % kWarpgroupThreads < 32)) wait_stage(params, shared, keys);  // an arrival before the stage's turn would count for the turn before
+    mbarrier_arrive_if(&shared.weights_empty[keys.stage], is_elected());
     keys.advance(kWeightStages);
   }
 }
@@ -284,9 +287,9 @@ BK_INLINE void store_rows(const AttentionRun& run, const f32 (&totals)[kHeadDim 
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
 template <int kHeadDim, class Store>
 BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& keys, u32& others, const Store& store) {
-  const AttentionRun& run = attention.runs[compute_warpgroup()];
+  const AttentionRun& run = attention.runs[uniform(compute_warpgroup())];
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-  const u32 ring = shared_address(shared_memory);
+  const u32 ring = shared_address(shared_memory + kRingOffset);
   constexpr u32 kValuesOffset = kPageStages<kHeadDim> == 2 ? 0 : kKvTileBytes<kHeadDim>;
   const bool has_rows = uniform(thread_idx() % kWarpgroupThreads / 32u * 16u < run.num_packed);  // of this warp: if not, its products are never read
 
@@ -306,22 +309,22 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
 
   const auto wait_page = [&](const RingCursor& at, u32 page) {  // for its keys; for both tiles where they must be patched
     wait_stage(params, shared, at);
-    if (page == run.patch_page) {
+    if (uniform(page == run.patch_page)) {
       const RingCursor values = values_of<kHeadDim>(at);
       wait_stage(params, shared, values);
-      patch_page<kHeadDim>(run, shared_memory + at.stage * kWeightStageBytes, shared_memory + values.stage * kWeightStageBytes + kValuesOffset);
+      patch_page<kHeadDim>(run, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return ring + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>; };
+  const auto query_tile = [&]() { return shared_address(shared_memory) + kScratchOffset + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
 
   const auto release_stage = [&](u32 stage) {
-    if (is_elected()) mbarrier_arrive_count(&shared.weights_empty[stage], run.kind == kRunNarrow ? 2 : 1);  // the only reader of a narrow page
+    mbarrier_arrive_count(&shared.weights_empty[stage], is_elected() ? (run.kind == kRunNarrow ? 2 : 1) : 0);  // the only reader of a narrow page
   };
 
   u32 page = uniform(run.page_begin);
   wait_page(keys, page);
   wgmma_fence();
-  issue_scores<kHeadDim>(scores, query_tile(), ring + keys.stage * kWeightStageBytes);
+  issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
   wgmma_commit();
   wgmma_wait<0>();
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
@@ -343,7 +346,7 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
     wait_stage(params, shared, values);
     if (!is_last) wait_page(keys, page + 1);
     if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
-    const u32 values_address = ring + values.stage * kWeightStageBytes + kValuesOffset;
+    const u32 values_address = ring + uniform(values.stage) * kWeightStageBytes + kValuesOffset;
     if (is_last) {
       wgmma_fence();
       issue_outputs<kHeadDim>(outputs, weights, values_address, !starts_split);
@@ -353,7 +356,7 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
     } else {
       wgmma_fence();
       issue_outputs<kHeadDim>(outputs, weights, values_address, !starts_split);
-      issue_scores<kHeadDim>(scores, query_tile(), ring + keys.stage * kWeightStageBytes);
+      issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
       wgmma_commit();
       if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
       wgmma_wait<0>();
@@ -384,11 +387,11 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
   }
 
   const u32 num_run_splits = run.kind == kRunNarrow ? splits_between(run.page_begin, run.page_end) : 0;
-  if (run.kind == kRunWide || num_run_splits == run.num_splits) {
+  if (uniform(run.kind == kRunWide || num_run_splits == run.num_splits)) {
     store_rows<kHeadDim>(run, totals, total, store);
     return;
   }
-  if (run.first_split == 0) {
+  if (uniform(run.first_split == 0)) {
     const f32 maximum[2] = {total[0].maximum, total[1].maximum};
     const f32 sums[2] = {total[0].sum, total[1].sum};
     store_part<kHeadDim>(params, run.item_begin, totals, maximum, sums);
@@ -402,7 +405,7 @@ BK_INLINE void run_run(const EngineParams& params, u8* shared_memory, WorkerShar
     if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
   }
   warpgroup_sync();  // nobody reads the message, or partial results, before the first thread has acquired them
-  const u32 count = attention.messages[compute_warpgroup()];
+  const u32 count = uniform(attention.messages[compute_warpgroup()]);
   if (count % (1u << kFoldedShift) == run.num_splits) {
     merge_unit<kHeadDim>(params, run.item_begin, count >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
   }
@@ -423,10 +426,10 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
     attention.plan = plan;
   }
   named_barrier_sync<1, kComputeThreads>();  // op and plan are written
-  RingCursor keys = shared.compute.cursors.weights;
-  const u32 warpgroup = compute_warpgroup();
+  RingCursor keys{uniform(shared.compute.cursors.weights.stage), uniform(shared.compute.cursors.weights.phase)};
+  const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
-  u32 others = schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages;
+  u32 others = uniform(schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages);
   if (warpgroup == 1 && others) {
     advance_by(keys, kPageStages<kHeadDim>);
     others--;
@@ -437,22 +440,23 @@ BK_INLINE void attend(const EngineParams& params, const Op& op, const StepPlan* 
     if (is_elected()) next_run<kHeadDim>(params, attention, warpgroup);
     warpgroup_sync();  // the run is written
     const AttentionRun& run = attention.runs[warpgroup];
-    if (run.kind != kRunNarrow) {
+    const u32 kind = uniform(run.kind);
+    if (kind != kRunNarrow) {
       advance_by(keys, others * kPageStages<kHeadDim>);  // the other warpgroup's last pages
       others = 0;
     }
-    if (run.kind == kRunEnd) break;
+    if (kind == kRunEnd) break;
     load_queries<kHeadDim>(params, run, shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>);
     warpgroup_sync();  // the query tile is whole
-    if (run.skip_before) skip_pages<kHeadDim>(params, shared, keys, run.skip_before);
-    const bool takes_turns = run.order_begin != run.order_end;
+    skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
+    const bool takes_turns = uniform(run.order_begin != run.order_end);
     if (takes_turns && warpgroup == 1) barrier_arrive(kTurnBarrier, 2 * kWarpgroupThreads);  // warpgroup 0 has the first turn
-    if (run.num_packed) run_run<kHeadDim>(params, shared_memory, shared, attention, keys, others, store);
+    if (uniform(run.num_packed)) run_run<kHeadDim>(params, shared_memory, shared, attention, keys, others, store);
     if (takes_turns && warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
-    if (run.skip_after) skip_pages<kHeadDim>(params, shared, keys, run.skip_after);
+    skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
   }
   named_barrier_sync<1, kComputeThreads>();  // hazard: a slow warp has not read the cursor yet
-  if (is_first_thread()) shared.compute.cursors.weights = keys;
+  if (is_first_thread()) shared.next_cursors = ConsumerCursors{keys, shared.compute.cursors.inputs};  // taken over when the op ends
 }
 
 }  // namespace blinkimp

@@ -30,6 +30,7 @@ BK_INLINE u32 stop_reason(const EngineParams& params, const Request& request, u3
 struct SeqResult {      // what one sequence brings, in the registers of its lane
   u32 queue_pair_idx;   // kNoQueuePair: no sequence
   u32 num_completions;  // 0, TOKEN, FINISH, or both
+  u32 num_tops;         // TOPs that follow the TOKEN
   bool has_token;
   u32 output_idx;       // of the token; without one, outputs so far
   SampleResult sample;
@@ -38,7 +39,7 @@ struct SeqResult {      // what one sequence brings, in the registers of its lan
 // One lane per sequence: the request's new state. The counts may stand there already (advance_in_flight).
 BK_INLINE SeqResult apply_sample(const EngineParams& params, u64 step, const PlanSeq& seq) {
   Request* request = request_at(params, seq.request_idx);
-  SeqResult result{request->queue_pair_idx, 0, false, seq.output_idx, {0, 0.0f}};
+  SeqResult result{request->queue_pair_idx, 0, 0, false, seq.output_idx, {0, 0.0f}};
   if (request->flags & kFlagFinished) return result;  // K3: it ended one step ago
   request->num_computed = seq.position_begin + seq.num_rows;
   if (seq.sample_row != kNoRow) request->num_tokens = request->num_computed + 1;
@@ -50,7 +51,14 @@ BK_INLINE SeqResult apply_sample(const EngineParams& params, u64 step, const Pla
   }
   if (seq.sample_row == kNoRow) return result;
   result.sample = sampled_of_step(params, step)[seq.sample_row];
+  if (is_no_token(result.sample)) {
+    request->finish_reason = kFinishConstraint;
+    request->flags |= kFlagFinished;
+    result.num_completions = 1;
+    return result;
+  }
   result.has_token = true;
+  result.num_tops = request->sampling.num_top_logprobs;
   if (result.sample.token >= params.dims.vocab) {
     record_fault(params, kFaultIntegrity, kSiteSampledToken, params.dims.vocab, result.sample.token);
     result.sample.token = 0;  // the engine stops at the fault; until then no id leads out of the vocabulary
@@ -67,9 +75,12 @@ BK_INLINE SeqResult apply_sample(const EngineParams& params, u64 step, const Pla
 }
 
 // One lane per sequence: its completions, at their place in `staged`. The credit was promised (S2).
-BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged, const Request& request, const SeqResult& result) {
+BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged, const Request& request, const SeqResult& result,
+                            u64 step, u32 sample_row) {
   if (result.has_token) {
-    staged->entry = CompletionEntry{kCompletionToken << kCommitKindShift, result.sample.token, request.request_id,
+    const u32 tops = result.num_tops << kStagedTopShift | static_cast<u32>(step & 1) << kStagedTopStepShift | sample_row << kStagedTopRowShift;
+    const u32 commit = (kCompletionToken << kCommitKindShift) | (result.num_tops != 0 ? tops : 0);
+    staged->entry = CompletionEntry{commit, result.sample.token, request.request_id,
                                     result.output_idx, result.sample.logprob, state.now_ns};
     staged->queue_pair_idx = result.queue_pair_idx;
     staged += 1;
@@ -77,7 +88,8 @@ BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged
   if (result.num_completions > (result.has_token ? 1u : 0u)) {
     const u32 commit = (kCompletionFinish << kCommitKindShift) | (request.finish_reason << kCommitReasonShift);
     staged->entry = CompletionEntry{commit, request.num_prompt_tokens, request.request_id,
-                                    result.output_idx + (result.has_token ? 1 : 0), 0.0f, state.now_ns};
+                                    result.output_idx - request.num_prior_outputs + (result.has_token ? 1 : 0), static_cast<f32>(request.num_cached_tokens),
+                                    state.now_ns};
     staged->queue_pair_idx = result.queue_pair_idx;
   }
 }
@@ -98,6 +110,7 @@ BK_INLINE void end_request(const EngineParams& params, DirectorState& state, u32
 // All lanes. Requests that ended leave the running list, which keeps its order; their pages are free in the same step (L2). With a next
 // plan, its rows stay, and only their ids are free (K3).
 BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, DirectorState& state, bool has_next) {
+  keep_lru_room(params, lanes, state.pages);
   const u32 num_running = state.status.num_running;
   u32 num_kept = 0;
   u32 num_ended = 0;
@@ -134,15 +147,12 @@ BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, Dire
   for (u32 k = 0; k < num_ended; ++k) {
     const u32 request_idx = state.scratch[k];
     Request* request = request_at(params, request_idx);
-    move_pages_to_stack(params, lanes, state.pages.num_free, request_idx, request->num_pages);
-    lanes.sync();  // hazard: lane 0 raises the stack that the others still write above
+    release_pages(params, lanes, state.pages, request_idx);
     if (lanes.is_first()) {
-      state.pages.num_free += request->num_pages;
-      request->num_pages = 0;
       state.queue_pairs[request->queue_pair_idx].num_running -= 1;
       end_request(params, state, request_idx);
     }
-    lanes.sync();  // hazard: the next one's pages go on top
+    lanes.sync();  // hazard: scratch and the running list are free for the caller
   }
 }
 
@@ -168,10 +178,12 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
   u32 num_prompt_rows = 0;
   for (u32 begin = 0; begin < num_seqs; begin += lanes.count) {
     const u32 i = begin + lanes.id;
-    SeqResult result{kNoQueuePair, 0, false, 0, {0, 0.0f}};
+    SeqResult result{kNoQueuePair, 0, 0, false, 0, {0, 0.0f}};
+    u32 sample_row = kNoRow;
     const Request* request = nullptr;
     if (i < num_seqs) {
       const PlanSeq seq = plan_seqs(params, plan)[i];
+      sample_row = seq.sample_row;
       request = request_at(params, seq.request_idx);
       num_prompt_rows += seq.num_rows == 1 && seq.position_begin >= request->num_prompt_tokens ? 0 : seq.num_rows;
       result = apply_sample(params, plan->step, seq);
@@ -179,11 +191,11 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
       num_finished += (request->flags & (kFlagFinished | kFlagDropped)) ? 1 : 0;
     }
     const u32 rank = num_staged + lanes.exclusive_sum(result.num_completions);
-    if (request != nullptr) stage_result(state, &state.staged[rank], *request, result);
+    if (request != nullptr) stage_result(state, &state.staged[rank], *request, result, plan->step, sample_row);
     num_staged += lanes.sum(result.num_completions);
     for (u32 q = 0; q < params.num_queue_pairs; ++q) {
       if (!(staged_mask >> q & 1)) continue;
-      const u32 num_of_q = lanes.sum(result.queue_pair_idx == q ? result.num_completions : 0);
+      const u32 num_of_q = lanes.sum(result.queue_pair_idx == q ? result.num_completions + result.num_tops : 0);
       if (lanes.is_first()) state.queue_pairs[q].num_staged += num_of_q;
     }
   }

@@ -44,7 +44,8 @@ BK_INLINE void publish_status(const EngineParams& params, const Lanes& lanes, Di
     status.num_free_requests = state.table.num_free;
     status.num_pages = params.num_pages;
     status.num_pages_free = state.pages.num_free;
-    status.num_pages_used = params.num_pages - state.pages.num_free;
+    status.num_pages_cached = state.pages.num_cached;
+    status.num_pages_used = params.num_pages - num_available_pages(state.pages);
   }
   lanes.sync();  // hazard: the copy reads what lane 0 wrote
   u64* words = reinterpret_cast<u64*>(&engine_page(params).status);
@@ -116,6 +117,7 @@ BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   const u32 command = lanes.is_first() ? ld_relaxed_sys(&engine_page(params).control.command) : 0;
   if (lanes.is_first()) state.now_ns = device_clock_ns();
   lanes.sync();  // hazard: every lane ages heartbeats against now_ns
+  keep_lru_room(params, lanes, state.pages);
   u32 ready_mask = 0;
   u32 event_mask = 0;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
@@ -235,10 +237,10 @@ BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lane
   }
 }
 
-// All lanes. After a commit, with a plan made ahead of it. Drops that plan if nobody in it goes on; else admits to it what it can.
+// All lanes. After a commit, with a plan made ahead of it. Drops that plan if nobody in it goes on and nobody can find its KV; else admits to it what it can.
 BK_INLINE StepDraft finish_next_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
   StepDraft draft = state.next_draft;
-  bool is_wanted = false;
+  bool is_wanted = state.pages.plan_fills_cache != 0;  // F2
   for (u32 i = lanes.id; i < draft.num_seqs; i += lanes.count) {
     const Request* request = request_at(params, plan_seqs(params, plan)[i].request_idx);
     is_wanted |= !(request->flags & (kFlagStopAsked | kFlagDropped | kFlagFinished));

@@ -8,7 +8,10 @@
 
 namespace blinkimp {
 
-constexpr u32 kOwnerMark = 0x80000000;  // in page_owners, set and cleared within one check
+// In page_owners, set and cleared within one check: seen on the free stack or in the LRU ring, and how many page tables name the page.
+constexpr u32 kSpareMark = 0x80000000;
+constexpr u32 kTableMark = 0x00010000;
+constexpr u32 kTableMarks = 0x3fff0000;
 constexpr u32 kFlagMark = 0x80000000;   // in Request.flags, likewise
 
 // All lanes, with the same arguments. True if they agree, else the fault is recorded.
@@ -21,22 +24,55 @@ BK_INLINE u64 pack_counts(u32 first, u32 second, u32 third, u32 fourth) {
   return u64{first} | u64{second} << 16 | u64{third} << 32 | u64{fourth} << 48;
 }
 
-// P3 of one reference, and the mark that P2 counts. Returns 1 if wrong.
-BK_INLINE u32 mark_page(const EngineParams& params, u32 page, u32 owner) {
+// One lane. A page table names `page`: P3, and the mark that P2 counts. Returns 1 if wrong.
+BK_INLINE u32 mark_table_page(const EngineParams& params, u32 page, u32 request_idx) {
   if (page >= params.num_pages) return 1;
   u32* word = &page_owners(params)[page];
-  const u32 wrong = (*word & ~kOwnerMark) != owner ? 1 : 0;
-  *word |= kOwnerMark;
+  const u32 owner = *word & ~(kSpareMark | kTableMarks);
+  *word += kTableMark;
+  return owner != request_idx + 1 && !(owner & kPageShared) ? 1 : 0;
+}
+
+// One lane. The free stack (owner 0) or the LRU ring (kPageShared) names `page`.
+BK_INLINE u32 mark_spare_page(const EngineParams& params, u32 page, u32 owner) {
+  if (page >= params.num_pages) return 1;
+  u32* word = &page_owners(params)[page];
+  const u32 wrong = (*word & ~(kSpareMark | kTableMarks)) != owner ? 1 : 0;
+  *word |= kSpareMark;
   return wrong;
+}
+
+// All lanes, request by request: two lanes never count the same page at once. Returns how many references disagree with page_owners.
+BK_INLINE u32 mark_page_tables(const EngineParams& params, const Lanes& lanes) {
+  u32 num_wrong = 0;
+  for (u32 begin = 0; begin < params.num_requests; begin += lanes.count) {
+    const u32 own = begin + lanes.id;
+    const u32 num_own = own < params.num_requests ? request_at(params, own)->num_pages : 0;
+    u32 holder_mask = lanes.sum(num_own > 0 ? 1u << lanes.id : 0);
+    for (u32 lane = 0; holder_mask != 0; ++lane, holder_mask >>= 1) {
+      if (!(holder_mask & 1)) continue;
+      const u32 num_pages = lanes.broadcast(num_own, lane);
+      for (u32 i = lanes.id; i < num_pages && i < params.max_pages_per_request; i += lanes.count) {
+        num_wrong += mark_table_page(params, request_pages(params, begin + lane)[i], begin + lane);
+      }
+      lanes.sync();  // hazard: the next request's pages are counted by other lanes
+    }
+  }
+  return num_wrong;
 }
 
 // P1, P2, P3.
 BK_INLINE bool check_pages(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
   const u32 num_free = state.pages.num_free;
-  const u32 num_cached = 0;
+  const u32 num_cached = state.pages.num_cached;
   u32 num_used = 0;
   for (u32 r = lanes.id; r < params.num_requests; r += lanes.count) num_used += request_at(params, r)->num_pages;
-  num_used = lanes.sum(num_used);
+  u32 num_repeated = 0;  // references beyond the first
+  for (u32 page = lanes.id; page < params.num_pages; page += lanes.count) {
+    const u32 owner = page_owners(params)[page];
+    if ((owner & kPageShared) && owner > kPageShared + 1) num_repeated += owner - kPageShared - 1;
+  }
+  num_used = lanes.sum(num_used) - lanes.sum(num_repeated);
   // Terms: free, used, cached. Before the walk, which a wrong num_free would lead out of the stack.
   if (num_free > params.num_pages || num_free + num_used + num_cached != params.num_pages) {
     if (lanes.is_first()) {
@@ -46,24 +82,36 @@ BK_INLINE bool check_pages(const EngineParams& params, const Lanes& lanes, const
     return false;
   }
   u32 num_wrong = 0;
-  for (u32 i = lanes.id; i < num_free; i += lanes.count) num_wrong += mark_page(params, free_page_stack(params)[i], 0);
-  for (u32 r = lanes.id; r < params.num_requests; r += lanes.count) {
-    const u32 num_pages = request_at(params, r)->num_pages;
-    for (u32 i = 0; i < num_pages && i < params.max_pages_per_request; ++i) {
-      num_wrong += mark_page(params, request_pages(params, r)[i], r + 1);
-    }
+  for (u32 i = lanes.id; i < num_free; i += lanes.count) num_wrong += mark_spare_page(params, free_page_stack(params)[i], 0);
+  const u64 lru_begin_pos = state.pages.lru_begin_pos;
+  const u64 lru_end_pos = state.pages.lru_end_pos;
+  u32 num_in_lru = 0;
+  for (u64 pos = lru_begin_pos + lanes.id; pos < lru_end_pos && lru_end_pos - lru_begin_pos <= lru_capacity(params); pos += lanes.count) {
+    const u32 page = *lru_entry(params, pos) < params.num_pages ? lru_page(params, pos) : kNoPage;
+    if (page == kNoPage) continue;
+    num_in_lru += 1;
+    num_wrong += mark_spare_page(params, page, kPageShared);
   }
+  lanes.sync();  // hazard: the walk below looks at words that are marked above
+  num_wrong += mark_page_tables(params, lanes);
   lanes.sync();  // hazard: marks of other lanes are counted below
-  u32 num_marked = 0;
+  u32 num_sound = 0;
+  u32 num_unnamed = 0;
   for (u32 page = lanes.id; page < params.num_pages; page += lanes.count) {
-    num_marked += page_owners(params)[page] >> 31;
-    page_owners(params)[page] &= ~kOwnerMark;
+    u32* word = &page_owners(params)[page];
+    const u32 owner = *word & ~(kSpareMark | kTableMarks);
+    const u32 num_tables = (*word & kTableMarks) / kTableMark;
+    const bool is_spare = (*word & kSpareMark) != 0;
+    *word = owner;
+    const bool is_shared = (owner & kPageShared) != 0;
+    const u32 num_expected = is_shared ? owner - kPageShared : owner != 0 ? 1 : 0;
+    if (num_tables == num_expected && is_spare == (num_expected == 0)) num_sound += 1;  // P2
+    if (is_shared && prefix_sets(params)[cached_page(params, page)->slot] != page + 1) num_unnamed += 1;  // P4
   }
-  num_wrong = lanes.sum(num_wrong);
-  num_marked = lanes.sum(num_marked);
-  // There are exactly num_pages references (P1), so all pages are marked only if none is referenced twice.
-  return expect_equal(params, lanes, kSitePageOwner, 0, num_wrong) &&
-         expect_equal(params, lanes, kSitePageTwice, params.num_pages, num_marked);
+  return expect_equal(params, lanes, kSitePageOwner, 0, lanes.sum(num_wrong)) &&
+         expect_equal(params, lanes, kSitePageTwice, params.num_pages, lanes.sum(num_sound)) &&
+         expect_equal(params, lanes, kSitePrefixCache, num_cached, lanes.sum(num_in_lru)) &&
+         expect_equal(params, lanes, kSitePrefixCache, 0, lanes.sum(num_unnamed));
 }
 
 // R1 to R5, and the running list.
@@ -165,7 +213,7 @@ BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes,
   const u64 counted = pack_counts(totals[0], totals[1], totals[2], totals[3]);
   const u64 kept = pack_counts(status.num_waiting, status.num_running, status.num_finishing, num_staged);
   const u64 num_finished = status.finished_eos + status.finished_stop_id + status.finished_length + status.finished_cancelled +
-                           status.finished_draining;
+                           status.finished_draining + status.finished_timeout + status.finished_constraint;
   return expect_equal(params, lanes, kSiteQueueCount, 0, lanes.sum(num_wrong)) &&
          expect_equal(params, lanes, kSiteQueueCount, kept, counted) &&
          expect_equal(params, lanes, kSiteCredit, 0, lanes.sum(num_overdrawn)) &&

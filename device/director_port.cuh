@@ -206,10 +206,11 @@ BK_INLINE void publish_completions(const EngineParams& params, const Lanes& lane
     u32 position = static_cast<u32>(state.queue_pairs[q].completion_published_pos);
     for (u32 begin = 0; begin < num_staged; begin += lanes.count) {
       const u32 i = begin + lanes.id;
-      const u32 is_of_q = i < num_staged && state.staged[i].queue_pair_idx == q ? 1 : 0;
-      const u32 rank = lanes.exclusive_sum(is_of_q);
+      const bool is_of_q = i < num_staged && state.staged[i].queue_pair_idx == q;
+      const u32 num_entries = is_of_q ? 1 + staged_tops(state.staged[i]) : 0;
+      const u32 rank = lanes.exclusive_sum(num_entries);
       if (is_of_q) state.staged[i].position = position + rank;
-      position += lanes.sum(is_of_q);
+      position += lanes.sum(num_entries);
     }
     if (q == 31) break;  // a shift by 32 is undefined
   }
@@ -223,6 +224,16 @@ BK_INLINE void publish_completions(const EngineParams& params, const Lanes& lane
     entry->index = staged.entry.index;
     entry->logprob = staged.entry.logprob;
     entry->device_ns = staged.entry.device_ns;
+    const u32 commit = staged.entry.commit;
+    const SampleResult* top = top_logprobs_of_step(params, commit >> kStagedTopStepShift & 1) + u64{commit >> kStagedTopRowShift} * kMaxTopLogprobs;
+    for (u32 k = 0; k < staged_tops(staged); ++k) {
+      CompletionEntry* alternative = completion_at(state.queue_pairs[staged.queue_pair_idx], staged.position + 1 + k);
+      alternative->token = top[k].token;
+      alternative->request_id = staged.entry.request_id;
+      alternative->index = k;
+      alternative->logprob = top[k].logprob;
+      alternative->device_ns = staged.entry.device_ns;
+    }
   }
   // Commit words: fence and stores pair with the acquire in poll() of ingress_port.cuh (D4).
   fence_publish_sys();
@@ -230,8 +241,13 @@ BK_INLINE void publish_completions(const EngineParams& params, const Lanes& lane
     const StagedCompletion& staged = state.staged[i];
     if (staged.queue_pair_idx == kNoQueuePair) continue;
     const QueuePairState& queue_pair = state.queue_pairs[staged.queue_pair_idx];
-    const u32 parity = commit_parity(staged.position, queue_pair.num_completions);
-    st_publish_sys(&completion_at(queue_pair, staged.position)->commit, staged.entry.commit | parity);
+    const u32 num_tops = staged_tops(staged);
+    const u32 commit = num_tops != 0 ? kCompletionToken << kCommitKindShift : staged.entry.commit;
+    for (u32 k = 0; k <= num_tops; ++k) {
+      const u32 parity = commit_parity(staged.position + k, queue_pair.num_completions);
+      const u32 word = k == 0 ? commit : kCompletionTop << kCommitKindShift;
+      st_publish_sys(&completion_at(queue_pair, staged.position + k)->commit, word | parity);
+    }
   }
   lanes.sync();  // hazard: num_staged and the positions change below while other lanes still use them
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {

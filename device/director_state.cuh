@@ -22,7 +22,7 @@ namespace blinkimp {
 constexpr u32 kMaxBatch = 256;       // bound of EngineParams.max_batch: the running list and the staged completions are sized by it
 constexpr u32 kMaxStaged = 1024;     // completions between two publishes
 constexpr u32 kMaxStagedByPoll = kMaxStaged - 2 * kMaxBatch;  // a commit always finds room for TOKEN and FINISH of a full batch
-constexpr u32 kStepCredit = 2;       // completions that one request may need in one step: TOKEN and FINISH
+constexpr u32 kStepCredit = 2;       // completions that one request may need in one step: TOKEN and FINISH. TOP: step_credit()
 constexpr u32 kNoQueuePair = 0xffffffff;
 constexpr u64 kIntegrityIntervalNs = 1'000'000'000;  // between two checks of an idle director
 
@@ -77,11 +77,18 @@ struct QueuePairState {
   u32 num_running;
   u32 num_finishing;
   u32 num_promised_now;          // of num_promised: to the step in flight, while the next one is planned too. Else 0
+  u32 most_top_logprobs;         // that one of its live requests asked for, and maybe more
+  u32 reserved0;
   SubmissionEntry entry;
 };
-ABI_SIZE(QueuePairState, 232);
+ABI_SIZE(QueuePairState, 240);
 
-// A completion on its way to a ring. The commit word's low byte is still 0: lap parity is put in by the publish.
+// A completion on its way to a ring. The commit word's low byte is still 0: lap parity is put in by the publish. In a TOKEN's word the bits
+// from kStagedTopShift on say which TOPs follow it; the publish writes those from where the sampling op left them, and clears the bits.
+constexpr u32 kStagedTopShift = 16;      // 5 bits: how many
+constexpr u32 kStagedTopStepShift = 21;  // 1 bit: of an odd step
+constexpr u32 kStagedTopRowShift = 24;   // 8 bits: sampled row
+
 struct StagedCompletion {
   CompletionEntry entry;
   u32 queue_pair_idx;  // kNoQueuePair: its ingress left, drop it
@@ -129,6 +136,13 @@ BK_INLINE bool is_attached(const QueuePairState& queue_pair) { return (queue_pai
 
 BK_INLINE u32 num_live(const QueuePairState& queue_pair) {
   return queue_pair.num_waiting + queue_pair.num_running + queue_pair.num_finishing;
+}
+
+// Completions that a request of the queue pair may need in one step.
+BK_INLINE u32 step_credit(const QueuePairState& queue_pair) { return kStepCredit + queue_pair.most_top_logprobs; }
+
+BK_INLINE u32 staged_tops(const StagedCompletion& staged) {
+  return (staged.entry.commit >> kCommitKindShift & 0xff) == kCompletionToken ? staged.entry.commit >> kStagedTopShift & 0x1f : 0;
 }
 
 // Completions that may still be promised or staged (C1).

@@ -1,8 +1,8 @@
 // Integer arithmetic for sampling: ordered keys of floats, 2^-d and log2 in fixed point. Same bits on every machine.
 //
 // Floating-point sums depend on their order and libm differs between CPU and GPU; integers do neither. So sampling weighs tokens
-// with these: Qn means a u32 or u64 with n fractional bits. The only float operations are subtract, multiply and convert, in
-// patterns that no compiler may contract into an fma (keep it so: product and sum never meet in one expression).
+// with these: Qn means a u32 or u64 with n fractional bits. The only float operations are subtract, multiply and convert, and no compiler
+// may contract them into an fma: products are mul_f32(), or the product and the sum never meet in one expression.
 // Errors: exp2_neg_q44 <= 2^-29 relative + one unit of Q44; log2_q32 <= 2 units of Q32 (both measured by the test).
 // Called by device/sampling.cuh. Test: pytest tests/host/test_sampling.py, tests/gpu/test_sampling_gpu.py
 #pragma once
@@ -52,12 +52,30 @@ BK_INLINE f32 value_of_key(u32 key) {
   return __builtin_bit_cast(f32, (key >> 31) != 0u ? key & 0x7fffffffu : ~key);
 }
 
+// One product, one rounding: nvcc may not make an fma of it and a sum next to it.
+BK_INLINE f32 mul_f32(f32 a, f32 b) {
+#if BK_GPU
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+BK_INLINE f32 div_f32(f32 a, f32 b) {
+#if BK_GPU
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // floor(2^44 * 2^-distance) for a distance >= 0; 0 from 45 on, and for NaN (infinity times zero).
 BK_INLINE u64 exp2_neg_q44(f32 distance) {
   if (!(distance < 45.0f)) return 0;
-  // Exact: multiplying by 2^32 only moves the exponent. i64, because x86 has no f32 -> u64 conversion.
-  const u64 fixed = static_cast<u64>(static_cast<long long>(distance * 4294967296.0f));
-  const u32 fraction = static_cast<u32>(fixed);
+  const u32 whole = static_cast<u32>(distance);
+  // Exact: both are multiples of the same power of two, and multiplying by 2^32 only moves the exponent.
+  const f32 rest = distance - static_cast<f32>(whole);
+  const u32 fraction = static_cast<u32>(mul_f32(rest, 4294967296.0f));
   // 1 - 2^-f = f * q(f); q: near-minimax polynomial of degree 6 on [0, 1], coefficients in Q32 with alternating signs.
   u32 q = 0x0000bda6u;
   q = 0x0009c200u - mul_hi_u32(fraction, q);
@@ -67,7 +85,7 @@ BK_INLINE u64 exp2_neg_q44(f32 distance) {
   q = 0x3d7f7bcbu - mul_hi_u32(fraction, q);
   q = 0xb17217f7u - mul_hi_u32(fraction, q);
   const u64 power_q32 = 0x100000000ull - mul_hi_u32(fraction, q);
-  return (power_q32 << (kWeightFractionBits - 32)) >> (fixed >> 32);
+  return (power_q32 << (kWeightFractionBits - 32)) >> whole;
 }
 
 // log2 of value / 2^44 in Q32, for value >= 2^44: the exponent, then one bit of the fraction per squaring.

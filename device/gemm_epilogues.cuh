@@ -7,6 +7,7 @@
 // Called by device/gemm.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
 #include <gemm.cuh>
+#include <kv_layout.cuh>
 #include <step_plan.cuh>
 
 namespace blinkimp {
@@ -117,13 +118,13 @@ struct ProjectEpilogue {
     } else {
       const bool is_second = column_begin % kSquaresColumns != 0;
       if (is_second && thread_idx() % 4 == 0) {
-        for (u32 half = 0; half < 2; half++) shared.row_squares[fragment_row(half)] = sums[half][0];
+        for (u32 half = 0; half < 2; half++) half_sums(shared, 1)[fragment_row(half)] = sums[half][0];
       }
       named_barrier_sync<1, kComputeThreads>();  // the second half is there
       if (!is_second && thread_idx() % 4 == 0) {
         for (u32 half = 0; half < 2; half++) {
           const u32 row = row_begin + fragment_row(half);
-          if (row < num_rows && first_part < num_parts) parts[static_cast<u64>(row) * num_parts + first_part] = sums[half][0] + shared.row_squares[fragment_row(half)];
+          if (row < num_rows && first_part < num_parts) parts[static_cast<u64>(row) * num_parts + first_part] = sums[half][0] + half_sums(shared, 1)[fragment_row(half)];
         }
       }
       named_barrier_sync<1, kComputeThreads>();  // hazard: the next item's second half overtakes a reader
@@ -179,7 +180,7 @@ struct QkvEpilogue {
     if (head >= dims.num_heads) {
       const u32 kv_head = head - dims.num_heads - (is_value ? dims.num_kv_heads : 0);
       const u64 tile = (place.page_base + kv_head) * 2 + (is_value ? 1 : 0);
-      cell.destination = reinterpret_cast<u8*>(params.kv_cache) + 2 * ((tile * kPageTokens + place.position % kPageTokens) * kHeadDim + in_head);
+      cell.destination = reinterpret_cast<u8*>(params.kv_cache) + tile * kKvTileBytes<kHeadDim> + kv_byte_offset(place.position % kPageTokens, in_head);
     }
     return cell;
   }
@@ -231,10 +232,10 @@ struct QkvEpilogue {
     if constexpr (!kWide) {
       const u32 warpgroup = thread_idx() / 128;
       if (thread_idx() % 4 == 0) {
-        for (u32 half = 0; half < 2; half++) shared.head_squares[warpgroup][fragment_row(half)] = sums[half];
+        for (u32 half = 0; half < 2; half++) half_sums(shared, warpgroup)[fragment_row(half)] = sums[half];
       }
       named_barrier_sync<1, kComputeThreads>();  // both halves are there
-      for (u32 half = 0; half < 2; half++) sums[half] = shared.head_squares[0][fragment_row(half)] + shared.head_squares[1][fragment_row(half)];
+      for (u32 half = 0; half < 2; half++) sums[half] = half_sums(shared, 0)[fragment_row(half)] + half_sums(shared, 1)[fragment_row(half)];
       named_barrier_sync<1, kComputeThreads>();  // hazard: the next item's halves overtake a reader
     }
 #pragma unroll

@@ -27,6 +27,8 @@ struct PageAllocator {  // part of DirectorState; writer: lane 0
   u64 next_identity;    // of the page that enters the cache next
   u32 prefix_set_mask;
   u32 prefix_enabled;
+  u32 plan_fills_cache; // the plan made last fills pages of the cache: it must run
+  u32 reserved0;
 };
 
 BK_INLINE u32 pages_for_tokens(u32 num_tokens) { return (num_tokens + kPageTokens - 1) / kPageTokens; }
@@ -56,6 +58,7 @@ BK_INLINE void init_page_allocator(const EngineParams& params, const Lanes& lane
     pages.next_identity = kRootIdentity + 1;
     pages.prefix_set_mask = has_cache ? num_prefix_sets(params) - 1 : 0;
     pages.prefix_enabled = has_cache ? 1 : 0;
+    pages.plan_fills_cache = 0;
   }
 }
 
@@ -209,23 +212,13 @@ BK_INLINE void release_pages(const EngineParams& params, PageAllocator& pages, u
   request->num_pages = 0;
 }
 
-BK_INLINE void move_pages_to_stack(const EngineParams& params, const Lanes& lanes, u32 num_free, u32 request_idx, u32 num_given) {
-  for (u32 i = lanes.id; i < num_given; i += lanes.count) {
-    // The request's last page goes down first, so that a page order survives a release and the next take.
-    const u32 page = request_pages(params, request_idx)[num_given - 1 - i];
-    free_page_stack(params)[num_free + i] = page;
-    page_owners(params)[page] = 0;
-  }
-}
-
-// Lane 0. False, and nothing taken, when fewer than num_taken pages are to be had.
-BK_INLINE bool try_take_pages(const EngineParams& params, PageAllocator& pages, u32 request_idx, u32 num_taken) {
-  if (num_available_pages(pages) < num_taken) return false;
-  while (pages.num_free < num_taken) try_evict_page(params, pages);
+// Lane 0. False, and nothing taken, when no page is to be had.
+BK_INLINE bool try_take_page(const EngineParams& params, PageAllocator& pages, u32 request_idx) {
+  if (pages.num_free == 0 && !try_evict_page(params, pages)) return false;
   Request* request = request_at(params, request_idx);
-  move_pages_to_request(params, Lanes{0, 1}, pages.num_free, request_idx, request->num_pages, num_taken);
-  request->num_pages += num_taken;
-  pages.num_free -= num_taken;
+  move_pages_to_request(params, Lanes{0, 1}, pages.num_free, request_idx, request->num_pages, 1);
+  request->num_pages += 1;
+  pages.num_free -= 1;
   return true;
 }
 

@@ -27,6 +27,7 @@ BK_INLINE void init_shared() {
       mbarrier_init(&shared.scales_empty[i], kComputeThreads / 32);
     }
     mbarrier_init(&shared.producers_done, 2 + kScaleWarps);
+    mbarrier_init(&attention_shared(shared_memory).schedule_ready, 1);
     init_pair(shared.pair);
     fence_mbarrier_init();
     shared.compute = ComputeState{};

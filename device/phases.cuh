@@ -9,8 +9,8 @@ namespace blinkimp {
 // Every row is sampled (a decode step): the LM head reads the rows where they are.
 BK_INLINE bool samples_every_row(const StepPlan& plan) { return plan.num_sample_rows == plan.num_rows; }
 
-// One barrier per phase: attention's splits and their combination; the LM head's gathering of the sampled rows and its product.
-BK_INLINE u32 phases_of(u32 kind) { return kind == kOpAttention || kind == kOpLmHead ? 2 : 1; }
+// One barrier per phase: the LM head has two, the gathering of the sampled rows and its product.
+BK_INLINE u32 phases_of(u32 kind) { return kind == kOpLmHead ? 2 : 1; }
 
 // Phases that a step leaves out: the gathering, when there is nothing to gather.
 BK_INLINE u32 saved_phases(const StepPlan& plan) { return samples_every_row(plan) ? 1 : 0; }

@@ -26,7 +26,7 @@ BK_INLINE bool can_plan_ahead(const EngineParams& params, const Lanes& lanes, co
   bool is_short = false;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
     const QueuePairState& queue_pair = state.queue_pairs[q];
-    if (queue_pair.num_running * kStepCredit > completion_credit(queue_pair)) is_short = true;
+    if (queue_pair.num_running * step_credit(queue_pair) > completion_credit(queue_pair)) is_short = true;
   }
   u32 num_needed = 0;
   for (u32 i = lanes.id; i < state.status.num_running; i += lanes.count) {

@@ -8,7 +8,7 @@
 //   F1  a request is given a page only if the page's tokens, its salt and the identity of the page before it are equal: hashes only say where
 //       to look, so no collision ever gives wrong KV.
 //   F2  a page is found only by steps that run after, or are, the one that fills it: within a step K and V of all rows stand before any row
-//       attends. A plan that fills a page of the cache is never given up (DirectorState.next_fills_cache).
+//       attends. A plan that fills a page of the cache is never given up (PageAllocator.plan_fills_cache).
 //   F3  a page that was found is held (page_owners counts it) until the request that found it stops running.
 //   F4  at least the last token of a request is computed by itself: its logits are not in the cache.
 #pragma once
@@ -151,6 +151,7 @@ BK_INLINE void take_prefix(const EngineParams& params, const Lanes& lanes, PageA
   if (lanes.is_first()) {
     Request* request = request_at(params, request_idx);
     request->num_pages = match.num_pages;
+    request->num_linked_pages = match.num_pages;
     request->num_computed = match.num_pages * kPageTokens;
     pages.num_cached -= match.num_unreferenced;
   }
@@ -159,9 +160,11 @@ BK_INLINE void take_prefix(const EngineParams& params, const Lanes& lanes, PageA
 
 // ---- Register ----------------------------------------------------------------------------------------------------
 // All lanes, each with a page of its own: page_idx of request_idx, whose hash stands in its links and whose rows are all planned; or with
-// kNoRequest. Lanes with pages of one request have them in order. A page whose twin is in the cache already stays out of it, and what
-// follows it continues the twin. A page that finds its set full stays out too, and so does all that follows it.
-BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, PageAllocator& pages, u32 request_idx, u32 page_idx) {
+// kNoRequest. `is_chunk`: the pages of one request, in order; else each of another request, no two of them with one hash. A page whose
+// twin is in the cache already stays out of it, and what follows it continues the twin. A page that finds its set full stays out too, and
+// so does all that follows it.
+BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, PageAllocator& pages, u32 request_idx, u32 page_idx,
+                              bool is_chunk) {
   const bool has_page = request_idx != kNoRequest;
   PrefixLink* links = has_page ? prefix_links(params, request_idx) : nullptr;
   const u32* tokens = has_page ? request_tokens(params, request_idx) + page_idx * kPageTokens : nullptr;
@@ -176,12 +179,22 @@ BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, Pa
     if (probe.page != kNoPage && holds_tokens(*cached_page(params, probe.page), tokens, salt)) {
       twin_identity = cached_page(params, probe.page)->identity;
     }
-    links[page_idx].identity = twin_identity != 0 ? twin_identity : own_identity;
+    links[page_idx].identity = twin_identity;
   }
   lanes.sync();  // hazard: each lane reads the identity of the lane below
-  const u64 parent = has_page ? parent_identity(links, page_idx) : 0;
-  const bool is_twin = twin_identity != 0 && cached_page(params, probe.page)->parent == parent;
-  const bool enters = has_page && !is_twin && parent != 0;
+  u64 parent = has_page ? parent_identity(links, page_idx) : 0;
+  bool is_twin = twin_identity != 0 && parent != 0 && cached_page(params, probe.page)->parent == parent;
+  bool is_broken = has_page && parent == 0;
+  if (is_chunk) {
+    // Twins come first: no page of the cache can continue one that is new.
+    const u32 first_new = lanes.count - lanes.max(has_page && !is_twin ? lanes.count - lanes.id : 0);
+    is_broken = lanes.any(lanes.id == first_new && is_broken);
+    if (lanes.id > first_new) {
+      is_twin = false;
+      parent = own_identity - 1;
+    }
+  }
+  bool enters = has_page && !is_twin && !is_broken;
   // Lanes that meet in one set take its empty words in turn.
   const u32 set = static_cast<u32>(hash) & pages.prefix_set_mask;
   u32 num_before = 0;
@@ -191,8 +204,10 @@ BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, Pa
   }
   u32 free_mask = probe.free_mask;
   for (; num_before > 0; --num_before) free_mask &= free_mask - 1;
-  lanes.sync();  // hazard: identities of twins that are none change below, and sets that others have probed
-  if (enters && free_mask != 0) {
+  const u32 num_from_first_full = lanes.max(enters && free_mask == 0 ? lanes.count - lanes.id : 0);
+  if (is_chunk ? lanes.id >= lanes.count - num_from_first_full : free_mask == 0) enters = false;
+  lanes.sync();  // hazard: identities and sets change below that other lanes have read above
+  if (enters) {
     u32 way = 0;
     while (!(free_mask >> way & 1)) way += 1;
     const u32 page = request_pages(params, request_idx)[page_idx];
@@ -206,34 +221,49 @@ BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, Pa
     for (u32 i = 0; i < kPageTokens; ++i) cached->tokens[i] = tokens[i];
     prefix_sets(params)[cached->slot] = page + 1;
     page_owners(params)[page] = kPageShared | 1;
-    links[page_idx].identity = own_identity;
-  } else if (has_page && !is_twin) {
-    links[page_idx].identity = 0;
   }
+  if (has_page && !is_twin) links[page_idx].identity = enters ? own_identity : 0;
   if (lanes.is_first()) pages.next_identity = first_identity + lanes.count;
   lanes.sync();  // hazard: the next ones look for what was registered here
 }
 
-// All lanes: pages [first, end) of a request, which a chunk of this plan fills.
+// All lanes: pages [first, end) of a request, which a chunk of this plan fills (F2).
 BK_INLINE void register_chunk(const EngineParams& params, const Lanes& lanes, PageAllocator& pages, u32 request_idx, u32 first, u32 end) {
   for (u32 begin = first; begin < end; begin += lanes.count) {
     const u32 page_idx = begin + lanes.id;
-    register_pages(params, lanes, pages, page_idx < end ? request_idx : kNoRequest, page_idx);
+    register_pages(params, lanes, pages, page_idx < end ? request_idx : kNoRequest, page_idx, true);
+  }
+  if (lanes.is_first() && first < end) {
+    request_at(params, request_idx)->num_linked_pages = end;
+    pages.plan_fills_cache = 1;
   }
 }
 
-// All lanes, each with a request of its own that decodes, or kNoRequest: its last full page, which the step before filled with outputs.
+// All lanes, each with a request of its own that decodes, or kNoRequest: its last full page, which the step before filled.
 BK_INLINE void register_decoded(const EngineParams& params, const Lanes& lanes, PageAllocator& pages, u64 key, u32 request_idx) {
   u32 page_idx = 0;
+  u64 hash = 0;
   if (request_idx != kNoRequest) {
     Request* request = request_at(params, request_idx);
-    page_idx = request->num_hashed_pages;
+    page_idx = request->num_linked_pages;
     PrefixLink* links = prefix_links(params, request_idx);
     const u64 prefix_hash = page_idx == 0 ? mix_hash(key ^ request->cache_salt) : links[page_idx - 1].hash;
-    links[page_idx].hash = extend_hash(prefix_hash, hash_page_tokens(request_tokens(params, request_idx) + page_idx * kPageTokens, key));
-    request->num_hashed_pages = page_idx + 1;
+    hash = extend_hash(prefix_hash, hash_page_tokens(request_tokens(params, request_idx) + page_idx * kPageTokens, key));
+    links[page_idx].hash = hash;
+    request->num_linked_pages = page_idx + 1;
+    if (request->num_hashed_pages <= page_idx) request->num_hashed_pages = page_idx + 1;
   }
-  register_pages(params, lanes, pages, request_idx, page_idx);
+  // Requests that say the same at the same time: one after the other, so that the second finds the first's.
+  bool is_left = request_idx != kNoRequest;
+  while (lanes.any(is_left)) {
+    bool is_next = is_left;
+    const u32 own = is_left ? static_cast<u32>(hash) | 1 : 0;
+    for (u32 lane = 0; lane < lanes.count; ++lane) {
+      if (lanes.broadcast(own, lane) == own && lane < lanes.id) is_next = false;
+    }
+    register_pages(params, lanes, pages, is_next ? request_idx : kNoRequest, page_idx, false);
+    is_left = is_left && !is_next;
+  }
 }
 
 }  // namespace blinkimp

@@ -128,6 +128,46 @@ BK_INLINE void st_release_cta(u32* address, u32 value) {
 #endif
 }
 
+// Adds to a word of device memory; returns the value seen before. Relaxed: the sums are read after a barrier.
+BK_INLINE u32 atom_add_relaxed_gpu(u32* address, u32 value) {
+#if BK_GPU
+  u32 seen;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(seen) : "l"(address), "r"(value) : "memory");
+  return seen;
+#else
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
+BK_INLINE u64 atom_add_relaxed_gpu(u64* address, u64 value) {
+#if BK_GPU
+  u64 seen;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;" : "=l"(seen) : "l"(address), "l"(value) : "memory");
+  return seen;
+#else
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
+BK_INLINE void red_add_relaxed_gpu(u64* address, u64 value) {
+#if BK_GPU
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+#else
+  __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
+// The same, and what came before it in each thread that added is seen by those that add later.
+BK_INLINE u32 atom_add_acq_rel_gpu(u32* address, u32 value) {
+#if BK_GPU
+  u32 seen;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(seen) : "l"(address), "r"(value) : "memory");
+  return seen;
+#else
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+#endif
+}
+
 // Compare-and-swap; returns the value seen before.
 BK_INLINE u32 cas_acq_rel_cta(u32* address, u32 expected, u32 desired) {
 #if BK_GPU

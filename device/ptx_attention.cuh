@@ -1,26 +1,19 @@
-// PTX that attention alone needs: warpgroup barriers with a run-time number, counted mbarrier arrivals, the arrival counter of a unit. GPU only.
+// PTX that attention alone needs: barriers with a run-time number, counted mbarrier arrivals, a transposed operand. GPU only.
 //
-// Called by device/attention*.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; tests/host/simt/ptx_attention.cuh stands in for it without a GPU.
+// Called by device/attention*.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; tests/host/simt90/ptx_attention.cuh stands in for it without a GPU.
 #pragma once
 #include <ptx_sm90.cuh>
 
 namespace blinkimp {
 
-// Arrives `count` times at once: a warpgroup that alone read a stage arrives for both.
+// Arrives `count` times at once (0: not at all), without a branch: a warpgroup that alone read a stage arrives for both.
 BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0], %1;}" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
 // Barrier `id` of num_threads threads: sync waits for all, arrive only counts.
 BK_INLINE void barrier_sync(u32 id, u32 num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 BK_INLINE void barrier_arrive(u32 id, u32 num_threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
-
-// Adds and returns the value seen before. Acquire and release: the last to add sees what the others wrote before they added.
-BK_INLINE u32 atom_add_acq_rel_gpu(u32* address, u32 value) {
-  u32 seen;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(seen) : "l"(address), "r"(value) : "memory");
-  return seen;
-}
 
 // wgmma descriptor of an MN-major operand, 128-byte swizzle: blocks of 64 n (128 bytes) x 8 k (1024 bytes) follow each other
 // along k and lie n_stride_bytes apart along n.

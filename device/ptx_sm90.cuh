@@ -54,7 +54,7 @@ BK_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memo
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
 // Shared-memory descriptor of a K-major operand, 128-byte swizzle: rows of 128 bytes in groups of 8, group_bytes apart.
-BK_INLINE u64 wgmma_descriptor(u32 address, u32 group_bytes) {
+BK_INLINE u64 wgmma_descriptor(u32 address, u32 group_bytes = 1024) {
   return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(group_bytes >> 4) << 32) | (1ull << 62);
 }
 BK_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

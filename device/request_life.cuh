@@ -20,6 +20,7 @@ BK_INLINE void push_waiting(const EngineParams& params, DirectorState& state, u3
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   request->state = kRequestWaiting;
+  if (!at_front) request->num_hashed_pages = request->num_cached_tokens = 0;
   request->next_idx = at_front ? queue_pair.waiting_first_idx : kNoRequest;
   request->prev_idx = at_front ? kNoRequest : queue_pair.waiting_last_idx;
   if (request->next_idx != kNoRequest) request_at(params, request->next_idx)->prev_idx = request_idx;
@@ -60,12 +61,15 @@ BK_INLINE void count_finish(DirectorState& state, u32 reason) {
   else if (reason == kFinishStopId) status.finished_stop_id += 1;
   else if (reason == kFinishLength) status.finished_length += 1;
   else if (reason == kFinishDraining) status.finished_draining += 1;
+  else if (reason == kFinishTimeout) status.finished_timeout += 1;
+  else if (reason == kFinishConstraint) status.finished_constraint += 1;
   else status.finished_cancelled += 1;
 }
 
 BK_INLINE void stage_finish(DirectorState& state, const Request& request) {
   stage_completion(state, request.queue_pair_idx, kCompletionFinish, request.finish_reason, request.num_prompt_tokens,
                    request.request_id, request.num_tokens - request.num_prompt_tokens, state.now_ns);
+  state.staged[state.num_staged - 1].entry.logprob = static_cast<f32>(request.num_cached_tokens);
 }
 
 // A request that is in no list and holds no pages any more: FINISH now, or in the finishing queue until there is credit.
@@ -177,7 +181,7 @@ BK_INLINE void preempt_running(const EngineParams& params, DirectorState& state,
   const u32 request_idx = state.running[running_idx];
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
-  if (request->step_rows > 0) queue_pair.num_promised -= kStepCredit;
+  if (request->step_rows > 0) queue_pair.num_promised -= step_credit(queue_pair);
   release_pages(params, state.pages, request_idx);
   request->num_computed = 0;
   request->step_rows = 0;

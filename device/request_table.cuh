@@ -60,12 +60,15 @@ struct Request {
   i32 priority;
   u32 num_prior_outputs;
   u32 constraint;                // slot + 1, or 0
-  u32 constraint_state;          // before its next output
+  u32 constraint_state;          // before its next output. Intake writes the first, then the sampling op
   u32 body_flags;                // RequestBodyFlags
   u32 num_hashed_pages;          // full pages whose hash stands in prefix_links (prefix_cache.cuh)
   u32 num_cached_tokens;         // prompt tokens that the prefix cache had when it was first admitted
   i32 running_level;             // effective priority level at its admission: lower is preempted later
-  u64 reserved2[23];
+  u32 count_slot;                // slot of token_counts + 1, while it runs with penalties (count_slots.cuh); else 0, or what it had
+  u32 num_linked_pages;          // full pages that were found or registered since its admission
+  u64 serial;                    // differs for each accepted request
+  u64 reserved3[21];
 };
 ABI_SIZE(Request, 512);
 ABI_AT(Request, sampling, 0);

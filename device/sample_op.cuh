@@ -1,23 +1,81 @@
 // The sample op of a worker CTA: token and logprob of each row of logits. GPU only.
 //
-// Called by device/worker.cuh and device/portable/worker.cuh; each includes what is its own first: kComputeThreads, the workspaces. Test: pytest -m gpu tests/gpu/test_sampling_gpu.py tests/gpu/test_engine_gpu.py
+// Many rows: one CTA a row. Few rows: plain greedy ones, whose cost is the sum behind the logprob, are split over CTAs. Each adds the weights
+// of its slice of the vocabulary to one integer, so their order does not matter, and the last to arrive writes the result: no grid barrier.
+// Called by device/worker.cuh and device/portable/worker.cuh; each includes what is its own first: kComputeThreads, the workspaces.
+// Test: pytest -m gpu tests/gpu/test_sampling_gpu.py tests/gpu/test_engine_gpu.py
 #pragma once
-#include <sampling.cuh>
-#include <step_plan.cuh>
+#include <sample_request.cuh>
 
 namespace blinkimp {
 
-// kOpSample, one CTA per sampled row.
-BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch) {
+constexpr u32 kMaxSampleSplits = 32;  // CTAs of one row
+
+struct SampleSplit {   // of a row that is split; zero between steps. Writers and readers: the CTAs of the row
+  u64 sum;             // weights of the slices so far
+  u32 num_arrived;     // CTAs that have added theirs
+  u32 reserved0;
+};
+ABI_SIZE(SampleSplit, 16);
+
+struct LogitTiles {  // the best logit of each tile of each row, where the LM head leaves it
+  const u64* best;   // [max_batch][num_tiles] best_code(), or null: the sample op looks for itself
+  u32 num_tiles;
+};
+
+// [max_batch], behind the top logprobs
+BK_INLINE SampleSplit* sample_splits(const EngineParams& params) {
+  return reinterpret_cast<SampleSplit*>(top_logprobs_of_step(params, 0) + 2 * u64{params.max_batch} * kMaxTopLogprobs);
+}
+
+// One slice of a plain greedy row. All CTAs of the row call it, each with its slice_idx.
+template <class Group>
+BK_INLINE void sample_greedy_slice(const Group& group, const EngineParams& params, const StepPlan* plan, u32 sample_idx, const f32* logits,
+                                   const LogitTiles& tiles, u32 slice_idx, u32 num_slices, SampleScratch* scratch) {
+  using namespace sampling;
+  const u32 vocab = params.dims.vocab;
+  const u64 best = best_of_tiles(group, scratch, tiles.best, tiles.num_tiles);
+  const u32 max_key = static_cast<u32>(best >> 32);
+  const Weighing weighing{value_of_key(max_key), kLog2OfE, 0};
+  const u32 begin = static_cast<u32>(u64{vocab} * slice_idx / num_slices);
+  const u32 end = static_cast<u32>(u64{vocab} * (slice_idx + 1) / num_slices);
+  u64 sum = 0;
+  for_each_logit(logits, begin, end, group.id, group.count, [&](u32, f32 logit) { sum += weighing.weight(logit); });
+  sum = sum_over_group(group, scratch, sum);
+  if (group.id != 0) return;
+  SampleSplit* split = sample_splits(params) + sample_idx;
+  red_add_relaxed_gpu(&split->sum, sum);  // relaxed: ordered by the arrival below
+  // Acquire and release pair with each other: who arrives last sees what the others added.
+  if (atom_add_acq_rel_gpu(&split->num_arrived, 1) + 1 < num_slices) return;
+  const u64 total = atom_add_relaxed_gpu(&split->sum, u64{0});  // an atomic: the first one is read where it was added to
+  *split = SampleSplit{0, 0, 0};  // for the next step; the grid barrier at the op's end stands between
+  const u32 token = 0xffffffffu - static_cast<u32>(best);
+  sampled_of_step(params, plan->step)[sample_idx] =
+      max_key > kKeyOfMinusInfinity ? SampleResult{token, logprob_of(weighing.max_logit, log_of_sum(total), logits[token])}
+                                    : SampleResult{0, minus_infinity()};
+}
+
+// kOpSample.
+BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch_bytes, const LogitTiles& tiles = LogitTiles{nullptr, 0}) {
   const BarrierSampleGroup<1, kComputeThreads> group;
-  const PlanSeq* seqs = plan_seqs(params, plan);
-  for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
-    const PlanSeq& seq = seqs[plan_rows(params, plan)[plan_sampled_rows(params, plan)[sample]].seq_idx];
-    const SamplingParams& sampling = *reinterpret_cast<const SamplingParams*>(params.requests + static_cast<u64>(seq.request_idx) * kRequestBytes);
-    const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample) * params.dims.vocab;
-    const SampleResult result = sample_row(group, logits, params.dims.vocab, sampling, seq.output_idx, reinterpret_cast<SampleScratch*>(scratch));
-    if (is_first_thread()) sampled_of_step(params, plan->step)[sample] = result;
-    named_barrier_sync<1, kComputeThreads>();  // `scratch` is used again for the next row
+  SampleScratch* scratch = reinterpret_cast<SampleScratch*>(scratch_bytes);
+  const u32 num_rows = plan->num_sample_rows;
+  const u32 num_spare = num_rows != 0 ? params.num_workers / num_rows : 0;
+  const u32 num_slices = tiles.best == nullptr || num_spare < 2 ? 1 : num_spare < kMaxSampleSplits ? num_spare : kMaxSampleSplits;
+  for (u32 item = cta_idx(); item < num_rows * num_slices; item += params.num_workers) {
+    const u32 sample_idx = item / num_slices;
+    const u32 slice_idx = item % num_slices;
+    const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample_idx) * params.dims.vocab;
+    const LogitTiles row_tiles{tiles.best + static_cast<u64>(sample_idx) * tiles.num_tiles, tiles.num_tiles};
+    if (num_slices > 1) {
+      const PlanSeq& seq = sampled_seq(params, plan, sample_idx);
+      const Request& request = *request_at(params, seq.request_idx);
+      if (is_plain_greedy(request.sampling, request.constraint, seq.output_idx)) {
+        sample_greedy_slice(group, params, plan, sample_idx, logits, row_tiles, slice_idx, num_slices, scratch);
+        continue;
+      }
+    }
+    if (slice_idx == 0) sample_request(group, params, plan, sample_idx, logits, tiles.best != nullptr ? row_tiles.best : nullptr, tiles.num_tiles, scratch);
   }
 }
 

@@ -1,332 +1,279 @@
 // Sampling of one token from one row of logits: one source for the GPU (a group of up to 256 threads) and the CPU (one lane).
 //
-//   SampleResult sample_row(group, logits, vocab, params, output_idx, scratch)
+//   SampleResult sample_row(group, input, sampling, output_idx, scratch, top)
 // All members of the group call it together with equal arguments; all get the result. `scratch` is shared by the group (shared
-// memory on the GPU); sample_row's last use of it is followed by a barrier, so it is free on return. The group is any type with `u32 id, count` (count <= 256), `sync()` (a barrier that orders memory among members) and
-// `atomic_add(u32*, u32) -> u32 old`. GPU: BarrierSampleGroup below. CPU: SingleSampleGroup.
+// memory on the GPU); sample_row's last use of it is followed by a barrier, so it is free on return. The group is any type with
+// `u32 id, count` (count <= 256), `sync()` (a barrier that orders memory among members) and `atomic_add(u32*, u32) -> u32 old`.
+// GPU: BarrierSampleGroup. CPU: SingleSampleGroup.
 //
 // What it computes, in this order (the order of vLLM; NaN counts as -inf and never wins):
-//   temperature 0   greedy: the largest logit, the lowest index among equals; the other parameters are ignored
+//   edits           device/logit_edits.cuh: bias, min_tokens, penalties, constraint; for greedy and sampled decoding alike
+//   temperature 0   greedy: the largest logit, the lowest index among equals; what follows is ignored
 //   temperature     s = (logit - max) / temperature, weight w = floor(2^44 * e^s). A token of weight 0 (less than 2^-44 of the
 //                   best token's probability) is out
 //   min_p           keeps w >= min_p * max w
 //   top_k           keeps the first k in the order (logit falling, then index rising): exactly k, also among equals
 //   top_p           of what is left, keeps the shortest prefix in that order whose weight is >= top_p of it; one token at least
 //   draw            token with probability w / sum(w): R = Philox4x32-10(key seed, counter output_idx) scaled to [0, sum w), the
-//                   first token by index whose running sum exceeds R. One draw for the row costs one Philox call, where
+//                   first token in that order whose running sum exceeds R. One draw for the row costs one Philox call, where
 //                   Gumbel noise would cost one per token and two logarithms
-//   logprob         (logit - max) - log(sum of 2^44 e^(logit - max)): unscaled logits, the whole vocabulary
-// A row without any finite logit gives token 0 with logprob -inf.
+//   logprob         (logit - max) - log(sum of 2^44 e^(logit - max)): the model's own logits, before any edit, the whole vocabulary
+//   top             the first num_top_logprobs tokens in the order of the model's own logits, with their logprobs
+// A row in which the model has no finite logit gives token 0 with logprob -inf; one in which the edits leave nothing gives no_token().
 //
 // Every decision is taken on integers (fixed_math.cuh), so the order in which threads add cannot change it: the result is the
-// same, bit for bit, for every group size, on CPU and GPU. Thresholds come from a radix descent over ordered keys, without sorting.
+// same, bit for bit, for every group size, on CPU and GPU.
 // Compile without --use_fast_math / -ftz=true: they would change the f32 subtraction and product that everything starts from.
-// Called by the worker's sample op (GPU) and device/emu/reference_ops.cpp. Test: pytest tests/host/test_sampling.py
+// Called by device/sample_request.cuh. Test: pytest tests/host/test_sampling.py tests/host/test_sampling_edits.py
 #pragma once
 #include <philox.cuh>
-#if BK_GPU
-#include <ptx_mma.cuh>
-#endif
+#include <sampling_radix.cuh>
+#include <step_plan.cuh>
 
 namespace blinkimp {
 
-constexpr u32 kMaxSampleLanes = 256;
-constexpr u32 kRadixBits = 11;
-constexpr u32 kNumRadixBins = 1u << kRadixBits;
-constexpr u32 kNumParts = 256;  // a descent over index ranges splits each range in this many
-constexpr u32 kPartsPerFold = 16;
-constexpr u32 kNumFolds = kNumParts / kPartsPerFold;
-
-struct SampleScratch {        // 18,560 bytes
-  u32 bins_low[kNumRadixBins];   // low words of each bin's weight: two 32-bit atomics with a carry, because a 64-bit
-  u32 bins_high[kNumRadixBins];  // shared-memory add is a compare-and-swap loop
-  u64 parts[kNumParts];          // weight of each part of the index range
-  u64 folds[kNumFolds];          // sums of kPartsPerFold parts
+struct SampleInput {      // a row, uniform over the group
+  const f32* logits;      // [vocab], the model's
+  const u64* tile_best;   // [num_tiles] best_code() of the logits, every one in some tile; or null
+  u32 vocab;
+  u32 num_tiles;
+  LogitEdits edits;
 };
-ABI_SIZE(SampleScratch, 18560);
-
-#if BK_GPU
-// Threads 0 .. kNumThreads-1 of a CTA, synchronised by a named barrier because other warps of the CTA run beside them.
-template <int kBarrierId, int kNumThreads>
-struct BarrierSampleGroup {
-  static constexpr u32 count = kNumThreads;
-  u32 id = opaque(threadIdx.x);  // or every address made of it lives through all ops of the worker's loop
-  BK_INLINE void sync() const { named_barrier_sync<kBarrierId, kNumThreads>(); }
-  BK_INLINE u32 atomic_add(u32* address, u32 value) const { return atom_add_relaxed_shared(address, value); }
-};
-#else
-struct SingleSampleGroup {
-  static constexpr u32 id = 0;
-  static constexpr u32 count = 1;
-  void sync() const {}
-  u32 atomic_add(u32* address, u32 value) const {
-    const u32 old = *address;
-    *address = old + value;
-    return old;
-  }
-};
-#endif
 
 namespace sampling {
 
-struct LogitQuad {
-  f32 values[4];  // logits of four neighbouring ids
-};
+constexpr f32 kLog2OfE = 1.44269504f;
+constexpr u32 kNotFound = 0xffffffff;
+constexpr u64 kNoShare = ~u64{0};
+constexpr u64 kUnitWeight = 1ull << kWeightFractionBits;
 
-// fn(idx, logit) for the logits [begin, end), by aligned 16-byte loads where four lie inside; quads start, start + stride, ...
-template <class Fn>
-BK_INLINE void for_each_logit(const f32* logits, u32 begin, u32 end, u32 start, u32 stride, Fn fn) {
-  const f32* first = logits + begin;
-  const u32 num_lead = (static_cast<u32>(reinterpret_cast<u64>(first)) / sizeof(f32)) % 4u;  // of the first quad, before `begin`
-  const u32 num_logits = end - begin;
-  const u32 num_quads = (num_lead + num_logits + 3u) / 4u;
-  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
-    const u32 offset = quad_idx * 4u - num_lead;  // wraps below zero in the first quad: then it is >= num_logits
-    if (offset < num_logits && num_logits - offset >= 4u) {
-#if BK_GPU
-      const float4 loaded = *reinterpret_cast<const float4*>(first + offset);
-      const LogitQuad quad{{loaded.x, loaded.y, loaded.z, loaded.w}};
-#else
-      LogitQuad quad;
-      __builtin_memcpy(&quad, first + offset, sizeof(quad));
-#endif
-      for (u32 i = 0; i < 4; ++i) fn(begin + offset + i, orderable_logit(quad.values[i]));
-    } else {
-      for (u32 i = 0; i < 4; ++i) {
-        if (offset + i < num_logits) fn(begin + offset + i, orderable_logit(first[offset + i]));
-      }
-    }
-  }
-}
-
-// parts[0 .. kNumParts) -> folds; returns the sum of all. Ends with the folds visible to all.
+// best_code() of the model's logits, from the tiles' own.
 template <class Group>
-BK_INLINE u64 fold_parts(const Group& group, SampleScratch* scratch) {
-  group.sync();  // hazard: a part is summed before its owner wrote it
-  for (u32 fold = group.id; fold < kNumFolds; fold += group.count) {
-    u64 sum = 0;
-    for (u32 i = 0; i < kPartsPerFold; ++i) sum += scratch->parts[fold * kPartsPerFold + i];
-    scratch->folds[fold] = sum;
-  }
-  group.sync();  // hazard: a fold is read before it was written
-  u64 total = 0;
-  for (u32 fold = 0; fold < kNumFolds; ++fold) total += scratch->folds[fold];
-  return total;
-}
-
-// The part in which the running sum reaches *target (1 <= *target <= total); *target becomes what is missing at its beginning.
-BK_INLINE u32 walk_parts(const SampleScratch* scratch, u64* target) {
-  u32 fold = 0;
-  while (scratch->folds[fold] < *target) *target -= scratch->folds[fold++];
-  u32 part = fold * kPartsPerFold;
-  while (scratch->parts[part] < *target) *target -= scratch->parts[part++];
-  return part;
-}
-
-template <class Group>
-BK_INLINE u64 sum_over_group(const Group& group, SampleScratch* scratch, u64 value) {
-  for (u32 part = group.id; part < kNumParts; part += group.count) scratch->parts[part] = part == group.id ? value : 0;
-  const u64 total = fold_parts(group, scratch);
-  group.sync();  // hazard: the next writer of parts or folds overtakes a reader
-  return total;
-}
-
-template <class Group>
-BK_INLINE u64 max_over_group(const Group& group, SampleScratch* scratch, u64 value) {
-  scratch->parts[group.id] = value;
-  group.sync();  // hazard: a value is read before its owner wrote it
-  for (u32 fold = group.id; fold < kNumFolds; fold += group.count) {
-    u64 best = 0;
-    for (u32 i = fold; i < group.count; i += kNumFolds) best = scratch->parts[i] > best ? scratch->parts[i] : best;
-    scratch->folds[fold] = best;
-  }
-  group.sync();  // hazard: a fold is read before it was written
+BK_INLINE u64 best_of_tiles(const Group& group, SampleScratch* scratch, const u64* tile_best, u32 num_tiles) {
   u64 best = 0;
-  for (u32 fold = 0; fold < kNumFolds; ++fold) best = scratch->folds[fold] > best ? scratch->folds[fold] : best;
-  group.sync();  // hazard: the next writer of parts or folds overtakes a reader
-  return best;
+  for (u32 tile = group.id; tile < num_tiles; tile += group.count) best = tile_best[tile] > best ? tile_best[tile] : best;
+  return max_over_group(group, scratch, best);
 }
 
-// The tokens still in play: weight of at least min_weight, and not behind the cut in the order (key falling, index rising).
-struct Candidates {
-  f32 max_logit;
-  f32 scale;  // log2(e) / temperature
-  u64 min_weight;
-  u32 cut_key;
-  u32 cut_idx;
+// ln(sum / 2^44) in Q32 -> f32; ln 2 = 0xb17217f7d1cf79ac / 2^64.
+BK_INLINE f32 log_of_sum(u64 sum) { return static_cast<f32>(mul_hi_u64(log2_q32(sum), 0xb17217f7d1cf79acull)) * (1.0f / 4294967296.0f); }
 
-  BK_INLINE u64 weight(u32 idx, f32 logit) const {
-    const u32 key = order_key(logit);
-    if (key < cut_key || (key == cut_key && idx > cut_idx)) return 0;
-    const f32 distance = max_logit - logit;
-    const u64 weight = exp2_neg_q44(distance * scale);
-    return weight >= min_weight ? weight : 0;
+BK_INLINE f32 logprob_of(f32 max_logit, f32 log_sum, f32 logit) {
+  const f32 distance = max_logit - orderable_logit(logit);
+  return 0.0f - (distance + log_sum);
+}
+
+// The weights of the model's logits, and on the way the bins of the logits to choose by: counts, and weights if asked for.
+template <class Group>
+BK_INLINE u64 survey(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& raw, const Weighing& weighing,
+                     bool wants_bins, bool wants_weights) {
+  if (wants_bins) clear_bins(group, scratch);
+  const bool same_weight = !row.is_edited && weighing.scale == raw.scale && weighing.min_weight <= 1;
+  u64 sum = 0;
+  u64 far_weight = 0;  // of the last bin: half of some rows is there, too many to meet in one word
+  u32 num_far = 0;
+  row.for_each(group, [&](u32, f32 model_logit, f32 logit) {
+    const u64 model_weight = raw.weight(model_logit);
+    sum += model_weight;
+    if (!wants_bins || order_key(logit) <= kKeyOfMinusInfinity) return;
+    u64 weight = 1;
+    if (wants_weights) weight = same_weight ? model_weight : weighing.weight(logit);
+    if (weight == 0) return;
+    const u32 bin = weighing.bin(logit);
+    if (bin == kNumBins - 1) {
+      num_far += 1;
+      far_weight += weight;
+      return;
+    }
+    group.atomic_add(&scratch->bin_counts[bin], 1);
+    if (wants_weights) add_weight(group, &scratch->bin_low[bin], &scratch->bin_high[bin], weight);
+  });
+  if (num_far != 0) {
+    group.atomic_add(&scratch->bin_counts[kNumBins - 1], num_far);
+    if (wants_weights) add_weight(group, &scratch->bin_low[kNumBins - 1], &scratch->bin_high[kNumBins - 1], far_weight);
+  }
+  return sum_over_group(group, scratch, sum);  // its barriers stand between the bins' writers and their readers
+}
+
+struct Choice {
+  u32 top_k;   // 0 is off
+  u64 share;   // top_p in Q32, or kNoShare: off
+  u64 random;  // 64 bits
+
+  // What top_p leaves of `total`, at least.
+  BK_INLINE u64 top_p_target(u64 total) const {
+    const u64 target = (total >> 32) * share + (((total & 0xffffffffu) * share + 0xffffffffu) >> 32);
+    return target > 0 ? target : 1;
   }
 };
 
-// One digit of the descent: bins over `digit(code)` of all candidates whose code continues `prefix`; higher digits first.
-// measure(weight) is what a candidate counts: 1 for top-k, its weight for top-p.
-template <class Group, class Measure>
-BK_INLINE u64 fill_bins(const Group& group, SampleScratch* scratch, const f32* logits, u32 vocab, const Candidates& candidates,
-                        bool by_index, u32 fixed_key, u32 prefix, u32 shift, u32 num_bits, Measure measure) {
-  for (u32 bin = group.id; bin < kNumRadixBins; bin += group.count) scratch->bins_low[bin] = scratch->bins_high[bin] = 0;
-  group.sync();  // hazard: a bin is added to before it was cleared
-  const u32 prefix_shift = shift + num_bits;
-  for_each_logit(logits, 0, vocab, group.id, group.count, [&](u32 idx, f32 logit) {
-    const u32 key = order_key(logit);
-    if (by_index && key != fixed_key) return;
-    const u32 code = by_index ? vocab - 1u - idx : key;
-    if (prefix_shift < 32u && (code >> prefix_shift) != prefix) return;
-    const u64 amount = measure(candidates.weight(idx, logit));
-    if (amount == 0) return;
-    const u32 bin = kNumRadixBins - 1u - ((code >> shift) & ((1u << num_bits) - 1u));
-    const u32 low = static_cast<u32>(amount);
-    const u32 old = group.atomic_add(&scratch->bins_low[bin], low);
-    const u32 high = static_cast<u32>(amount >> 32) + (old + low < old ? 1u : 0u);
-    if (high != 0) group.atomic_add(&scratch->bins_high[bin], high);
-  });
-  group.sync();  // hazard: a bin is read before all candidates were added
-  constexpr u32 kBinsPerPart = kNumRadixBins / kNumParts;
-  for (u32 part = group.id; part < kNumParts; part += group.count) {
-    u64 sum = 0;
-    for (u32 i = 0; i < kBinsPerPart; ++i) {
-      const u32 bin = part * kBinsPerPart + i;
-      sum += (static_cast<u64>(scratch->bins_high[bin]) << 32) | scratch->bins_low[bin];
-    }
-    scratch->parts[part] = sum;
-  }
-  return fold_parts(group, scratch);
-}
-
-// The digit at which the running sum reaches *target.
-BK_INLINE u32 walk_bins(const SampleScratch* scratch, u64* target, u64* amount) {
-  u32 bin = walk_parts(scratch, target) * (kNumRadixBins / kNumParts);
-  for (;; ++bin) {
-    *amount = (static_cast<u64>(scratch->bins_high[bin]) << 32) | scratch->bins_low[bin];
-    if (*amount >= *target) return kNumRadixBins - 1u - bin;
-    *target -= *amount;
-  }
-}
-
-// Moves the cut to the last token of the shortest prefix that measures at least target_of(total); 0 leaves it where it is.
-template <class Group, class Measure, class TargetOf>
-BK_INLINE void cut_candidates(const Group& group, SampleScratch* scratch, const f32* logits, u32 vocab, Candidates* candidates,
-                              Measure measure, TargetOf target_of) {
-  u64 target = 0;
-  u64 amount = 0;  // of the candidates that continue the prefix
-  u32 prefix = 0;
-  for (u32 shift = 32; shift > 0;) {  // digits of 11, 11 and 10 bits
-    const u32 num_bits = shift < kRadixBits ? shift : kRadixBits;
-    const u64 total = fill_bins(group, scratch, logits, vocab, *candidates, false, 0, prefix, shift - num_bits, num_bits, measure);
-    if (shift == 32) target = target_of(total);
-    if (target != 0) prefix = (prefix << num_bits) | walk_bins(scratch, &target, &amount);
-    group.sync();  // hazard: the next digit clears bins that a member still reads
-    if (target == 0) return;
-    shift -= num_bits;
-  }
-  // All candidates of the last bin have the same logit, so the same measure; the lowest indices of them stay.
-  const u32 key = prefix;
-  const u64 each = measure(candidates->weight(0, value_of_key(key)));
-  u32 last_idx = candidates->cut_key == key ? candidates->cut_idx : kNoRow;
-  if ((target + each - 1u) / each * each < amount) {
-    u32 num_idx_bits = 1;
-    while (num_idx_bits < 32u && ((vocab - 1u) >> num_idx_bits) != 0u) ++num_idx_bits;
-    prefix = 0;
-    for (u32 shift = num_idx_bits; shift > 0;) {
-      const u32 num_bits = shift < kRadixBits ? shift : kRadixBits;
-      fill_bins(group, scratch, logits, vocab, *candidates, true, key, prefix, shift - num_bits, num_bits, measure);
-      prefix = (prefix << num_bits) | walk_bins(scratch, &target, &amount);
-      group.sync();  // hazard: the next digit clears bins that a member still reads
-      shift -= num_bits;
-    }
-    last_idx = vocab - 1u - prefix;
-  }
-  candidates->cut_key = key;
-  candidates->cut_idx = last_idx;
-}
-
-// The first token by index whose running weight exceeds `random` scaled to [0, total weight).
+// The token by radix descents; for any row.
 template <class Group>
-BK_INLINE u32 draw_token(const Group& group, SampleScratch* scratch, const f32* logits, u32 vocab, const Candidates& candidates,
-                         u64 random) {
-  u32 begin = 0;
-  u32 end = vocab;
-  u64 target = 0;
-  while (end - begin > 1u) {
-    const u32 num_each = (end - begin + kNumParts - 1u) / kNumParts;
-    for (u32 part = group.id; part < kNumParts; part += group.count) {
-      const u32 part_begin = begin + (part * num_each < end - begin ? part * num_each : end - begin);
-      const u32 part_end = end - part_begin < num_each ? end : part_begin + num_each;
-      u64 sum = 0;
-      for_each_logit(logits, part_begin, part_end, 0, 1, [&](u32 idx, f32 logit) { sum += candidates.weight(idx, logit); });
-      scratch->parts[part] = sum;
-    }
-    const u64 total = fold_parts(group, scratch);
-    if (target == 0) target = mul_hi_u64(random, total) + 1u;  // total >= 1: the best token has weight 2^44
-    begin += walk_parts(scratch, &target) * num_each;
-    end = end - begin < num_each ? end : begin + num_each;
-    group.sync();  // hazard: the next round writes parts that a member still reads
+BK_INLINE u32 choose_by_radix(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, const Choice& choice) {
+  Candidates candidates{weighing, kKeyOfMinusInfinity + 1u, kNoRow};
+  if (choice.top_k > 0) {
+    cut_candidates(group, scratch, row, &candidates, false, [&](u64 total) -> u64 { return total > choice.top_k ? choice.top_k : 0; });
   }
-  return begin;
+  if (choice.share != kNoShare) {
+    cut_candidates(group, scratch, row, &candidates, true, [&](u64 total) { return choice.top_p_target(total); });
+  }
+  cut_candidates(group, scratch, row, &candidates, true, [&](u64 total) { return mul_hi_u64(choice.random, total) + 1u; });
+  return candidates.cut_idx;
+}
+
+// Makes `window` one that holds what the running weight (or count) reaches at `target`: from the best token on, if that fits. False: its
+// bin alone does not fit. The new window has a token at least.
+template <class Group>
+BK_INLINE bool move_window(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, u64 target, bool by_weight,
+                           Window* window, u64* num_before) {
+  const u32 bin = find_bin(group, scratch, target, by_weight);
+  const u64 num_through = sum_bins(group, scratch, 0, bin + 1, false);
+  const bool from_best = num_through <= kWindowTokens;
+  if (!from_best && scratch->bin_counts[bin] > kWindowTokens) return false;
+  const u64 weight_before = from_best ? 0 : sum_bins(group, scratch, 0, bin, true);
+  *num_before = from_best ? 0 : num_through - scratch->bin_counts[bin];
+  *window = open_window(group, scratch, row, weighing, from_best ? 0 : bin, bin, weight_before);
+  return window->num_tokens > 0;
+}
+
+// The token by histogram and windows, or kNotFound where they cannot hold it. has_weights: the bins have them; without, top_k is on and the
+// window of the first k tokens is all that is needed.
+template <class Group>
+BK_INLINE u32 choose_by_window(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, const Choice& choice,
+                               bool has_weights) {
+  const WindowTokens& tokens = scratch->of.window;
+  const u64 num_tokens = sum_bins(group, scratch, 0, kNumBins, false);
+  Window window{0, 0};
+  u64 num_before = 0;
+  u64 kept;  // weight of the tokens that are left; those are always the first of the order
+  if (choice.top_k > 0 && (!has_weights || choice.top_k < num_tokens)) {
+    const u64 num_kept = choice.top_k < num_tokens ? choice.top_k : num_tokens;
+    if (!move_window(group, scratch, row, weighing, num_kept, false, &window, &num_before)) return kNotFound;
+    if (!has_weights && num_before > 0) return kNotFound;
+    // Without weights the bins count tokens of weight 0 too; they are the last ones, and the window leaves them out.
+    const u64 num_inside = num_kept - num_before < window.num_tokens ? num_kept - num_before : window.num_tokens;
+    kept = tokens.sums[num_inside - 1];
+  } else {
+    kept = sum_bins(group, scratch, 0, kNumBins, true);
+  }
+  const auto find = [&](u64 target, u32* place) {
+    const bool is_there = window.num_tokens > 0 && target > window.weight_before && target <= tokens.sums[window.num_tokens - 1];
+    if (!is_there && !move_window(group, scratch, row, weighing, target, true, &window, &num_before)) return false;
+    *place = search_window(scratch, window, target);
+    return true;
+  };
+  u32 place = 0;
+  if (choice.share != kNoShare) {
+    if (!find(choice.top_p_target(kept), &place)) return kNotFound;
+    kept = tokens.sums[place];
+  }
+  if (!find(mul_hi_u64(choice.random, kept) + 1u, &place)) return kNotFound;
+  return static_cast<u32>(tokens.codes[place]);
+}
+
+// The model's first tokens, with their logprobs; what is missing is token 0 with -inf.
+template <class Group>
+BK_INLINE void report_top(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& raw, f32 log_sum, u32 num_top,
+                          SampleResult* top) {
+  const Row model_row{row.logits, row.vocab, false, nullptr, nullptr};
+  clear_bins(group, scratch);
+  u32 num_far = 0;
+  model_row.for_each(group, [&](u32, f32 logit, f32) {
+    const u32 bin = raw.bin(logit);
+    if (order_key(logit) <= kKeyOfMinusInfinity) return;
+    if (bin == kNumBins - 1) num_far += 1;
+    else group.atomic_add(&scratch->bin_counts[bin], 1);
+  });
+  if (num_far != 0) group.atomic_add(&scratch->bin_counts[kNumBins - 1], num_far);
+  group.sync();  // hazard: a bin is read before all tokens were counted
+  const u64 num_tokens = sum_bins(group, scratch, 0, kNumBins, false);
+  const u32 num_found = num_top < num_tokens ? num_top : static_cast<u32>(num_tokens);
+  const u32 last_bin = find_bin(group, scratch, num_found, false);
+  const bool fits = sum_bins(group, scratch, 0, last_bin + 1, false) <= kWindowTokens;
+  if (fits) open_window(group, scratch, model_row, raw, 0, last_bin, 0);
+  u64 last = ~u64{0};  // best_code() of the one before
+  for (u32 i = 0; i < num_top; ++i) {
+    SampleResult found{0, minus_infinity()};
+    if (i < num_found && fits) {
+      const u64 code = scratch->of.window.codes[i];
+      found = SampleResult{static_cast<u32>(code), logprob_of(raw.max_logit, log_sum, logit_of_code(code))};
+    } else if (i < num_found) {  // too many equal ones for a window: one pass for each
+      u64 best = 0;
+      model_row.for_each(group, [&](u32 idx, f32 logit, f32) {
+        const u64 code = best_code(logit, idx);
+        if (code < last && code > best) best = code;
+      });
+      last = max_over_group(group, scratch, best);
+      found = SampleResult{0xffffffffu - static_cast<u32>(last), logprob_of(raw.max_logit, log_sum, value_of_key(static_cast<u32>(last >> 32)))};
+    }
+    if (group.id == 0) top[i] = found;
+  }
+  group.sync();  // hazard: the next row overwrites the window that lane 0 still reads
 }
 
 }  // namespace sampling
 
-template <class Group>
-BK_INLINE SampleResult sample_row(const Group& group, const f32* logits, u32 vocab, const SamplingParams& params, u32 output_idx,
-                                  SampleScratch* scratch) {
+// top: [sampling.num_top_logprobs], written by lane 0. kByRadix: tests compare the two ways to a token.
+template <bool kByRadix = false, class Group>
+BK_INLINE SampleResult sample_row(const Group& group, const SampleInput& input, const SamplingParams& sampling, u32 output_idx,
+                                  SampleScratch* scratch, SampleResult* top) {
   using namespace sampling;
-  constexpr f32 kLog2OfE = 1.44269504f;
-  constexpr u64 kUnitWeight = 1ull << kWeightFractionBits;
+  const sampling::Row row{input.logits, input.vocab, input.edits.has_any(), &input.edits, &scratch->edits};
+  if (row.is_edited) prepare_edits(group, input.edits, &scratch->edits);
 
-  // The best token: largest key, then lowest index.
+  // The best token, of the model and after the edits: largest key, then lowest index.
+  u64 model_best = 0;
   u64 best = 0;
-  for_each_logit(logits, 0, vocab, group.id, group.count, [&](u32 idx, f32 logit) {
-    const u64 code = (static_cast<u64>(order_key(logit)) << 32) | (0xffffffffu - idx);
-    best = code > best ? code : best;
-  });
-  best = max_over_group(group, scratch, best);
-  const u32 max_key = static_cast<u32>(best >> 32);
-  if (max_key <= kKeyOfMinusInfinity) return SampleResult{0, minus_infinity()};
-  const f32 max_logit = value_of_key(max_key);
-
-  // The sum behind the logprob, over the unscaled logits.
-  const Candidates everything{max_logit, kLog2OfE, 0, 0, kNoRow};
-  u64 sum = 0;
-  for_each_logit(logits, 0, vocab, group.id, group.count, [&](u32 idx, f32 logit) { sum += everything.weight(idx, logit); });
-  sum = sum_over_group(group, scratch, sum);
-
-  u32 token = 0xffffffffu - static_cast<u32>(best);
-  if (params.temperature > 0.0f) {
-    const f32 scale = kLog2OfE / params.temperature;
-    const f32 min_weight = params.min_p * static_cast<f32>(kUnitWeight);  // exact: a power of two
-    Candidates candidates{max_logit, scale < 3.0e38f ? scale : 3.0e38f, 1, kKeyOfMinusInfinity + 1u, kNoRow};
-    if (min_weight > 1.0f) {
-      candidates.min_weight = static_cast<u64>(min_weight);
-      if (static_cast<f32>(candidates.min_weight) < min_weight) ++candidates.min_weight;
-    }
-    if (params.top_k > 0 && params.top_k < vocab) {
-      cut_candidates(
-          group, scratch, logits, vocab, &candidates, [](u64 weight) -> u64 { return weight != 0 ? 1 : 0; },
-          [&](u64 total) -> u64 { return total > params.top_k ? params.top_k : 0; });
-    }
-    if (params.top_p < 1.0f) {
-      const u64 share = static_cast<u64>(params.top_p * 4294967296.0f);  // Q32
-      cut_candidates(
-          group, scratch, logits, vocab, &candidates, [](u64 weight) { return weight; },
-          [&](u64 total) {
-            const u64 target = (total >> 32) * share + (((total & 0xffffffffu) * share + 0xffffffffu) >> 32);
-            return target > 0 ? target : 1;
-          });
-    }
-    const PhiloxCounter bits = philox4x32_10(PhiloxCounter{{output_idx, 0, 0, 0}}, params.seed);
-    token = draw_token(group, scratch, logits, vocab, candidates, (static_cast<u64>(bits.words[1]) << 32) | bits.words[0]);
+  if (input.tile_best != nullptr) model_best = best_of_tiles(group, scratch, input.tile_best, input.num_tiles);
+  if (row.is_edited || input.tile_best == nullptr) {
+    u64 model_seen = 0;
+    row.for_each(group, [&](u32 idx, f32 model_logit, f32 logit) {
+      const u64 model_code = best_code(model_logit, idx);
+      const u64 code = best_code(logit, idx);
+      model_seen = model_code > model_seen ? model_code : model_seen;
+      best = code > best ? code : best;
+    });
+    if (input.tile_best == nullptr) model_best = max_over_group(group, scratch, model_seen);
+  }
+  best = row.is_edited ? max_over_group(group, scratch, best) : model_best;
+  const u32 num_top = sampling.num_top_logprobs < kMaxTopLogprobs ? sampling.num_top_logprobs : kMaxTopLogprobs;
+  if (static_cast<u32>(model_best >> 32) <= kKeyOfMinusInfinity) {
+    for (u32 i = group.id; i < num_top; i += group.count) top[i] = SampleResult{0, minus_infinity()};
+    return input.edits.class_of_token != nullptr ? no_token() : SampleResult{0, minus_infinity()};
   }
 
-  // ln(sum / 2^44) in Q32; ln 2 = 0xb17217f7d1cf79ac / 2^64.
-  const u64 log_sum = mul_hi_u64(log2_q32(sum), 0xb17217f7d1cf79acull);
-  const f32 distance = max_logit - orderable_logit(logits[token]);
-  return SampleResult{token, 0.0f - (distance + static_cast<f32>(log_sum) * (1.0f / 4294967296.0f))};
+  // The sum behind the logprob, over the model's logits; the bins of what is drawn from.
+  const bool is_stuck = static_cast<u32>(best >> 32) <= kKeyOfMinusInfinity;
+  const bool draws = sampling.temperature > 0.0f && !is_stuck;
+  const Weighing raw{value_of_key(static_cast<u32>(model_best >> 32)), kLog2OfE, 0};
+  Weighing weighing{value_of_key(static_cast<u32>(best >> 32)), kLog2OfE, 1};
+  Choice choice{0, kNoShare, 0};
+  if (draws) {
+    const f32 scale = kLog2OfE / sampling.temperature;
+    weighing.scale = scale < 3.0e38f ? scale : 3.0e38f;
+    const f32 min_weight = mul_f32(sampling.min_p, static_cast<f32>(kUnitWeight));  // exact: a power of two
+    if (min_weight > 1.0f) {
+      weighing.min_weight = static_cast<u64>(min_weight);
+      if (static_cast<f32>(weighing.min_weight) < min_weight) ++weighing.min_weight;
+    }
+    choice.top_k = sampling.top_k < input.vocab ? sampling.top_k : 0;
+    if (sampling.top_p < 1.0f) choice.share = static_cast<u64>(mul_f32(sampling.top_p, 4294967296.0f));  // Q32
+    const PhiloxCounter bits = philox4x32_10(PhiloxCounter{{output_idx, 0, 0, 0}}, sampling.seed);
+    choice.random = (static_cast<u64>(bits.words[1]) << 32) | bits.words[0];
+  }
+  const bool is_narrow = choice.top_k > 0 && choice.top_k <= kWindowTokens;  // the first k tokens are all it takes
+  const u64 sum = survey(group, scratch, row, raw, weighing, draws, draws && !is_narrow);
+  const f32 log_sum = log_of_sum(sum);
+
+  u32 token = 0xffffffffu - static_cast<u32>(best);
+  if (draws) {
+    token = kByRadix ? kNotFound : choose_by_window(group, scratch, row, weighing, choice, !is_narrow);
+    group.sync();  // hazard: the descent, or the next row, overwrites a window that a member still reads
+    if (token == kNotFound) token = choose_by_radix(group, scratch, row, weighing, choice);
+  }
+  if (num_top > 0) report_top(group, scratch, row, raw, log_sum, num_top, top);
+  if (is_stuck || token >= input.vocab) return no_token();
+  return SampleResult{token, logprob_of(raw.max_logit, log_sum, input.logits[token])};
 }
 
 }  // namespace blinkimp

@@ -41,6 +41,10 @@ BK_INLINE SampleResult* sampled_of_step(const EngineParams& params, u64 step) {
   return reinterpret_cast<SampleResult*>(params.sampled) + (step & 1) * params.max_batch;
 }
 
+// What a row gives when no token is allowed. Token 0, because a step that was planned ahead goes on from it; no logprob is positive.
+BK_INLINE SampleResult no_token() { return SampleResult{0, 1.0f}; }
+BK_INLINE bool is_no_token(const SampleResult& result) { return result.logprob > 0.0f; }
+
 // [max_batch, kMaxTopLogprobs]
 BK_INLINE SampleResult* top_logprobs_of_step(const EngineParams& params, u64 step) {
   return reinterpret_cast<SampleResult*>(params.top_logprobs) + (step & 1) * params.max_batch * kMaxTopLogprobs;

@@ -1,14 +1,14 @@
 // A worker CTA: interprets the model program over each step's plan, between grid barriers. GPU only.
 //
 // Four roles run the same op list side by side, each with its own cursor: the weight producer (warp 8), the input producer (warp 9), the
-// scale warps (10, 11) and the compute warpgroups. A role knows by counting where the grid barriers are: phases_of(op) end with each op.
+// scale warps (10, 11; the first of them plans attention, too) and the compute warpgroups. A role knows by counting where the grid barriers are: phases_of(op) end with each op.
 // Each role waits for the grid itself, where it reads what other SMs wrote; the compute threads of a GEMM need not, their inputs come by the ring.
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
+#include <attention.cuh>
 #include <gemm_wide.cuh>
 #include <logits_epilogue.cuh>
 #include <phases.cuh>
-#include <portable/attention.cuh>
 #include <sample_op.cuh>
 
 namespace blinkimp {
@@ -48,6 +48,11 @@ BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const St
   }
 }
 
+BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
+  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
+  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
+}
+
 // Waits for the plan of a step; an idle wait has no budget, it ends with the exit flag at the latest. Acquire: pairs with the
 // director's publication in persistent_kernel.cu.
 BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
@@ -62,15 +67,20 @@ BK_INLINE void weight_producer(const EngineParams& params) {
   WorkerShared& shared = worker_shared(shared_memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   RingCursor cursor{0, 1};
+  u32 num_barriers = 0;
   for (u32 step = 0;; step++) {
     const StepPlan* plan = wait_plan(params, step);
     if (plan->flags & kPlanExit) return;
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
-      if (!is_gemm(op.kind)) continue;
-      const u32 num_rows = rows_of(op.kind, *plan);
-      if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
-      else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
+      if (is_gemm(op.kind)) {
+        const u32 num_rows = rows_of(op.kind, *plan);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
+        else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
+      } else if (op.kind == kOpAttention) {
+        produce_attention<kHeadDim>(params, op, plan, step, shared_memory + kRingOffset, shared, attention_shared(shared_memory), cursor, num_barriers);
+      }
+      num_barriers += phases_in_step(op.kind, *plan);
     }
     mbarrier_arrive(&shared.producers_done);
   }
@@ -106,14 +116,17 @@ BK_INLINE void input_producer(const EngineParams& params) {
 BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
   WorkerShared& shared = worker_shared(worker_memory());
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
+  AttentionShared& attention = attention_shared(worker_memory());
   const bool elected = thread_idx() % 32 == 0;
   RingCursor cursor{0, 1};
   u32 num_barriers = 0;
+  if (warp == 0) find_windows(params, attention);
   for (u32 step = 0;; step++) {
     const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
     if (elected) wait_plan(params, step);
     __syncwarp();  // the plan was acquired by one lane
     if (plan->flags & kPlanExit) return;
+    if (warp == 0) plan_attention(params, plan, attention);
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
       num_barriers += phases_in_step(op.kind, *plan) - 1;
@@ -222,47 +235,21 @@ BK_INLINE void gather_sampled_rows(const EngineParams& params, const StepPlan* p
   }
 }
 
-// kOpAttention, in two phases around a grid barrier; the output is the O projection's tiled input.
+// Where attention's output goes: the O projection's tiled input.
 struct TiledStore {
   const EngineParams& params;  // read at each store: constant memory is cheaper than registers held through attention
   const ComputeState& state;
-  BK_INLINE void operator()(u32 row, u32 column, u32 pair) const {
-    u8* output = reinterpret_cast<u8*>(params.workspaces[kWsAttention]);
-    *reinterpret_cast<u32*>(output + 2 * tiled_offset(row, column, params.dims.num_heads * kHeadDim / kSliceColumns, input_tile_rows(state.num_rows))) = pair;
+
+  // 8 columns from `column`, a multiple of 8: one chunk of the swizzle.
+  BK_INLINE void chunk(u32 row, u32 column, uint4 words) const { *reinterpret_cast<uint4*>(place(row, column)) = words; }
+  BK_INLINE void pair(u32 row, u32 column, u32 word) const { *reinterpret_cast<u32*>(place(row, column)) = word; }
+
+ private:
+  BK_INLINE u8* place(u32 row, u32 column) const {
+    const u32 num_slices = params.dims.num_heads * kHeadDim / kSliceColumns;
+    return reinterpret_cast<u8*>(params.workspaces[kWsAttention]) + 2 * tiled_offset(row, column, num_slices, input_tile_rows(state.num_rows));
   }
 };
-
-BK_INLINE void run_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u8* shared_memory, ComputeState& state) {
-  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
-  const ModelDims& dims = params.dims;
-  AttentionShared& attention = *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
-  if (is_first_thread()) {
-    const u64 num_slots = attention_slots(params.max_batch, params.max_pages_per_request);
-    u8* parts = reinterpret_cast<u8*>(params.workspaces[kWsAttentionPart]);
-    AttentionArgs& args = attention.args;
-    args.seqs = plan_seqs(params, plan);
-    args.num_seqs = plan->num_seqs;
-    args.num_heads = dims.num_heads;
-    args.num_kv_heads = dims.num_kv_heads;
-    args.group = dims.num_heads / dims.num_kv_heads;
-    args.window = op.window;
-    args.max_pages_per_request = params.max_pages_per_request;
-    args.scale = dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-    args.cta_idx = cta_idx();
-    args.num_ctas = params.num_workers;
-    args.num_slots = static_cast<u32>(num_slots);
-    args.page_tables = reinterpret_cast<const u32*>(params.page_tables);
-    args.query = reinterpret_cast<const u16*>(params.workspaces[kWsQuery]);
-    args.kv = reinterpret_cast<const u16*>(params.kv_cache) + static_cast<u64>(op.layer) * params.num_pages * dims.num_kv_heads * 2 * kPageTokens * kHeadDim;
-    args.part_outputs = reinterpret_cast<f32*>(parts);
-    args.part_softmax = reinterpret_cast<float2*>(parts + num_slots * dims.num_heads * kHeadDim * sizeof(f32));
-  }
-  wait_phases(params, state);  // q, k and v of every SM; the arguments are complete
-  const TiledStore store{params, state};
-  attention_splits<kHeadDim, 1>(attention, shared_memory + kScratchOffset, store);
-  phase_barrier(params, state);
-  attention_combine<kHeadDim>(attention, store);
-}
 
 // A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kFirstColumns weight rows are warpgroup 0's.
 template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
@@ -327,12 +314,14 @@ BK_INLINE void compute(const EngineParams& params) {
       joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : cta_idx() < gemm_shape(op, num_rows).num_items;
       run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
     } else if (kind == kOpAttention) {
-      run_attention(params, op, opaque(plan), shared_memory, state);
+      wait_phases(params, state);  // q, k and v of every SM
+      attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), TiledStore{params, state});
     } else if (kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));
     } else if (kind == kOpSample) {
       wait_phases(params, state);
-      run_sample(params, opaque(plan), shared_memory + kScratchOffset);
+      const LogitTiles parts{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), num_logit_parts(params.dims.vocab)};
+      run_sample(params, opaque(plan), shared_memory + kScratchOffset, parts);
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }

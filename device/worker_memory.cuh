@@ -19,12 +19,12 @@ namespace blinkimp {
 
 constexpr u32 kComputeThreads = 256;
 constexpr u32 kWorkerThreads = 384;
-constexpr u32 kWeightStages = 8;
+constexpr u32 kWeightStages = 10;
 constexpr u32 kWeightStageBytes = 16384;
 constexpr u32 kInputStages = 4;
 constexpr u32 kInputStageBytes = 16384;   // two tiles of 64 rows x 128 bytes
 constexpr u32 kRowTileBytes = kRowTile * 128;
-constexpr u32 kScratchBytes = 96 * 1024;
+constexpr u32 kScratchBytes = 64 * 1024;
 constexpr u32 kScratchOffset = 0;
 constexpr u32 kRingOffset = kScratchBytes;
 static_assert(kInputStages * kInputStageBytes <= kScratchBytes, "the input ring lies in the scratch");
@@ -82,19 +82,18 @@ struct WorkerShared {
   u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
   u64 reserved0;
   Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
-  f32 row_scale[kScaleBuffers][2 * kRowTile];    // [buffer][row]: 1 / rms of the rows of a pair of row tiles
-  f32 row_squares[kRowTile];                     // [row]: the second half of a group of 32 columns (project epilogue)
-  f32 head_squares[2][kRowTile];                 // [warpgroup][row]: a head's two halves meet here (QKV epilogue)
+  // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
+  f32 row_scale[kScaleBuffers][2 * kRowTile];
   PairShared pair;
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
 };
 
-constexpr u32 kAttentionBlockBytes = 256;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
+constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232080;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -103,6 +102,9 @@ BK_INLINE u8* worker_memory() {
   extern __shared__ __align__(1024) u8 dynamic_shared[];
   return dynamic_shared;
 }
+// [row] of one warpgroup, in a narrow step: where sums over half a head or half a group of columns meet (gemm_epilogues.cuh).
+BK_INLINE f32* half_sums(WorkerShared& shared, u32 warpgroup) { return shared.row_scale[warpgroup] + kRowTile; }
+
 BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset); }
 
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.

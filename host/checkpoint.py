@@ -8,6 +8,9 @@ Called by host/program.py. Test: pytest tests/null/test_checkpoint.py
 from __future__ import annotations
 
 import json
+import os
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +28,7 @@ MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 NUM_NAMES_SHOWN: Final = 8
+MAX_READ_PLACES: Final = 1024  # IOV_MAX of Linux
 TIED_COPY: Final = "lm_head.weight"
 
 
@@ -61,6 +65,30 @@ def read_eos_ids(folder: Path, vocab: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+class CheckpointFile:
+    """Reads a file into memory of the caller's: read calls copy from the page cache several times as fast as page faults of a mapping do,
+    and let other threads run meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+
+    def read_into(self, offset: int, places: Sequence[NDArray[Any]]) -> None:
+        """Fills contiguous places, one after the other, from the bytes at `offset` on. Several threads may call it."""
+        left = [place.data.cast("B") for place in places if place.nbytes]
+        while left:
+            num_bytes = os.preadv(self._fd, left[:MAX_READ_PLACES], offset)
+            if num_bytes == 0:
+                remedy = "It was cut short while it was read: download it again"
+                raise refusal(str(self.path), f"its end at byte {offset}", "more weights there", remedy)
+            offset += num_bytes
+            while left and num_bytes >= len(left[0]):
+                num_bytes -= len(left.pop(0))
+            if num_bytes:
+                left[0] = left[0][num_bytes:]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a safetensors file."""
@@ -69,6 +97,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     stored: str  # key of STORED_DTYPES
     data: NDArray[np.uint8]  # its bytes, in the mapped file
+    file: CheckpointFile
+    offset_bytes: int  # of its first byte in the file
 
     def view(self, dtype: DType) -> Weights | None:
         same = (self.stored, dtype) in (("BF16", DType.BF16), ("F32", DType.F32))
@@ -82,6 +112,15 @@ class StoredTensor:
             return rows if dtype == DType.BF16 else f32_from_bf16(rows)
         values = rows.astype(np.float32, copy=False)
         return bf16_from_f32(values) if dtype == DType.BF16 else values
+
+    def read_into(self, begin: int, places: Sequence[Weights], dtype: DType) -> None:
+        if (self.stored, dtype) in (("BF16", DType.BF16), ("F32", DType.F32)):
+            row_bytes = self.data.nbytes // max(1, self.shape[0])
+            self.file.read_into(self.offset_bytes + begin * row_bytes, places)
+            return
+        for place in places:
+            place[...] = self.read_rows(begin, begin + len(place), dtype)
+            begin += len(place)
 
     def _elements(self) -> NDArray[Any]:
         elements: NDArray[Any] = self.data.view(STORED_DTYPES[self.stored]).reshape(self.shape)
@@ -97,6 +136,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     if file_bytes < 8:
         raise refusal(f"{path} size", f"{file_bytes} bytes", "at least 8", "The file is truncated: download it again")
     mapped: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
+    file = CheckpointFile(path)
     header_bytes = int.from_bytes(mapped[:8].tobytes(), "little")
     if header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
         limit = min(file_bytes - 8, MAX_HEADER_BYTES)
@@ -110,13 +150,15 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         ) from None
     if not isinstance(header, dict):
         raise refusal(f"{path} header", type(header).__name__, "a JSON object", "Download it again")
-    data = mapped[8 + header_bytes :]
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: _stored_tensor(path, name, entry, data) for name, entry in entries.items()}
+    return {name: _stored_tensor(file, name, entry, mapped, 8 + header_bytes) for name, entry in entries.items()}
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8]) -> StoredTensor:
-    where = f"{path.name} tensor {name}"
+def _stored_tensor(
+    file: CheckpointFile, name: str, entry: Any, mapped: NDArray[np.uint8], data_begin: int
+) -> StoredTensor:
+    where = f"{file.path.name} tensor {name}"
+    data = mapped[data_begin:]
     try:
         stored, shape = entry["dtype"], tuple(int(num) for num in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
@@ -133,7 +175,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8]) -
     if end - begin != num_bytes:
         expected = f"{num_bytes} for shape {list(shape)} of {stored}"
         raise refusal(where, f"{end - begin} bytes", expected, "Download the file again")
-    return StoredTensor(name, shape, stored, data[begin:end])
+    return StoredTensor(name, shape, stored, data[begin:end], file, data_begin + begin)
 
 
 class Checkpoint:

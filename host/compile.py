@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 DEVICE_DIR = Path(__file__).resolve().parent.parent / "device"
-DEFAULT_ARCH = "sm_90a"  # wgmma and setmaxnreg need the `a`; other architectures follow when their kernels do
+DEFAULT_ARCH = "sm_90a"  # wgmma and setmaxnreg need the `a`
 
 
 class CompileError(RuntimeError):

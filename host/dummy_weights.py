@@ -8,6 +8,7 @@ Called by host/program.py. Test: pytest tests/null/test_checkpoint_weights.py
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,19 +33,26 @@ class DummyTensor:
     pools: dict[DType, Weights]
 
     def read_rows(self, begin: int, end: int, dtype: DType) -> Weights:
-        row_elements = int(np.prod(self.shape[1:], dtype=np.int64))
         shape = (end - begin, *self.shape[1:])
+        rows: Weights = np.empty(shape, self.pools[dtype].dtype)
+        self.read_into(begin, [rows], dtype)
+        return rows
+
+    def read_into(self, begin: int, places: Sequence[Weights], dtype: DType) -> None:
         if self.name.endswith("norm.weight"):
-            ones: NDArray[np.float32] = np.ones(shape, np.float32)
-            return bf16_from_f32(ones) if dtype == DType.BF16 else ones
+            ones: NDArray[np.float32] = np.ones(1, np.float32)
+            for place in places:
+                place[...] = bf16_from_f32(ones)[0] if dtype == DType.BF16 else ones[0]
+            return
         pool = self.pools[dtype]
-        out = np.empty((end - begin) * row_elements, pool.dtype)
-        source, filled = (self.offset + begin * row_elements) % POOL_ELEMENTS, 0
-        while filled < len(out):
-            num = min(POOL_ELEMENTS - source, len(out) - filled)
-            out[filled : filled + num] = pool[source : source + num]
-            filled, source = filled + num, 0
-        return out.reshape(shape)
+        row_elements = int(np.prod(self.shape[1:], dtype=np.int64))
+        source = (self.offset + begin * row_elements) % POOL_ELEMENTS
+        for place in places:
+            out, filled = place.reshape(-1), 0  # a view: places are contiguous
+            while filled < len(out):
+                num = min(POOL_ELEMENTS - source, len(out) - filled)
+                out[filled : filled + num] = pool[source : source + num]
+                filled, source = filled + num, (source + num) % POOL_ELEMENTS
 
     def view(self, dtype: DType) -> Weights | None:
         return None

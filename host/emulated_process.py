@@ -24,6 +24,7 @@ from blinkimp import native
 from blinkimp import ring_abi as abi
 from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.program import Model, load_model
+from blinkimp.host.sampling_memory import sampling_table_bytes
 from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair
 from blinkimp.host.weights import HostTarget
 from blinkimp.ring_abi import DType
@@ -125,6 +126,8 @@ def build_params(
         params["prefix_cache"] = memory.allocate(prefix_cache_bytes_of(sizes))
     params["plans"] = [memory.allocate(plan_bytes_of(sizes)) for _ in range(2)]
     params["sampled"] = memory.allocate(abi.SAMPLE_RESULT.itemsize * 2 * sizes.max_batch)
+    for name, num_bytes in sampling_table_bytes(sizes, int(model.dims["vocab"][0])).items():
+        params[name] = memory.allocate(num_bytes)
     params["ops"] = memory.keep(model.ops)
     params["kv_cache"] = memory.allocate(kv_bytes(model, sizes))
     params["workspaces"] = [memory.allocate(num_bytes) if num_bytes else 0 for num_bytes in workspace_bytes(params)]

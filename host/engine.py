@@ -50,7 +50,7 @@ def choose_device(config: Config) -> Device:
     try:
         from blinkimp.host.gpu_device import GpuDevice
 
-        return GpuDevice()
+        return GpuDevice(kernel=config.kernel)
     except (ImportError, RuntimeError) as error:  # no cuda-python; GpuError: no driver, no GPU, or not one we run on
         if config.device == "gpu":
             raise DeviceError(
@@ -101,6 +101,8 @@ class Engine:
             geometry=QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes),
             max_context=sizes.max_context,
             vocab_size=self.model.vocab,
+            num_constraint_slots=sizes.num_constraint_slots,
+            constraint_slot_bytes=sizes.constraint_slot_bytes,
         )
         self._page = self._regions.engine_page.view(abi.ENGINE_PAGE)
         started_at = time.monotonic()

@@ -16,10 +16,11 @@ from blinkimp.host.device_protocol import DeviceError, Launch, Progress
 from blinkimp.host.gpu_driver import GpuContext, GpuError
 from blinkimp.host.gpu_kernel import (
     KERNEL_NAME,
-    KERNEL_SOURCE,
     PACK_SOURCE,
-    SHARED_MEMORY_BYTES,
-    WORKER_THREADS,
+    KernelChoice,
+    KernelChoiceError,
+    KernelShape,
+    choose_kernel,
     kernel_shape,
 )
 from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
@@ -38,19 +39,18 @@ RESERVED_BYTES: Final = 1 << 30
 
 
 class GpuDevice:
-    """One GPU. Raises GpuError at once where there is none that the kernel runs on."""
+    """One GPU. Raises GpuError at once where there is none that a kernel runs on."""
 
     kind: DeviceKind = "gpu"
 
-    def __init__(self, device_idx: int = 0) -> None:
+    def __init__(self, device_idx: int = 0, kernel: KernelChoice = "auto") -> None:
         self._context = GpuContext(device_idx)
-        major, minor = self._context.properties.compute_capability
-        if (major, minor) != (9, 0):
-            properties = self._context.properties
+        properties = self._context.properties
+        try:
+            self._kernel_kind = choose_kernel(kernel, properties.compute_capability, properties.name)
+        except KernelChoiceError as error:
             self._context.close()
-            raise GpuError(
-                f"{properties.name} has compute capability {major}.{minor}, expected 9.0 (Hopper); use device=emulated"
-            )
+            raise GpuError(str(error)) from error
         self._stream: Any = None
         self._error: str | None = None
         self._model: Model | None = None
@@ -63,7 +63,8 @@ class GpuDevice:
     def describe(self) -> str:
         properties = self._context.properties
         version = properties.driver_version
-        return f"{properties.name}, {self.num_workers} worker SMs, driver for CUDA {version // 1000}.{version % 1000 // 10}"
+        cuda = f"{version // 1000}.{version % 1000 // 10}"
+        return f"{properties.name}, {self._kernel_kind} kernel, {self.num_workers} worker SMs, driver for CUDA {cuda}"
 
     def memory_available_bytes(self) -> int:
         self._context.make_current()
@@ -75,8 +76,9 @@ class GpuDevice:
     def start(self, launch: Launch, progress: Progress | None = None) -> None:
         self._context.make_current()
         try:
-            kernel = self._compile(launch, progress)
-            self._launch(launch, kernel, self._load(launch, progress))
+            shape = kernel_shape(launch.model, self.num_workers, self._kernel_kind, self._context.properties.arch)
+            kernel = self._compile(launch, shape, progress)
+            self._launch(launch, shape, kernel, self._load(launch, progress))
         except GpuError as error:
             raise DeviceError(str(error)) from error
         status = launch.regions.engine_page.view(abi.ENGINE_PAGE)["status"]
@@ -119,14 +121,14 @@ class GpuDevice:
         return True
 
     # ---- Inside ------------------------------------------------------------------------------------------------------
-    def _compile(self, launch: Launch, progress: Progress | None) -> CompiledKernel:
+    def _compile(self, launch: Launch, shape: KernelShape, progress: Progress | None) -> CompiledKernel:
         if progress is not None:
             progress("compile", 0, 2)
-        shape = kernel_shape(launch.model, self.num_workers)
-        self._pack = get_kernel(PACK_SOURCE, launch.cache_dir)
+        arch = self._context.properties.arch
+        self._pack = get_kernel(PACK_SOURCE, launch.cache_dir, arch)
         if progress is not None:
             progress("compile", 1, 2)
-        kernel = get_kernel(KERNEL_SOURCE, launch.cache_dir, defines=shape.defines())
+        kernel = get_kernel(shape.source, launch.cache_dir, arch, shape.defines())
         if progress is not None:
             progress("compile", 2, 2)
         source = "loaded from the cache" if kernel.from_cache else "compiled"
@@ -136,22 +138,25 @@ class GpuDevice:
     def _load(self, launch: Launch, progress: Progress | None) -> Model:
         started_at = time.monotonic()
         target = GpuTarget(self._context, launch.model, self._pack.cubin, self.num_workers)
-        self._model = load_model(
-            launch.model_folder,
-            target,
-            compute="bf16",
-            max_context=launch.sizes.max_context,
-            load_format=launch.load_format,
-            progress=None if progress is None else (lambda done, total: progress("weights", done, total)),
-        )
-        target.finish()
+        try:
+            self._model = load_model(
+                launch.model_folder,
+                target,
+                compute="bf16",
+                max_context=launch.sizes.max_context,
+                load_format=launch.load_format,
+                progress=None if progress is None else (lambda done, total: progress("weights", done, total)),
+            )
+            target.finish()
+        finally:
+            target.close()
         seconds = time.monotonic() - started_at
         _log.info(
             "weights: %.2f GB in %.1f s (%.2f GB/s)", target.num_bytes / 1e9, seconds, target.num_bytes / 1e9 / seconds
         )
         return self._model
 
-    def _launch(self, launch: Launch, kernel: CompiledKernel, model: Model) -> None:
+    def _launch(self, launch: Launch, shape: KernelShape, kernel: CompiledKernel, model: Model) -> None:
         context, regions = self._context, launch.regions
         params = allocate_engine(context, launch.model, launch.sizes, model.dims, model.ops)
         params["num_workers"] = self.num_workers
@@ -161,15 +166,15 @@ class GpuDevice:
         params["engine_page"] = context.register_host(regions.engine_page.address, regions.engine_page.region_bytes)
         for i, region in enumerate(regions.queue_pairs):
             params["queue_pairs"][0, i] = context.register_host(region.address, region.region_bytes)
-        function = context.load_kernel(kernel.cubin, KERNEL_NAME, SHARED_MEMORY_BYTES)
+        function = context.load_kernel(kernel.cubin, KERNEL_NAME, shape.shared_memory_bytes)
         self._stream = context.create_stream()
         context.synchronize()
         context.launch(
             function,
             self.num_workers + 1,
-            WORKER_THREADS,
+            shape.num_threads,
             [params],
-            shared_memory_bytes=SHARED_MEMORY_BYTES,
+            shared_memory_bytes=shape.shared_memory_bytes,
             cooperative=True,
             stream=self._stream,
         )

@@ -150,6 +150,28 @@ class GpuContext:
         self._registered.append(address)
         return int(check(driver.cuMemHostGetDevicePointer(address, 0), "cuMemHostGetDevicePointer"))
 
+    def unregister_host(self, address: int) -> None:
+        check(driver.cuMemHostUnregister(address), "cuMemHostUnregister")
+        self._registered.remove(address)
+
+    def start_upload(self, address: int, values: NDArray[Any], stream: Any) -> None:
+        """Starts the copy of a contiguous array of registered host memory; the array stays as it is until the stream is past it."""
+        call = f"cuMemcpyHtoDAsync({values.nbytes} bytes)"
+        check(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream), call)
+
+    def create_event(self) -> Any:
+        return check(driver.cuEventCreate(int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)), "cuEventCreate")
+
+    def record_event(self, event: Any, stream: Any) -> None:
+        check(driver.cuEventRecord(event, stream), "cuEventRecord")
+
+    def wait_event(self, event: Any) -> None:
+        """Until the event's last record is past; at once where it was never recorded."""
+        check(driver.cuEventSynchronize(event), "cuEventSynchronize")
+
+    def destroy_event(self, event: Any) -> None:
+        check(driver.cuEventDestroy(event), "cuEventDestroy")
+
     # ---- Kernels -------------------------------------------------------------------------------------------------
     def load_kernel(self, cubin: bytes, name: str, shared_memory_bytes: int = 0) -> Any:
         """A function of a cubin, with its dynamic shared memory limit raised."""

@@ -15,18 +15,20 @@ from blinkimp import ring_abi as abi
 from blinkimp.host.gpu_driver import GpuContext
 from blinkimp.host.memory_plan import EngineSizes, page_bytes_of, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.model_config import ModelConfig
+from blinkimp.host.sampling_memory import sampling_table_bytes
 from blinkimp.ring_abi import DType
 
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
-SQUARES_COLUMNS: Final = 32  # kSquaresColumns of device/activation_layout.cuh
+SQUARES_COLUMNS: Final = 32
+LOGIT_PART_COLUMNS: Final = 56  # kLogitPartColumns of device/logits_epilogue.cuh
 SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
 
 
 def attention_part_bytes(config: ModelConfig, sizes: EngineSizes) -> int:
     """A partial result for every split of every request of a batch at its longest context: attention_slots() slots
-    of num_heads * (head_dim + 2) f32."""
+    of num_heads * (head_dim + 2) f32; behind them a counter for each request and KV head."""
     num_slots = sizes.max_batch * -(-sizes.max_pages_per_request // SPLIT_PAGES)
-    return num_slots * config.num_heads * (config.head_dim + 2) * 4
+    return num_slots * config.num_heads * (config.head_dim + 2) * 4 + sizes.max_batch * config.num_kv_heads * 4
 
 
 def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
@@ -44,6 +46,7 @@ def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
         sampled * config.hidden * 2,
         sampled * (config.hidden // SQUARES_COLUMNS) * 4,
         attention_part_bytes(config, sizes),
+        sizes.max_batch * -(-config.vocab // LOGIT_PART_COLUMNS) * 8,
     ]
     return used + [0] * (abi.NUM_WORKSPACES - len(used))
 
@@ -72,6 +75,7 @@ def allocate_engine(
         **({"prefix_cache": prefix_cache_bytes_of(sizes)} if sizes.prefix_cache_enabled else {}),
         "sampled": 2 * sizes.max_batch * abi.SAMPLE_RESULT.itemsize,
         "grid_words": abi.GRID_WORDS_BYTES,
+        **sampling_table_bytes(sizes, config.vocab),
     }
     for name, num_bytes in tables.items():
         params[name] = context.allocate(num_bytes, name, zero=True)
@@ -79,8 +83,8 @@ def allocate_engine(
         params["plans"][0, i] = context.allocate(plan_bytes_of(sizes), "plans", zero=True)
     params["ops"] = context.allocate(ops.nbytes, "ops")
     context.upload(int(params["ops"][0]), ops)
-    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages")
+    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages", zero=True)
     for i, num_bytes in enumerate(workspace_sizes(config, sizes)):
         if num_bytes:
-            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}")
+            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}", zero=True)
     return params

@@ -1,13 +1,16 @@
 """The GPU's WeightTarget: matrices packed into the tiles that the weight producer streams, vectors in the order the epilogues read.
 
 Layout and row order are those of device/gemm.cuh and device/pack_weights.cu: [tile][k / 64][tile_rows][64] bf16, 128-byte swizzle; the two
-rows of a q or k head that rotate together are neighbours. Called by host/gpu_device.py. Test: pytest -m gpu tests/gpu/test_gemm.py
+rows of a q or k head that rotate together are neighbours. Threads read rows into pinned staging buffers (host/weight_stream.py); from there the copy
+engine brings them to the GPU, which packs them, while the threads read on.
+Called by host/gpu_device.py. Test: pytest -m gpu tests/gpu/test_gemm.py; speed: python tools/bench_load.py
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import functools
+import mmap
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 
 from blinkimp.host.gpu_driver import GpuContext
 from blinkimp.host.model_config import ModelConfig, refusal
-from blinkimp.host.weights import READ_BYTES, MatrixSource, PlacedMatrix
+from blinkimp.host.weight_stream import WeightStream
+from blinkimp.host.weights import MatrixSource, PlacedMatrix, Weights
 from blinkimp.ring_abi import DType, OpKind
 
 # Tile widths to choose from, per kind; the kernel is compiled for the chosen ones (host/gpu_kernel.py). 32 for PROJECT: a tile is one group
@@ -29,6 +33,8 @@ TILE_ROWS: Final = {
 HEAD_DIMS: Final = (64, 128)
 SLICE_COLUMNS: Final = 64
 PACK_THREADS: Final = 256
+NUM_STAGING_BUFFERS: Final = 4
+STAGING_BYTES: Final = 32 << 20  # of one buffer
 
 
 def choose_tile_rows(kind: OpKind, out_features: int, num_workers: int, head_rows: int = 0) -> int:
@@ -47,8 +53,30 @@ def rotated_order(head_dim: int) -> NDArray[np.int64]:
     return np.arange(head_dim).reshape(2, head_dim // 2).T.reshape(-1)
 
 
+class PinnedBuffer:
+    """Staging memory that the copy engine reads; implements weight_stream.Buffer."""
+
+    def __init__(self, context: GpuContext) -> None:
+        self._context = context
+        self.memory: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
+        context.register_host(self.memory.ctypes.data, STAGING_BYTES)
+        self._copied = context.create_event()
+
+    def wait(self) -> None:
+        self._context.wait_event(self._copied)
+
+    def start_upload(self, address: int, values: NDArray[Any], stream: Any) -> None:
+        """values: a part of `memory`."""
+        self._context.start_upload(address, values, stream)
+        self._context.record_event(self._copied, stream)
+
+    def close(self) -> None:
+        self._context.destroy_event(self._copied)
+        self._context.unregister_host(self.memory.ctypes.data)
+
+
 class GpuTarget:
-    """Device memory of one GPU; what it places lives as long as the context."""
+    """Device memory of one GPU; what it places lives as long as the context. Placed matrices are there once finish() has returned."""
 
     def __init__(self, context: GpuContext, config: ModelConfig, pack_cubin: bytes, num_workers: int) -> None:
         for name, got in (
@@ -62,12 +90,30 @@ class GpuTarget:
             raise refusal("head_dim on the GPU", config.head_dim, f"one of {HEAD_DIMS}", "use device=emulated")
         self._context, self._config, self._num_workers = context, config, num_workers
         self._pack = context.load_kernel(pack_cubin, "pack_weights")
-        self._staging = context.allocate(READ_BYTES, "staging of weights")
+        self._stream = (
+            context.create_stream()
+        )  # apart from the context's: the synchronous calls of place_f32() do not wait for it
+        # One suffices: copies into it and packing out of it take turns in the stream, and packing costs a tenth of the copy.
+        self._staging = context.allocate(STAGING_BYTES, "staging of weights")
+        self._buffers = [PinnedBuffer(context) for _ in range(NUM_STAGING_BUFFERS)]
+        self._reader = WeightStream(self._buffers)
         self.num_bytes = 0
 
     def finish(self) -> None:
-        """Gives the staging memory back."""
-        self._context.free(self._staging)
+        """Returns when every matrix is in place; gives the staging memory back."""
+        self._reader.finish()
+        self._context.synchronize(self._stream)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the reading threads and gives the staging memory back, also where a load was refused half way. Idempotent."""
+        self._reader.close()
+        buffers, self._buffers = self._buffers, []
+        for buffer in buffers:
+            buffer.wait()
+            buffer.close()
+        if buffers:
+            self._context.free(self._staging)
 
     def place_matrix(self, source: MatrixSource) -> PlacedMatrix:
         if source.dtype != DType.BF16:
@@ -88,8 +134,11 @@ class GpuTarget:
 
     def _place_rows(self, source: MatrixSource) -> PlacedMatrix:
         address = self._context.allocate(source.num_bytes, source.name)
-        for begin, rows in self._read(source):
-            self._context.upload(address + begin * source.in_features * 2, rows)
+
+        def upload(buffer: PinnedBuffer, begin: int, rows: Weights) -> None:
+            buffer.start_upload(address + begin * source.in_features * 2, rows, self._stream)
+
+        self._reader.add(source, upload)
         self.num_bytes += source.num_bytes
         return PlacedMatrix(address)
 
@@ -104,19 +153,17 @@ class GpuTarget:
         if num_tiles * tile_rows != source.out_features:
             self._context.fill(address, 0, num_bytes)  # rows past out_features are zero
         num_rotated = config.query_features + config.kv_features if is_qkv else 0
-        for begin, rows in self._read(source):
-            self._context.upload(self._staging, rows)
-            num_chunks = rows.size // 8
-            arguments: list[Any] = [ctypes.c_uint64(self._staging), ctypes.c_uint64(address)]
-            numbers = (begin, len(rows), source.in_features, tile_rows, num_rotated, config.head_dim)
-            arguments += [ctypes.c_uint32(number) for number in numbers]
-            self._context.launch(self._pack, -(-num_chunks // PACK_THREADS), PACK_THREADS, arguments)
-        self._context.synchronize()
+        self._reader.add(source, functools.partial(self._pack_rows, address, tile_rows, num_rotated))
         self.num_bytes += num_bytes
         return PlacedMatrix(address, 1, tile_rows, num_tiles)
 
-    def _read(self, source: MatrixSource) -> Iterator[tuple[int, NDArray[Any]]]:
-        """(first row, rows) in pieces that fit the staging memory."""
-        step = max(1, READ_BYTES // (source.in_features * 2))
-        for begin in range(0, source.out_features, step):
-            yield begin, source.read_rows(begin, min(begin + step, source.out_features))
+    def _pack_rows(
+        self, address: int, tile_rows: int, num_rotated: int, buffer: PinnedBuffer, begin: int, rows: Weights
+    ) -> None:
+        buffer.start_upload(self._staging, rows, self._stream)
+        num_chunks = rows.size // 8
+        arguments: list[Any] = [ctypes.c_uint64(self._staging), ctypes.c_uint64(address)]
+        numbers = (begin, len(rows), rows.shape[1], tile_rows, num_rotated, self._config.head_dim)
+        arguments += [ctypes.c_uint32(number) for number in numbers]
+        num_blocks = -(-num_chunks // PACK_THREADS)
+        self._context.launch(self._pack, num_blocks, PACK_THREADS, arguments, stream=self._stream)

@@ -17,6 +17,7 @@ from typing import Final, Literal
 from blinkimp import ring_abi as abi
 from blinkimp.config import Config
 from blinkimp.host.model_config import ModelConfig
+from blinkimp.host.sampling_memory import constraint_slot_bytes_of, sampling_table_bytes
 from blinkimp.ring_abi import DType
 
 DeviceKind = Literal["gpu", "emulated"]
@@ -51,6 +52,8 @@ class EngineSizes:
     max_pages_per_request: int
     num_pages: int
     prefix_cache_enabled: int = 0
+    num_constraint_slots: int = 0
+    constraint_slot_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,13 @@ def prefix_cache_bytes_of(sizes: EngineSizes) -> int:
     return sizes.num_pages * per_page + links + num_sets * PREFIX_WAYS * 4
 
 
-def table_bytes_of(sizes: EngineSizes) -> int:
+def table_bytes_of(sizes: EngineSizes, vocab: int) -> int:
     """Everything EngineParams points to, but weights, KV pages and workspaces."""
     per_request = abi.REQUEST_BYTES + 4 * sizes.max_context + 4 * sizes.max_pages_per_request
-    step = 2 * plan_bytes_of(sizes) + sizes.max_batch * abi.SAMPLE_RESULT.itemsize
+    step = 2 * plan_bytes_of(sizes) + 2 * sizes.max_batch * abi.SAMPLE_RESULT.itemsize
     fixed = abi.DIRECTOR_STATE_BYTES + abi.GRID_WORDS_BYTES
     pages = sizes.num_pages * PAGE_TABLE_BYTES + prefix_cache_bytes_of(sizes)
-    return sizes.num_requests * per_request + pages + step + fixed
+    return sizes.num_requests * per_request + pages + step + fixed + sum(sampling_table_bytes(sizes, vocab).values())
 
 
 def plan_memory(
@@ -154,7 +157,7 @@ def plan_memory(
         bytes_per_page += CACHED_PAGE_BYTES + 4 * LRU_PAGES_PER_PAGE + 2 * 4 * PREFIX_WAYS
 
     def left_for_pages(of: EngineSizes) -> int:
-        left_bytes = available_bytes - weight_bytes - workspace - table_bytes_of(of)
+        left_bytes = available_bytes - weight_bytes - workspace - table_bytes_of(of, model.vocab)
         return int(left_bytes * config.kv_memory_fraction) // (page_bytes + bytes_per_page)
 
     num_fitting = left_for_pages(sizes)
@@ -167,12 +170,14 @@ def plan_memory(
         raise MemoryPlanError(
             f"{num_pages} KV pages cannot be: {max(num_fitting, 0)} pages of {page_bytes} bytes fit into "
             f"{config.kv_memory_fraction} x ({available_bytes} bytes available - {weight_bytes} weights - {workspace} workspace - "
-            f"{table_bytes_of(sizes)} tables), and one request of max_context {sizes.max_context} needs "
+            f"{table_bytes_of(sizes, model.vocab)} tables), and one request of max_context {sizes.max_context} needs "
             f"{sizes.max_pages_per_request} pages; lower max_context, num_requests or max_step_tokens, set num_pages between the two, "
             "or use a smaller model"
         )
     sizes = EngineSizes(**{**sizes.__dict__, "num_pages": num_pages})
-    return MemoryPlan(kind, sizes, page_bytes, weight_bytes, table_bytes_of(sizes), workspace, available_bytes)
+    return MemoryPlan(
+        kind, sizes, page_bytes, weight_bytes, table_bytes_of(sizes, model.vocab), workspace, available_bytes
+    )
 
 
 def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -> EngineSizes:
@@ -202,6 +207,8 @@ def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -
         max_pages_per_request=0,
         num_pages=0,
         prefix_cache_enabled=int(config.prefix_cache),
+        num_constraint_slots=config.constraint_slots,
+        constraint_slot_bytes=constraint_slot_bytes_of(config.constraint_slot_bytes, kind, model.vocab),
     )
     return _with_context(sizes, max_context)
 

@@ -158,6 +158,8 @@ def create_engine_regions(
     geometry: QueuePairGeometry,
     max_context: int,
     vocab_size: int,
+    num_constraint_slots: int = 0,
+    constraint_slot_bytes: int = 0,
     engine_id: int | None = None,
 ) -> EngineRegions:
     """Creates the engine page and the queue pairs. A live engine of this name is refused; what dead ones left is removed."""
@@ -170,6 +172,8 @@ def create_engine_regions(
         for queue_pair_idx in range(num_queue_pairs):
             header = np.zeros(1, dtype=abi.QUEUE_PAIR_HEADER)
             _fill_queue_pair_header(header, geometry, regions.engine_id, queue_pair_idx, max_context, vocab_size)
+            header["num_constraint_slots"] = num_constraint_slots
+            header["constraint_slot_bytes"] = constraint_slot_bytes
             name = queue_pair_name(engine_name, queue_pair_idx)
             regions.queue_pairs.append(_create_region(name, geometry.region_bytes, header))
         header = np.zeros(1, dtype=abi.ENGINE_HEADER)

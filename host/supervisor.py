@@ -4,7 +4,7 @@
 
     supervisor (this) -- engine host: watches the device's heartbeat, touches no token
       |- emulated device          only without a GPU
-      |- ingress 0 .. num_ingress - 1, one queue pair each; a dead one is started anew
+      |- ingress 0 .. num_ingress - 1 (ZeroMQ), and one for HTTP where `http` says so: one queue pair each; a dead one is started anew
 
 SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most), ingresses flush, exit 0. A second
 signal stops at once. SIGSTOP stops only this process: device and ingresses go on. If this process dies, the others die with it.
@@ -44,14 +44,13 @@ class StartInterrupted(BaseException):
 class IngressSlot:
     """One place for an ingress process, and its queue pair. Starts it again when it dies."""
 
-    def __init__(self, config: Config, idx: int) -> None:
+    def __init__(self, config: Config, idx: int, module: str, arguments: list[str]) -> None:
         self.idx = idx
-        self.endpoint = endpoint_of(config.bind, idx)
+        self._module = module
         # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
         drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
-        self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--bind", self.endpoint]
-        self._arguments += ["--tokenizer", str(model_folder(config)), "--drain-timeout", str(drain_s)]
-        self._arguments += ["--log-level", config.log_level]
+        self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
+        self._arguments += ["--log-level", config.log_level, *arguments]
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
         self._is_ending = False
@@ -59,8 +58,7 @@ class IngressSlot:
 
     def _start(self) -> ChildProcess:
         self._started_at = time.monotonic()
-        name, module = f"ingress {self.idx}", "blinkimp.nic_shim.zmq_ingress"
-        return ChildProcess(name, module, self._arguments, on_line=self._on_line)
+        return ChildProcess(f"ingress {self.idx}", self._module, self._arguments, on_line=self._on_line)
 
     def _on_line(self, line: bytes) -> None:
         """`ready ENDPOINT`, on the child's thread."""
@@ -130,7 +128,7 @@ class Supervisor:
         return 1
 
     def _serve(self, engine: Engine) -> int:
-        self._ingresses = [IngressSlot(self._config, idx) for idx in range(self._config.num_ingress)]
+        self._ingresses = ingress_slots(self._config)
         while self._num_signals == 0:
             engine.check()
             for slot in self._ingresses:
@@ -165,6 +163,23 @@ class Supervisor:
         self._num_signals += 1
         if self._is_starting:
             raise StartInterrupted
+
+
+def ingress_slots(config: Config) -> list[IngressSlot]:
+    """Starts the ingress processes: ZeroMQ on the first queue pairs, HTTP on the next."""
+    folder = str(model_folder(config))
+    slots = []
+    for idx in range(config.num_ingress):
+        arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder]
+        slots.append(IngressSlot(config, idx, "blinkimp.nic_shim.zmq_ingress", arguments))
+    if config.http:
+        arguments = ["--bind", config.http, "--model-folder", folder]
+        arguments += ["--model-name", config.served_model_name or config.model, "--api-key-file", config.api_key_file]
+        arguments += ["--max-outstanding", str(config.max_outstanding)]
+        arguments += ["--max-requests-per-s", str(config.max_requests_per_s)]
+        arguments += ["--burst-requests", str(2 * config.max_requests_per_s)]
+        slots.append(IngressSlot(config, config.num_ingress, "blinkimp.nic_shim.http_ingress", arguments))
+    return slots
 
 
 def endpoint_of(bind: str, idx: int) -> str:

@@ -8,7 +8,7 @@ Called by host/program.py. Test: pytest tests/null/test_checkpoint_weights.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -35,6 +35,9 @@ class Tensor(Protocol):
 
     def read_rows(self, begin: int, end: int, dtype: DType) -> Weights:
         """Rows [begin, end) of the first axis, in dtype (bf16 as uint16)."""
+
+    def read_into(self, begin: int, places: Sequence[Weights], dtype: DType) -> None:
+        """Rows from `begin` on into places, one after the other: contiguous blocks of rows of dtype. Several threads may call it."""
 
     def view(self, dtype: DType) -> Weights | None:
         """The whole tensor without a copy, if it is stored in dtype."""
@@ -65,30 +68,47 @@ class MatrixSource:
 
     def read_rows(self, begin: int, end: int) -> Weights:
         """Rows [begin, end) as [end - begin, in_features], float32 or bf16 bits in uint16."""
-        return self._read_interleaved(begin, end) if self.interleaved else self._read_concatenated(begin, end)
+        rows = np.empty((end - begin, self.in_features), np.uint16 if self.dtype == DType.BF16 else np.float32)
+        self.read_into(begin, rows)
+        return rows
+
+    def read_into(self, begin: int, rows: Weights) -> None:
+        """Rows from `begin` on into [num_rows, in_features], contiguous. Several threads may call it."""
+        for part, (part_begin, places) in zip(self.parts, self._places(begin, rows), strict=True):
+            if places:
+                part.read_into(part_begin, places, self.dtype)
 
     def view(self) -> Weights | None:
         """The matrix without a copy, where it is one stored tensor of this dtype."""
         return self.parts[0].view(self.dtype) if len(self.parts) == 1 else None
 
-    def _read_concatenated(self, begin: int, end: int) -> Weights:
-        pieces, part_begin = [], 0
-        for part in self.parts:
-            part_end = part_begin + part.shape[0]
-            low, high = max(begin, part_begin), min(end, part_end)
-            if low < high:
-                pieces.append(part.read_rows(low - part_begin, high - part_begin, self.dtype))
-            part_begin = part_end
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _places(self, begin: int, rows: Weights) -> list[tuple[int, list[Weights]]]:
+        """For each part: its first row, and where its rows from there on go."""
+        end = begin + len(rows)
+        found: list[tuple[int, list[Weights]]] = []
+        part_begin = 0
+        for part_idx, part in enumerate(self.parts):
+            first = 0
+            places: list[Weights] = []
+            for matrix_begin, part_row, num_rows in self._runs(part_idx, part, part_begin, begin, end):
+                low, high = max(begin, matrix_begin), min(end, matrix_begin + num_rows)
+                if low < high:
+                    first = first if places else part_row + low - matrix_begin
+                    places.append(rows[low - begin : high - begin])
+            found.append((first, places))
+            part_begin += part.shape[0]
+        return found
 
-    def _read_interleaved(self, begin: int, end: int) -> Weights:
-        group = GATE_UP_GROUP_ROWS
-        first_group, end_group = begin // (2 * group), -(-end // (2 * group))
-        shape = (end_group - first_group, group, self.in_features)
-        first, end_row = first_group * group, end_group * group
-        pieces = [part.read_rows(first, end_row, self.dtype).reshape(shape) for part in self.parts]
-        rows = np.stack(pieces, axis=1).reshape(-1, self.in_features)
-        return rows[begin - first_group * 2 * group : end - first_group * 2 * group]
+    def _runs(
+        self, part_idx: int, part: Tensor, part_begin: int, begin: int, end: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """(row of the matrix, row of the part, number of rows) where a part's rows lie, around [begin, end)."""
+        if not self.interleaved:
+            yield part_begin, 0, part.shape[0]
+            return
+        group, num_parts = GATE_UP_GROUP_ROWS, len(self.parts)
+        for group_idx in range(begin // (num_parts * group), -(-end // (num_parts * group))):
+            yield (group_idx * num_parts + part_idx) * group, group_idx * group, group
 
 
 @dataclass(frozen=True)
@@ -162,6 +182,6 @@ class HostTarget:
         rows = max(16, READ_BYTES // max(1, source.in_features * matrix.itemsize) // 16 * 16)
         for begin in range(0, source.out_features, rows):
             end = min(begin + rows, source.out_features)
-            matrix[begin:end] = source.read_rows(begin, end)
+            source.read_into(begin, matrix[begin:end])
         self.num_bytes += matrix.nbytes
         return matrix

@@ -1,6 +1,7 @@
 """An ingress's tie to the engine: puts requests on the ring, routes completions back, and survives the engine's absences.
 
-Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, all from one thread. Test: pytest tests/host/test_zmq_ingress.py
+Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, or by nic_shim/engine_thread.py, all from one thread.
+Test: pytest tests/host/test_zmq_ingress.py
 
 Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
 Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
@@ -9,7 +10,8 @@ Hazard    A FINISH may be lost with the epoch while its last token was read: rea
 
 Invariants
 I1  A request is in exactly one place: waiting (in order), on the ring (_on_ring has its ring_id), or ended.
-I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored.
+I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
+    ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
 I3  Tokens of one submission arrive with index 0, 1, 2, ...; anything else is counted and ends the request with an error.
 """
 
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.nic_shim.constraint_slots import ConstraintSlots
 from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
@@ -62,6 +65,9 @@ class EngineLink:
         self._waiting: deque[LiveRequest] = deque()
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
+        self._abandoned: set[int] = set()  # ring ids
+        self._blocked: list[LiveRequest] = []  # waiting too: every constraint slot is in use
+        self.slots = ConstraintSlots()
         # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
         self._next_ring_id = secrets.randbits(62) | 1
         self._attached = False
@@ -88,12 +94,12 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
-        return len(self._waiting) + len(self._on_ring)
+        return len(self._waiting) + len(self._blocked) + len(self._on_ring)
 
     @property
     def has_work(self) -> bool:
         """Whether completions may come, or something waits to go out."""
-        return bool(self._on_ring or self._waiting or self._cancels)
+        return bool(self._on_ring or self._waiting or self._cancels or self._abandoned)
 
     # ---- Requests --------------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
@@ -111,26 +117,36 @@ class EngineLink:
             return
         if request.ring_id in self._on_ring:
             self._cancels.append(request.ring_id)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        elif request in self._waiting or request in self._blocked:
+            (self._waiting if request in self._waiting else self._blocked).remove(request)
             request.finish(abi.FINISH_CANCELLED)
 
     def pump(self) -> list[LiveRequest]:
         """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
         ended: list[LiveRequest] = []
         while self._attached and self._cancels:
-            if self._cancels[0] in self._on_ring and not self._took(self.port.try_cancel(self._cancels[0])):
+            ring_id = self._cancels[0]
+            runs = ring_id in self._on_ring or ring_id in self._abandoned
+            if runs and not self._took(self.port.try_cancel(ring_id)):
                 return ended
             self._cancels.popleft()
         while self._attached and self._waiting:
             request = self._waiting[0]
+            slot = None
+            if request.constraint is not None:
+                if self.slots.is_blocked(self.port, request.constraint):
+                    self._blocked.append(self._waiting.popleft())
+                    continue
+                status, slot = self.slots.try_load(self.port, request.constraint)
+                if not self._took(status):
+                    break
             ring_id = self._next_ring_id
             status = self.port.try_submit(
                 ring_id,
                 request.ring_prompt(),
                 request.ring_sampling(),
-                stop_ids=request.sampling.stop_token_ids,
-                max_tokens=request.max_tokens - len(request.output_ids),
+                constraint_slot=slot,
+                **request.ring_options(),
             )
             if status == PortStatus.TOO_LARGE:
                 request.fail(
@@ -149,7 +165,15 @@ class EngineLink:
             request.ring_id = ring_id
             request.num_resumed = len(request.output_ids)
             self._on_ring[ring_id] = request
+            if slot is not None:
+                self.slots.hold(ring_id, slot)
         return ended
+
+    def _leave_ring(self, ring_id: int) -> None:
+        """The engine is done with it."""
+        if self.slots.release(ring_id) and self._blocked:
+            self._waiting.extendleft(reversed(self._blocked))
+            self._blocked.clear()
 
     def _took(self, status: PortStatus) -> bool:
         if status == PortStatus.OK:
@@ -173,32 +197,59 @@ class EngineLink:
                 break
             num_read += len(entries)
             for commit, token, ring_id, index, logprob, device_ns in entries.tolist():
+                kind = commit >> _KIND_SHIFT & 0xFF
                 request = self._on_ring.get(ring_id)
                 if request is None:
-                    self.counters.stray_completions += 1
+                    if ring_id not in self._abandoned:
+                        self.counters.stray_completions += 1
+                    elif kind == abi.COMPLETION_FINISH:
+                        self._abandoned.remove(ring_id)
+                        self._leave_ring(ring_id)
                     continue
-                kind = commit >> _KIND_SHIFT & 0xFF
                 if kind == abi.COMPLETION_TOKEN:
-                    if index + request.num_resumed != len(request.output_ids):
+                    if index + request.num_resumed != len(request.output_ids) or request.num_top_missing:
                         self._break(request, index)
                     else:
                         self.counters.tokens += 1
                         request.push_token(token, logprob, device_ns)
+                        if request.is_stopped:
+                            self._end_here(request, device_ns)
+                elif kind == abi.COMPLETION_TOP:
+                    if not request.push_top(token, logprob):
+                        self._break(request, index)
+                    elif request.is_stopped:
+                        self._end_here(request, device_ns)
                 elif kind == abi.COMPLETION_ACK:
                     request.accepted_ns = request.accepted_ns or device_ns
                     continue
+                elif kind == abi.COMPLETION_START:
+                    request.started_ns = request.started_ns or device_ns
+                    continue
                 elif kind == abi.COMPLETION_FINISH:
                     del self._on_ring[ring_id]
+                    self._leave_ring(ring_id)
+                    if not request.num_resumed:
+                        request.num_cached_tokens = int(logprob)
                     request.finish(commit >> _REASON_SHIFT & 0xFF, device_ns)
                 elif kind == abi.COMPLETION_REJECT:
                     del self._on_ring[ring_id]
+                    self._leave_ring(ring_id)
                     _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
         return touched
 
+    def _end_here(self, request: LiveRequest, device_ns: int) -> None:
+        """The output holds a stop string: the request ends now, the engine is told to stop."""
+        del self._on_ring[request.ring_id]
+        self._abandoned.add(request.ring_id)
+        self._cancels.append(request.ring_id)
+        request.finish(0, device_ns)
+
     def _break(self, request: LiveRequest, index: int) -> None:
         self.counters.broken_sequences += 1
         del self._on_ring[request.ring_id]
+        self._abandoned.add(request.ring_id)
+        self._cancels.append(request.ring_id)
         request.fail(
             "engine_error",
             "the engine's tokens are out of order",
@@ -262,10 +313,15 @@ class EngineLink:
     def _resubmit(self) -> list[LiveRequest]:
         """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
         self._cancels.clear()
+        self._abandoned.clear()
+        self.slots.reset()
+        self._waiting.extendleft(reversed(self._blocked))
+        self._blocked.clear()
         ended = []
         for ring_id in sorted(self._on_ring, reverse=True):
             request = self._on_ring.pop(ring_id)
             request.ring_id = 0
+            request.drop_partial()
             reason = abi.FINISH_CANCELLED if request.cancelled else request.reason_to_stop(self.eos_ids)
             if reason:
                 request.finish(reason)
@@ -276,10 +332,12 @@ class EngineLink:
         return ended
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
-        ended = [*self._on_ring.values(), *self._waiting]
+        ended = [*self._on_ring.values(), *self._waiting, *self._blocked]
         self._on_ring.clear()
         self._waiting.clear()
+        self._blocked.clear()
         self._cancels.clear()
+        self._abandoned.clear()
         for request in ended:
             request.fail(
                 "engine_lost",

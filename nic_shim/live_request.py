@@ -1,16 +1,19 @@
 """One unfinished request in an ingress: its prompt, what the engine has answered, what the client has not got yet.
 
-Made by nic_shim/message_handler.py, filled by nic_shim/engine_link.py, emptied by nic_shim/sessions.py.
-Test: pytest tests/host/test_zmq_ingress.py
+Made by nic_shim/message_handler.py and nic_shim/http_generate.py, filled by nic_shim/engine_link.py, emptied by nic_shim/sessions.py and
+nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_live_request.py
 
 Invariants
 I1  output_ids holds every output token once, in order, whatever number of submissions it took.
 I2  A request has one end: `end` is set once, and nothing is added after it.
-I3  Memory: 4 bytes a prompt token, 4 + 4 bytes an output token, and the text that is not sent; max_tokens bounds it.
+I3  Memory: 4 bytes a prompt token, 4 + 4 bytes an output token (12 more for each alternative), and the text that is not sent;
+    max_tokens bounds it.
+I4  A token is whole once its alternatives are there: only then it is detokenised, counted and sent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from array import array
@@ -20,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.queue_pair import sampling_record
+from blinkimp.nic_shim.stop_strings import StopMatcher
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
 from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
@@ -32,13 +37,20 @@ class LiveRequest:
     """State of one request. `session` is whatever the transport needs to find the client again."""
 
     def __init__(self, submit: Submit, session: Any) -> None:
+        sampling = submit.sampling
         self.session = session
         self.client_id = submit.id
         self.stream = submit.stream
-        self.wants_text = submit.detokenize
-        self.sampling: Sampling = submit.sampling
-        self.seed = submit.sampling.seed if submit.sampling.seed is not None else secrets.randbits(64)
+        self.wants_text = submit.detokenize or bool(sampling.stop)  # stop strings are looked for in the text
+        self.shows_text = submit.detokenize
+        self.sampling: Sampling = sampling
+        self.seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
+        self.priority = submit.priority
+        self.timeout_s = submit.timeout_s
+        self.cache_salt = cache_salt_word(submit.cache_salt)
+        self.uses_prefix_cache = submit.prefix_cache
         self.prompt_ids: npt.NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
+        self.constraint: LoadedConstraint | None = None
         self.detokenizer: IncrementalDetokenizer | None = None
         self.cancelled = False  # the client does not want it any more
         self.end: Finish | Error | None = None
@@ -49,11 +61,16 @@ class LiveRequest:
         self.output_ids = array("I", submit.delivered_ids)
         self.num_sent = len(submit.delivered_ids)
         self.unsent_logprobs = array("f")
+        self.unsent_top: list[list[tuple[int, float]]] = []
         self.unsent_text: list[str] = []
+        self.stop_matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self.num_top_missing = 0  # alternatives of the last token that have not arrived (I4)
         # ---- Times
         self.received_ns = time.monotonic_ns()
-        self.accepted_ns = 0  # device clock
-        self.first_token_ns = 0  # device clock
+        self.accepted_ns = 0  # device clock, as the next two
+        self.started_ns = 0
+        self.first_token_ns = 0
+        self.num_cached_tokens = 0
 
     @property
     def max_tokens(self) -> int:
@@ -62,8 +79,8 @@ class LiveRequest:
     def start_detokenizer(self, detokenizer: IncrementalDetokenizer) -> None:
         """Takes it up where the client stands: text of what was delivered is not sent twice, half a character is kept."""
         self.detokenizer = detokenizer
-        for token in self.output_ids:
-            detokenizer.push(token)
+        for position, token in enumerate(self.output_ids):
+            self._match_stops(detokenizer.push(token), position)
 
     # ---- For the ring ----------------------------------------------------------------------------------------------
     def ring_prompt(self) -> npt.NDArray[np.uint32]:
@@ -82,10 +99,45 @@ class LiveRequest:
             top_k=sampling.top_k,
             seed=(self.seed + _SEED_STEP * len(self.output_ids)) % 2**64,
             ignore_eos=sampling.ignore_eos,
+            min_tokens=max(0, sampling.min_tokens - len(self.output_ids)),
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            num_top_logprobs=sampling.top_logprobs,
         )
+
+    def ring_options(self) -> dict[str, Any]:
+        """What else the queue pair's try_submit() is told."""
+        return {
+            "stop_ids": self.sampling.stop_token_ids,
+            "max_tokens": self.max_tokens - len(self.output_ids),
+            "logit_bias": self.sampling.logit_bias,
+            "flags": 0 if self.uses_prefix_cache else int(abi.REQUEST_NO_PREFIX_CACHE),
+            "priority": self.priority,
+            "timeout_ns": self.remaining_ns(),
+            "cache_salt": self.cache_salt,
+            "constraint_state": self._constraint_state(),
+        }
+
+    def _constraint_state(self) -> int:
+        """Where the automaton stands behind the output so far."""
+        state = 0
+        if self.constraint is not None:
+            for token in self.output_ids:
+                following = self.constraint.table.next_state(state, token)
+                state = state if following is None else following  # a token that delivered_ids made up
+        return state
+
+    def remaining_ns(self) -> int:
+        """Of its time, for the engine to watch over: at least 1 where there is a deadline, 0 where there is none."""
+        if self.timeout_s is None:
+            return 0
+        return max(1, int(self.timeout_s * 1e9) - (time.monotonic_ns() - self.received_ns))
 
     def reason_to_stop(self, eos_ids: frozenset[int]) -> int:
         """The FinishReason that the tokens so far call for, or 0: a FINISH may have been lost with an engine."""
+        if self.is_stopped:
+            return abi.FINISH_STOP_ID
         if self.output_ids:
             last = self.output_ids[-1]
             if last in eos_ids and not self.sampling.ignore_eos:
@@ -100,17 +152,60 @@ class LiveRequest:
             self.first_token_ns = device_ns
         self.output_ids.append(token)
         self.unsent_logprobs.append(logprob)
-        if self.detokenizer is not None:
-            piece = self.detokenizer.push(token)
-            if piece:
-                self.unsent_text.append(piece)
+        if self.sampling.top_logprobs:
+            self.unsent_top.append([])
+            self.num_top_missing = self.sampling.top_logprobs
+        elif self.detokenizer is not None:
+            self._push_text(self.detokenizer.push(token))
+
+    def push_top(self, token: int, logprob: float) -> bool:
+        """One alternative of the last token. False where none is expected."""
+        if not self.num_top_missing:
+            return False
+        self.unsent_top[-1].append((token, logprob))
+        self.num_top_missing -= 1
+        if not self.num_top_missing and self.detokenizer is not None:
+            self._push_text(self.detokenizer.push(self.output_ids[-1]))
+        return True
+
+    def drop_partial(self) -> None:
+        """The engine is gone and with it the rest of the last token's alternatives: the token is sampled again (I4)."""
+        if self.num_top_missing:
+            self.output_ids.pop()
+            self.unsent_logprobs.pop()
+            self.unsent_top.pop()
+            self.num_top_missing = 0
+
+    def _push_text(self, piece: str) -> None:
+        piece = self._match_stops(piece, len(self.output_ids) - 1)
+        if piece and self.shows_text:
+            self.unsent_text.append(piece)
+
+    def _match_stops(self, piece: str, position: int) -> str:
+        """What of `piece`, which came with the output token at `position`, may be shown."""
+        if self.stop_matcher is None or position < self.sampling.min_tokens:
+            return piece
+        return self.stop_matcher.push(piece)
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string was found: whatever the engine goes on to say is not output any more."""
+        return self.stop_matcher is not None and self.stop_matcher.matched is not None
 
     def finish(self, reason: int, device_ns: int = 0) -> None:
-        if self.detokenizer is not None and (tail := self.detokenizer.finish()):
-            self.unsent_text.append(tail)
+        """The end. reason: a FinishReason; of no account where a stop string was found."""
+        if self.detokenizer is not None and not self.is_stopped:
+            tail = self._match_stops(self.detokenizer.finish(), len(self.output_ids))
+            if self.stop_matcher is not None:
+                tail += self.stop_matcher.finish()
+            if tail and self.shows_text:
+                self.unsent_text.append(tail)
+        stop: str | int | None = self.stop_matcher.matched if self.stop_matcher is not None else None
+        if stop is None and reason == abi.FINISH_STOP_ID:
+            stop = self.output_ids[-1]
         self.end = Finish(
             id=self.client_id,
-            reason=FINISH_REASONS.get(reason, f"unknown_{reason}"),
+            reason="stop" if isinstance(stop, str) else FINISH_REASONS.get(reason, f"unknown_{reason}"),
             num_prompt_tokens=len(self.prompt_ids),
             num_output_tokens=len(self.output_ids),
             seed=self.seed,
@@ -118,23 +213,34 @@ class LiveRequest:
             first_token_ns=self.first_token_ns,
             finished_ns=device_ns,
             ingress_ns=time.monotonic_ns() - self.received_ns,
+            started_ns=self.started_ns,
+            num_cached_tokens=self.num_cached_tokens,
+            stop=stop,
         )
 
     def fail(self, code: ErrorCode, what: str, got: str, expected: str, remedy: str) -> None:
-        self.end = Error(self.client_id, code, what, got, expected, remedy, final=True)
+        self.fail_with(Error(self.client_id, code, what, got, expected, remedy, final=True))
+
+    def fail_with(self, error: Error) -> None:
+        self.end = error
+
+    @property
+    def num_whole(self) -> int:
+        """Output tokens that can be sent (I4)."""
+        return len(self.output_ids) - (1 if self.num_top_missing else 0)
 
     def has_unsent(self) -> bool:
         """Whether take_tokens() would give something now."""
         if not self.stream and self.end is None:
             return False
-        return self.num_sent < len(self.output_ids) or bool(self.unsent_text)
+        return self.num_sent < self.num_whole or bool(self.unsent_text)
 
     def take_tokens(self, max_tokens: int) -> Tokens:
         """What the client has not got, max_tokens of it at most; text goes with the last of it."""
-        first = self.num_sent
-        last = min(len(self.output_ids), first + max_tokens)
+        first, num_whole = self.num_sent, self.num_whole
+        last = min(num_whole, first + max_tokens)
         num_taken = last - first
-        whole = last == len(self.output_ids)
+        whole = last == num_whole
         message = Tokens(
             id=self.client_id,
             index=first,
@@ -143,7 +249,17 @@ class LiveRequest:
             text="".join(self.unsent_text) if whole else "",
         )
         del self.unsent_logprobs[:num_taken]
+        if self.unsent_top:
+            message.top = self.unsent_top[:num_taken]
+            del self.unsent_top[:num_taken]
         if whole:
             self.unsent_text.clear()
         self.num_sent = last
         return message
+
+
+def cache_salt_word(salt: str) -> int:
+    """The ring's 64-bit word for a salt; no salt is 0, and no salt becomes 0."""
+    if not salt:
+        return 0
+    return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "little") or 1

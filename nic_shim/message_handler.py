@@ -12,10 +12,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.sessions import Session, SessionTable
@@ -34,7 +37,6 @@ from blinkimp.protocol import (
     Stats,
     Submit,
     decode_client_message,
-    quote,
 )
 
 log = logging.getLogger("blinkimp.ingress")
@@ -87,8 +89,12 @@ class MessageHandler:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
         self._tokenised: deque[tuple[LiveRequest, npt.NDArray[np.uint32] | Exception]] = deque()
         self.num_tokenising = 0
+        self._compiler = ConstraintCompiler(
+            tokenizer.path, link.port.vocab_size, tuple(link.eos_ids), link.port.constraint_slot_bytes
+        )
 
     def close(self) -> None:
+        self._compiler.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # ---- Messages --------------------------------------------------------------------------------------------------
@@ -170,17 +176,27 @@ class MessageHandler:
             return
         request = LiveRequest(submit, session)
         self._sessions.add_request(session, request)
-        if isinstance(submit.prompt, list):
+        if submit.sampling.constraint is None and isinstance(submit.prompt, list):
             self._start(request, np.asarray(submit.prompt, dtype=np.uint32))
-        elif len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
-            self._start(request, self._encode(submit.prompt))
+        elif submit.sampling.constraint is None and len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
+            self._start(request, self._encode(str(submit.prompt)))
         else:
             self.num_tokenising += 1
-            future = self._pool.submit(self._encode, submit.prompt)
+            future = self._pool.submit(self._prepare, request, submit)
             # On the pool's thread; deque.append is atomic, and take_tokenised() picks it up.
             future.add_done_callback(
                 lambda done: None if done.cancelled() else self._tokenised.append((request, done.result()))
             )
+
+    def _prepare(self, request: LiveRequest, submit: Submit) -> npt.NDArray[np.uint32] | Exception:
+        """On the pool's thread: the prompt's ids, and the constraint's automaton."""
+        if submit.sampling.constraint is not None:
+            try:
+                request.constraint = self._compiler.compile(submit.sampling.constraint)
+            except ConstraintProblem as problem:
+                return problem
+        prompt = submit.prompt
+        return np.asarray(prompt, dtype=np.uint32) if isinstance(prompt, list) else self._encode(prompt)
 
     def _encode(self, text: str) -> npt.NDArray[np.uint32] | Exception:
         try:
@@ -198,14 +214,11 @@ class MessageHandler:
     def _start(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32] | Exception) -> None:
         if request.cancelled:
             request.finish(abi.FINISH_CANCELLED)
+        elif isinstance(prompt_ids, ConstraintProblem):
+            request.fail_with(msgspec.structs.replace(prompt_ids.error, id=request.client_id))
+            self.counters.refused += 1
         elif isinstance(prompt_ids, Exception):
-            request.fail(
-                "bad_prompt",
-                "the prompt cannot be tokenised",
-                quote(str(prompt_ids)),
-                "text that the model's tokenizer takes",
-                "send other text, or token ids",
-            )
+            request.fail_with(untokenisable(request.client_id, prompt_ids))
         elif not self._fail_bad_prompt(request, prompt_ids):
             request.prompt_ids = prompt_ids
             self.counters.requests += 1
@@ -217,35 +230,11 @@ class MessageHandler:
             self._sessions.touch([request])
 
     def _fail_bad_prompt(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32]) -> bool:
-        """Ends the request where its prompt cannot be run; the director would reject it too, less readably."""
-        port, num_prompt_tokens = self._link.port, len(prompt_ids)
-        if num_prompt_tokens == 0:
-            request.fail(
-                "prompt_empty",
-                "the prompt is empty",
-                "0 tokens",
-                "at least 1 token",
-                "send a longer prompt",
-            )
-        elif num_prompt_tokens + request.max_tokens > port.max_context:
-            request.fail(
-                "prompt_too_long",
-                "prompt and output do not fit into the model's context",
-                f"{num_prompt_tokens} prompt tokens + max_tokens {request.max_tokens}",
-                f"at most {port.max_context} together",
-                "shorten the prompt or lower max_tokens",
-            )
-        else:
-            ids = [int(prompt_ids.max()), *request.output_ids, *request.sampling.stop_token_ids]
-            if max(ids) < port.vocab_size:
-                return False
-            request.fail(
-                "bad_token",
-                "a token id of prompt, stop_token_ids or delivered_ids is not in the vocabulary",
-                str(max(ids)),
-                f"0 to {port.vocab_size - 1}",
-                "use this model's tokenizer",
-            )
+        """Ends the request where its prompt cannot be run."""
+        problem = prompt_problem(request.client_id, prompt_ids, request.sampling, self._link.port, request.output_ids)
+        if problem is None:
+            return False
+        request.fail_with(problem)
         self.counters.refused += 1
         return True
 
@@ -293,28 +282,7 @@ class MessageHandler:
                     f"wait for some to finish, or raise the ingress's --{limit_name.replace('_', '-')}",
                     final=True,
                 )
-        num_bytes = len(submit.prompt) if isinstance(submit.prompt, str) else 0
-        if num_bytes > limits.max_prompt_bytes:
-            return _error(
-                submit.id,
-                "prompt_too_long",
-                "the prompt's text is too long",
-                f"{num_bytes} characters",
-                f"at most {limits.max_prompt_bytes}",
-                "shorten the prompt, or start the ingress with a larger --max-prompt-bytes",
-                final=True,
-            )
-        if len(submit.delivered_ids) > submit.sampling.max_tokens:
-            return _error(
-                submit.id,
-                "bad_message",
-                "delivered_ids holds more tokens than were asked for",
-                str(len(submit.delivered_ids)),
-                f"at most max_tokens = {submit.sampling.max_tokens}",
-                "send the tokens of this request that have arrived, no others",
-                final=True,
-            )
-        return None
+        return submit_problem(submit, limits.max_prompt_bytes)
 
     def _cancel(self, session: Session, cancel: Cancel) -> None:
         request = session.requests.get(cancel.id)

@@ -23,6 +23,7 @@ CONTEXT_TOKENS = 8  # of the prompt: some decoders treat the first token of a te
 # A character has at most four bytes, so a run this long that never ends on a character boundary is not text. It bounds the cost of
 # a step, which decodes all that is held back.
 MAX_HELD_TOKENS = 64
+USER_SPEAKS = "\n\nUser:"  # what ends a reply where the checkpoint has no chat template (chat_prompt)
 
 
 class TokenizerError(RuntimeError):
@@ -49,10 +50,10 @@ class Tokenizer:
         self.vocab_size: int = self.hf.get_vocab_size(with_added_tokens=True)
         self.eos_ids = read_eos_ids(self.path.parent)
 
-    def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Token ids of `text`, with the special tokens that the checkpoint puts around it."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> npt.NDArray[np.uint32]:
+        """Token ids of `text`, by default with the special tokens that the checkpoint puts around it."""
         # encode_batch, not encode: it releases the GIL, and others stream meanwhile.
-        return np.asarray(self.hf.encode_batch([text])[0].ids, dtype=np.uint32)
+        return np.asarray(self.hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.hf.decode(list(ids), skip_special_tokens=True)

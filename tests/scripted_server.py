@@ -41,6 +41,7 @@ class Script:
     at_once: int = 0
     most_at_once: int = 0
     num_connections: int = 0
+    clients: set[bytes] = field(default_factory=set)
     stalled_until: float = 0.0
 
     async def wait(self, seconds: float) -> None:
@@ -83,7 +84,7 @@ async def answer_http(script: Script, reader: asyncio.StreamReader, writer: asyn
         elif not script.take(body.get("prompt") or body["messages"]):
             await respond(writer, 503, {"error": "busy"})
         else:
-            await stream_completion(script, writer, body["max_tokens"])
+            await stream_completion(script, writer, body["max_tokens"], "messages" in body)
 
 
 async def respond(writer: asyncio.StreamWriter, status: int, content: Any) -> None:
@@ -92,15 +93,17 @@ async def respond(writer: asyncio.StreamWriter, status: int, content: Any) -> No
     await writer.drain()
 
 
-async def stream_completion(script: Script, writer: asyncio.StreamWriter, num_tokens: int) -> None:
+async def stream_completion(script: Script, writer: asyncio.StreamWriter, num_tokens: int, is_chat: bool) -> None:
     def send(event: Any) -> None:
         data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
         writer.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+    if is_chat:
+        send({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
     for idx in range(num_tokens):
         await script.wait((script.first_ms if idx == 0 else script.gap_ms) / 1e3)
-        send({"choices": [{"index": 0, "text": f" {idx}"}]})
+        send({"choices": [{"index": 0, **({"delta": {"content": f" {idx}"}} if is_chat else {"text": f" {idx}"})}]})
         await writer.drain()
     script.at_once -= 1
     send({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": num_tokens}})
@@ -132,6 +135,7 @@ async def serve_zmq(script: Script, socket: zmq.asyncio.Socket) -> None:
             if isinstance(message, GetHealth):
                 await send(client, Health(message.id, "ok", 1, 0, "running", 1, 4096, 100, [0]))
             elif isinstance(message, Submit):
+                script.clients.add(client)
                 task = asyncio.create_task(answer(client, message))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)

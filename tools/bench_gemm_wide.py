@@ -29,7 +29,7 @@ SHAPES = {  # name: (packed tile rows, out features, in features)
 TILINGS = {  # packed tile rows: (tokens, stack)
     32: [(64, 2), (128, 2), (128, 4), (128, 8)],
     48: [(64, 2), (128, 2), (128, 4)],
-    112: [(64, 2), (128, 1), (128, 2)],
+    112: [(64, 2), (128, 2)],
 }
 ROWS = (128, 256, 512, 1024, 2048, 8192)
 NUM_LAYERS = 32

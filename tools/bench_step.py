@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from step_cost import Limits  # noqa: E402  (the path above comes first)
 from step_engine import EngineBench  # noqa: E402
 from step_report import fill_rows, print_report  # noqa: E402
-from step_requests import BenchError  # noqa: E402
+from step_requests import SAMPLING, BenchError  # noqa: E402
 from step_rows import SHAPES, Row, parse_rows  # noqa: E402
 from step_stats import header, write_report  # noqa: E402
 
@@ -71,6 +71,7 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
             settings,
             arguments.timeout,
             source,
+            arguments.sampling,
         ) as bench:
             report["engine"] = bench.describe()
             report["idle"]["engine_w"] = bench.idle_power_w(IDLE_S)
@@ -100,6 +101,7 @@ def bench_torch(arguments: argparse.Namespace, report: dict[str, Any], on_gpu: b
         command += ["--rows", ",".join(row.name for row in arguments.rows), "--device", "cuda" if on_gpu else "cpu"]
         command += ["--backend", arguments.torch_backend, "--mode", arguments.torch_mode]
         command += ["--compile-budget-s", str(arguments.compile_budget_s), "--seconds", str(arguments.energy_s)]
+        command += ["--tune"] if arguments.torch_tune else []
         command += ["--matrix-rate"] if arguments.measure_limits else []
         try:
             done = subprocess.run(command, check=False, timeout=TORCH_TIMEOUT_S)
@@ -147,6 +149,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "gpu", "emulated"), default="auto")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps to measure of each row, at least")
     parser.add_argument("--energy-s", type=float, help="how long each row is repeated on a GPU (default 2; quick: 1)")
+    parser.add_argument("--sampling", choices=SAMPLING, default="greedy", help="what blinkimp's requests ask for")
     parser.add_argument("--step-tokens", type=int, default=0, help="rows of a step at most (max_step_tokens)")
     parser.add_argument(
         "--chunk", type=int, default=0, help="prompt tokens of a request in a step (prefill_chunk_tokens)"
@@ -155,6 +158,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure-limits", action="store_true", help="measure bandwidth and matrix rate on this GPU")
     parser.add_argument("--torch-backend", default="inductor", help="of torch.compile; none: uncompiled")
     parser.add_argument("--torch-mode", default="default", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    parser.add_argument("--torch-tune", action="store_true", help="inductor's coordinate descent tuning")
     parser.add_argument(
         "--compile-budget-s", type=float, help="torch.compile's, over all rows (default 600; quick: 80)"
     )
@@ -181,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {
         **header("bench_step", argv, arguments.commit, open_nvml()),
         "shape": arguments.shape,
+        "sampling": arguments.sampling,
         "limits": dataclasses.asdict(Limits()),
         "limits_measured_in_this_run": arguments.measure_limits,
         "idle": {"gpu_w": None, "engine_w": None},

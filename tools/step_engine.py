@@ -91,11 +91,12 @@ class EngineBench:
         settings: dict[str, Any],
         timeout_s: float,
         source: PowerSource | None,
+        sampling: str = "greedy",
     ) -> None:
         self._stack = contextlib.ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._config = config_of(folder, shape, device, max_context, settings)
-        self._timeout_s, self._source = timeout_s, source
+        self._timeout_s, self._source, self._sampling = timeout_s, source, sampling
 
     def __enter__(self) -> Self:
         try:
@@ -108,7 +109,7 @@ class EngineBench:
             port = self._stack.enter_context(QueuePairPort.open(self._config.engine_name, 0))
             port.attach(ATTACH_TIMEOUT_S)
             port.start_heartbeat()
-            self.client = Client(self.engine, port, bars, self._timeout_s)
+            self.client = Client(self.engine, port, bars, self._timeout_s, self._sampling)
             self._meter = self._stack.enter_context(PowerMeter(self._source))
         except BaseException:
             self._stack.close()
@@ -145,7 +146,9 @@ class EngineBench:
         """One row. On a GPU it is repeated for energy_s, as its limit tells in advance; else `num_tokens` decode steps."""
         if row.phase == "decode":
             cost = decode_cost(self.engine.model, self.item_bytes, row.batch, row.context)
-            return self._decode(row, self._num_repeats(cost, limits, energy_s, num_tokens, MAX_DECODE_STEPS))
+            return self._decode(
+                row, num_tokens, self._num_repeats(cost, limits, energy_s, num_tokens, MAX_DECODE_STEPS)
+            )
         cost = prefill_cost(self.engine.model, self.item_bytes, row.context)
         return self._prefill(row, self._num_repeats(cost, limits, energy_s, MIN_PREFILLS, MAX_PREFILLS), cost)
 
@@ -154,13 +157,15 @@ class EngineBench:
             return least
         return min(most, max(least, math.ceil(energy_s / cost.limit_s(limits))))
 
-    def _decode(self, row: Row, num_steps: int) -> dict[str, Any]:
+    def _decode(self, row: Row, least_steps: int, wanted_steps: int) -> dict[str, Any]:
         """`batch` requests at once; only steps that decode all of them count, and their mean context is the row's."""
         sizes = self.engine.plan.sizes
         # Tokens that the first request may have before the last one's prompt is through; a step's rows are prompts' after decodes'.
         num_chunk_rows = max(1, min(sizes.prefill_chunk_tokens, sizes.max_step_tokens - row.batch))
         num_lead = math.ceil(row.batch * row.context / num_chunk_rows) + 2
         mean_lead = num_lead / 2 if row.batch > 1 else 0
+        # Half of the steps come before the mean: a quarter of the context is left to the prompts.
+        num_steps = max(least_steps, min(wanted_steps, int(1.5 * (row.context - mean_lead))))
         context = row.context - round(mean_lead + num_steps / 2)
         if context < 1:
             raise BenchError(
@@ -176,8 +181,13 @@ class EngineBench:
         device_ns = times.device[rows, columns] - times.device[rows, columns - 1]
         client_ns = times.client[rows, columns] - times.client[rows, columns - 1]
         begin_ns, end_ns = int(times.client[rows, columns - 1].min()), int(times.client[rows, columns].max())
+        gaps_us = [gap_ns / 1e3 for at_ns, gap_ns in self.client.gaps if begin_ns < at_ns <= end_ns]
         return {
             "name": row.name,
+            "director_gap_us": {
+                "median": round(float(np.median(gaps_us)), 3),
+                "p90": round(float(np.percentile(gaps_us, 90)), 3),
+            },
             "mean_context": round(context + float(columns.mean()), 1),
             "num_steps": len(rows) // row.batch,
             "device": spread(device_ns),

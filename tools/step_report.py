@@ -117,6 +117,16 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(HEADINGS)
     for row in report["rows"]:
         print(table_line(row))
+    gaps = {
+        row["name"]: row["blinkimp"]["director_gap_us"]
+        for row in report["rows"]
+        if "director_gap_us" in row.get("blinkimp", {})
+    }
+    if gaps:
+        print(
+            "director, us between two steps (median): "
+            + ", ".join(f"{name} {gap['median']:.1f}" for name, gap in gaps.items())
+        )
     uncompiled = [row["name"] for row in report["rows"] if row.get("torch", {}).get("variant", "").startswith("graph")]
     if uncompiled:
         print(f"torch without compilation (over --compile-budget-s, or --torch-backend none): {', '.join(uncompiled)}")

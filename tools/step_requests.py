@@ -19,6 +19,20 @@ from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort, WaitEvent, s
 from blinkimp.ring_abi import CompletionKind, RejectReason
 
 IDLE_TIMEOUT_S: Final = 5.0
+# What --sampling asks of every token. `full` is all that a request can ask for but constraints; the penalties count prompt and output.
+SAMPLING: Final[dict[str, dict[str, float]]] = {
+    "greedy": {"temperature": 0.0},
+    "full": {
+        "temperature": 0.8,
+        "top_k": 50,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "seed": 7,
+    },
+}
 WAIT_S: Final = 0.1  # between looks at the engine's health, where no completion comes
 
 
@@ -50,11 +64,19 @@ class Client:
     """Random prompts on one queue pair. No two share a page's worth of tokens, so nothing is found in a cache."""
 
     def __init__(
-        self, engine: Engine, port: QueuePairPort, progress: Callable[[str, int, int], None], timeout_s: float
+        self,
+        engine: Engine,
+        port: QueuePairPort,
+        progress: Callable[[str, int, int], None],
+        timeout_s: float,
+        sampling: str = "greedy",
     ) -> None:
         self._engine, self._port, self._progress, self._timeout_s = engine, port, progress, timeout_s
         self._random = np.random.default_rng(0)
-        self._sampling = sampling_record(temperature=0.0, ignore_eos=True)
+        self._sampling = sampling_record(ignore_eos=True, **SAMPLING[sampling])  # type: ignore[arg-type]
+        self.gaps: list[
+            tuple[int, int]
+        ] = []  # (time, ns between two steps, as the director last saw it) of the last run
         self._next_id = 1
 
     def run(self, what: str, waves: Sequence[Wave]) -> list[Times]:
@@ -75,6 +97,7 @@ class Client:
         total_tokens = sum(wave.batch * wave.max_tokens for wave in waves)
         pieces: list[tuple[NDArray[np.void], int]] = []  # completions, and when they were seen
         num_ended = num_submitted = 0
+        self.gaps = []
         deadline = time.monotonic() + self._timeout_s
         while num_ended < num_requests:
             while num_submitted < num_requests:
@@ -96,6 +119,7 @@ class Client:
             entries, now_ns = self._port.poll(), time.monotonic_ns()
             if len(entries):
                 pieces.append((entries.copy(), now_ns))
+                self.gaps.append((now_ns, self._engine.status()["gap_ns_last"]))
                 kinds = kinds_of(entries)
                 num_ended += int(np.isin(kinds, (CompletionKind.FINISH, CompletionKind.REJECT)).sum())
                 tokens = entries["request_id"][kinds == CompletionKind.TOKEN].astype(np.int64) - first_id

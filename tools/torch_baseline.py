@@ -138,6 +138,12 @@ class Baseline:
             return "graph of eager operations", lambda function: function
         torch._dynamo.reset()
         name = f"torch.compile({arguments.backend}, {arguments.mode})"
+        if arguments.tune:
+            # Batch 1 becomes generated matrix-vector kernels, whose launch parameters are searched for.
+            settings = {**torch._inductor.list_mode_options(arguments.mode), "coordinate_descent_tuning": True}
+            return f"{name[:-1]}, tuned)", lambda function: torch.compile(
+                function, options=settings, dynamic=False, fullgraph=True
+            )
         if arguments.backend != "inductor":  # modes are inductor's
             return name, lambda function: torch.compile(
                 function, backend=arguments.backend, dynamic=False, fullgraph=True
@@ -226,12 +232,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", default="inductor", help="torch.compile's backend; none: no compilation")
     parser.add_argument("--mode", default="default", help="torch.compile's mode, such as max-autotune-no-cudagraphs")
+    parser.add_argument(
+        "--tune", action="store_true", help="inductor's coordinate descent tuning (compiles for longer)"
+    )
     parser.add_argument("--compile-budget-s", type=float, default=600.0, help="then rows are measured uncompiled")
     parser.add_argument("--seconds", type=float, default=1.5, help="of device time that each row is repeated")
     parser.add_argument("--min-runs", type=int, default=10)
     parser.add_argument("--matrix-rate", action="store_true", help="measure the rate of bf16 matrix products too")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    if arguments.tune and arguments.backend != "inductor":
+        parser.error("--tune is inductor's; expected --backend inductor")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("torch_baseline: torch sees no GPU; expected one; check nvidia-smi, or use --device cpu", file=sys.stderr)
         return 1

@@ -134,7 +134,7 @@ def write_trace(path: Path, plan: LoadPlan) -> None:
 def num_of_closed(options: LoadOptions) -> int:
     """A closed loop by duration draws on more requests than it can use up: they cost nothing until they are sent."""
     assert options.duration_s is not None
-    return max(4096, math.ceil(options.duration_s * (options.concurrency or 1) * 20))
+    return max(4096, math.ceil(options.duration_s * (options.concurrency or 1) * 100))
 
 
 def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:

@@ -30,10 +30,21 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Delta(msgspec.Struct):
+    """Of a chat completion. The first one may hold the role alone."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+
+
 class _Event(msgspec.Struct):
     """What counts of a streamed completion."""
 
-    choices: list[msgspec.Raw] = []
+    choices: list[_Choice] = []
     usage: _Usage | None = None
     error: msgspec.Raw | None = None
 
@@ -94,10 +105,11 @@ class OpenAiBackend:
                     f"{self._url}: /models names no model: {body[:MAX_ERROR_CHARS]!r}; expected data[0].id; give --model-name"
                 ) from None
 
-    def submit(self, record: Record, prompt: list[int]) -> None:
+    def prepare(self, output_len: int, prompt: list[int]) -> bytes:
+        """A request as submit() takes it: what does not belong to the measured time is done here."""
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": record.output_len,
+            "max_tokens": output_len,
             "temperature": 0.0,
             "ignore_eos": True,
             "stream": True,
@@ -110,7 +122,9 @@ class OpenAiBackend:
         path = "/chat/completions" if self._chat else "/completions"
         content = self._encoder.encode(body)
         head = f"POST {self._base}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        request = head.encode("latin-1") + content
+        return head.encode("latin-1") + content
+
+    def submit(self, record: Record, request: bytes) -> None:
         while self._free:
             connection = self._free.pop()
             if not connection.is_closed:
@@ -176,6 +190,11 @@ class OpenAiBackend:
         return self._decoder.decode(data)
 
 
+def is_output(choice: _Choice) -> bool:
+    """Whether a first piece is a token's: one that tells the role alone is none."""
+    return choice.delta is None or bool(choice.delta.content or choice.delta.reasoning_content)
+
+
 class _Connection(asyncio.Protocol):
     """One connection, with one request at a time."""
 
@@ -231,7 +250,7 @@ class _Connection(asyncio.Protocol):
         found = self._backend.decode(event)
         if found.error is not None:
             self._error = bytes(found.error)[:MAX_ERROR_CHARS].decode(errors="replace")
-        if found.choices:
+        if found.choices and (record.chunk_ns or is_output(found.choices[0])):
             record.add_chunk(now_ns, 1)
         if found.usage is not None:
             self._usage = found.usage.completion_tokens

@@ -62,7 +62,8 @@ class Backend(Protocol):
     max_context: int | None
 
     async def open(self, timeout_s: float) -> None: ...
-    def submit(self, record: Record, prompt: list[int]) -> None: ...
+    def prepare(self, output_len: int, prompt: list[int]) -> Any: ...
+    def submit(self, record: Record, prepared: Any) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -89,8 +90,9 @@ class LoadRun:
         self.num_running = self.num_ended = 0
         self._waiting: deque[Record] = deque()  # meant to be sent, held back by the cap on concurrency
         self._changed = asyncio.Event()
-        # Prompts are made before the clock starts where they are few enough; the rest as they are needed.
-        self._prompts = {idx: plan.prompt(idx) for idx in range(min(len(plan), 2000))}
+        self._prepared: dict[int, Any] = {}  # requests ahead of their time, by index
+        for idx in range(min(len(plan), plan.options.concurrency or 1)):
+            self._prepare(idx)
 
     def on_end(self, record: Record) -> None:
         self.num_running -= 1
@@ -114,8 +116,12 @@ class LoadRun:
 
     def _send(self, record: Record) -> None:
         self.num_running += 1
-        prompt = self._prompts.pop(record.idx, None) or self.plan.prompt(record.idx)
-        self.backend.submit(record, prompt)
+        self.backend.submit(record, self._prepared.pop(record.idx))
+
+    def _prepare(self, idx: int) -> None:
+        """While there is time: a prompt of thousands of tokens takes a millisecond to draw and to encode."""
+        if idx < len(self.plan) and idx not in self._prepared:
+            self._prepared[idx] = self.backend.prepare(int(self.plan.output_lens[idx]), self.plan.prompt(idx))
 
     async def run(self, begin_ns: int) -> int:
         """Sends everything; returns when sending ended, in ns."""
@@ -126,6 +132,7 @@ class LoadRun:
         assert self.plan.intended_s is not None
         for idx, at_s in enumerate(self.plan.intended_s):
             intended_ns = begin_ns + int(at_s * 1e9)
+            self._prepare(idx)
             await sleep_until(intended_ns)
             self.offer(self.make(idx, intended_ns))
             self._progress("requests", self.num_ended, len(self.plan))
@@ -138,6 +145,7 @@ class LoadRun:
         end_ns = None if options.duration_s is None else begin_ns + int(options.duration_s * 1e9)
         assert options.concurrency is not None
         for idx in range(len(self.plan)):
+            self._prepare(idx)
             # A ramp starts its users one after the other.
             user_ns = begin_ns + int(options.ramp_s * 1e9 * min(idx, options.concurrency) / options.concurrency)
             if idx < options.concurrency and options.ramp_s > 0:
@@ -255,13 +263,22 @@ async def run_load(
         "burstiness": options.burstiness,
         "max_concurrency": concurrency,
         **figures,
-        "gpu_energy": per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+        "gpu_energy": {
+            **per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+            "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
+        },
         "load": {key: str(value) if key == "trace" and value else value for key, value in vars(options).items()},
         "blinkimp_version": __version__,
         "inferencex": inferencex_keys(figures, num_gpus=target.num_gpus, **facts),
         "error_counts": counts([record.error for record in window.records if record.error]),
         **(details_of(window) if details else {}),
     }
+
+
+def mean_clock_mhz(meter: PowerMeter, begin_ns: int, end_ns: int) -> float | None:
+    """Of the GPU's multiprocessors; None without a GPU that tells."""
+    clocks = [reading.sm_clock_mhz for at_ns, reading in meter.samples() if begin_ns <= at_ns <= end_ns]
+    return sum(clocks) / len(clocks) if clocks else None
 
 
 def check_fits(plan: LoadPlan, max_context: int | None) -> None:

@@ -88,6 +88,12 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         "--vocab-size", type=int, metavar="N", help="prompts are of ids below it (--url: default 32000)"
     )
     target.add_argument("--num-gpus", type=int, default=1, metavar="N", help="for figures per GPU")
+    target.add_argument(
+        "--idle-w",
+        type=float,
+        metavar="W",
+        help="an idle GPU's power, to be subtracted (tools/power_idle.py measures it)",
+    )
     target.add_argument("--label", default="", help="names the engine in reports")
 
 
@@ -167,6 +173,7 @@ def run(options: argparse.Namespace) -> int:
                 progress=bars,
                 drain_s=options.drain,
                 source=open_nvml(),
+                idle_w=options.idle_w,
                 details=options.details,
             )
         )

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from blinkimp.cli.chat_template import Conversation
     from blinkimp.client import Client
 
-USER_SPEAKS = "\n\nUser:"  # what ends a reply where the checkpoint has no chat template
-
 EPILOG = """\
 examples:
   blinkimp chat --model ~/models/Qwen3-4B
@@ -42,6 +40,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
 def run(options: argparse.Namespace) -> int:
     from blinkimp.cli.chat_template import Conversation
     from blinkimp.client import Client
+    from blinkimp.nic_shim.tokenizer import USER_SPEAKS
 
     folder = model_folder(config_of(options))
     conversation = Conversation(folder, options.system)
@@ -51,13 +50,16 @@ def run(options: argparse.Namespace) -> int:
         )
     with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout) as client:
         max_context = check_same_model(client, conversation)
+        sampling = sampling_of(options)
+        if conversation.is_plain:  # the model may go on to speak for the user
+            sampling["stop"] = [USER_SPEAKS]
         while (line := read_line()) is not None:
             if not line.strip():
                 continue
             conversation.add("user", line)
             if num_forgotten := conversation.fit(max_context - options.max_tokens):
                 stderr_console.print(f"[dim]the context is full: the oldest {num_forgotten} messages are forgotten[/]")
-            conversation.add("assistant", stream_reply(client, conversation, sampling_of(options)))
+            conversation.add("assistant", stream_reply(client, conversation, sampling))
     return 0
 
 
@@ -86,22 +88,15 @@ def read_line() -> str | None:
 
 def stream_reply(client: Client, conversation: Conversation, sampling: dict[str, Any]) -> str:
     """Prints the reply as it comes; Ctrl-C ends it early. Returns its text."""
-    text, num_printed = "", 0
-    # Where the model may go on to speak for the user, what could be the beginning of that is held back.
-    held_back = len(USER_SPEAKS) if conversation.is_plain else 0
+    text = ""
     with client.submit(conversation.prompt_ids(), **sampling) as stream:
         try:
             for piece in stream.text_pieces():
                 text += piece
-                if conversation.is_plain and USER_SPEAKS in text:
-                    text = text[: text.index(USER_SPEAKS)]
-                    break  # leaving the block cancels the request
-                shown = max(num_printed, len(text) - held_back)
-                sys.stdout.write(text[num_printed:shown])
+                sys.stdout.write(piece)
                 sys.stdout.flush()
-                num_printed = shown
         except KeyboardInterrupt:
             pass
-    sys.stdout.write(text[num_printed:] + "\n")
+    sys.stdout.write("\n")
     sys.stdout.flush()
     return text.strip()

@@ -64,6 +64,7 @@ def check_versions() -> Finding:
 
 def check_gpu(config: Config) -> Finding:
     from blinkimp.host.gpu_driver import GpuError, probe_gpu
+    from blinkimp.host.gpu_kernel import KernelChoiceError, choose_kernel
 
     if config.device == "emulated":
         return Finding("GPU", Verdict.OK, "not asked for: device = emulated")
@@ -77,10 +78,12 @@ def check_gpu(config: Config) -> Finding:
         remedy = "to serve from a GPU: install the NVIDIA driver, check nvidia-smi and CUDA_VISIBLE_DEVICES"
         return Finding("GPU", Verdict.WARN, f"none usable, the emulated device serves ({error})", remedy)
     found = f"{gpu.name}, {gpu.arch}, {gpu.num_multiprocessors} SMs, {gpu.total_bytes / 2**30:.0f} GiB"
-    if gpu.compute_capability != (9, 0):
+    try:
+        kind = choose_kernel(config.kernel, gpu.compute_capability, gpu.name)
+    except KernelChoiceError as error:
         verdict = Verdict.FAIL if config.device == "gpu" else Verdict.WARN
-        return Finding("GPU", verdict, found, "the kernel needs Hopper (compute capability 9.0): use --device emulated")
-    return Finding("GPU", Verdict.OK, found)
+        return Finding("GPU", verdict, found, str(error))
+    return Finding("GPU", Verdict.OK, f"{found}; {kind} kernel")
 
 
 def check_driver(config: Config) -> Finding:
@@ -111,9 +114,10 @@ def check_nvrtc() -> Finding:
 
 def check_device_sources() -> Finding:
     from blinkimp.host.compile import DEVICE_DIR
-    from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE
+    from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, PORTABLE_SOURCE
 
-    missing = [name for name in ("ring_abi.h", KERNEL_SOURCE, PACK_SOURCE) if not (DEVICE_DIR / name).is_file()]
+    sources = ("ring_abi.h", KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE)
+    missing = [name for name in sources if not (DEVICE_DIR / name).is_file()]
     if missing:
         return Finding("kernel sources", Verdict.FAIL, f"{DEVICE_DIR} lacks {', '.join(missing)}", "reinstall blinkimp")
     return Finding("kernel sources", Verdict.OK, str(DEVICE_DIR))

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from blinkimp.cli.options import add_config_flags, config_of, new_parser
 from blinkimp.cli.terminal import set_up_logging, stderr_console
-from blinkimp.config import Config, cache_folder, model_folder
+from blinkimp.config import Config, ConfigError, cache_folder, model_folder
 from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile import DEFAULT_ARCH, nvrtc_version
 from blinkimp.host.compile_cache import CompiledKernel, get_kernel
 from blinkimp.host.gpu_driver import GpuError, probe_gpu
-from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, kernel_shape
+from blinkimp.host.gpu_kernel import PACK_SOURCE, KernelChoiceError, capability_of, choose_kernel, kernel_shape
 
 DEFAULT_NUM_WORKERS = 131  # of an H100 or H200: 132 SMs, one of them the director's
 
@@ -26,6 +26,7 @@ EPILOG = """\
 examples:
   blinkimp compile                                     the embedded model, for the GPU of this machine (or sm_90a)
   blinkimp compile --model ~/models/Qwen3-4B --cache-dir /shared/cache
+  blinkimp compile --arch sm_80 --num-workers 107      for an A100, on any machine
   BLINKIMP_EXPECT_CACHED=1 blinkimp serve --model ...  then: a compile at start is an error
 
 what happens: NVRTC compiles device/*.cu to cubins in the cache folder, keyed by every source byte, the options, the architecture and
@@ -61,10 +62,12 @@ def target_of(options: argparse.Namespace) -> tuple[str, int]:
 
 def compile_all(config: Config, arch: str, num_workers: int) -> dict[str, tuple[CompiledKernel, CompiledKernel]]:
     """Source -> (as it was obtained now, as the cache serves it)."""
-    sources: dict[str, dict[str, str]] = {
-        KERNEL_SOURCE: kernel_shape(read_model_config(model_folder(config)), num_workers).defines(),
-        PACK_SOURCE: {},
-    }
+    try:
+        kind = choose_kernel(config.kernel, capability_of(arch), arch)
+    except KernelChoiceError as error:
+        raise ConfigError(str(error)) from error
+    shape = kernel_shape(read_model_config(model_folder(config)), num_workers, kind, arch)
+    sources: dict[str, dict[str, str]] = {shape.source: shape.defines(), PACK_SOURCE: {}}
     folder, kernels = cache_folder(config), {}
     for source, defines in sources.items():
         with stderr_console.status(f"{source} for {arch}"):

@@ -40,7 +40,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long the server may be silent (default %(default)g)",
     )
-    add_config_flags(parser, without=("bind", "engine_name", "num_ingress"))
+    add_config_flags(parser, without=("bind", "http", "engine_name", "num_ingress"))
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]
     given = {name: value for name, value in vars(options).items() if name in keys()}
     if "log_level" not in given and "BLINKIMP_LOG_LEVEL" not in os.environ:
         given["log_level"] = "warning"
-    given |= {"engine_name": f"local-{os.getpid()}", "bind": f"ipc://{socket_path}", "num_ingress": 1}
+    given |= {"engine_name": f"local-{os.getpid()}", "bind": f"ipc://{socket_path}", "http": "", "num_ingress": 1}
     arguments = [f"{keys()[name].flag}={value}" for name, value in given.items()]
     return arguments if options.config is None else ["--config", str(options.config), *arguments]
 

@@ -12,7 +12,7 @@ from typing import Any
 from blinkimp.config import Config, keys, load_config
 
 # What nearly everyone sets; the rest is listed under its own heading.
-COMMON_KEYS = ("model", "device", "bind", "engine_name", "max_batch", "max_context", "log_level")
+COMMON_KEYS = ("model", "device", "bind", "http", "engine_name", "max_batch", "max_context", "log_level")
 
 
 def new_parser(subparsers: Any, command: str, summary: str, epilog: str, *, usage: str) -> argparse.ArgumentParser:

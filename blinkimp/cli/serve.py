@@ -14,14 +14,17 @@ from blinkimp.cli.terminal import LoadingBars, set_up_logging
 EPILOG = """\
 examples:
   blinkimp serve                                        the embedded model, tcp://127.0.0.1:5555
+  blinkimp serve --http 127.0.0.1:8000                  and OpenAI's API over HTTP
   blinkimp serve --model ~/models/Qwen3-4B --num-ingress 2
   blinkimp serve --config engine.toml                   settings from a file; BLINKIMP_* variables and flags win over it
 
 what happens: weights are loaded, kernels compiled (once; then cached), memory is planned, the persistent kernel is launched (without a
-GPU: the emulated device starts), and --num-ingress processes listen for clients, the first at --bind, the others at the next ports.
+GPU: the emulated device starts), and --num-ingress processes listen for clients, the first at --bind, the others at the next ports; one more serves HTTP where --http says so. Only this
+machine can reach them unless you give another address; then give --api-key-file too (one key a line, `chmod 600`).
 From then on this process only watches. SIGTERM or Ctrl-C drains: running requests finish, new ones are refused; a second one stops at once.
 
 where next:
+  curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 16}'      with --http; nic_shim/HTTP.md
   blinkimp generate --connect tcp://127.0.0.1:5555 'import os'
   python -c 'from blinkimp.client import Client; ...'   README, "Clients"; the wire is nic_shim/PROTOCOL.md
 """

@@ -37,6 +37,8 @@ u32 bk_director_num_lanes() {
 
 u64 bk_director_plan_bytes(const EngineParams* params) { return plan_bytes(*params); }
 
+u64 bk_director_prefix_cache_bytes(const EngineParams* params) { return prefix_cache_bytes(*params); }
+
 void bk_director_init(const EngineParams* params) {
   on_lanes([&](const Lanes& lanes) { director_init(*params, lanes); });
 }
@@ -108,6 +110,13 @@ u32 bk_director_running(const EngineParams* params, u32* out) {
   const DirectorState& state = director_state(*params);
   for (u32 i = 0; i < state.status.num_running; ++i) out[i] = state.running[i];
   return state.status.num_running;
+}
+
+// out: [2]: free pages, pages that only the prefix cache keeps
+void bk_director_pages(const EngineParams* params, u64* out) {
+  const PageAllocator& pages = director_state(*params).pages;
+  out[0] = pages.num_free;
+  out[1] = pages.num_cached;
 }
 
 // out: [11], see director_rig.RequestView

@@ -8,8 +8,7 @@
 
 #include <emu/reference_ops.h>
 #include <fault.cuh>
-#include <sampling.cuh>
-#include <step_plan.cuh>
+#include <sample_request.cuh>
 
 namespace blinkimp {
 namespace {
@@ -194,16 +193,10 @@ void run_lm_head(const OpContext& context) {
 }
 
 void run_sample(const OpContext& context) {
-  const EngineParams& params = context.params;
-  const u32 vocab = params.dims.vocab;
   SampleScratch* scratch = reinterpret_cast<SampleScratch*>(context.scratch + context.layout.sample_offset);
   for (u32 idx = context.thread_idx; idx < context.plan.num_sample_rows; idx += context.num_threads) {
-    const PlanRow& row = plan_rows(params, &context.plan)[plan_sampled_rows(params, &context.plan)[idx]];
-    const PlanSeq& seq = plan_seqs(params, &context.plan)[row.seq_idx];
-    const SamplingParams* sampling = reinterpret_cast<const SamplingParams*>(params.requests + u64{seq.request_idx} * kRequestBytes);
-    const f32* logits = context.buffer(kBufLogits) + u64{idx} * vocab;
-    sampled_of_step(params, context.plan.step)[idx] =
-        sample_row(SingleSampleGroup{}, logits, vocab, *sampling, seq.output_idx, scratch);
+    const f32* logits = context.buffer(kBufLogits) + u64{idx} * context.params.dims.vocab;
+    sample_request(SingleSampleGroup{}, context.params, &context.plan, idx, logits, nullptr, 0, scratch);
   }
 }
 

@@ -19,30 +19,46 @@ struct ThreadSampleGroup {
   u32 atomic_add(u32* address, u32 value) const { return atom_add_relaxed_shared(address, value); }
 };
 
+SampleInput input_of(const f32* logits, u32 vocab, const LogitEdits* edits) {
+  return SampleInput{logits, nullptr, vocab, 0, edits != nullptr ? *edits : LogitEdits{}};
+}
+
 }  // namespace
 }  // namespace blinkimp
 
 extern "C" {
 
-// logits: [vocab] f32; params and result: one each.
-void bk_sample_row(const float* logits, unsigned int vocab, const blinkimp::SamplingParams* params, unsigned int output_idx,
-                   blinkimp::SampleResult* result) {
-  static thread_local blinkimp::SampleScratch scratch;
-  *result = blinkimp::sample_row(blinkimp::SingleSampleGroup{}, logits, vocab, *params, output_idx, &scratch);
+// logits: [vocab] f32; edits: one or null; params and result: one each; top: [params->num_top_logprobs].
+void bk_sample_row(const float* logits, unsigned int vocab, const blinkimp::LogitEdits* edits, const blinkimp::SamplingParams* params,
+                   unsigned int output_idx, blinkimp::SampleResult* result, blinkimp::SampleResult* top) {
+  using namespace blinkimp;
+  static thread_local SampleScratch scratch;
+  *result = sample_row(SingleSampleGroup{}, input_of(logits, vocab, edits), *params, output_idx, &scratch, top);
+}
+
+// The same with every cut and draw by radix descents.
+void bk_sample_row_radix(const float* logits, unsigned int vocab, const blinkimp::LogitEdits* edits,
+                         const blinkimp::SamplingParams* params, unsigned int output_idx, blinkimp::SampleResult* result,
+                         blinkimp::SampleResult* top) {
+  using namespace blinkimp;
+  static thread_local SampleScratch scratch;
+  *result = sample_row<true>(SingleSampleGroup{}, input_of(logits, vocab, edits), *params, output_idx, &scratch, top);
 }
 
 // The same by num_lanes threads (1 .. 256). Returns 0, or the errno value of a barrier that could not be made.
-int bk_sample_row_lanes(const float* logits, unsigned int vocab, const blinkimp::SamplingParams* params, unsigned int output_idx,
-                        unsigned int num_lanes, blinkimp::SampleResult* result) {
+int bk_sample_row_lanes(const float* logits, unsigned int vocab, const blinkimp::LogitEdits* edits,
+                        const blinkimp::SamplingParams* params, unsigned int output_idx, unsigned int num_lanes,
+                        blinkimp::SampleResult* result, blinkimp::SampleResult* top) {
   using namespace blinkimp;
   pthread_barrier_t barrier;
   if (const int error = pthread_barrier_init(&barrier, nullptr, num_lanes)) return error;
-  SampleScratch scratch;
+  std::vector<SampleScratch> scratch(1);
   std::vector<SampleResult> results(num_lanes);
   std::vector<std::thread> threads;
   for (u32 lane = 0; lane < num_lanes; ++lane) {
     threads.emplace_back([&, lane] {
-      results[lane] = sample_row(ThreadSampleGroup{lane, num_lanes, &barrier}, logits, vocab, *params, output_idx, &scratch);
+      const ThreadSampleGroup group{lane, num_lanes, &barrier};
+      results[lane] = sample_row(group, input_of(logits, vocab, edits), *params, output_idx, scratch.data(), top);
     });
   }
   for (std::thread& thread : threads) thread.join();

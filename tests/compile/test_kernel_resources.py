@@ -12,6 +12,7 @@ from tests.gpu.gpu_harness import compile_kernel
 MAX_REGISTERS = 168  # per thread at entry, with 384 threads; attention_test.cu then moves registers as the worker does
 KERNELS = [
     ("sampling_test.cu", []),
+    ("sample_op_test.cu", []),
     ("attention_test.cu", ["-DHEAD_DIM=64"]),
     ("attention_test.cu", ["-DHEAD_DIM=128"]),
     *(

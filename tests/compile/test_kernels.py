@@ -12,7 +12,7 @@ import pytest
 from blinkimp.config import Config, model_folder
 from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile import DEFAULT_ARCH, DEVICE_DIR, compile_cubin
-from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, WORKER_THREADS, kernel_shape
+from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, PORTABLE_SOURCE, WORKER_THREADS, kernel_shape
 from blinkimp.host.model_config import ModelConfig, parse_config
 
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
@@ -51,8 +51,8 @@ def models() -> dict[str, ModelConfig]:
     }
 
 
-def assert_fits(source: str, defines: Mapping[str, str], num_threads: int) -> None:
-    cubin, functions = compile_cubin(DEVICE_DIR / source, DEFAULT_ARCH, defines)
+def assert_fits(source: str, defines: Mapping[str, str], num_threads: int, arch: str = DEFAULT_ARCH) -> None:
+    cubin, functions = compile_cubin(DEVICE_DIR / source, arch, defines)
     assert cubin.startswith(b"\x7fELF")
     budget = REGISTERS_PER_MULTIPROCESSOR // num_threads // REGISTERS_ALLOCATED_AT_ONCE * REGISTERS_ALLOCATED_AT_ONCE
     for function in functions:
@@ -61,12 +61,31 @@ def assert_fits(source: str, defines: Mapping[str, str], num_threads: int) -> No
 
 
 def test_every_kernel_is_covered_here() -> None:
-    assert {path.name for path in DEVICE_DIR.glob("*.cu")} == {KERNEL_SOURCE, PACK_SOURCE}
+    sources = {str(path.relative_to(DEVICE_DIR)) for path in DEVICE_DIR.rglob("*.cu")}
+    assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE}
 
 
 @pytest.mark.parametrize("model", ["embedded", "llama-3-8b", "qwen-3-4b"])
 def test_persistent_kernel_compiles_without_spills(model: str) -> None:
     assert_fits(KERNEL_SOURCE, kernel_shape(models()[model], NUM_WORKERS).defines(), WORKER_THREADS)
+
+
+# Every architecture with one shape, every kind of kernel on one architecture: a compilation takes half a minute.
+@pytest.mark.parametrize(
+    ("arch", "model"),
+    [
+        ("sm_80", "llama-3-8b"),
+        ("sm_89", "llama-3-8b"),
+        ("sm_90a", "llama-3-8b"),
+        ("sm_100a", "llama-3-8b"),
+        ("sm_120a", "llama-3-8b"),
+        ("sm_89", "embedded"),
+        ("sm_89", "qwen-3-4b"),
+    ],
+)
+def test_portable_kernel_compiles_without_spills(arch: str, model: str) -> None:
+    shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
+    assert_fits(shape.source, shape.defines(), shape.num_threads, arch)
 
 
 def test_weight_packing_compiles_without_spills() -> None:

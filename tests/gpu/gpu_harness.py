@@ -90,8 +90,9 @@ def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
 
 
 def compile_path(path: Path, options: tuple[str, ...]) -> CompiledKernel:
-    """Any kernel source, headers from its own folder first."""
-    return _compile(path, (f"-I{path.parent}", *options))
+    """Any kernel source; one outside device/ finds headers in its own folder first."""
+    own_folder = () if path.is_relative_to(ROOT / "device") else (f"-I{path.parent}",)
+    return _compile(path, (*own_folder, *options))
 
 
 def compile_kernel(file_name: str, options: list[str] | None = None) -> CompiledKernel:

@@ -24,10 +24,8 @@ from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.gpu_driver import GpuContext
 from blinkimp.host.gpu_kernel import (
     KERNEL_NAME,
-    KERNEL_SOURCE,
     PACK_SOURCE,
-    SHARED_MEMORY_BYTES,
-    WORKER_THREADS,
+    KernelKind,
     kernel_shape,
 )
 from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
@@ -108,15 +106,15 @@ class StepRunner:
 
     def __init__(
         self, folder: Path, *, max_step_tokens: int = 2048, max_batch: int = 256, num_requests: int = 256, max_context: int = 4096,
-        num_pages: int = 256, load_format: Any = "auto",
+        num_pages: int = 256, load_format: Any = "auto", kernel: KernelKind = "hopper",
     ) -> None:  # fmt: skip
         self.context = GpuContext()
         self.config = read_model_config(folder)
         self.num_workers = self.context.properties.num_multiprocessors - 1
-        self.shape = kernel_shape(self.config, self.num_workers)
+        self.shape = kernel_shape(self.config, self.num_workers, kernel, self.context.properties.arch)
         device = ROOT / "device"
         options = tuple(f"-D{name}={value}" for name, value in self.shape.defines().items())
-        self.kernel = compile_path(device / KERNEL_SOURCE, options)
+        self.kernel = compile_path(device / self.shape.source, options)
         target = GpuTarget(self.context, self.config, compile_path(device / PACK_SOURCE, ()).cubin, self.num_workers)
         max_context = min(max_context, self.config.max_positions)
         self.model = load_model(folder, target, compute="bf16", max_context=max_context, load_format=load_format)
@@ -133,7 +131,7 @@ class StepRunner:
             mmap.mmap(-1, mmap.PAGESIZE), np.uint8
         )  # the engine page: where a fault would be recorded
         self.params["engine_page"] = self.context.register_host(self.page.ctypes.data, self.page.nbytes)
-        self.function = self.context.load_kernel(self.kernel.cubin, KERNEL_NAME, SHARED_MEMORY_BYTES)
+        self.function = self.context.load_kernel(self.kernel.cubin, KERNEL_NAME, self.shape.shared_memory_bytes)
         self.page_tables = np.zeros((num_requests, self.sizes.max_pages_per_request), np.uint32)
         self.free_pages = list(np.random.default_rng(1).permutation(num_pages))  # scattered, as after hours of serving
         self.num_pages_of = np.zeros(num_requests, int)
@@ -214,9 +212,9 @@ class StepRunner:
         context.launch(
             self.function,
             self.num_workers,
-            WORKER_THREADS,
+            self.shape.num_threads,
             [params],
-            shared_memory_bytes=SHARED_MEMORY_BYTES,
+            shared_memory_bytes=self.shape.shared_memory_bytes,
             cooperative=True,
         )
         try:

@@ -90,17 +90,18 @@ def test_context_of_the_embedded_model_fills_to_its_end(device_options: Options,
     scenarios.context_fills_to_its_end("embedded", 1900, 148, **sizes, **device_options)
 
 
-def test_greedy_tokens_are_those_of_the_emulated_device(device_options: Options) -> None:
+@pytest.mark.parametrize("kernel", ["hopper", "portable"])
+def test_greedy_tokens_are_those_of_the_emulated_device(device_options: Options, kernel: str) -> None:
     emulated: Options = {"device": "emulated", "compute_dtype": "bf16", "num_threads": EMULATED_THREADS}
     with (
         running_engine("embedded", **emulated) as reference,
-        running_engine("embedded", **device_options) as engine,
+        running_engine("embedded", kernel=kernel, **device_options) as engine,
         PortClient(reference.config.engine_name, 0) as expected,
         PortClient(engine.config.engine_name, 0) as client,
     ):
         result = compare_greedy(expected, client, embedded_prompts(), 128)
     print(
-        f"{result.share_equal:.2%} of {result.num_tokens} greedy tokens are equal; logprobs differ by "
+        f"{kernel}: {result.share_equal:.2%} of {result.num_tokens} greedy tokens are equal; logprobs differ by "
         f"{max(result.logprob_errors):.4f} nats at most, {np.mean(result.logprob_errors):.5f} on average"
     )
     print("\n".join(f"differs at {difference}" for difference in result.differences) or "no difference")

@@ -1,4 +1,4 @@
-"""The whole program on the GPU: logits against transformers, bits against batch and chunking, tokens against the CPU interpreter.
+"""The whole program on the GPU, by both kernels: logits against transformers, bits against batch and chunking, tokens against the CPU interpreter.
 
 Run: pytest -m gpu tests/gpu/test_model_gpu.py -rP     (prints the measured errors)
 """
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from blinkimp.host.gpu_kernel import KernelKind
 from tests.gpu.step_runner import Request, StepRunner, llama_config, write_checkpoint
 
 LLAMA3_ROPE = {
@@ -35,12 +36,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MAX_RELATIVE_ERROR = 2e-2
 
 
+# The portable kernel differs in GEMMs, epilogues and attention: grouped heads, a window, biases, per-head norms at both head dimensions.
+RUNS: list[tuple[KernelKind, str]] = [("hopper", name) for name in FAMILIES]
+RUNS += [("portable", name) for name in ("llama3_1", "mistral", "qwen2", "qwen3")]
+
+
 class Family:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], kernel: KernelKind) -> None:
         self.folder = folder
         self.rng = np.random.default_rng()
         write_checkpoint(folder, config, self.rng)
-        self.runner = StepRunner(folder, max_step_tokens=1024)
+        self.runner = StepRunner(folder, max_step_tokens=1024, kernel=kernel)
 
     def tokens(self, num: int) -> NDArray[np.uint32]:
         return self.rng.integers(0, self.runner.config.vocab, num, dtype=np.uint32)
@@ -58,9 +64,10 @@ class Family:
         return logits
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=RUNS, ids="-".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
-    family = Family(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
+    kernel, name = request.param
+    family = Family(tmp_path_factory.mktemp(name), FAMILIES[name], kernel)
     yield family
     family.runner.close()
 
@@ -133,7 +140,8 @@ def test_greedy_sample_is_the_largest_logit(family: Family) -> None:
         runner.release(i)
 
 
-def test_a_context_of_32k(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["hopper", "portable"])
+def test_a_context_of_32k(tmp_path: Path, kernel: KernelKind) -> None:
     """The longest context served: bits do not depend on chunks, logits agree with transformers, decode goes on from there."""
     torch = pytest.importorskip("torch", reason="transformers is the reference")
     transformers = pytest.importorskip("transformers", reason="it is the reference")
@@ -142,7 +150,8 @@ def test_a_context_of_32k(tmp_path: Path) -> None:
     config = llama_config(max_position_embeddings=num_tokens, num_hidden_layers=1, rope_theta=500000.0)
     write_checkpoint(tmp_path, config, rng)
     tokens = rng.integers(0, config["vocab_size"], num_tokens, dtype=np.uint32)
-    with StepRunner(tmp_path, max_context=num_tokens, num_pages=600, num_requests=4, max_batch=4) as runner:
+    sizes = {"max_context": num_tokens, "num_pages": 600, "num_requests": 4, "max_batch": 4}
+    with StepRunner(tmp_path, kernel=kernel, **sizes) as runner:
         logits = []
         for request_idx, chunk in enumerate((2048, 1999)):
             begin = 0

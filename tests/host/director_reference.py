@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from blinkimp import ring_abi as abi
 from tests.host.director_rig import PlannedSeq, Shape
+from tests.host.prefix_reference import CachedPage, Pages
 from tests.host.py_ingress import Completion
 
 STEP_CREDIT = 2
 MAX_STAGED_BY_POLL = 512
 MAX_TAKE_ROUNDS = 8
+ROOT_IDENTITY = 1
 STALL_PATIENCE = 16
 
 
@@ -31,14 +33,25 @@ class Job:
     max_tokens: int
     stop_ids: tuple[int, ...]
     ignore_eos: bool
+    tokens: list[int]  # that are known
+    cache_salt: int = 0
+    is_cacheable: bool = False
     num_tokens: int = 0
     num_computed: int = 0
-    num_pages: int = 0
+    pages: list[CachedPage | None] = field(default_factory=list)  # None: its own, unknown to the cache
+    links: list[int] = field(default_factory=list)  # identities of the cached pages that its full pages equal, 0 = none
+    num_hashed: int = 0  # full pages that were registered, or looked up at its last admission
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     finish_reason: int = 0
     finished: bool = False
     stop_asked: bool = False
     dropped: bool = False
     num_stalled_plans: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.pages)
 
     @property
     def num_uncomputed(self) -> int:
@@ -77,6 +90,9 @@ class Submission:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     reject: tuple[int, int] | None = None  # (reason, limit) that the entry or body deserves by itself
+    prompt: tuple[int, ...] = ()
+    cache_salt: int = 0
+    no_prefix_cache: bool = False
     needs_body: bool = False  # the reason shows in the body only, so quota and duplicates come first
     epoch: int = 0
 
@@ -116,7 +132,8 @@ class Reference:
         self.shape = shape
         self.lanes = [Lane(shape.num_completions) for _ in range(shape.num_queue_pairs)]
         self.running: list[Job] = []
-        self.free_pages = shape.num_pages
+        self.pages = Pages(shape.num_pages)
+        self.plan_fills_cache = False  # the plan made last
         self.counts: Counter[str] = Counter()
         self.next_admit = 0
         self.next_take = 0
@@ -224,6 +241,9 @@ class Reference:
             entry.max_tokens,
             entry.stop_ids,
             entry.ignore_eos,
+            list(entry.prompt),
+            entry.cache_salt,
+            self.shape.prefix_cache and not entry.no_prefix_cache,
             entry.num_prompt,
         )
         lane.waiting.append(job)
@@ -261,8 +281,7 @@ class Reference:
 
     def release(self, job: Job) -> None:
         self.running.remove(job)
-        self.free_pages += job.num_pages
-        job.num_pages = 0
+        self.pages.release(job)
 
     def drop(self, lane: Lane) -> None:
         for _ in lane.waiting:
@@ -283,6 +302,7 @@ class Reference:
         self.release(job)
         job.num_computed = 0
         job.num_stalled_plans = 0
+        job.num_preemptions += 1
         job.queue_pair.waiting.appendleft(job)
         self.counts["preemptions"] += 1
 
@@ -293,7 +313,7 @@ class Reference:
         """After a commit. A plan made ahead of it is kept if anybody in it goes on, and more may be admitted to it."""
         assert self.in_flight is None
         planned, self.next = self.next, None
-        if planned is not None and any(not job.is_over for job, _ in planned):
+        if planned is not None and (self.plan_fills_cache or any(not job.is_over for job, _ in planned)):
             planned += self.admit(sum(seq.num_rows for _, seq in planned), [])
         else:
             if planned is not None:
@@ -315,7 +335,8 @@ class Reference:
             for lane in self.lanes:
                 if STEP_CREDIT * sum(job.queue_pair is lane for job in self.running) > lane.credit:
                     return [], False
-            if sum(not job.is_ending and job.is_decode and job.needs_page for job in self.running) > self.free_pages:
+            num_needed = sum(not job.is_ending and job.is_decode and job.needs_page for job in self.running)
+            if num_needed > self.pages.num_available:
                 return [], False
             for lane in self.lanes:
                 lane.promised_now = lane.promised
@@ -342,6 +363,7 @@ class Reference:
     def plan_afresh(self) -> list[tuple[Job, PlannedSeq]]:
         rows: dict[Job, int] = {}
         stalled: list[Job] = []
+        self.plan_fills_cache = False
         for lane in self.lanes:
             lane.promised = lane.promised_now
 
@@ -372,18 +394,24 @@ class Reference:
 
         num_preemptions = self.counts["preemptions"]
         for job in decodes:
-            while rows.get(job) and job.needs_page and self.free_pages == 0:
+            while rows.get(job) and job.needs_page and self.pages.num_available == 0:
                 victim = next((other for other in reversed(self.running) if other in stalled), self.running[-1])
                 if rows.pop(victim, 0):
                     victim.queue_pair.promised -= STEP_CREDIT
                 self.preempt(victim)
             if rows.get(job) and job.needs_page:
-                self.free_pages -= 1
-                job.num_pages += 1
+                self.pages.take(job, 1)
 
         order = [job for job in self.running if rows.get(job) and job.is_decode]
+        for job in order:
+            num_filled, left_over = divmod(job.num_computed, abi.PAGE_TOKENS)
+            if job.is_cacheable and left_over == 0 and num_filled == len(job.links) + 1:
+                self.pages.register(job, num_filled - 1)
         order += [job for job in self.running if rows.get(job) and not job.is_decode]
         planned = [(job, self.seq(job, rows[job])) for job in order]
+        for job in order:
+            if not job.is_decode:
+                self.register_chunk(job, rows[job])
         if num_preemptions == self.counts["preemptions"]:
             planned += self.admit(sum(rows[job] for job in order), stalled)
         return planned
@@ -391,18 +419,31 @@ class Reference:
     def seq(self, job: Job, num_rows: int) -> PlannedSeq:
         return PlannedSeq(job.request_id, num_rows, job.num_computed, num_rows == job.num_uncomputed, job.num_outputs)
 
+    def register_chunk(self, job: Job, num_rows: int) -> None:
+        filled = range(job.num_computed // abi.PAGE_TOKENS, (job.num_computed + num_rows) // abi.PAGE_TOKENS)
+        for page_idx in filled if job.is_cacheable else ():
+            self.pages.register(job, page_idx)
+            self.plan_fills_cache = True
+
     def admit(self, num_rows: int, stalled: list[Job]) -> list[tuple[Job, PlannedSeq]]:
         """Behind num_rows rows that are planned already."""
         admitted = []
         while num_rows < self.shape.max_step_tokens and (job := self.choose_admission(stalled)) is not None:
             job.queue_pair.waiting.remove(job)
-            job.num_pages = pages_for(job.num_tokens)
-            self.free_pages -= job.num_pages
+            found = self.pages.find(job) if job.is_cacheable else []
+            self.pages.hold(job, found)
+            self.pages.take(job, pages_for(job.num_tokens) - len(found))
+            job.num_computed = len(found) * abi.PAGE_TOKENS
+            if job.is_cacheable and job.num_preemptions == 0:
+                job.num_cached_tokens = job.num_computed
+                self.counts["prefix_query_tokens"] += job.num_prompt
+                self.counts["prefix_hit_tokens"] += job.num_computed
             job.queue_pair.promised += STEP_CREDIT
-            count = min(job.num_tokens, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
+            count = min(job.num_uncomputed, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
             num_rows += count
             self.running.append(job)
             admitted.append((job, self.seq(job, count)))
+            self.register_chunk(job, count)
         return admitted
 
     def choose_admission(self, stalled: list[Job]) -> Job | None:
@@ -412,25 +453,31 @@ class Reference:
             if lane.waiting and lane.credit >= STEP_CREDIT:
                 self.next_admit = q
                 job = lane.waiting[0]
-                if not self.make_room(pages_for(job.num_tokens), stalled):
-                    return None
+                if job.is_cacheable:
+                    job.num_hashed = max(job.num_hashed, job.num_tokens // abi.PAGE_TOKENS)
+                while not self.has_room(job):
+                    if not self.make_way(job, stalled):
+                        return None
                 self.next_admit = (q + 1) % num_lanes
                 return job
         return None
 
-    def make_room(self, needed: int, stalled: list[Job]) -> bool:
-        def is_enough() -> bool:
-            has_place = len(self.running) < self.shape.max_batch
-            return has_place and self.free_pages >= needed + self.watermark(len(self.running))
+    def missing_pages(self, job: Job) -> int:
+        """What there is too little of for the job, if negative; without the pages that stay free while others run."""
+        found = self.pages.find(job) if job.is_cacheable else []
+        num_pinned = sum(page.num_holders == 0 for page in found)
+        return self.pages.num_available - num_pinned - (pages_for(job.num_tokens) - len(found))
 
-        if is_enough():
-            return True
-        idle = [job for job in self.running if job in stalled and job.num_stalled_plans >= STALL_PATIENCE]
-        reachable = self.free_pages + sum(job.num_pages for job in idle)
-        if not idle or reachable < needed + self.watermark(len(self.running) - len(idle)):
+    def has_room(self, job: Job) -> bool:
+        return len(self.running) < self.shape.max_batch and self.missing_pages(job) >= self.watermark(len(self.running))
+
+    def make_way(self, job: Job, stalled: list[Job]) -> bool:
+        """The youngest of those that stall for long is preempted, if all of them can be enough."""
+        idle = [other for other in self.running if other in stalled and other.num_stalled_plans >= STALL_PATIENCE]
+        reachable = self.missing_pages(job) + sum(other.num_pages for other in idle)
+        if not idle or reachable < self.watermark(len(self.running) - len(idle)):
             return False
-        while not is_enough():
-            self.preempt(idle.pop())
+        self.preempt(idle[-1])
         return True
 
     # ---- Commit, publish -----------------------------------------------------------------------------------------
@@ -449,6 +496,7 @@ class Reference:
             elif seq.samples:
                 token = sampler(job.request_id, seq.output_idx)
                 job.num_tokens = job.num_prompt + seq.output_idx + 1
+                job.tokens.append(token)
                 job.queue_pair.staged.append(job.completion(abi.COMPLETION_TOKEN, 0, token, seq.output_idx))
                 self.counts["output_tokens"] += 1
                 if token in eos_ids and not job.ignore_eos:

@@ -51,6 +51,7 @@ def library(kind: str) -> ctypes.CDLL:
     for name, result, arguments in (
         ("num_lanes", u32, []),
         ("plan_bytes", u64, [params]),
+        ("prefix_cache_bytes", u64, [params]),
         ("init", None, [params]),
         ("poll", None, [params]),
         ("plan", u32, [params, plan]),
@@ -65,6 +66,7 @@ def library(kind: str) -> ctypes.CDLL:
         ("running", u32, [params, out]),
         ("request", None, [params, u32, out]),
         ("queue_pair", None, [params, u32, out]),
+        ("pages", None, [params, out]),
         ("damage", None, [params, u32, u32, u32]),
     ):
         function = getattr(opened, f"bk_director_{name}")
@@ -143,6 +145,7 @@ class Shape:
     arena_bytes: int = 16384
     eos_ids: tuple[int, ...] = (EOS_ID,)
     ingress_timeout_ns: int = 3_600_000_000_000  # a test that wants a stale heartbeat ages it
+    prefix_cache: bool = False  # a test that counts pages means each request's own
 
 
 @dataclass
@@ -191,6 +194,11 @@ class Rig:
             params[name] = address_of(array)
         for q, ingress in enumerate(self.ingresses):
             params["queue_pairs"][q] = address_of(ingress.region)
+        if shape.prefix_cache:
+            params["prefix_cache_enabled"] = 1
+            cache_bytes = int(self.native.bk_director_prefix_cache_bytes(address_of(self.params)))
+            self.prefix_cache = np.zeros(cache_bytes // 8 + 1, np.uint64)
+            params["prefix_cache"] = address_of(self.prefix_cache)
         self.address = address_of(self.params)
         plan_bytes = int(self.native.bk_director_plan_bytes(self.address))
         self.plans = [np.zeros(plan_bytes, np.uint8) for _ in range(2)]
@@ -330,6 +338,11 @@ class Rig:
         out = np.zeros(len(QueuePairView._fields), np.uint64)
         self.native.bk_director_queue_pair(self.address, queue_pair_idx, address_of(out))
         return QueuePairView(*(int(value) for value in out))
+
+    def num_free_and_cached(self) -> tuple[int, int]:
+        out = np.zeros(2, np.uint64)
+        self.native.bk_director_pages(self.address, address_of(out))
+        return int(out[0]), int(out[1])
 
     def running(self) -> list[int]:
         out = np.zeros(self.shape.max_batch, np.uint32)

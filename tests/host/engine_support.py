@@ -171,7 +171,9 @@ class Stream:
     """What a request has brought so far."""
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the tokens, under the unscaled logits
+    logprobs: list[float] = field(default_factory=list)  # of the tokens, under the model's logits
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)  # alternatives of each token, if asked for
+    num_prior_outputs: int = 0
     is_accepted: bool = False
     end: tuple[CompletionKind, int] | None = None  # FINISH or REJECT, and its reason
     last_index: int = -1
@@ -195,19 +197,21 @@ class PortClient:
         sampling: np.ndarray[Any, Any] = GREEDY,
         stop_ids: tuple[int, ...] = (),
         timeout_s: float = 30.0,
+        **words: Any,
     ) -> int:
+        """words: the other keywords of QueuePairPort.try_submit()."""
         request_id, self._next_id = self._next_id, self._next_id + 1
         deadline = time.monotonic() + timeout_s
         while True:
             status = self.port.try_submit(
-                request_id, np.array(prompt, np.uint32), sampling, stop_ids=stop_ids, max_tokens=max_tokens
+                request_id, np.array(prompt, np.uint32), sampling, stop_ids=stop_ids, max_tokens=max_tokens, **words
             )
             if status == PortStatus.OK:
                 break
             assert status in (PortStatus.RING_FULL, PortStatus.ARENA_FULL), status.name
             assert time.monotonic() < deadline, f"no room to submit for {timeout_s} s\n{self.port.dump()}"
             self.poll(0.001)
-        self.streams[request_id] = Stream()
+        self.streams[request_id] = Stream(num_prior_outputs=words.get("num_prior_outputs", 0))
         self.num_unfinished += 1
         return request_id
 
@@ -234,9 +238,15 @@ class PortClient:
             assert not stream.is_accepted
             stream.is_accepted = True
         elif kind == CompletionKind.TOKEN:
-            assert stream.is_accepted and int(entry["index"]) == len(stream.tokens)
+            assert stream.is_accepted and int(entry["index"]) == stream.num_prior_outputs + len(stream.tokens)
             stream.tokens.append(int(entry["token"]))
             stream.logprobs.append(float(entry["logprob"]))
+            stream.tops.append([])
+        elif kind == CompletionKind.TOP:
+            assert int(entry["index"]) == len(stream.tops[-1]), "TOPs follow their TOKEN, likeliest first"
+            stream.tops[-1].append((int(entry["token"]), float(entry["logprob"])))
+        elif kind == CompletionKind.START:
+            assert stream.is_accepted and not stream.tokens
         else:
             assert stream.is_accepted == (kind == CompletionKind.FINISH)
             if kind == CompletionKind.FINISH:

@@ -57,6 +57,7 @@ class PyIngress:
         header["completions_offset"] = completions_offset
         header["arena_offset"] = arena_offset
         header["queue_pair_idx"] = queue_pair_idx
+        self.num_cached_tokens: dict[int, int] = {}  # by request id, as its last FINISH said
         self.epoch = 0
         self.producer_pos = 0
         self.arena_pos = 0
@@ -169,6 +170,8 @@ class PyIngress:
             kind, reason = commit >> abi.COMMIT_KIND_SHIFT & 0xFF, commit >> abi.COMMIT_REASON_SHIFT & 0xFF
             assert commit >> 24 == 0 and commit & 0xFE == 0, hex(commit)
             found.append(Completion(kind, reason, int(entry["token"]), int(entry["request_id"]), int(entry["index"])))
+            if kind == abi.COMPLETION_FINISH:
+                self.num_cached_tokens[int(entry["request_id"])] = int(entry["logprob"])
             self.consumer_pos += 1
         self.words["ingress"]["completion_consumer_pos"] = self.consumer_pos
         return found

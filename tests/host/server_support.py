@@ -6,6 +6,7 @@ Test: pytest tests/host/test_server.py
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -40,7 +41,7 @@ class ServerProcess:
         lines: queue.Queue[str] = queue.Queue()
         # Settings go through a file, as an operator's would; strings and numbers look alike in TOML and in repr().
         values = {name: getattr(self.config, name) for name in self.config.__struct_fields__}
-        toml = "".join(f'{k} = "{v}"\n' if isinstance(v, str) else f"{k} = {v}\n" for k, v in values.items())
+        toml = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
         (folder / "server.toml").write_text(toml)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "blinkimp.host.supervisor", "--config", str(folder / "server.toml")],

@@ -17,7 +17,10 @@ bench_step = load_tool("bench_step")
 FLAGS = ["--device", "emulated", "--shape", "embedded", "--tokens", "6", "--energy-s", "0.05"]
 
 
-def test_a_run_measures_both_sides(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_measures_both_sides(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's threads spin for each other where the cores are busy
     out = tmp_path / "step.json"
     flags = ["--rows", "d1@40,d3@44,p32", "--torch-backend", "none", "--commit", "abc", "--out", str(out)]
     assert bench_step.main([*FLAGS, *flags]) == 0

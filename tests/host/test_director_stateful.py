@@ -21,6 +21,7 @@ MALFORMED = (abi.REJECT_MALFORMED, 0)
 COMPARED_COUNTS = (
     "requests_accepted", "requests_rejected", "finished_eos", "finished_stop_id", "finished_length", "finished_cancelled",
     "finished_draining", "preemptions", "credit_stalls", "output_tokens", "ingress_drops",
+    "prefix_query_tokens", "prefix_hit_tokens",
 )  # fmt: skip
 
 SHAPES = st.builds(
@@ -36,6 +37,7 @@ SHAPES = st.builds(
     num_submissions=st.sampled_from([2, 4, 16]),
     num_completions=st.sampled_from([2, 4, 8, 32]),
     arena_bytes=st.just(8192),
+    prefix_cache=st.booleans(),
 )
 QUEUE_PAIRS = st.integers(0, 2)
 IDS = st.integers(1, 12)
@@ -68,23 +70,28 @@ class DirectorMachine(RuleBasedStateMachine):
     # ---- What ingresses do ---------------------------------------------------------------------------------------
     @rule(
         q=QUEUE_PAIRS, request_id=IDS, num_prompt=st.integers(1, 300), max_tokens=st.integers(1, 90),
-        stop_ids=st.lists(st.integers(3, 99), max_size=3), ignore_eos=st.booleans(),
+        stop_ids=st.lists(st.integers(3, 99), max_size=3), ignore_eos=st.booleans(), kin=st.integers(0, 2),
+        num_shared=st.sampled_from([0, 64, 100, 192, 300]), salt=st.sampled_from([0, 0, 0, 5]), opts_out=st.integers(0, 9),
     )  # fmt: skip
     def submit(
-        self, q: int, request_id: int, num_prompt: int, max_tokens: int, stop_ids: list[int], ignore_eos: bool
-    ) -> None:
+        self, q: int, request_id: int, num_prompt: int, max_tokens: int, stop_ids: list[int], ignore_eos: bool,
+        kin: int = 0, num_shared: int = 0, salt: int = 0, opts_out: int = 0,
+    ) -> None:  # fmt: skip
+        """The first num_shared tokens of the prompt are those of all requests of the same kin."""
         ingress, lane = self.ingress(q)
         if not ingress.is_attached:
             return
-        prompt = [(request_id + i) % VOCAB for i in range(num_prompt)]
-        if ingress.submit(request_id, prompt, max_tokens, stop_ids, {"ignore_eos": int(ignore_eos)}):
+        prompt = [(kin * 50 + i if i < num_shared else request_id + i) % VOCAB for i in range(num_prompt)]
+        body = {"flags": abi.REQUEST_NO_PREFIX_CACHE} if opts_out == 1 else {}
+        sampling = {"ignore_eos": int(ignore_eos)}
+        if ingress.submit(request_id, prompt, max_tokens, stop_ids, sampling, body, cache_salt=salt):
             num_pages = -(-(num_prompt + max_tokens) // abi.PAGE_TOKENS)
             limit = self.rig.shape.num_pages
             reject = (abi.REJECT_TOO_LONG, limit * abi.PAGE_TOKENS) if num_pages > limit else None
             lane.ring.append(
                 Submission(
                     abi.SUBMISSION_REQUEST, request_id, num_prompt, max_tokens, tuple(stop_ids), ignore_eos, reject,
-                    epoch=ingress.epoch,
+                    prompt=tuple(prompt), cache_salt=salt, no_prefix_cache=opts_out == 1, epoch=ingress.epoch,
                 )
             )  # fmt: skip
 
@@ -93,7 +100,7 @@ class DirectorMachine(RuleBasedStateMachine):
         """Enough at once to fill batches and pages."""
         for num_prompt in lengths:
             self.next_id += 1
-            self.submit(q, self.next_id, num_prompt, max_tokens, [], self.next_id % 3 != 0)
+            self.submit(q, self.next_id, num_prompt, max_tokens, [], self.next_id % 3 != 0, 1, num_prompt // 2)
         self.run(3)
 
     @rule(q=QUEUE_PAIRS, request_id=IDS, fault=st.integers(0, 8))
@@ -248,8 +255,7 @@ class DirectorMachine(RuleBasedStateMachine):
             assert view.num_waiting == len(lane.waiting) and view.num_finishing == len(lane.finishing)
             assert view.num_promised == lane.promised and view.num_staged == len(lane.staged)
             assert view.credit == lane.credit
-        held = sum(view.num_pages for view in self.rig.live_requests().values())
-        assert self.rig.shape.num_pages - held == self.reference.free_pages
+        assert self.rig.num_free_and_cached() == (self.reference.pages.num_free, len(self.reference.pages.lru))
 
     def teardown(self) -> None:
         """Everybody reads: all that is unfinished ends, and all pages come home."""
@@ -273,7 +279,7 @@ class DirectorMachine(RuleBasedStateMachine):
         else:
             live = "\n".join(map(str, self.rig.live_requests().values()))
             pytest.fail(f"requests never end, {self.reference.counts}, {self.rig.shape}:\n{live}")
-        assert self.reference.free_pages == self.rig.shape.num_pages
+        assert self.reference.pages.num_available == self.rig.shape.num_pages
         for name in COMPARED_COUNTS:
             assert self.rig.engine_status(name) == self.reference.counts[name], name
 

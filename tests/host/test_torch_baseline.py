@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def step_of(dims: Dims, weights: Weights, num_tokens: int, batch: int = 1) -> St
     return Step(
         dims, weights, batch=batch, num_tokens=num_tokens, num_attended=NUM_TOKENS, compiler=lambda function: function
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """torch's threads spin for each other where the cores are busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture()

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -110,10 +111,31 @@ def test_an_old_driver_fails(monkeypatch: pytest.MonkeyPatch, version: int, verd
     assert checks.check_gpu(Config()).verdict is Verdict.OK
 
 
-def test_a_gpu_that_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "capability", "kernel"),
+    [("NVIDIA A100", (8, 0), "portable"), ("NVIDIA H200", (9, 0), "hopper"), ("NVIDIA B200", (10, 0), "portable")],
+)
+def test_a_gpu_is_named_with_its_kernel(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], kernel: str
+) -> None:
     from blinkimp.host import gpu_driver
 
-    properties = gpu_driver.GpuProperties("NVIDIA A100", (8, 0), 108, 80 << 30, 13000)
+    properties = gpu_driver.GpuProperties(name, capability, 108, 80 << 30, 13000)
     monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
-    assert checks.check_gpu(Config()).verdict is Verdict.WARN
-    assert checks.check_gpu(Config(device="gpu")).verdict is Verdict.FAIL
+    finding = checks.check_gpu(Config(device="gpu"))
+    assert finding.verdict is Verdict.OK
+    assert f"{kernel} kernel" in finding.found
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [((7, 5), "auto"), ((8, 0), "hopper")])
+def test_a_gpu_without_its_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: Literal["auto", "hopper"]
+) -> None:
+    from blinkimp.host import gpu_driver
+
+    properties = gpu_driver.GpuProperties("NVIDIA T4", capability, 40, 16 << 30, 13000)
+    monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
+    assert checks.check_gpu(Config(kernel=kernel)).verdict is Verdict.WARN
+    finding = checks.check_gpu(Config(device="gpu", kernel=kernel))
+    assert finding.verdict is Verdict.FAIL
+    assert "NVIDIA T4 has compute capability" in finding.remedy

@@ -149,6 +149,6 @@ def test_whatever_is_planned_fits_and_is_consistent(
     assert sizes.max_pages_per_request * abi.PAGE_TOKENS >= sizes.max_context
     assert sizes.max_pages_per_request <= sizes.num_pages
     assert sizes.max_requests_per_queue_pair >= 1
-    assert table_bytes_of(sizes) == result.table_bytes
+    assert table_bytes_of(sizes, llama().vocab) == result.table_bytes
     if max_context:
         assert sizes.max_context == max_context

@@ -5,11 +5,24 @@ Run: pytest tests/null/test_power.py
 
 from __future__ import annotations
 
+import ctypes
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from blinkimp.host.power import MIN_INTERVAL_S, PowerError, PowerMeter, Reading, idle_power_w, per_token
+from blinkimp.host import power
+from blinkimp.host.power import (
+    MIN_INTERVAL_S,
+    Nvml,
+    PowerError,
+    PowerMeter,
+    Reading,
+    idle_power_w,
+    open_nvml,
+    per_token,
+)
 
 
 class ScriptedGpu:
@@ -83,3 +96,63 @@ def test_joules_a_token_with_and_without_what_an_idle_gpu_draws() -> None:
     assert got == {"power_w": 300.0, "j_per_token": 2.0, "j_per_token_above_idle": pytest.approx(4 / 3, abs=1e-6)}
     assert per_token(None, 2.0, 300, 100.0)["j_per_token"] is None
     assert per_token(600.0, 2.0, 300, None)["j_per_token_above_idle"] is None
+
+
+class FakeNvml:
+    """libnvidia-ml.so.1 as far as it is called: `values` by call, a status other than 0 where there is none."""
+
+    def __init__(self, values: dict[str, int]) -> None:
+        self.values = values
+
+    def __getitem__(self, call: str) -> Callable[..., int]:
+        def ask(*arguments: Any) -> int:
+            if call in ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion"):
+                arguments[-2].value = b"GPU" if call == "nvmlDeviceGetName" else b"580.1"
+                return 0
+            if call == "nvmlDeviceGetClockInfo":
+                call_and_clock = f"{call}{arguments[1].value}"
+                arguments[-1]._obj.value = self.values.get(call_and_clock, 0)
+                return 0 if call_and_clock in self.values else 3
+            if call in self.values and hasattr(arguments[-1], "_obj"):
+                arguments[-1]._obj.value = self.values[call]
+            return 0 if call in self.values or call.startswith(("nvmlInit", "nvmlDeviceGetHandle")) else 3
+
+        return ask
+
+    __getattr__ = __getitem__
+
+
+READINGS = {
+    "nvmlDeviceGetPowerUsage": 350_500,
+    "nvmlDeviceGetTotalEnergyConsumption": 12_345,
+    "nvmlDeviceGetClockInfo1": 1980,
+}
+
+
+def nvml_of(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Nvml:
+    monkeypatch.setattr(power.ctypes, "CDLL", lambda name: FakeNvml(values))
+    return Nvml()
+
+
+def test_nvml_gives_milliwatts_and_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = nvml_of(READINGS, monkeypatch)
+    assert (nvml.name, nvml.driver) == ("GPU", "580.1")
+    assert nvml.read() == Reading(350.5, 12.345, 1980, 0)  # this one does not tell its memory clock
+
+
+def test_a_gpu_without_an_energy_counter_tells_its_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = nvml_of({"nvmlDeviceGetPowerUsage": 350_500}, monkeypatch)
+    assert nvml.read() == Reading(350.5, None, 0, 0)
+
+
+def test_a_gpu_that_tells_no_power_and_a_missing_library_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PowerError, match="does not tell its power"):
+        nvml_of({}, monkeypatch).read()
+
+    def missing(name: str) -> ctypes.CDLL:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(power.ctypes, "CDLL", missing)
+    with pytest.raises(PowerError, match="expected NVIDIA's driver library"):
+        Nvml()
+    assert open_nvml() is None

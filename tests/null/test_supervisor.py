@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from blinkimp.config import Config
 from blinkimp.host import supervisor
-from blinkimp.host.supervisor import FIRST_BACKOFF_S, HEALTHY_S, MAX_BACKOFF_S, IngressSlot, endpoint_of
+from blinkimp.host.supervisor import FIRST_BACKOFF_S, HEALTHY_S, MAX_BACKOFF_S, IngressSlot, endpoint_of, ingress_slots
 
 
 class FakeChild:
@@ -67,7 +68,7 @@ def test_endpoints_of_further_ingresses(bind: str, third: str) -> None:
 
 
 def test_dead_ingress_is_restarted_with_growing_pauses(clock: list[float]) -> None:
-    slot = IngressSlot(Config(), 0)
+    slot = IngressSlot(Config(), 0, "module", [])
     pauses = [seconds_to_restart(slot, clock) for _ in range(10)]
     assert pauses[0] == pytest.approx(FIRST_BACKOFF_S, abs=0.05)
     assert pauses[2] == pytest.approx(4 * FIRST_BACKOFF_S, abs=0.05)
@@ -78,15 +79,20 @@ def test_dead_ingress_is_restarted_with_growing_pauses(clock: list[float]) -> No
 
 
 def test_each_ingress_has_its_queue_pair_and_endpoint(clock: list[float]) -> None:
-    slots = [IngressSlot(Config(engine_name="name", num_ingress=2), idx) for idx in range(2)]
-    second = FakeChild.started[1].arguments
-    assert second[second.index("--queue-pair") + 1] == "1"
-    assert second[second.index("--engine") + 1] == "name"
-    assert second[second.index("--bind") + 1] == slots[1].endpoint == "tcp://127.0.0.1:5556"
+    config = Config(engine_name="name", num_ingress=2, http="127.0.0.1:8000", served_model_name="mine")
+    slots = ingress_slots(config)
+    assert [slot.idx for slot in slots] == [0, 1, 2]
+    arguments = [child.arguments for child in FakeChild.started]
+    values = [dict(pairwise(one)) for one in arguments]
+    assert [one["--queue-pair"] for one in values] == ["0", "1", "2"]
+    assert all(one["--engine"] == "name" for one in values)
+    assert [one["--bind"] for one in values] == ["tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556", "127.0.0.1:8000"]
+    assert values[2]["--model-name"] == "mine" and values[2]["--max-requests-per-s"] == str(config.max_requests_per_s)
+    assert len(ingress_slots(Config())) == 1, "no HTTP unless it is asked for"
 
 
 def test_ingress_is_asked_to_end_once(clock: list[float]) -> None:
-    slot = IngressSlot(Config(), 0)
+    slot = IngressSlot(Config(), 0, "module", [])
     slot.ask_to_end()
     slot.ask_to_end()
     assert FakeChild.started[0].signals == [signal.SIGTERM]

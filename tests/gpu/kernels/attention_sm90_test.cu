@@ -58,12 +58,12 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
     shared.compute = ComputeState{};
   }
   __syncthreads();  // mbarriers are initialised before any role uses them
-  if (threadIdx.x >= kComputeThreads) {
+  if (uniform(threadIdx.x / 32) >= kComputeThreads / 32) {
     set_registers_down<56>();
     if (threadIdx.x == kComputeThreads) {
       RingCursor cursor{0, 1};
       for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-        produce_attention<HEAD_DIM>(params, reinterpret_cast<const Op*>(params.ops)[op_idx], plan, 0, shared_memory, shared, attention, cursor, op_idx + 1);
+        produce_attention<HEAD_DIM>(params, reinterpret_cast<const Op*>(params.ops)[op_idx], plan, 0, shared_memory + kRingOffset, shared, attention, cursor, op_idx + 1);
       }
     }
     if (threadIdx.x / 32 == 10) {
@@ -73,14 +73,17 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
   } else {
     set_registers_up<224>();
     for (;;) {  // the op's number stands in shared memory, as in the worker: attention needs the registers
-      const u32 op_idx = shared.compute.op_idx;
+      const u32 op_idx = uniform(shared.compute.op_idx);
       if (op_idx == params.num_ops) break;
       const Op& op = reinterpret_cast<const Op*>(params.ops)[op_idx];
       if (new_rows) write_new_rows(params, op, plan, new_rows);
       test_barrier(params, op_idx + 1);
       if (cta_idx() == 0 && is_first_thread()) times[op_idx] = device_clock_ns();
       attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, PlainStore{output, params.dims.num_heads * HEAD_DIM});
-      if (is_first_thread()) shared.compute.op_idx++;
+      if (is_first_thread()) {
+        shared.compute.cursors = shared.next_cursors;
+        shared.compute.op_idx++;
+      }
       named_barrier_sync<1, kComputeThreads>();  // the next op's number is written
     }
   }

@@ -186,6 +186,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 
 namespace simt {
 template <class T, class Source>

@@ -1,0 +1,171 @@
+"""`blinkimp lab`: sweeps over loads, interference on the host's CPU, and reports of both.
+
+Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_lab_sweep.py tests/host/test_lab_interference.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from blinkimp.cli.bench import add_target_flags, target_of
+from blinkimp.cli.options import new_parser
+
+IDLE_S: Final = 2.0  # how long an idle GPU's power is looked at
+EPILOG = """\
+examples:
+  blinkimp lab sweep --connect tcp://127.0.0.1:5555 --label persistent --folder results/sweep
+  blinkimp lab sweep --url http://127.0.0.1:8000 --label vllm --folder results/sweep --scenarios 1k1k --rates 2,4,8
+  blinkimp lab interference --folder results/noise --loads r8:512x128 c16:1k1k --threads 16,32,64 --reserved-cpus 2 \\
+      --engine persistent tcp://127.0.0.1:5601 'blinkimp serve --model ~/llama --bind tcp://127.0.0.1:5601' \\
+      --engine vllm http://127.0.0.1:8000 'python3 -m vllm.entrypoints.cli.main serve ~/llama --port 8000'
+  blinkimp lab report --folder results/sweep results/noise --out report.html        one file, opens offline
+
+what happens: every cell (a load on an engine, with or without interference) is measured by the client of `blinkimp bench` and written to the
+folder at once. The same command goes on where it was interrupted; failed cells are tried again. Plots need matplotlib: pip install 'blinkimp[lab]'.
+How to read the figures: blinkimp/lab/LAB.md.
+"""
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def words(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def add_parser(subparsers: Any, summary: str) -> None:
+    parser = new_parser(subparsers, "lab", summary, EPILOG, usage="(sweep | interference | report) [options]")
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp lab")
+    sweep = parts.add_parser("sweep", help="throughput and latency over concurrency and rates")
+    add_target_flags(sweep)
+    sweep.add_argument(
+        "--scenarios", type=words, default=["1k1k", "1k8k", "8k1k"], help="prompt and output tokens: 1k1k,512x128"
+    )
+    sweep.add_argument(
+        "--concurrency", type=whole_numbers, default=[4, 8, 16, 32, 64, 128, 256], help="users of closed loops"
+    )
+    sweep.add_argument("--rates", type=numbers, default=[], help="requests/s of open loops")
+    sweep.add_argument("--range-ratio", type=float, default=0.8, help="lengths are uniform in [R * L, L]")
+    sweep.add_argument("--duration", type=float, default=60.0, metavar="S", help="of each open loop")
+    sweep.add_argument("--warmup", type=float, default=5.0, metavar="S", help="of each open loop, not counted")
+    noise = parts.add_parser("interference", help="engines beside interference on the host's CPU")
+    noise.add_argument(
+        *("--engine", "--engines"), nargs="+", action="append", required=True, metavar="WORD",
+        help="NAME ADDRESS [COMMAND]: a server, and how to start it; once for each engine",
+    )  # fmt: skip
+    noise.add_argument(
+        "--loads", nargs="+", default=["r8:512x128"], help="r<requests/s>:<lengths> or c<users>:<lengths>"
+    )
+    noise.add_argument(
+        "--kinds", type=words, default=["arithmetic", "stream", "llc", "tlb", "syscall", "bz2", "compile", "stress-ng"]
+    )
+    noise.add_argument(
+        "--intensities", type=numbers, help="threads per contested CPU (default 0.5,1,2; none with --threads)"
+    )
+    noise.add_argument("--threads", type=whole_numbers, default=[], help="threads outright")
+    noise.add_argument("--placements", type=words, default=["reserved"], help="reserved, sharing, or both")
+    noise.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress (default 2)")
+    noise.add_argument("--duration", type=float, default=30.0, metavar="S", help="of each load")
+    noise.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each load, not counted")
+    noise.add_argument("--start-timeout", type=float, default=600.0, metavar="S", help="until an engine must answer")
+    report = parts.add_parser("report", help="tables and plots of what was measured")
+    for part in (sweep, noise):
+        part.add_argument(
+            "--folder", type=Path, required=True, help="where cells are kept; measured ones are not measured again"
+        )
+        part.add_argument("--seed", type=int, default=0)
+        part.add_argument(
+            "--stop-after", type=float, metavar="S", help="begin no cell later; the same command goes on there"
+        )
+        part.add_argument("--report", type=Path, metavar="FILE", help="write the report of the folder too")
+    report.add_argument("--folder", type=Path, nargs="+", required=True, help="folders of cells")
+    report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    report.add_argument("--title", default="blinkimp lab")
+
+
+def run(options: argparse.Namespace) -> int:
+    from blinkimp.cli.terminal import set_up_logging
+
+    set_up_logging("warning")
+    if options.part == "report":
+        from blinkimp.lab.report import write_report
+        from blinkimp.lab.store import Store
+
+        num_cells = write_report([Store(folder) for folder in options.folder], options.out, options.title)
+        print(f"wrote {options.out}: {num_cells} cells")
+        return 0
+    num_failed = run_sweep_part(options) if options.part == "sweep" else run_interference_part(options)
+    if options.report is not None:
+        from blinkimp.lab.report import write_report
+        from blinkimp.lab.store import Store
+
+        print(f"wrote {options.report}: {write_report([Store(options.folder)], options.report)} cells")
+    return 1 if num_failed else 0
+
+
+def run_sweep_part(options: argparse.Namespace) -> int:
+    from blinkimp.cli.terminal import LoadingBars
+    from blinkimp.host.power import open_nvml
+    from blinkimp.lab.store import Store
+    from blinkimp.lab.sweep import parse_scenario, points_of, run_sweep
+
+    scenarios = [parse_scenario(text) for text in options.scenarios]
+    points = points_of(scenarios, options.concurrency, options.rates)
+    with LoadingBars() as bars:
+        return run_sweep(
+            points,
+            target_of(options),
+            Store(options.folder),
+            range_ratio=options.range_ratio,
+            duration_s=options.duration,
+            warmup_s=options.warmup,
+            seed=options.seed,
+            source=open_nvml(),
+            idle_w=options.idle_w,
+            progress=bars,
+            stop_after_s=options.stop_after,
+        )
+
+
+def run_interference_part(options: argparse.Namespace) -> int:
+    from blinkimp.cli.terminal import LoadingBars
+    from blinkimp.host.power import idle_power_w, open_nvml
+    from blinkimp.lab.engines import EngineSpec, placement_of
+    from blinkimp.lab.interference import Grid, parse_load, run_interference, usable_kinds
+    from blinkimp.lab.store import Store
+
+    intensities = options.intensities
+    if intensities is None:
+        intensities = [] if options.threads else [0.5, 1.0, 2.0]
+    grid = Grid(
+        placements=[placement_of(name, options.reserved_cpus, os.sched_getaffinity(0)) for name in options.placements],
+        kinds=usable_kinds(options.kinds, print),
+        intensities=intensities,
+        threads=options.threads,
+        loads=[parse_load(text) for text in options.loads],
+        duration_s=options.duration,
+        warmup_s=options.warmup,
+        seed=options.seed,
+    )
+    engines = [EngineSpec.of(parts) for parts in options.engine]
+    source = open_nvml()
+    idle_w = idle_power_w(source, IDLE_S)  # before any engine is there
+    with LoadingBars() as bars:
+        return run_interference(
+            engines,
+            grid,
+            Store(options.folder),
+            source=source,
+            idle_w=idle_w,
+            start_timeout_s=options.start_timeout,
+            progress=bars,
+            stop_after_s=options.stop_after,
+        )

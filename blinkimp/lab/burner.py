@@ -1,0 +1,227 @@
+"""Interference as a process group of its own: threads of one kind of work on given CPUs, until it is told to stop.
+
+    with Interference("stream", num_threads=16, cpus={2, 3}) as burner: ...      in the lab
+    burner.units                                                                 per second, once it has ended
+    python -m blinkimp.lab.burner stream 16 2,3                                  the process itself; ends with its stdin
+
+Kinds are the loops of burn_loops.py, and real programs: bz2 (compression, one stream a thread), compile (g++ of a generated file, over and over),
+stress-ng where it is installed. Called by blinkimp/lab/interference.py. Test: pytest tests/host/test_lab_burners.py
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from blinkimp.bench.errors import LoadError
+
+LOOPS: Final = ("arithmetic", "stream", "llc", "tlb", "syscall")  # of burn_loops.py, which takes a second to import
+PROGRAMS: Final = ("bz2", "compile", "stress-ng")
+KINDS: Final = (*LOOPS, *PROGRAMS)
+START_TIMEOUT_S: Final = 120.0  # numba compiles
+STOP_TIMEOUT_S: Final = 10.0
+BZ2_BLOCK_BYTES: Final = 900_000
+
+
+def missing_program(kind: str) -> str | None:
+    """Why a kind cannot run here, or None."""
+    programs = {"compile": "g++", "stress-ng": "stress-ng"}
+    if kind in programs and shutil.which(programs[kind]) is None:
+        return f"{programs[kind]} is not installed"
+    return None
+
+
+# ---- The process -----------------------------------------------------------------------------------------------------
+class Counter:
+    """Units of work of one thread; its only writer."""
+
+    def __init__(self) -> None:
+        self.units = 0
+        self.has_begun = threading.Event()
+
+
+def loop_worker(kind: str, idx: int, num_threads: int) -> Callable[[], int]:
+    from blinkimp.lab.burn_loops import Work
+
+    return Work(kind, idx, num_threads).step
+
+
+def bz2_worker(idx: int) -> Callable[[], int]:
+    words = random.Random(idx)
+    block = " ".join(str(words.randrange(10**6)) for _ in range(BZ2_BLOCK_BYTES // 6)).encode()[:BZ2_BLOCK_BYTES]
+
+    def step() -> int:
+        bz2.compress(block, 9)  # releases the GIL
+        return len(block)
+
+    return step
+
+
+SOURCE: Final = """\
+#include <algorithm>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+template <int N> struct Chain { static std::tuple<int, std::string, double> make(int x) {
+  std::map<std::string, std::vector<int>> m; m[std::to_string(x)].push_back(N);
+  auto rest = Chain<N - 1>::make(x + 1); std::get<0>(rest) += static_cast<int>(m.size()); return rest; } };
+template <> struct Chain<0> { static std::tuple<int, std::string, double> make(int x) { return {x, std::to_string(x), 0.5 * x}; } };
+int main(int argc, char**) { auto t = Chain<60>::make(argc); return std::get<0>(t) & 1; }
+"""
+
+
+def compile_worker(folder: Path, idx: int) -> Callable[[], int]:
+    source = folder / f"unit{idx}.cpp"
+    source.write_text(SOURCE)
+
+    def step() -> int:
+        command = ["g++", "-O2", "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        return 1
+
+    return step
+
+
+def stress_ng_worker(num_threads: int) -> Callable[[], int]:
+    half = max(1, num_threads // 2)
+
+    def step() -> int:
+        command = [
+            "stress-ng",
+            "--cpu",
+            str(half),
+            "--vm",
+            str(half),
+            "--vm-bytes",
+            "128M",
+            "--timeout",
+            "5",
+            "--quiet",
+        ]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        return 5 * num_threads
+
+    return step
+
+
+def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
+    """Prints `ready` when every thread works, ends with its stdin: prints the units done and kills its group."""
+    os.sched_setaffinity(0, cpus)
+    folder = Path(tempfile.mkdtemp(prefix="blinkimp-burner-"))
+
+    def make(idx: int) -> Callable[[], int]:
+        if kind in LOOPS:
+            return loop_worker(kind, idx, num_threads)
+        if kind == "bz2":
+            return bz2_worker(idx)
+        return compile_worker(folder, idx) if kind == "compile" else stress_ng_worker(num_threads)
+
+    counters = [Counter() for _ in range(1 if kind == "stress-ng" else num_threads)]
+    if kind in LOOPS:
+        make(0)()  # compiled once, before the threads
+
+    def work(idx: int, counter: Counter) -> None:
+        step = make(idx)
+        if kind in LOOPS:
+            step()  # touches its buffers: from `ready` on the work is what its name says
+        counter.has_begun.set()
+        while True:
+            counter.units += step()
+
+    for idx, counter in enumerate(counters):
+        threading.Thread(target=work, args=(idx, counter), daemon=True).start()
+    for counter in counters:
+        counter.has_begun.wait()
+    began = time.monotonic()
+    print("ready", flush=True)
+    sys.stdin.buffer.read()
+    seconds = time.monotonic() - began
+    print(json.dumps({"units": sum(counter.units for counter in counters), "seconds": seconds}), flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
+
+
+# ---- Its owner -------------------------------------------------------------------------------------------------------
+class Interference:
+    """Runs while inside `with`; num_threads 0 is none at all."""
+
+    def __init__(self, kind: str, num_threads: int, cpus: set[int]) -> None:
+        if kind not in KINDS or num_threads < 0 or not cpus:
+            raise LoadError(
+                f"interference: got kind {kind!r}, {num_threads} threads, CPUs {sorted(cpus)}; expected one of {', '.join(KINDS)}, "
+                "0 or more, at least one"
+            )
+        if num_threads and (why := missing_program(kind)) is not None:
+            raise LoadError(f"interference {kind}: {why}; install it, or leave the kind out")
+        self.kind, self.num_threads, self.cpus = kind, num_threads, cpus
+        self.units_per_s: float | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        if not self.num_threads:
+            return self
+        cpus = ",".join(map(str, sorted(self.cpus)))
+        command = [sys.executable, "-P", "-m", "blinkimp.lab.burner", self.kind, str(self.num_threads), cpus]
+        # A group of its own, so that killing it takes the compilers along.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        killer = threading.Timer(START_TIMEOUT_S, self._kill)
+        killer.start()
+        try:
+            assert self._process.stdout is not None
+            said = self._process.stdout.readline().strip()
+        finally:
+            killer.cancel()
+        if said != "ready":
+            self._kill()
+            self._process.wait()
+            self._close()
+            raise LoadError(
+                f"interference {self.kind}: got {said!r} from its process, expected `ready` within {START_TIMEOUT_S:g} s; its messages stand above"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is None:
+            return
+        try:
+            said, _ = self._process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
+            done = json.loads(said)
+            self.units_per_s = done["units"] / done["seconds"]
+        except (subprocess.TimeoutExpired, ValueError):
+            self._kill()
+            self._process.wait()
+        self._close()
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _close(self) -> None:
+        assert self._process is not None
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+if __name__ == "__main__":
+    run_process(sys.argv[1], int(sys.argv[2]), {int(cpu) for cpu in sys.argv[3].split(",")})

@@ -1,0 +1,84 @@
+"""Plots of lab runs as SVG text. matplotlib comes with the extra `lab`.
+
+Called by blinkimp/lab/report.py. Test: pytest tests/null/test_lab_report.py
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from blinkimp.bench.errors import LoadError
+
+SIZE_INCHES: Final = (6.4, 4.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one engine or level."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    frontier: Sequence[tuple[float, float]] = field(default_factory=list)
+
+
+def _figure() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LoadError(f"plots need matplotlib: {error}; install it: pip install 'blinkimp[lab]'") from error
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    matplotlib.rcParams["svg.hashsalt"] = "blinkimp"  # the same figures give the same file
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=SIZE_INCHES, layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def line_plot(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
+) -> str:
+    """A line with markers for each of `lines`; frontiers thick behind them."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for number, line in enumerate(lines):
+        color = f"C{number % 10}"
+        if line.frontier:
+            axes.plot(*zip(*line.frontier, strict=True), color=color, linewidth=5, alpha=0.25)
+        if line.points:
+            axes.plot(*zip(*sorted(line.points), strict=True), "o-", color=color, label=line.label, markersize=4)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(visible=True, alpha=0.3)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    elif any(line.points for line in lines):
+        axes.set_ylim(bottom=0)
+    if any(line.points for line in lines):
+        axes.legend(fontsize="small")
+    return _svg(figure)
+
+
+def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]]) -> str:
+    """Groups along x, one bar of each name in a group."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    width = 0.8 / max(1, len(bars))
+    for number, (name, heights) in enumerate(bars.items()):
+        at = [place - 0.4 + width * (number + 0.5) for place in range(len(groups))]
+        axes.bar(at, heights, width=width, label=name, color=f"C{number % 10}")
+    axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups), default=0) > 8 else 0)
+    axes.set(title=title, ylabel=y_label)
+    axes.grid(visible=True, axis="y", alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    return _svg(figure)

@@ -1,0 +1,66 @@
+"""Results of a lab run: a folder with one JSON file per cell, so that a run that was interrupted goes on where it stopped.
+
+    store = Store(folder); if store.get(key) is None: store.put(key, measure())
+
+A file is written whole or not at all. Called by blinkimp/lab/sweep.py, interference.py and report.py. Test: pytest tests/null/test_lab.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from blinkimp.bench.errors import LoadError
+
+SUFFIX: Final = ".cell.json"
+
+
+class Store:
+    """Cells by key; a key is a few words joined by `__`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The cell, or None where it was not measured yet, or failed."""
+        path = self._path(key)
+        if not path.exists():
+            return None
+        cell = read_cell(path)
+        return None if "error" in cell else cell
+
+    def put(self, key: str, cell: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(cell, indent=1) + "\n")
+        temporary.replace(path)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Every cell that is there, by key."""
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            yield read_cell(path)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+
+def key_of(*words: object) -> str:
+    """A file name out of words, which may hold any characters."""
+    return "__".join(re.sub(r"[^A-Za-z0-9.-]+", "-", str(word)).strip("-") or "none" for word in words)
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    try:
+        cell = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path}: got {error}, expected a cell of a lab run; remove the file, and run the lab again"
+        ) from error
+    if not isinstance(cell, dict):
+        raise LoadError(f"{path}: got {type(cell).__name__}, expected a map; remove the file, and run the lab again")
+    return cell

@@ -1,0 +1,133 @@
+// Admission: who of those that wait enters the next step, on which pages of the prefix cache and which new ones.
+//
+// Called by scheduler.cuh for the end of a plan. SCHEDULING.md says why it chooses as it does.
+// Test: pytest tests/host/test_director_plan.py tests/host/test_director_pages.py tests/host/test_prefix_cache.py
+#pragma once
+#include <count_slots.cuh>
+#include <plan_writer.cuh>
+#include <prefix_cache.cuh>
+#include <request_life.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kStallPatience = 16;  // plans
+
+BK_INLINE bool must_give_way(const Request& request) {  // S5
+  return (request.flags & kFlagStalled) && request.num_stalled_plans >= kStallPatience;
+}
+
+// ---- Room --------------------------------------------------------------------------------------------------------
+// Pages that stay free for the next decode rows while others run.
+BK_INLINE u32 watermark_pages(const EngineParams& params, const DirectorState& state) {
+  return state.status.num_running > 0 ? 1 + params.num_pages / 128 : 0;
+}
+
+enum Room : u32 {
+  kRoomNone = 0,
+  kRoomEnough = 1,
+  kRoomChanged = 2,  // somebody gave way: look again
+};
+
+// Lane 0. Looks for a batch place and num_needed pages beside num_pinned ones of the cache, which the request takes as they are. Only
+// requests that have stalled for long give way (S5), one for each look, because the pages of one may be those that the newcomer shares;
+// and only if it can be enough.
+BK_INLINE u32 make_room(const EngineParams& params, DirectorState& state, u32 num_needed, u32 num_pinned) {
+  const bool has_place = state.status.num_running < params.max_batch;
+  const u32 num_available = num_available_pages(state.pages) - num_pinned;
+  if (has_place && num_available >= num_needed + watermark_pages(params, state)) return kRoomEnough;
+  u32 num_stalled = 0;
+  u32 num_stalled_pages = 0;
+  for (u32 i = 0; i < state.status.num_running; ++i) {
+    const Request* request = request_at(params, state.running[i]);
+    if (!must_give_way(*request)) continue;
+    num_stalled += 1;
+    num_stalled_pages += request->num_pages;
+  }
+  if (num_stalled == 0) return kRoomNone;
+  const u32 num_kept = num_stalled < state.status.num_running ? watermark_pages(params, state) : 0;
+  if (num_available + num_stalled_pages < num_needed + num_kept) return kRoomNone;
+  u32 youngest = state.status.num_running - 1;
+  while (!must_give_way(*request_at(params, state.running[youngest]))) youngest -= 1;
+  preempt_running(params, state, youngest);
+  compact_running(state);
+  return kRoomChanged;
+}
+
+// Lane 0. The request to admit if there is room, or kNoRequest. A head of queue that must wait for pages keeps its turn: small requests
+// behind it and those of other queue pairs do not pass it for ever.
+BK_INLINE u32 choose_admission(const EngineParams& params, DirectorState& state) {
+  for (u32 k = 0; k < params.num_queue_pairs; ++k) {
+    const u32 q = (state.next_admit_idx + k) % params.num_queue_pairs;
+    const QueuePairState& queue_pair = state.queue_pairs[q];
+    if (queue_pair.num_waiting == 0 || completion_credit(queue_pair) < step_credit(queue_pair)) continue;
+    state.next_admit_idx = q;
+    return queue_pair.waiting_first_idx;
+  }
+  return kNoRequest;
+}
+
+// All lanes. The chunk of a sequence fills pages: they enter the prefix cache before it runs, for requests of this plan and later ones.
+BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, DirectorState& state, const PlanSeq& seq) {
+  if (!uses_prefix_cache(state.pages, *request_at(params, seq.request_idx))) return;
+  register_chunk(params, lanes, state.pages, seq.request_idx, seq.position_begin / kPageTokens,
+                 (seq.position_begin + seq.num_rows) / kPageTokens);
+}
+
+// Lane 0. The request has its pages: from the waiting queue to the batch and the plan.
+BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, StepPlan* plan, StepDraft& draft) {
+  Request* request = request_at(params, request_idx);
+  QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
+  remove_waiting(params, state, request_idx);
+  request->state = kRequestRunning;
+  request->step_rows = chunk_rows(params, *request, params.max_step_tokens - draft.num_rows);
+  if (request->num_preemptions == 0 && uses_prefix_cache(state.pages, *request)) {
+    request->num_cached_tokens = request->num_computed;
+    state.status.prefix_query_tokens += request->num_prompt_tokens;
+    state.status.prefix_hit_tokens += request->num_computed;
+  }
+  state.running[state.status.num_running] = request_idx;
+  state.status.num_running += 1;
+  queue_pair.num_running += 1;
+  queue_pair.num_promised += step_credit(queue_pair);
+  state.next_admit_idx = (request->queue_pair_idx + 1) % params.num_queue_pairs;
+  write_chunk(params, plan, request_idx, draft);
+}
+
+// All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan.
+BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, StepDraft& draft) {
+  while (draft.num_rows < params.max_step_tokens) {
+    u32 request_idx = kNoRequest;
+    if (lanes.is_first() && state.status.num_waiting > 0) request_idx = choose_admission(params, state);
+    request_idx = lanes.broadcast(request_idx, 0);
+    if (request_idx == kNoRequest) break;
+    Request* request = request_at(params, request_idx);
+    PrefixMatch match{0, 0};
+    if (uses_prefix_cache(state.pages, *request)) {
+      hash_request(params, lanes, state.table.hash_key, request_idx);
+      match = find_prefix(params, lanes, state.pages, request_idx);
+    }
+    const u32 num_needed = pages_for_tokens(request->num_tokens) - match.num_pages;
+    u32 room = kRoomNone;
+    if (lanes.is_first()) room = make_room(params, state, num_needed, match.num_unreferenced);
+    lanes.sync();  // hazard: the other lanes read the lists that a preemption changed
+    room = lanes.broadcast(room, 0);
+    if (room == kRoomNone) break;
+    if (room == kRoomChanged) continue;
+    assign_count_slot(params, lanes, state, request_idx);
+    take_prefix(params, lanes, state.pages, request_idx, match);
+    if (num_needed > state.pages.num_free) evict_pages(params, lanes, state.pages, num_needed - state.pages.num_free);
+    move_pages_to_request(params, lanes, state.pages.num_free, request_idx, match.num_pages, num_needed);
+    lanes.sync();  // hazard: lane 0 lowers the stack that the others still copy from
+    if (lanes.is_first()) {
+      state.pages.num_free -= num_needed;
+      request->num_pages = match.num_pages + num_needed;
+      admit_request(params, state, request_idx, plan, draft);
+    }
+    lanes.sync();  // hazard: the next round copies from the stack that lane 0 lowered; the sequence is read below
+    draft.num_rows = lanes.broadcast(draft.num_rows, 0);
+    draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
+    register_seq(params, lanes, state, plan_seqs(params, plan)[draft.num_seqs - 1]);
+  }
+}
+
+}  // namespace blinkimp

@@ -1,0 +1,185 @@
+"""Constraints to token automata, once for each: a cache in front of a worker process with a time limit.
+
+Called on a thread of its own by nic_shim/message_handler.py and nic_shim/http_app.py. Test: pytest tests/host/test_constraints.py
+
+Invariants
+I1  No constraint can keep a stream waiting: compiling happens in another process, which is killed after COMPILE_TIMEOUT_S.
+I2  The cache holds CACHE_BYTES at most; the least recently used goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from blinkimp.nic_shim.constraint_table import ConstraintTable
+from blinkimp.nic_shim.constraint_worker import LENGTH, Compiled
+from blinkimp.protocol import Constraint, Error, ErrorCode, quote
+
+COMPILE_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 30.0  # of the worker, on top, for its first constraint
+CACHE_BYTES: Final = 64 << 20
+MAX_CONSTRAINT_CHARS: Final = 256 << 10
+
+
+class ConstraintProblem(Exception):  # noqa: N818  (it is the client's problem)
+    """The constraint is refused; `error` is the reply, with id 0."""
+
+    def __init__(self, code: ErrorCode, problem: str, constraint: Constraint) -> None:
+        remedy = (
+            "simplify it" if code == "constraint_too_large" else "correct it; nic_shim/HTTP.md says what is supported"
+        )
+        self.error = Error(
+            0,
+            code,
+            f"the {constraint.kind} constraint cannot be used: {problem}",
+            quote(constraint.value)[:120],
+            "a constraint that this server can compile",
+            remedy,
+            final=True,
+        )
+        super().__init__(self.error.what)
+
+
+class LoadedConstraint:
+    """A compiled constraint, as requests carry it. Equal constraints share one."""
+
+    def __init__(self, key: bytes, table: ConstraintTable) -> None:
+        self.key = key
+        self.table = table
+
+
+class ConstraintCompiler:
+    """One for each ingress; thread-safe, one compilation at a time."""
+
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        slot_bytes: int,
+        *,
+        timeout_s: float = COMPILE_TIMEOUT_S,
+    ) -> None:
+        eos_text = ",".join(map(str, eos_ids))
+        self._arguments = [str(tokenizer), str(vocab_size), eos_text, str(slot_bytes)]
+        self._is_possible = slot_bytes > 0 and bool(eos_ids)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._cache: OrderedDict[bytes, LoadedConstraint | ConstraintProblem] = OrderedDict()
+        self._cache_bytes = 0
+        self.num_compiled = 0
+
+    def compile(self, constraint: Constraint) -> LoadedConstraint:
+        """Raises ConstraintProblem."""
+        self._check(constraint)
+        key = hashlib.sha256(msgspec.msgpack.encode(constraint)).digest()
+        with self._lock:
+            found = self._cache.get(key)
+            if found is None:
+                found = self._compile(constraint, key)
+                self._cache[key] = found
+                self._cache_bytes += _bytes_of(found)
+                while self._cache_bytes > CACHE_BYTES or len(self._cache) > 4096:
+                    self._cache_bytes -= _bytes_of(self._cache.popitem(last=False)[1])
+            else:
+                self._cache.move_to_end(key)
+        if isinstance(found, ConstraintProblem):
+            raise found.with_traceback(None)
+        return found
+
+    def close(self) -> None:
+        """Does not wait for a compilation: its worker is killed, and its caller gets a problem."""
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+
+    def _check(self, constraint: Constraint) -> None:
+        value = constraint.value
+        num_chars = len(value) if isinstance(value, str) else sum(map(len, value)) + len(value)
+        if num_chars > MAX_CONSTRAINT_CHARS:
+            problem = f"it has {num_chars} characters, expected at most {MAX_CONSTRAINT_CHARS}"
+            raise ConstraintProblem("constraint_too_large", problem, constraint)
+        if isinstance(value, list) != (constraint.kind == "choice"):
+            raise ConstraintProblem(
+                "bad_constraint", "a choice has a list of texts, everything else one text", constraint
+            )
+        if constraint.kind == "choice" and not all(value):
+            raise ConstraintProblem(
+                "bad_constraint", "a choice needs texts that are not empty, at least one", constraint
+            )
+        if not self._is_possible:
+            problem = "this engine has no room for constraints, or the model no end-of-sequence id"
+            raise ConstraintProblem("bad_constraint", problem, constraint)
+
+    def _compile(self, constraint: Constraint, key: bytes) -> LoadedConstraint | ConstraintProblem:
+        try:
+            answer = self._ask(constraint)
+        except TimeoutError:
+            self._end_worker()
+            problem = f"compiling it takes more than {self._timeout_s:g} s"
+            return ConstraintProblem("constraint_too_large", problem, constraint)
+        except (OSError, EOFError):
+            self._end_worker()
+            return ConstraintProblem("constraint_too_large", "compiling it takes too much memory", constraint)
+        self.num_compiled += 1
+        if answer.code:
+            code: ErrorCode = "constraint_too_large" if answer.code == "constraint_too_large" else "bad_constraint"
+            return ConstraintProblem(code, answer.problem, constraint)
+        return LoadedConstraint(key, ConstraintTable.parse(answer.table))
+
+    def _ask(self, constraint: Constraint) -> Compiled:
+        deadline = time.monotonic() + self._timeout_s
+        if self._worker is None:
+            deadline += START_TIMEOUT_S
+            command = [sys.executable, "-m", "blinkimp.nic_shim.constraint_worker", *self._arguments]
+            self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        worker = self._worker
+        assert worker.stdin is not None and worker.stdout is not None
+        payload = msgspec.msgpack.encode(constraint)
+        worker.stdin.write(LENGTH.pack(len(payload)) + payload)
+        worker.stdin.flush()
+        (num_bytes,) = LENGTH.unpack(_read(worker.stdout.fileno(), LENGTH.size, deadline))
+        return msgspec.msgpack.decode(_read(worker.stdout.fileno(), num_bytes, deadline), type=Compiled)
+
+    def _end_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+            for pipe in (worker.stdin, worker.stdout):
+                if pipe is not None:
+                    try:
+                        pipe.close()
+                    except OSError:  # what was not written has nowhere to go
+                        continue
+
+
+def _read(fd: int, num_bytes: int, deadline: float) -> bytes:
+    """Raises TimeoutError, EOFError."""
+    data = b""
+    while len(data) < num_bytes:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        piece = os.read(fd, num_bytes - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+def _bytes_of(entry: LoadedConstraint | ConstraintProblem) -> int:
+    return len(entry.table.data) if isinstance(entry, LoadedConstraint) else 1024

@@ -1,0 +1,349 @@
+"""The HTTP API as an ASGI application: routes, who may use them, and what each does before the engine has its turn.
+
+Made by nic_shim/http_ingress.py. nic_shim/HTTP.md describes it for users. Test: pytest tests/host/test_http_ingress.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from blinkimp import __version__
+from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.chat_template import ChatTemplateError
+from blinkimp.nic_shim.http_chat import ChatShape, template_messages
+from blinkimp.nic_shim.http_completions import CompletionShape
+from blinkimp.nic_shim.http_errors import HttpError, bad_field
+from blinkimp.nic_shim.http_fields import (
+    DEFAULT_COMPLETION_TOKENS,
+    check_combinations,
+    check_model,
+    constraint_of,
+    decode_body,
+    prompts_of,
+    sampling_of,
+)
+from blinkimp.nic_shim.http_gate import Gate
+from blinkimp.nic_shim.http_generate import (
+    Context,
+    GenerationResponse,
+    PromptIds,
+    ReplyShape,
+    compile_constraint,
+    encode_prompts,
+    make_requests,
+    new_exchange,
+)
+from blinkimp.nic_shim.http_openapi import docs_page, openapi_document
+from blinkimp.nic_shim.http_types import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeReply,
+    DetokenizeRequest,
+    GenerationFields,
+    Model,
+    ModelList,
+    TokenizeReply,
+    TokenizeRequest,
+)
+from blinkimp.nic_shim.tokenizer import USER_SPEAKS
+from blinkimp.protocol import MAX_STOP_STRINGS, Sampling
+
+log = logging.getLogger("blinkimp.http")
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass
+class Api:
+    """The handlers. `metrics_text` gives the body of /metrics."""
+
+    context: Context
+    gate: Gate
+    max_body_bytes: int
+    metrics_text: Callable[[], str]
+    model_root: str
+    is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self._created = int(time.time())
+        self._openapi = openapi_document()
+
+    def app(self) -> Starlette:
+        open_routes = {"/health": self.health, "/ready": self.ready, "/version": self.version, "/metrics": self.metrics}
+        open_routes |= {"/openapi.json": self.openapi, "/docs": self.docs}
+        guarded = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat}
+        guarded |= {"/tokenize": self.tokenize, "/detokenize": self.detokenize}
+        routes = [Route(path, handler, methods=["GET"]) for path, handler in open_routes.items()]
+        routes += [Route(path, self._guarded(handler), methods=["POST"]) for path, handler in guarded.items()]
+        routes.append(Route("/v1/models", self._guarded(self.models), methods=["GET"]))
+        routes.append(Route("/v1/models/{name:path}", self._guarded(self.model), methods=["GET"]))
+        return Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: _on_http_exception, HttpError: _on_http_error, Exception: _on_defect},
+        )
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            caller = self.gate.caller_of(request.headers.get("authorization"))
+            self.gate.count_request(caller)
+            request.state.caller = caller
+            return await handler(request)
+
+        return guarded
+
+    # ---- Generation ------------------------------------------------------------------------------------------------
+    async def completions(self, request: Request) -> Response:
+        body = decode_body(await self._body_of(request), CompletionRequest)
+        check_model(body.model, self.context.model_names)
+        check_combinations(body)
+        prompts = prompts_of(body)
+        prompt_ids = await encode_prompts(self.context, prompts)
+        num_choices = body.n or 1
+        request_id = _request_id(request)
+        echoes = [self._echo(body, prompt) for prompt in prompts for _ in range(num_choices)]
+        shape = CompletionShape(
+            request_id,
+            body.model or self.context.model_names[0],
+            body,
+            self.context.token_bytes,
+            echoes=echoes,
+            prompt_ids=[ids.tolist() for ids in prompt_ids for _ in range(num_choices)]
+            if body.return_token_ids
+            else [],
+        )
+        max_tokens = body.max_tokens or self.context.defaults.max_new_tokens or DEFAULT_COMPLETION_TOKENS
+        sampling = sampling_of(body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.logprobs or 0)
+        return await self._generate(request, body, prompt_ids, sampling, shape, request_id)
+
+    def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
+        if not body.echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self.context.tokenizer.decode(prompt)
+
+    async def chat(self, request: Request) -> Response:
+        body = decode_body(await self._body_of(request), ChatRequest)
+        check_model(body.model, self.context.model_names)
+        check_combinations(body)
+        variables = body.chat_template_kwargs or {}
+        if "messages" in variables or "add_generation_prompt" in variables:
+            raise bad_field(
+                "chat_template_kwargs", "chat_template_kwargs cannot be used", "messages or add_generation_prompt in it",
+                "other variables of the template", "use the request's own fields",
+            )  # fmt: skip
+        add_prompt = body.add_generation_prompt is not False
+        prompt_ids = await self._chat_prompt(body.messages, add_generation_prompt=add_prompt, variables=variables)
+        max_context = self.context.engine.link.port.max_context
+        num_left = max(1, max_context - len(prompt_ids))
+        asked = body.max_completion_tokens or body.max_tokens
+        max_tokens = asked or min(num_left, self.context.defaults.max_new_tokens or num_left)
+        sampling = sampling_of(
+            body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.top_logprobs or 0
+        )
+        if self.context.template.is_plain:  # no token says that the reply is over: the next speaker's name does
+            sampling = msgspec.structs.replace(sampling, stop=[*sampling.stop[: MAX_STOP_STRINGS - 1], USER_SPEAKS])
+        request_id = _request_id(request)
+        shape = ChatShape(
+            request_id,
+            body.model or self.context.model_names[0],
+            body,
+            self.context.token_bytes,
+            echo=template_messages(body.messages[-1:])[0]["content"] if body.echo else "",
+            prompt_ids=prompt_ids.tolist(),
+        )
+        return await self._generate(request, body, [prompt_ids], sampling, shape, request_id)
+
+    async def _chat_prompt(
+        self, messages: list[ChatMessage], *, add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> PromptIds:
+        context = self.context
+
+        def render() -> str:
+            # On the pool's thread: a template may take up to its deadline.
+            return context.template.text(
+                template_messages(messages), add_generation_prompt=add_generation_prompt, **variables
+            )
+
+        try:
+            text = await asyncio.get_running_loop().run_in_executor(context.pool, render)
+        except ChatTemplateError as error:
+            raise HttpError(400, str(error), code="bad_messages", param="messages") from None
+        (ids,) = await encode_prompts(context, [text], add_special_tokens=context.template.is_plain)
+        return ids
+
+    async def _generate(
+        self,
+        request: Request,
+        body: GenerationFields,
+        prompt_ids: list[PromptIds],
+        sampling: Sampling,
+        shape: ReplyShape,
+        request_id: str,
+    ) -> Response:
+        constraint = await compile_constraint(self.context, constraint_of(body))
+        self._refuse_while_down()
+        caller, num_choices = request.state.caller, len(prompt_ids) * (body.n or 1)
+        self.gate.enter(caller, num_choices)
+        exchange = new_exchange(self.context, lambda: self.gate.leave(caller, num_choices))
+        try:
+            requests = make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
+        except BaseException:
+            exchange.abandon()
+            raise
+        return GenerationResponse(exchange, requests, shape, body, request_id)
+
+    def _refuse_while_down(self) -> None:
+        status = self.status()
+        if status in ("draining", "engine_faulted", "engine_lost"):
+            raise HttpError(
+                503,
+                f"the server takes no requests: got one while it is {status}, expected none; ask another server, or again later",
+                code=status,
+            )
+
+    async def _body_of(self, request: Request) -> bytes:
+        """The request's body, within max_body_bytes."""
+        declared = request.headers.get("content-length", "0")
+        num_bytes, chunks = int(declared) if declared.isdecimal() else 0, []
+        if num_bytes <= self.max_body_bytes:
+            num_bytes = 0
+            try:
+                async for chunk in request.stream():
+                    num_bytes += len(chunk)
+                    if num_bytes > self.max_body_bytes:
+                        break
+                    chunks.append(chunk)
+            except ClientDisconnect:
+                raise HttpError(
+                    400, "the body ended early: got a closed connection, expected the whole body; send it again"
+                ) from None
+        if num_bytes > self.max_body_bytes:
+            raise HttpError(
+                413,
+                f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_body_bytes}; send a shorter prompt, or "
+                "start the server with a larger --max-body-bytes",
+                code="too_large",
+            )
+        return b"".join(chunks)
+
+    # ---- Tokens ----------------------------------------------------------------------------------------------------
+    async def tokenize(self, request: Request) -> Response:
+        body = decode_body(await self._body_of(request), TokenizeRequest)
+        check_model(body.model, self.context.model_names)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_field(
+                "prompt", "prompt and messages cannot be used", "both or neither", "one of them", "send one"
+            )
+        if body.messages is not None:
+            ids = await self._chat_prompt(body.messages, add_generation_prompt=body.add_generation_prompt, variables={})
+        else:
+            (ids,) = await encode_prompts(self.context, [body.prompt or ""], add_special_tokens=body.add_special_tokens)
+        tokens = ids.tolist()
+        names = [self.context.token_bytes.text(token) for token in tokens] if body.return_token_strs else None
+        return _json(TokenizeReply(len(tokens), self.context.engine.link.port.max_context, tokens, names))
+
+    async def detokenize(self, request: Request) -> Response:
+        body = decode_body(await self._body_of(request), DetokenizeRequest)
+        check_model(body.model, self.context.model_names)
+        vocab_size = self.context.engine.link.port.vocab_size
+        if body.tokens and max(body.tokens) >= vocab_size:
+            raise bad_field(
+                "tokens", "a token id is not in the vocabulary", str(max(body.tokens)), f"0 to {vocab_size - 1}",
+                "use this model's tokenizer",
+            )  # fmt: skip
+        return _json(DetokenizeReply(self.context.tokenizer.decode(body.tokens)))
+
+    # ---- About the server ------------------------------------------------------------------------------------------
+    def _model(self, name: str) -> Model:
+        port = self.context.engine.link.port
+        return Model(id=name, created=self._created, root=self.model_root, max_model_len=port.max_context)
+
+    async def models(self, _: Request) -> Response:
+        return _json(ModelList(data=[self._model(name) for name in self.context.model_names]))
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        check_model(name, self.context.model_names)
+        return _json(self._model(name))
+
+    def status(self) -> str:
+        """ok, starting, draining, engine_lost, engine_faulted."""
+        link = self.context.engine.link
+        state = link.watch.state
+        if state == abi.EngineState.FAULTED:
+            return "engine_faulted"
+        if self.is_draining or state == abi.EngineState.DRAINING:
+            return "draining"
+        if link.watch.is_lost or not link.is_attached:
+            return "engine_lost"
+        return "starting" if state == abi.EngineState.STARTING else "ok"
+
+    async def health(self, _: Request) -> Response:
+        """Live: this process answers, and its engine has not faulted."""
+        status = self.status()
+        return _json({"status": status}, 503 if status == "engine_faulted" else 200)
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a request would be taken now."""
+        status = self.status()
+        return _json({"status": status}, 200 if status == "ok" else 503)
+
+    async def version(self, _: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self.metrics_text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, _: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
+
+    async def docs(self, _: Request) -> Response:
+        return Response(docs_page(self._openapi), media_type="text/html")
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _request_id(request: Request) -> str:
+    """The client's own X-Request-Id where it is sane, else one of ours."""
+    given = request.headers.get("x-request-id", "")
+    return (
+        given
+        if 0 < len(given) <= 64 and given.isascii() and given.replace("-", "").isalnum()
+        else secrets.token_hex(16)
+    )
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    return error.response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}; `GET /openapi.json` lists what there is"
+    return HttpError(error.status_code, message, code="not_found").response()
+
+
+async def _on_defect(_: Request, error: Exception) -> Response:
+    log.error("a request could not be handled", exc_info=error)
+    return HttpError(
+        500,
+        f"the server failed on this request: got {type(error).__name__}, expected an answer; report this with the server's log",
+        code="internal_error",
+    ).response()

@@ -1,0 +1,93 @@
+"""/v1/completions: the shape of its replies.
+
+Called by nic_shim/http_app.py. Test: pytest tests/host/test_http_ingress.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
+from blinkimp.nic_shim.http_logprobs import completion_logprobs
+from blinkimp.nic_shim.http_types import CompletionChoice, CompletionChunk, CompletionReply, CompletionRequest, Usage
+from blinkimp.nic_shim.token_bytes import TokenBytes
+from blinkimp.protocol import Finish, Tokens
+
+_encoder = msgspec.json.Encoder()
+
+
+class CompletionShape:
+    """Builds the replies of one request. echoes, prompt_ids: of each choice."""
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        body: CompletionRequest,
+        names: TokenBytes,
+        *,
+        echoes: Sequence[str],
+        prompt_ids: Sequence[list[int]],
+    ) -> None:
+        self._id = f"cmpl-{request_id}"
+        self._created = int(time.time())
+        self._model = model
+        self._body = body
+        self._names = names
+        self._echoes = echoes
+        self._prompt_ids = prompt_ids
+        self._num_chars = [0] * len(echoes)  # of each choice's text so far
+        options = body.stream_options
+        self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
+
+    def opening(self, choice_idx: int) -> bytes | None:
+        """With echo a stream begins with the prompt."""
+        if not (self._echoes[choice_idx] or self._body.return_token_ids):
+            return None
+        choice = CompletionChoice(index=choice_idx, text=self._echoes[choice_idx])
+        if self._body.return_token_ids:
+            choice.prompt_token_ids = self._prompt_ids[choice_idx]
+            choice.token_ids = []
+        return self._chunk([choice], None)
+
+    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes | None:
+        tokens, finish = merged(messages)
+        return self._chunk([self._choice(choice_idx, tokens, finish)], usage)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._chunk([], usage)
+
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
+        result = []
+        for idx, choice in enumerate(choices):
+            tokens, finish = merged(choice.messages)
+            one = self._choice(idx, tokens, finish)
+            one.text = self._echoes[idx] + one.text
+            if self._body.return_token_ids:
+                one.prompt_token_ids = self._prompt_ids[idx]
+            result.append(one)
+        return _encoder.encode(
+            CompletionReply(id=self._id, created=self._created, model=self._model, choices=result, usage=usage)
+        )
+
+    def _choice(self, choice_idx: int, tokens: Tokens | None, finish: Finish | None) -> CompletionChoice:
+        choice = CompletionChoice(index=choice_idx, text="")
+        if tokens is not None:
+            choice.text = tokens.text
+            if self._body.logprobs is not None:
+                offset = self._num_chars[choice_idx]
+                choice.logprobs = completion_logprobs(tokens, self._names, self._body.logprobs, offset)
+                self._num_chars[choice_idx] = offset + sum(map(len, choice.logprobs.tokens))
+        if self._body.return_token_ids:
+            choice.token_ids = tokens.token_ids if tokens is not None else []
+        if finish is not None:
+            choice.finish_reason, choice.stop_reason = finish_name(finish), finish.stop
+        return choice
+
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+        chunk = CompletionChunk(id=self._id, created=self._created, model=self._model, choices=choices)
+        chunk.usage = usage if usage is not None else self._usage_field
+        return _encoder.encode(chunk)

@@ -1,0 +1,97 @@
+"""One HTTP request that runs in the engine: its choices, what has arrived for them, and the wait for more.
+
+Made by nic_shim/http_generate.py, filled by the engine thread's batches. All on the event loop. Test: pytest tests/host/test_http_ingress.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import Receive
+
+from blinkimp.nic_shim.engine_thread import Delivery, EngineThread
+from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.protocol import Error, Finish, Tokens
+
+
+class ClientGoneError(Exception):
+    """The client has closed the connection; nobody is there to answer."""
+
+
+class Exchange:
+    """`choices[i]` has client_id i. on_end runs once, when every choice has ended: then it is out of the engine."""
+
+    def __init__(self, engine: EngineThread, on_end: Callable[[Exchange], None]) -> None:
+        self.choices: list[LiveRequest] = []
+        self.num_unfinished = 0
+        self._engine = engine
+        self._on_end = on_end
+        self._pending: list[Tokens | Finish | Error] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_gone = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self, requests: list[LiveRequest], receive: Receive) -> None:
+        """Submits the choices; from now on a disconnect cancels them."""
+        self.choices = requests
+        self.num_unfinished = len(requests)
+        for request in requests:
+            self._engine.submit(request)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._is_gone = True
+        self.cancel()
+        self._wake()
+
+    def abandon(self) -> None:
+        """Ends an exchange that was never started."""
+        self._on_end(self)
+
+    def cancel(self) -> None:
+        """Stops what still runs. Harmless when nothing does."""
+        if self.num_unfinished:
+            self._engine.cancel(self.choices)
+
+    def close(self) -> None:
+        """Nobody reads any more: what runs is cancelled."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+        self.cancel()
+
+    def push(self, messages: list[Tokens | Finish | Error]) -> None:
+        """What the engine said for one choice, in order."""
+        self._pending += messages
+        if not isinstance(messages[-1], Tokens):
+            self.num_unfinished -= 1
+            if self.num_unfinished == 0:
+                self._on_end(self)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> list[Tokens | Finish | Error]:
+        """All that has arrived since the last call, at least one message. Raises ClientGoneError."""
+        while not self._pending:
+            if self._is_gone:
+                raise ClientGoneError
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._is_gone:
+            raise ClientGoneError
+        messages, self._pending = self._pending, []
+        return messages
+
+
+def deliver(batch: list[Delivery]) -> None:
+    """The engine thread's batches end here."""
+    exchange: Any
+    for exchange, messages in batch:
+        exchange.push(messages)

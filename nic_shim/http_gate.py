@@ -1,0 +1,145 @@
+"""Who may come in, and how much of it: API keys, requests a second, choices running at once.
+
+Called by nic_shim/http_app.py, on the event loop. Test: pytest tests/null/test_http_gate.py
+
+Invariants
+I1  A key is compared in constant time, with every key, whether or not one has matched.
+I2  The count of a key's running choices is back at 0 when its requests have ended, however they ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from blinkimp.nic_shim.http_errors import HttpError
+
+KEY_VARIABLE: Final = "BLINKIMP_API_KEY"
+ANYBODY: Final = b""  # the caller where no keys are asked for
+
+
+class ApiKeyError(ValueError):
+    """The API keys cannot be read; the message says what, got, expected, remedy."""
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """Of each API key; of all callers together where there are no keys."""
+
+    max_outstanding: int = 1024  # choices that run at once
+    max_requests_per_s: float = 500.0
+    burst_requests: int = 1000  # that may come at once
+
+
+@dataclass
+class _Caller:
+    num_outstanding: int = 0
+    num_tokens: float = 0.0  # of the token bucket
+    filled_at: float = 0.0
+
+
+class Gate:
+    """Admits requests."""
+
+    def __init__(self, keys: Sequence[str], limits: GateLimits) -> None:
+        self._digests = [_digest(key) for key in keys]
+        self._limits = limits
+        self._callers: dict[bytes, _Caller] = {}
+        self.num_outstanding = 0  # of all callers
+        self.num_refused = 0
+
+    @property
+    def is_open(self) -> bool:
+        return not self._digests
+
+    def caller_of(self, authorization: str | None) -> bytes:
+        """Who asks, by the Authorization header. Raises HttpError 401."""
+        if not self._digests:
+            return ANYBODY
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them (I1)
+        if scheme.lower() != "bearer" or not any(matches):
+            self.num_refused += 1
+            got = "no Authorization header" if authorization is None else "a key that is not known"
+            raise HttpError(
+                401,
+                f"the API key is missing or wrong: got {got}, expected `Authorization: Bearer KEY`; ask the operator for a key",
+                code="invalid_api_key",
+            )
+        return digest
+
+    def count_request(self, caller: bytes) -> None:
+        """Raises HttpError 429 where the caller asks too often."""
+        limits, now = self._limits, time.monotonic()
+        state = self._callers.get(caller)
+        if state is None:
+            state = self._callers[caller] = _Caller(0, limits.burst_requests, now)
+        filled = state.num_tokens + (now - state.filled_at) * limits.max_requests_per_s
+        state.num_tokens, state.filled_at = min(limits.burst_requests, filled), now
+        if state.num_tokens < 1.0:
+            self.num_refused += 1
+            wait_s = max(1, round((1.0 - state.num_tokens) / limits.max_requests_per_s))
+            raise HttpError(
+                429,
+                f"too many requests a second: got more than {limits.max_requests_per_s:g} with bursts of {limits.burst_requests}, "
+                "expected fewer; slow down, or raise --max-requests-per-s",
+                code="rate_limit_exceeded",
+                retry_after_s=wait_s,
+            )
+        state.num_tokens -= 1.0
+
+    def enter(self, caller: bytes, num_choices: int) -> None:
+        """Counts choices that begin to run; leave() must follow. Raises HttpError 429."""
+        state = self._callers.setdefault(caller, _Caller())
+        limit = self._limits.max_outstanding
+        if state.num_outstanding + num_choices > limit:
+            self.num_refused += 1
+            raise HttpError(
+                429,
+                f"too many choices at once: got {state.num_outstanding} running and {num_choices} new, expected at most {limit}; "
+                "wait for some to finish, or raise --max-outstanding",
+                code="rate_limit_exceeded",
+            )
+        state.num_outstanding += num_choices
+        self.num_outstanding += num_choices
+
+    def leave(self, caller: bytes, num_choices: int) -> None:
+        self._callers[caller].num_outstanding -= num_choices
+        self.num_outstanding -= num_choices
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_keys(path: str) -> list[str]:
+    """Keys of the file (one a line; `#` begins a comment) and of BLINKIMP_API_KEY. Raises ApiKeyError."""
+    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    if path:
+        try:
+            mode = os.stat(path).st_mode
+            lines = Path(path).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ApiKeyError(
+                f"API keys: {path} cannot be read: {error}; expected a text file with one key a line"
+            ) from None
+        if mode & 0o077:
+            raise ApiKeyError(
+                f"API keys: {path} has mode {mode & 0o777:o}, expected 600: others on this machine could read it; run `chmod 600 {path}`"
+            )
+        keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ApiKeyError(f"API keys: {path} holds none, expected one a line; without a file anybody may ask")
+    short = [key for key in keys if len(key.strip()) < 8]
+    if short:
+        raise ApiKeyError(
+            f"API keys: {len(short)} have fewer than 8 characters; expected longer ones; `openssl rand -hex 24` makes one"
+        )
+    return [key.strip() for key in keys]

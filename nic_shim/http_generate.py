@@ -1,0 +1,331 @@
+"""What a completion and a chat completion share: prompts to token ids, checks, choices into the engine, replies streamed or whole.
+
+Called by nic_shim/http_app.py. The shape of the replies is http_completions.py's and http_chat.py's. Test: pytest tests/host/test_http_ingress.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.chat_template import ChatTemplate
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem, LoadedConstraint
+from blinkimp.nic_shim.engine_thread import EngineThread
+from blinkimp.nic_shim.http_errors import HttpError, http_error_of
+from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
+from blinkimp.nic_shim.http_fields import GenerationDefaults, Prompt
+from blinkimp.nic_shim.http_types import GenerationFields, PromptTokensDetails, Usage
+from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.token_bytes import TokenBytes
+from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
+from blinkimp.protocol import Constraint, Error, Finish, Sampling, Submit, Tokens
+
+log = logging.getLogger("blinkimp.http")
+
+MAX_INLINE_CHARS = 4096  # longer texts are tokenised on a thread, so that streams do not wait for them
+CLOSED_STATUS = 499  # for the log: the client has gone
+
+PromptIds = npt.NDArray[np.uint32]
+
+
+@dataclass
+class Choice:
+    """What one choice has come to."""
+
+    prompt_idx: int
+    num_prompt_tokens: int
+    messages: list[Tokens | Finish] = field(default_factory=list)  # of a reply that goes out whole
+    num_output_tokens: int = 0
+    finish: Finish | None = None
+
+    def count(self, messages: list[Tokens | Finish]) -> bool:
+        """Usage and end; True when this was the end."""
+        for message in messages:
+            if isinstance(message, Tokens):
+                self.num_output_tokens += len(message.token_ids)
+            else:
+                self.finish = message
+        return self.finish is not None
+
+
+class ReplyShape(Protocol):
+    """Builds the JSON of one API. `messages` are all of one choice: Tokens, and perhaps a Finish at the end."""
+
+    def opening(self, choice_idx: int) -> bytes | None: ...
+    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes | None: ...
+    def usage_chunk(self, usage: Usage) -> bytes: ...
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes: ...
+
+
+@dataclass
+class Context:
+    """What all requests need."""
+
+    engine: EngineThread
+    tokenizer: Tokenizer
+    token_bytes: TokenBytes
+    template: ChatTemplate
+    defaults: GenerationDefaults
+    model_names: tuple[str, ...]
+    max_prompt_chars: int
+    pool: ThreadPoolExecutor  # one thread: tokenises, renders templates
+    compiler: ConstraintCompiler
+    compile_pool: ThreadPoolExecutor  # one thread: waits for the compiler
+    exchanges: dict[Exchange, None] = field(default_factory=dict)  # that run in the engine
+
+
+async def encode_prompts(
+    context: Context, prompts: Sequence[Prompt], *, add_special_tokens: bool = True
+) -> list[PromptIds]:
+    """Token ids of each prompt. Raises HttpError."""
+    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    if num_chars > context.max_prompt_chars:
+        submit = Submit(0, "".join(prompt for prompt in prompts if isinstance(prompt, str)))
+        problem = submit_problem(submit, context.max_prompt_chars)
+        assert problem is not None
+        raise http_error_of(problem)
+
+    def encode() -> list[PromptIds]:
+        try:
+            return [
+                context.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+                if isinstance(prompt, str)
+                else np.asarray(prompt, dtype=np.uint32)
+                for prompt in prompts
+            ]
+        except Exception as error:  # the binding raises plain Exception
+            raise http_error_of(untokenisable(0, error)) from error
+
+    if num_chars <= MAX_INLINE_CHARS:
+        return encode()
+    return await asyncio.get_running_loop().run_in_executor(context.pool, encode)
+
+
+async def compile_constraint(context: Context, constraint: Constraint | None) -> LoadedConstraint | None:
+    """Raises HttpError."""
+    if constraint is None:
+        return None
+    try:
+        compiling = asyncio.get_running_loop().run_in_executor(
+            context.compile_pool, context.compiler.compile, constraint
+        )
+        return await compiling
+    except ConstraintProblem as problem:
+        raise http_error_of(problem.error) from None
+
+
+def make_requests(
+    context: Context,
+    body: GenerationFields,
+    prompts: list[PromptIds],
+    sampling: Sampling,
+    constraint: LoadedConstraint | None,
+    exchange: Exchange,
+) -> list[LiveRequest]:
+    """n choices for each prompt, checked. Raises HttpError."""
+    requests: list[LiveRequest] = []
+    num_choices = body.n or 1
+    for prompt_ids in prompts:
+        for copy_idx in range(num_choices):
+            # Like vLLM: the copies of a seeded request take the seeds that follow.
+            seeded = sampling
+            if sampling.seed is not None and copy_idx:
+                seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + copy_idx) % 2**64)
+            submit = Submit(
+                len(requests),
+                "",
+                seeded,
+                stream=bool(body.stream),
+                priority=body.priority or 0,
+                timeout_s=body.timeout,
+                cache_salt=body.cache_salt or "",
+                prefix_cache=body.prefix_cache is not False,
+            )
+            limits = context.engine.link.port
+            problem = submit_problem(submit, context.max_prompt_chars) or prompt_problem(0, prompt_ids, seeded, limits)
+            if problem is not None:
+                raise http_error_of(problem)
+            request = LiveRequest(submit, exchange)
+            request.prompt_ids = prompt_ids
+            request.constraint = constraint
+            request.start_detokenizer(IncrementalDetokenizer(context.tokenizer, prompt_ids[-16:].tolist()))
+            requests.append(request)
+    return requests
+
+
+def usage_of(choices: Sequence[Choice]) -> Usage:
+    """Each prompt counts once, however many choices it has."""
+    prompts = {choice.prompt_idx: choice.num_prompt_tokens for choice in choices}
+    cached: dict[int, int] = {}
+    for choice in choices:
+        num_cached = choice.finish.num_cached_tokens if choice.finish is not None else 0
+        cached[choice.prompt_idx] = min(num_cached, cached.get(choice.prompt_idx, num_cached))
+    num_prompt, num_output = sum(prompts.values()), sum(choice.num_output_tokens for choice in choices)
+    return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(sum(cached.values())))
+
+
+class GenerationResponse(Response):
+    """Runs an exchange and answers: whole, or as a stream of server-sent events."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        requests: list[LiveRequest],
+        shape: ReplyShape,
+        body: GenerationFields,
+        request_id: str,
+    ) -> None:
+        self._exchange = exchange
+        self._requests = requests
+        self._shape = shape
+        self._body = body
+        self._request_id = request_id
+        num_choices = body.n or 1
+        self._choices = [Choice(idx // num_choices, len(request.prompt_ids)) for idx, request in enumerate(requests)]
+        self.status_code = 200
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        self._exchange.start(self._requests, receive)
+        try:
+            first = await self._exchange.next()
+            self._raise_error(first)
+            if self._body.stream:
+                await self._send_stream(first, send)
+            else:
+                await self._send_whole(first, send)
+        except ClientGoneError:
+            self.status_code = CLOSED_STATUS
+        except HttpError as error:  # nothing has been sent yet
+            self.status_code = error.status
+            response = error.response()
+            response.headers["x-request-id"] = self._request_id
+            await response(scope, receive, send)
+        finally:
+            self._exchange.close()
+            usage = usage_of(self._choices)
+            log.info(
+                "%s status=%d choices=%d prompt_tokens=%d output_tokens=%d seconds=%.3f user=%r",
+                self._request_id, self.status_code, len(self._choices), usage.prompt_tokens, usage.completion_tokens,
+                time.monotonic() - started, (self._body.user or "")[:64],
+            )  # fmt: skip
+
+    @staticmethod
+    def _raise_error(messages: list[Tokens | Finish | Error]) -> None:
+        for message in messages:
+            if isinstance(message, Error):
+                raise http_error_of(message)
+
+    def _reply_headers(self, kind: bytes, num_bytes: int | None) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", kind), (b"x-request-id", self._request_id.encode())]
+        if num_bytes is not None:
+            headers.append((b"content-length", str(num_bytes).encode()))
+        else:
+            headers.append((b"cache-control", b"no-cache"))
+            headers.append((b"x-accel-buffering", b"no"))  # nginx in between must not collect events
+        return headers
+
+    # ---- Whole -----------------------------------------------------------------------------------------------------
+    async def _send_whole(self, messages: list[Tokens | Finish | Error], send: Send) -> None:
+        num_unfinished = len(self._choices)
+        while True:
+            self._raise_error(messages)
+            for message in messages:
+                assert not isinstance(message, Error), "raised above"
+                choice = self._choices[message.id]
+                choice.messages.append(message)
+                num_unfinished -= choice.count([message])
+            if num_unfinished == 0:
+                break
+            messages = await self._exchange.next()
+        payload = self._shape.whole(self._choices, usage_of(self._choices))
+        headers = self._reply_headers(b"application/json", len(payload))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": payload})
+
+    # ---- Stream ----------------------------------------------------------------------------------------------------
+    async def _send_stream(self, messages: list[Tokens | Finish | Error], send: Send) -> None:
+        headers = self._reply_headers(b"text/event-stream; charset=utf-8", None)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        pieces = [self._shape.opening(idx) for idx in range(len(self._choices))]
+        await self._send_events([piece for piece in pieces if piece is not None], send)
+        async for pieces in self._events(messages):
+            await self._send_events([piece for piece in pieces if piece is not None], send)
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _send_events(self, pieces: list[bytes], send: Send) -> None:
+        if pieces:
+            body = b"".join([b"data: " + piece + b"\n\n" for piece in pieces])
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _events(self, messages: list[Tokens | Finish | Error]) -> AsyncIterator[list[bytes | None]]:
+        options = self._body.stream_options
+        with_usage = options is not None and options.continuous_usage_stats
+        num_unfinished = len(self._choices)
+        while True:
+            by_choice: dict[int, list[Tokens | Finish]] = {}
+            for message in messages:
+                if isinstance(message, Error):  # the status line is gone already: the stream itself says it
+                    error = http_error_of(message)
+                    self.status_code = error.status
+                    yield [msgspec.json.encode(error.body())]
+                    return
+                by_choice.setdefault(message.id, []).append(message)
+            pieces: list[bytes | None] = []
+            for idx, own in by_choice.items():
+                choice = self._choices[idx]
+                num_unfinished -= choice.count(own)
+                pieces.append(self._shape.chunk(idx, own, usage_of([choice]) if with_usage else None))
+            if num_unfinished == 0:
+                if options is not None and options.include_usage:
+                    pieces.append(self._shape.usage_chunk(usage_of(self._choices)))
+                yield pieces
+                return
+            yield pieces
+            messages = await self._exchange.next()
+
+
+def merged(messages: list[Tokens | Finish]) -> tuple[Tokens | None, Finish | None]:
+    """Several messages of one choice as one: a client that lags gets its tokens in larger chunks."""
+    tokens = [message for message in messages if isinstance(message, Tokens)]
+    finish = messages[-1] if isinstance(messages[-1], Finish) else None
+    if len(tokens) <= 1:
+        return (tokens[0] if tokens else None), finish
+    whole = Tokens(tokens[0].id, tokens[0].index, [], [], "")
+    for message in tokens:
+        whole.token_ids += message.token_ids
+        whole.logprobs += message.logprobs
+        whole.top = whole.top + message.top
+    whole.text = "".join(message.text for message in tokens)
+    return whole, finish
+
+
+_FINISH_NAMES = {"eos": "stop", "stop_id": "stop", "stop": "stop", "length": "length", "timeout": "timeout"}
+
+
+def finish_name(finish: Finish | None) -> str | None:
+    """finish_reason of OpenAI's APIs; what has no name there is `abort`, as in vLLM."""
+    return None if finish is None else _FINISH_NAMES.get(finish.reason, "abort")
+
+
+def new_exchange(context: Context, on_end: Callable[[], Any]) -> Exchange:
+    def end(exchange: Exchange) -> None:
+        context.exchanges.pop(exchange, None)
+        on_end()
+
+    exchange = Exchange(context.engine, end)
+    context.exchanges[exchange] = None
+    return exchange

@@ -1,0 +1,319 @@
+"""The HTTP ingress: OpenAI's API on one side, a queue pair of its own on the other. No hop through the ZeroMQ ingress.
+
+    python -m blinkimp.nic_shim.http_ingress --engine NAME --queue-pair 1 --bind 127.0.0.1:8000 --model-folder FOLDER
+
+Run as a process by `blinkimp serve --http HOST:PORT`; nic_shim/HTTP.md describes the API. uvicorn's loop (uvloop, httptools) speaks HTTP on
+the main thread, nic_shim/engine_thread.py speaks to the queue pair. SIGTERM drains: new requests get 503, running ones finish
+(bounded by --drain-timeout), then exit 0; a second one ends it at once. Test: pytest tests/host/test_http_ingress.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+import uvloop
+
+from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.native import NativeLibraryError
+from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
+from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.engine_thread import EngineThread
+from blinkimp.nic_shim.http_app import Api
+from blinkimp.nic_shim.http_exchange import deliver
+from blinkimp.nic_shim.http_fields import read_generation_defaults
+from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
+from blinkimp.nic_shim.http_generate import Context
+from blinkimp.nic_shim.http_metrics import metrics_text
+from blinkimp.nic_shim.queue_pair import QueuePairError
+from blinkimp.nic_shim.token_bytes import TokenBytes
+from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
+
+log = logging.getLogger("blinkimp.http")
+
+ATTACH_TIMEOUT_S: Final = 10.0
+DRAIN_POLL_S: Final = 0.05
+CANCEL_GRACE_S: Final = 1.0  # after a drain that timed out: for the engine's FINISH, and for clients to read it
+GIL_SWITCH_S: Final = 0.0005  # two threads share the interpreter: 5 ms, Python's default, would show in the latency
+BACKLOG: Final = 2048
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one HTTP ingress grants. All on by default; --help has the flags."""
+
+    max_body_bytes: int = 2 << 20
+    max_prompt_chars: int = 1 << 20  # of a prompt given as text
+    max_memory_bytes: int = 4 << 30  # resident memory of the process
+    max_connections: int = 4096
+    max_outstanding: int = 1024  # choices of one API key that run at once
+    max_requests_per_s: int = 500  # of one API key
+    burst_requests: int = 1000  # of one API key, at once
+    loss_timeout_s: float = 60.0  # without an engine for longer, its requests fail
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; expected more than 0; correct the ingress's options")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: draining is ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpIngress:
+    """One ingress. run() serves until a signal or a failure; returns the exit status."""
+
+    def __init__(
+        self,
+        engine_name: str,
+        queue_pair_idx: int,
+        bind: str,
+        model_folder: Path,
+        *,
+        model_names: Sequence[str],
+        api_keys: Sequence[str] = (),
+        eos_ids: Sequence[int] | None = None,
+        limits: HttpLimits | None = None,
+        drain_timeout_s: float = 30.0,
+    ) -> None:
+        self._limits = limits or HttpLimits()
+        self._bind = parse_bind(bind)
+        self._folder = model_folder
+        self._model_names = tuple(model_names)
+        self._drain_timeout_s = drain_timeout_s
+        self._tokenizer = Tokenizer(model_folder)
+        self._template = ChatTemplate(model_folder)
+        self._defaults = read_generation_defaults(model_folder)
+        gate_limits = GateLimits(
+            self._limits.max_outstanding, self._limits.max_requests_per_s, self._limits.burst_requests
+        )
+        self._gate = Gate(api_keys, gate_limits)
+        self._link = EngineLink(
+            engine_name,
+            queue_pair_idx,
+            eos_ids=tuple(self._tokenizer.eos_ids if eos_ids is None else eos_ids),
+            loss_timeout_s=self._limits.loss_timeout_s,
+        )
+        self._failure: BaseException | None = None
+        self._num_signals = 0
+        if self._gate.is_open and not is_loopback(self._bind[0]):
+            log.warning(
+                "%s:%d can be reached by other machines and no API key is asked for; --api-key-file has them",
+                *self._bind,
+            )
+
+    def run(self) -> int:
+        """Attaches, binds, prints `ready URL`, serves."""
+        self._link.attach(ATTACH_TIMEOUT_S)
+        try:
+            listener = _listen(*self._bind)
+        except BaseException:
+            self._link.close()
+            raise
+        sys.setswitchinterval(GIL_SWITCH_S)
+        gc.freeze()  # what is here now stays: collections need not walk it again
+        uvloop.run(self._serve(listener))
+        if self._failure is not None:
+            print(f"blinkimp http ingress: {self._failure}", file=sys.stderr)
+            return 1
+        return 0
+
+    async def _serve(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        limits = self._limits
+        engine = EngineThread(self._link, loop, deliver, self._on_failure, max_memory_bytes=limits.max_memory_bytes)
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
+        self._context = Context(
+            engine,
+            self._tokenizer,
+            TokenBytes(self._tokenizer),
+            self._template,
+            self._defaults,
+            self._model_names,
+            limits.max_prompt_chars,
+            pool,
+            ConstraintCompiler(
+                self._tokenizer.path,
+                self._link.port.vocab_size,
+                tuple(self._link.eos_ids),
+                self._link.port.constraint_slot_bytes,
+            ),
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-compile"),
+        )
+        self._api = Api(
+            self._context,
+            self._gate,
+            limits.max_body_bytes,
+            lambda: metrics_text(self._link, self._gate),
+            str(self._folder),
+        )
+        config = uvicorn.Config(
+            self._api.app(),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=limits.max_connections,
+            timeout_graceful_shutdown=2,
+        )
+        self._server = _Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        engine.start()
+        host, port = listener.getsockname()[:2]
+        print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._context.compile_pool.shutdown(wait=False, cancel_futures=True)
+            self._context.compiler.close()
+            await loop.run_in_executor(None, engine.stop)
+            log.info("ended")
+
+    # ---- Ending ----------------------------------------------------------------------------------------------------
+    def _on_failure(self, error: BaseException) -> None:
+        self._failure = error
+        self._server.should_exit = True
+
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._api.is_draining = True
+            self._drainer = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._server.should_exit = self._server.force_exit = True
+
+    async def _drain(self) -> None:
+        exchanges = self._context.exchanges
+        log.info("draining: %d unfinished requests", len(exchanges))
+        deadline = time.monotonic() + self._drain_timeout_s
+        while exchanges and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        if exchanges:
+            log.warning("drain timed out: cancelling %d requests", len(exchanges))
+            for exchange in list(exchanges):
+                exchange.cancel()
+            await asyncio.sleep(CANCEL_GRACE_S)
+        self._server.should_exit = True
+
+
+# ---- The process -----------------------------------------------------------------------------------------------------
+def parse_bind(bind: str) -> tuple[str, int]:
+    """HOST:PORT, [IPV6]:PORT, :PORT (loopback). Raises ValueError."""
+    host, colon, port = bind.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:8000; correct it")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OSError(
+            f"cannot bind {host}:{port}: {error.strerror}; expected a free address such as 127.0.0.1:8000; choose another port, or "
+            "stop what holds it"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _parser() -> argparse.ArgumentParser:
+    limits = HttpLimits()
+    parser = argparse.ArgumentParser(
+        prog="python -m blinkimp.nic_shim.http_ingress",
+        description="Serves one engine's queue pair over HTTP, as OpenAI's API (nic_shim/HTTP.md).",
+        epilog="Prints `ready URL` once clients can connect. SIGTERM drains and exits 0. API keys: --api-key-file, BLINKIMP_API_KEY.",
+    )
+    parser.add_argument("--engine", required=True, help="name of the running engine (blinkimp serve --engine-name)")
+    parser.add_argument("--queue-pair", type=int, default=0, help="index; each ingress needs its own (default 0)")
+    parser.add_argument("--bind", required=True, help="HOST:PORT, e.g. 127.0.0.1:8000; port 0: any free one")
+    parser.add_argument(
+        "--model-folder", type=Path, required=True, help="the checkpoint's folder: tokenizer, chat template, defaults"
+    )
+    parser.add_argument(
+        "--model-name",
+        action="append",
+        help="what clients call the model; may be repeated (default: the folder's name)",
+    )
+    parser.add_argument("--api-key-file", default="", help="one key a line, mode 600; without keys anybody may ask")
+    parser.add_argument("--eos-ids", help="comma-separated; default: the checkpoint's")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
+    texts = {
+        "max_body_bytes": "bytes of one request's body; larger ones get 413",
+        "max_prompt_chars": "characters of a prompt given as text",
+        "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
+        "max_connections": "connections at once",
+        "max_outstanding": "choices of one API key that run at once",
+        "max_requests_per_s": "requests a second of one API key",
+        "burst_requests": "requests of one API key at once",
+        "loss_timeout_s": "without an engine for so long, requests fail",
+    }
+    for name, text in texts.items():
+        default = getattr(limits, name)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default {default:g})")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    logging.basicConfig(level=arguments.log_level.upper(), format=log_format, stream=sys.stderr)
+    try:
+        limits = HttpLimits(**{name: getattr(arguments, name) for name in HttpLimits.__dataclass_fields__})
+        eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
+        return HttpIngress(
+            arguments.engine,
+            arguments.queue_pair,
+            arguments.bind,
+            arguments.model_folder,
+            model_names=arguments.model_name or [arguments.model_folder.name],
+            api_keys=read_keys(arguments.api_key_file),
+            eos_ids=eos_ids,
+            limits=limits,
+            drain_timeout_s=arguments.drain_timeout,
+        ).run()
+    except (
+        SharedMemoryError, QueuePairError, TokenizerError, ChatTemplateError, ApiKeyError, NativeLibraryError, OSError, ValueError,
+    ) as error:  # fmt: skip
+        print(f"blinkimp http ingress: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

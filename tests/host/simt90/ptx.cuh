@@ -1,0 +1,44 @@
+// Stands before device/ptx.cuh in the CPU emulation of a Hopper CTA: the same functions, except that a spin gives way to other threads.
+//
+// device_clock_ns() is what every spin of the device code calls between two looks, so it is where a fiber waits: until some thread arrives
+// at the grid barrier. (Waits for mbarriers block in mbarrier_try_wait and never spin.) Also what simt.h lacks of CUDA.
+// Used by tests/host/simt90/*.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
+#pragma once
+#include <simt.h>
+
+#define __device__
+#define __noinline__ __attribute__((noinline))
+#define __shared__
+#define __align__(bytes)
+
+#define device_clock_ns device_clock_ns_of_cpu
+#define red_add_release_gpu red_add_release_of_cpu
+#include_next <ptx.cuh>
+#undef device_clock_ns
+#undef red_add_release_gpu
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline void __syncwarp() { __any_sync(0xffffffffu, false); }
+inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == 0xffffffffu; }
+
+namespace simt90 {
+inline simt::Rendezvous grid;  // its generation counts arrivals at grid barriers
+inline unsigned cta_idx = 0;   // of the CTA that runs
+}  // namespace simt90
+
+namespace blinkimp {
+
+BK_INLINE u64 device_clock_ns() {
+  simt::machine.wait(simt90::grid);
+  return 0;
+}
+
+BK_INLINE void red_add_release_gpu(u32* address, u32 value) {
+  red_add_release_of_cpu(address, value);
+  ++simt90::grid.generation;
+}
+
+}  // namespace blinkimp

@@ -1,0 +1,159 @@
+"""device/attention.cuh, the Hopper's code, on emulated CTAs (tests/host/simt90): schedule, ring, swizzles, patching, barriers, merging.
+
+The arithmetic of the tensor cores themselves is only known on a GPU: tests/gpu/test_attention_sm90.py.
+Run: pytest tests/host/test_attention_sm90_simt.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.attention_reference import (
+    POISON,
+    Array,
+    RunStep,
+    Shape,
+    Share,
+    Step,
+    check_chunking,
+    check_step,
+    make_step,
+    random_sequence,
+)
+from tests.attention_sm90_support import device_step, part_bytes
+from tests.support import ROOT
+
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SIMT90 = ROOT / "tests" / "host" / "simt90"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    path = tmp_path_factory.mktemp("simt90") / "attention_sm90_simt.so"
+    folders = [f"-I{folder}" for folder in (SIMT90, ROOT / "tests" / "host" / "simt", ROOT / "device")]
+    command = ["g++", *FLAGS, *folders, "-o", str(path), str(SIMT90 / "attention_sm90_simt.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+    loaded = ctypes.CDLL(str(path))
+    loaded.bk_attention_sm90_simt.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+    loaded.bk_attention_sm90_simt.restype = ctypes.c_int
+    return loaded
+
+
+@pytest.fixture
+def run(library: ctypes.CDLL) -> RunStep:
+    seeds = iter(range(1_000_000))
+
+    def run_step(step: Step, num_ctas: int) -> Array:
+        arrays: dict[str, Array] = {}
+
+        def place(name: str, values: Array) -> int:
+            padded = np.zeros(values.nbytes + 128, np.uint8)  # bulk copies need 16-byte alignment
+            begin = -padded.ctypes.data % 128
+            arrays[name] = padded[begin : begin + values.nbytes]
+            arrays[name][:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            return arrays[name].ctypes.data
+
+        inputs = device_step(step, num_ctas, place)
+        output = np.full(step.query.shape, POISON, dtype=np.uint16)
+        status = library.bk_attention_sm90_simt(
+            inputs.params.ctypes.data, inputs.new_rows.ctypes.data, output.ctypes.data, next(seeds)
+        )
+        assert status == 0
+        _, num_counter_bytes = part_bytes(step.shape, len(step.shares), 0)
+        assert not arrays["parts"][-num_counter_bytes:].any(), "a unit's counter was not reset"
+        return output
+
+    return run_step
+
+
+SHAPES = [Shape(4, 4, 64), Shape(6, 2, 128), Shape(7, 1, 64), Shape(16, 1, 128), Shape(20, 1, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_rows(run: RunStep, shape: Shape) -> None:
+    rng = np.random.default_rng(1)
+    contexts = [1, 5, 64, 65, 256, 257, 700]
+    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in contexts]
+    check_step(run, make_step(rng, shape, shares), num_ctas=5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_chunks(run: RunStep, shape: Shape) -> None:
+    rng = np.random.default_rng(2)
+    spans = [(0, 2), (60, 70), (0, 130), (255, 300)]
+    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
+    check_step(run, make_step(rng, shape, shares), num_ctas=3)
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 100, 300])
+def test_sliding_window(run: RunStep, window: int) -> None:
+    rng = np.random.default_rng(3)
+    shape = Shape(4, 2, 64, window)
+    spans = [(0, 40), (600, 601), (500, 530), (63, 64), (64, 65)]
+    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
+    check_step(run, make_step(rng, shape, shares), num_ctas=4)
+
+
+def test_more_than_32_requests(run: RunStep) -> None:
+    """The planning warp takes 32 at a time; decode, chunks and rows without room for partial results alternate."""
+    rng = np.random.default_rng(5)
+    shape = Shape(2, 2, 64)
+    shares = []
+    for i in range(50):
+        end = 300 if i % 7 == 0 else int(rng.integers(1, 40))
+        sequence = random_sequence(rng, shape, end, 2.0)
+        shares.append(Share(sequence, end - 1 if i % 3 else max(0, end - 3), end))
+    for num_slots in (0, None):
+        check_step(run, make_step(rng, shape, shares, num_slots), num_ctas=7)
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2, 3, 40])
+def test_units_shared_by_many_warpgroups(run: RunStep, num_ctas: int) -> None:
+    rng = np.random.default_rng(9)
+    shape = Shape(4, 2, 64)
+    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in (5000, 30, 1025, 2048)]
+    check_step(run, make_step(rng, shape, shares), num_ctas)
+
+
+@pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(3, 1, 128), Shape(2, 1, 64, 90)], ids=str)
+def test_chunking_and_batch_do_not_change_a_bit(run: RunStep, shape: Shape) -> None:
+    rng = np.random.default_rng(6)
+    check_chunking(run, rng, shape, 330, [[1, 255, 1, 1, 72], [64, 193, 73]], num_ctas=4)
+
+
+def test_number_of_ctas_does_not_change_a_bit(run: RunStep) -> None:
+    rng = np.random.default_rng(7)
+    shape = Shape(4, 2, 64)
+    shares = [Share(random_sequence(rng, shape, end), begin, end) for begin, end in [(599, 600), (3, 80), (9, 10)]]
+    step = make_step(rng, shape, shares)
+    outputs = [run(step, num_ctas) for num_ctas in (1, 2, 13)]
+    assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
+
+
+def test_a_planted_wrong_key_is_seen(run: RunStep) -> None:
+    """The comparison can fail: one visible key that differs from the reference's."""
+    rng = np.random.default_rng(8)
+    shape = Shape(2, 1, 64)
+    sequence = random_sequence(rng, shape, 100, 2.0)
+    step = make_step(rng, shape, [Share(sequence, 99, 100)])
+    step.kv[step.page_tables[step.seqs["request_idx"][0], 1], 0, 0, 30] = sequence.query[99, 0]
+    with pytest.raises(AssertionError, match="largest error"):
+        check_step(run, step, num_ctas=1)
+
+
+@pytest.mark.parametrize("name", ["ptx_attention.cuh", "ptx_wgmma_attention.cuh", "ptx_wgmma.cuh"])
+def test_the_emulation_covers_what_the_device_has(name: str) -> None:
+    """A function added to a device header must be emulated too, or this suite tests something else."""
+
+    def functions(path: Path) -> set[str]:
+        return set(re.findall(r"^BK_INLINE [\w<>]+ (\w+)\(", path.read_text(), re.MULTILINE))
+
+    missing = functions(ROOT / "device" / name) - functions(SIMT90 / name)
+    assert not missing, f"tests/host/simt90/{name} lacks {sorted(missing)}"

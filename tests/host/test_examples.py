@@ -1,0 +1,84 @@
+"""tools/examples against a whole server (`blinkimp serve --http`): JavaScript and C over HTTP, async ZeroMQ.
+
+Run: pytest tests/host/test_examples.py
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.host.server_support import ServerProcess
+from tests.support import ROOT, python_path
+
+EXAMPLES = ROOT / "tools" / "examples"
+PROMPT = "def read_file(path):"
+
+
+@dataclass
+class Served:
+    url: str
+    endpoint: str
+    text: str  # what the model says to PROMPT
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with ServerProcess(tmp_path_factory.mktemp("server"), http=address, num_queue_pairs=2) as server:
+        server.wait_for_log("serves on", 2)
+        assert any(f"serves on http://{address}" in line for line in server.log)
+        body = json.dumps({"model": "embedded", "prompt": PROMPT, "max_tokens": 32, "temperature": 0}).encode()
+        with urllib.request.urlopen(f"http://{address}/v1/completions", body, timeout=60) as reply:
+            text = json.load(reply)["choices"][0]["text"]
+        yield Served(f"http://{address}", server.endpoints[0], text)
+
+
+def output_of(*command: str) -> str:
+    environment = {"PYTHONPATH": python_path(), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def num_code_lines(path: Path) -> int:
+    return sum(bool(line.strip()) and not line.strip().startswith("//") for line in path.read_text().splitlines())
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_javascript(served: Served) -> None:
+    path = EXAMPLES / "minimal_http.mjs"
+    assert num_code_lines(path) <= 20
+    assert output_of(str(shutil.which("node")), str(path), served.url, PROMPT) == served.text
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_c(served: Served, tmp_path: Path) -> None:
+    path = EXAMPLES / "minimal_http.c"
+    assert num_code_lines(path) <= 20
+    client = tmp_path / "client"
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-o", client, path], check=True, timeout=60)
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    head, _, body = output_of(str(client), host, port, PROMPT).partition("\n\n")
+    assert re.match(r"HTTP/1\.[01] 200", head)
+    assert json.loads(body)["choices"][0]["text"] == served.text
+
+
+def test_async_zeromq(served: Served) -> None:
+    output = output_of(sys.executable, str(EXAMPLES / "async_streams.py"), served.endpoint, PROMPT, "import os")
+    lines = output.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{PROMPT!r} -> ")
+    said = ast.literal_eval(lines[0].partition(" -> ")[2])
+    assert said and served.text.startswith(said)

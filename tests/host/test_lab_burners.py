@@ -1,0 +1,78 @@
+"""blinkimp/lab/burner.py and burn_loops.py: each kind works, on its CPUs alone, and is gone afterwards.
+
+Run: pytest tests/host/test_lab_burners.py
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from blinkimp.bench.errors import LoadError
+from blinkimp.lab import burn_loops
+from blinkimp.lab.burner import KINDS, LOOPS, Interference, missing_program
+from blinkimp.lab.host_monitor import process_counters, tree_of
+from tests.support import python_path
+
+
+@pytest.fixture(autouse=True)
+def _python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path())
+
+
+def test_the_list_of_loops_is_that_of_the_loops() -> None:
+    assert LOOPS == burn_loops.LOOPS
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process and all that it has started."""
+    return sum(counters.cpu_s for one in tree_of(pid) if (counters := process_counters(one)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stress-ng"])
+def test_each_kind_uses_its_cpu_and_nothing_is_left_of_it(kind: str) -> None:
+    assert missing_program(kind) is None  # the tests need a compiler anyway
+    cpu = max(os.sched_getaffinity(0))
+    with Interference(kind, 2, {cpu}) as burner:
+        assert burner._process is not None
+        pid = burner._process.pid
+        assert os.sched_getaffinity(pid) == {cpu}
+        before, deadline = cpu_s(pid), time.monotonic() + 30
+        while cpu_s(pid) < before + 0.5 and time.monotonic() < deadline:  # a compiler's time counts while it runs
+            time.sleep(0.02)
+            tree = tree_of(pid)
+            has_compiled = kind != "compile" or any("cc1plus" in command for command in tree.values())
+            if has_compiled and kind == "compile":
+                break
+        assert has_compiled and (kind == "compile" or cpu_s(pid) >= before + 0.5)
+    assert burner.units_per_s is not None and (burner.units_per_s > 0 or kind == "compile")
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in tree) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [command for pid, command in tree_of(pid).items() if pid in tree]
+
+
+def test_no_threads_are_no_process() -> None:
+    with Interference("stream", 0, {0}) as burner:
+        assert burner._process is None
+    assert burner.units_per_s is None
+
+
+def test_a_cycle_visits_every_cache_line_once() -> None:
+    links = burn_loops.random_cycle(64 * 1000, seed=1)
+    at, seen = 0, set()
+    for _ in range(1000):
+        at = int(links[at])
+        seen.add(at)
+    assert seen == set(range(0, 8000, 8))
+
+
+def test_an_unknown_kind_and_a_missing_program_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadError, match="expected one of arithmetic"):
+        Interference("noise", 1, {0})
+    monkeypatch.setattr("blinkimp.lab.burner.shutil.which", lambda program: None)
+    with pytest.raises(LoadError, match=r"stress-ng is not installed; install it"):
+        Interference("stress-ng", 1, {0})

@@ -1,0 +1,96 @@
+"""`blinkimp lab interference` on the emulated device: cells, pinning, isolated beside interfered, the report.
+
+Run: pytest tests/host/test_lab_interference.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from blinkimp.bench.errors import LoadError
+from blinkimp.cli import main
+from blinkimp.lab.engines import EngineSpec, RunningEngine, placement_of
+from blinkimp.lab.interference_report import compared
+from tests.scripted_server import Script, scripted_server
+from tests.support import python_path
+
+
+@pytest.fixture(autouse=True)
+def _python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path())
+
+
+def serve_command(endpoint: str) -> str:
+    flags = ["--device", "emulated", "--bind", endpoint, "--engine-name", f"lab-{secrets.token_hex(3)}"]
+    return shlex.join(
+        [sys.executable, "-m", "blinkimp", "serve", *flags, "--num-threads", "1", "--log-level", "warning"]
+    )
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: none can be reserved")
+def test_an_engine_is_measured_with_and_without_interference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, report = tmp_path / "cells", tmp_path / "report.html"
+    endpoint = f"ipc://{tmp_path}/ingress"
+    flags = ["--folder", str(folder), "--loads", "r10:16x4", "--kinds", "arithmetic,syscall", "--threads", "2"]
+    flags += ["--reserved-cpus", "1", "--duration", "1", "--warmup", "0", "--report", str(report)]
+    command = ["lab", "interference", *flags, "--engine", "persistent", endpoint, serve_command(endpoint)]
+    own_cpus = os.sched_getaffinity(0)
+    assert main(command) == 0
+    assert os.sched_getaffinity(0) == own_cpus
+    cells = {cell["interference"]: cell for path in folder.glob("*.json") if (cell := json.loads(path.read_text()))}
+    assert set(cells) == {"none", "arithmetic", "syscall"}
+    for name, cell in cells.items():
+        assert cell["report"]["completed"] > 0 and cell["report"]["failed"] == 0
+        names = {process["name"] for process in cell["host"]["processes"]}
+        assert len(names) >= 1 and cell["host"]["context_switches_per_s"] > 0
+        assert (cell["interference_units_per_s"] is None) == (name == "none")
+        against = compared(cell, cells["none"])
+        assert against["ttft"] is not None and (name != "none" or against == {"ttft": 1, "tpot": 1, "retained": 1})
+    text = report.read_text()
+    assert text.count("<svg") == 3 and "placement reserved (1 CPUs for client and ingress" in text
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "3 cells, 3 of them measured before" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: none can be reserved")
+def test_ingress_and_device_get_the_reserved_cpus_and_the_host_the_others(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/ingress"
+    placement = placement_of("reserved", 1, os.sched_getaffinity(0))
+    with RunningEngine(EngineSpec("persistent", endpoint, serve_command(endpoint)), 60) as engine:
+        engine.pin(placement)
+        cpus_of = {command: os.sched_getaffinity(pid) for pid, command in engine.processes.items()}
+    ingress = [cpus for command, cpus in cpus_of.items() if "zmq_ingress" in command]
+    device = [cpus for command, cpus in cpus_of.items() if "emulated_process" in command]
+    assert ingress == device == [set(placement.reserved)]
+    assert [cpus for command, cpus in cpus_of.items() if " serve " in command] == [set(placement.contested)]
+
+
+def test_a_server_that_runs_already_is_measured_as_it_is(tmp_path: Path) -> None:
+    with scripted_server("http", Script(first_ms=2, gap_ms=1)) as address:
+        flags = ["--folder", str(tmp_path), "--loads", "c2:8x2", "--kinds", "bz2", "--threads", "1"]
+        flags += ["--placements", "sharing", "--duration", "0.5", "--warmup", "0"]
+        command = ["lab", "interference", *flags, "--engine", "scripted", address]
+        assert main([*command, "--stop-after", "0"]) == 0 and not list(tmp_path.glob("*.json"))
+        assert main(command) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_an_engine_that_does_not_start_is_explained() -> None:
+    spec = EngineSpec("broken", "tcp://127.0.0.1:1", f"{sys.executable} -c 'raise SystemExit(3)'")
+    with pytest.raises(LoadError, match="ended with status 3"), RunningEngine(spec, 30):
+        pass
+    with (
+        pytest.raises(LoadError, match="expected a command that can be run"),
+        RunningEngine(EngineSpec("x", "tcp://127.0.0.1:1", "/none"), 1),
+    ):
+        pass

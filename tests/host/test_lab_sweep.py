@@ -1,0 +1,62 @@
+"""`blinkimp lab sweep` and `lab report` against a scripted server: cells, resumption, and the file that opens offline.
+
+Run: pytest tests/host/test_lab_sweep.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blinkimp.cli import main
+from tests.scripted_server import Script, scripted_server
+
+FLAGS = ["--scenarios", "8x3,16x2", "--concurrency", "1,2", "--rates", "20", "--duration", "0.5", "--warmup", "0.1"]
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, report = tmp_path / "cells", tmp_path / "report.html"
+    script = Script(first_ms=2, gap_ms=1)
+    with scripted_server("http", script) as address:
+        sweep = ["lab", "sweep", "--url", address, "--label", "scripted", "--folder", str(folder), *FLAGS]
+        assert main([*sweep[:-8], "--concurrency", "1", "--scenarios", "8x3"]) == 0
+        assert len(list(folder.glob("*.cell.json"))) == 1
+        num_before = len(script.prompts)
+        assert main([*sweep, "--report", str(report)]) == 0
+        assert "8x3, concurrency 1: measured before" in capsys.readouterr().out
+        cells = [json.loads(path.read_text()) for path in folder.glob("*.cell.json")]
+        assert len(cells) == 6 and all(cell["report"]["failed"] == 0 for cell in cells)
+        num_closed = 10 * (1 + 2 + 2)  # of the five closed loops one was there: 8x3 with one user
+        assert len(script.prompts) - num_before >= num_closed
+        num_before = len(script.prompts)
+        assert main(sweep) == 0
+        assert len(script.prompts) == num_before  # everything was there
+    text = report.read_text()
+    assert text.count("<svg") == 2 * 5 and "http://127" not in text and "<script" not in text
+    assert "8x3: frontier" in text and "16x2: TTFT p99" in text
+
+
+def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted_server("zmq", Script(first_ms=2, gap_ms=1)) as address:
+        sweep = ["lab", "sweep", "--connect", address, "--folder", str(tmp_path), *FLAGS]
+        assert main([*sweep, "--stop-after", "0"]) == 0
+        assert not list(tmp_path.iterdir()) and "goes on with 8x3, concurrency 1" in capsys.readouterr().out
+        assert main([*sweep, "--stop-after", "60"]) == 0
+    assert len(list(tmp_path.glob("*.cell.json"))) == 6
+
+
+def test_a_sweep_whose_server_refuses_fails_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "cells", tmp_path / "report.html"
+    flags = ["--folder", str(folder), "--scenarios", "8x2", "--concurrency", "1"]
+    with scripted_server("zmq", Script(fail_each=1)) as address:
+        assert main(["lab", "sweep", "--connect", address, *flags]) == 1
+    assert "failed: none of 10 requests completed: busy" in capsys.readouterr().out
+    assert main(["lab", "report", "--folder", str(folder), "--out", str(out)]) == 0
+    assert "none of 10 requests completed" in out.read_text()
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "report", "--folder", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
+    assert "no cells" in capsys.readouterr().err

@@ -1,0 +1,416 @@
+"""What requests ask of the sampling op, through the queue pair and a whole emulated engine: each token is the one that the model's logits
+and the request's words give, also after preemptions and in a second life; every output of a constraint matches it.
+
+The reference computes the logits of a finished request in one step; the interpreter's bits do not depend on batch and chunks, so tokens,
+logprobs and alternatives are compared exactly. Run: pytest tests/host/test_sampling_engine.py
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blinkimp import native
+from blinkimp import ring_abi as abi
+from blinkimp.host.engine import Engine
+from blinkimp.host.program import load_model
+from blinkimp.host.reference import Chunk, ReferenceRunner
+from blinkimp.host.weights import HostTarget
+from blinkimp.nic_shim.constraint_table import ConstraintTable, build_constraint_table
+from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
+from blinkimp.ring_abi import CompletionKind, FinishReason, RejectReason
+from tests.host.engine_support import (
+    TINY_VOCAB,
+    PortClient,
+    Stream,
+    assert_all_pages_are_back,
+    finished,
+    make_tiny_checkpoint,
+    running_engine,
+    wait_for,
+)
+from tests.sampling_reference import PROMPT_BIT, Edits, NativeSampler, Params
+
+EOS_ID = 2
+MOST_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", seed=3)
+
+
+@pytest.fixture(scope="module")
+def sampler() -> NativeSampler:
+    return NativeSampler(native.load())
+
+
+@pytest.fixture(scope="module")
+def runner(tiny: Path) -> ReferenceRunner:
+    model = load_model(tiny, HostTarget(), compute="f32", max_context=512)
+    return ReferenceRunner(model, num_requests=1, max_batch=MOST_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Iterator[Engine]:
+    with running_engine(tiny) as running:
+        yield running
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[PortClient]:
+    with PortClient(engine.config.engine_name, 0) as attached:
+        yield attached
+
+
+@dataclass
+class Job:
+    """One request with everything it asks for."""
+
+    prompt: list[int]
+    max_tokens: int
+    params: Params = field(default_factory=lambda: Params(temperature=0.0))
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+    num_prior_outputs: int = 0
+    table: ConstraintTable | None = None
+    slot: int | None = None
+    state: int = 0
+
+    def submit(self, client: PortClient) -> int:
+        params = self.params
+        sampling = sampling_record(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=params.seed,
+            num_top_logprobs=params.num_top_logprobs,
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+        return client.submit(
+            self.prompt,
+            self.max_tokens,
+            sampling,
+            self.stop_ids,
+            logit_bias=self.logit_bias,
+            num_prior_outputs=self.num_prior_outputs,
+            constraint_slot=self.slot,
+            constraint_state=self.state,
+        )
+
+    def check(self, stream: Stream, runner: ReferenceRunner, sampler: NativeSampler) -> None:
+        """Every token, logprob and alternative, and the end."""
+        tokens = self.prompt + stream.tokens
+        logits = runner.step([Chunk(0, tokens, sample="all", position_begin=0)]).logits
+        state = self.state
+        for i, token in enumerate(stream.tokens):
+            output_idx = self.num_prior_outputs + i
+            first_output = len(self.prompt) - self.num_prior_outputs
+            counts = np.zeros(TINY_VOCAB, dtype=np.uint16)
+            for seen in tokens[first_output : len(self.prompt) + i]:
+                counts[seen] += 1
+            counts[tokens[:first_output]] |= np.uint16(PROMPT_BIT)
+            edits = Edits(
+                bias=tuple(self.logit_bias.items()),
+                banned=(*self.stop_ids, EOS_ID) if output_idx < self.min_tokens else (),
+                counts=counts,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                table=self.table,
+                state=state,
+            )
+            row = np.ascontiguousarray(logits[len(self.prompt) + i - 1])
+            expected = sampler.sample_with_top(row, self.params, output_idx, edits=edits)
+            assert (token, stream.logprobs[i], stream.tops[i]) == expected, f"output {i} of {self}"
+            if self.table is not None:
+                state = self.table.next_state(state, token) or 0
+        ends_on = {*(() if self.ignore_eos else (EOS_ID,)), *self.stop_ids}
+        assert not ends_on & set(stream.tokens[:-1])
+        if stream.tokens[-1] == EOS_ID and not self.ignore_eos:
+            assert stream.end == finished(FinishReason.EOS)
+        elif stream.tokens[-1] in self.stop_ids:
+            assert stream.end == finished(FinishReason.STOP_ID)
+        else:
+            assert stream.end == finished(FinishReason.LENGTH) and len(stream.tokens) == self.max_tokens
+
+
+def random_job(rng: random.Random, longest_prompt: int = 90, max_tokens: int = 24) -> Job:
+    job = Job([rng.randrange(3, TINY_VOCAB) for _ in range(rng.randint(1, longest_prompt))], rng.randint(1, max_tokens))
+    job.params = Params(
+        temperature=rng.choice([0.0, 0.7, 1.0, 3.0]),
+        top_k=rng.choice([0, 0, 5, 60]),
+        top_p=rng.choice([1.0, 0.9]),
+        min_p=rng.choice([0.0, 0.02]),
+        seed=rng.getrandbits(64),
+        num_top_logprobs=rng.choice([0, 0, 1, 7, 20]),
+    )
+    if rng.random() < 0.5:
+        job.repetition_penalty = rng.choice([1.3, 0.8])
+    if rng.random() < 0.4:
+        job.presence_penalty, job.frequency_penalty = rng.choice([0.5, -0.25]), rng.choice([0.0, 1.5, -0.5])
+    if rng.random() < 0.4:
+        job.logit_bias = {
+            rng.randrange(TINY_VOCAB): rng.choice([-100.0, -2.0, 3.0]) for _ in range(rng.choice([1, 30, 200]))
+        }
+    if rng.random() < 0.4:
+        job.min_tokens, job.stop_ids = rng.randint(1, max_tokens), tuple(rng.sample(range(3, TINY_VOCAB), 4))
+        job.logit_bias[EOS_ID] = job.logit_bias[job.stop_ids[0]] = 4.0  # so that something is held back
+    job.ignore_eos = rng.random() < 0.3
+    return job
+
+
+def test_random_requests_side_by_side_are_what_the_words_say(
+    client: PortClient, runner: ReferenceRunner, sampler: NativeSampler
+) -> None:
+    rng = random.Random(17)
+    jobs = [random_job(rng) for _ in range(60)]
+    ids = [job.submit(client) for job in jobs]
+    client.wait_all(60)
+    for job, request_id in zip(jobs, ids, strict=True):
+        job.check(client.streams[request_id], runner, sampler)
+    used = [job for job in jobs if job.repetition_penalty != 1 or job.presence_penalty or job.frequency_penalty]
+    assert len(used) > 20 and len({job.params.num_top_logprobs for job in jobs}) == 4
+
+
+def test_preemption_keeps_counts_and_outputs(tiny: Path, runner: ReferenceRunner, sampler: NativeSampler) -> None:
+    rng = random.Random(5)
+    with running_engine(tiny, num_pages=9, max_context=256, max_batch=8, prefix_cache=False) as engine:
+        with PortClient(engine.config.engine_name, 0) as client:
+            table = digits_table()
+            assert client.port.load_constraint(0, table.data) == PortStatus.OK
+            jobs = [random_job(rng, longest_prompt=60, max_tokens=150) for _ in range(24)]
+            for job in jobs[::3]:
+                job.table, job.slot, job.min_tokens, job.stop_ids = table, 0, 0, ()
+            for job in jobs:
+                job.max_tokens, job.ignore_eos = 110, job.table is None
+                job.stop_ids = ()
+            ids = [job.submit(client) for job in jobs]
+            client.wait_all(120)
+            for job, request_id in zip(jobs, ids, strict=True):
+                job.check(client.streams[request_id], runner, sampler)
+        wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+        assert engine.status()["preemptions"] >= 3
+        assert_all_pages_are_back(engine.status())
+
+
+def test_second_life_goes_on_as_the_first(client: PortClient, runner: ReferenceRunner, sampler: NativeSampler) -> None:
+    """num_prior_outputs: positions, counts and the constraint go on where the outputs in the prompt end."""
+    table = digits_table()
+    assert client.port.load_constraint(1, table.data) == PortStatus.OK
+    rng = random.Random(8)
+    for i in range(8):
+        job = random_job(rng, max_tokens=30)
+        job.max_tokens, job.min_tokens, job.ignore_eos, job.stop_ids = 20, 12, i % 2 == 1, ()
+        job.repetition_penalty, job.frequency_penalty = 1.2, 0.3
+        if i % 2 == 0:
+            job.table, job.slot, job.min_tokens = table, 1, 0
+        whole = client.streams[job.submit(client)]
+        client.wait_all(30)
+        job.check(whole, runner, sampler)
+        num_delivered = min(9, len(whole.tokens) - 1)
+        if num_delivered < 1:
+            continue
+        state = 0
+        for token in whole.tokens[:num_delivered]:
+            state = table.next_state(state, token) or 0 if job.table is not None else 0
+        job.prompt = job.prompt + whole.tokens[:num_delivered]
+        job.max_tokens, job.num_prior_outputs, job.state = job.max_tokens - num_delivered, num_delivered, state
+        rest = client.streams[job.submit(client)]
+        client.wait_all(30)
+        assert rest.tokens == whole.tokens[num_delivered:] and rest.end == whole.end
+        job.check(rest, runner, sampler)
+
+
+# ---- Constraints -----------------------------------------------------------------------------------------------------
+PIECES = {200 + i: text for i, text in enumerate(["12", "-a", "34", "ab", "7-", "zz", "0", "ff", "9-cafe", ""])}
+
+
+def text_of(token: int) -> str:
+    """The tiny vocabulary: bytes, and a few longer pieces."""
+    return PIECES.get(token, chr(token))
+
+
+def table_of_dfa(step: Any, num_states: int, accepting: set[int]) -> ConstraintTable:
+    """step(state, character) -> state or None. A token is allowed where all its characters are, and has some."""
+    rows: list[dict[int, int]] = []
+    for start in range(num_states):
+        row = {}
+        for token in range(TINY_VOCAB):
+            state: int | None = start
+            for character in text_of(token):
+                state = step(state, character) if state is not None else None
+            if state is not None and text_of(token) and token != EOS_ID:
+                row[token] = state
+        rows.append(row)
+    return build_constraint_table(TINY_VOCAB, rows, max_bytes=1 << 20, accepting=accepting, eos_ids=(EOS_ID,))
+
+
+def digits_table() -> ConstraintTable:
+    r"""\d{1,3}(-[a-f]+)* over the tiny vocabulary."""
+
+    def step(state: int, character: str) -> int | None:
+        if state < 3 and character in "0123456789":
+            return state + 1
+        if 1 <= state <= 3 and character == "-":
+            return 4
+        if state in (4, 5) and character in "abcdef":
+            return 5
+        return 4 if state == 5 and character == "-" else None
+
+    return table_of_dfa(step, 6, {1, 2, 3, 5})
+
+
+def test_every_output_of_a_constraint_matches(
+    client: PortClient, runner: ReferenceRunner, sampler: NativeSampler
+) -> None:
+    table = digits_table()
+    assert client.port.load_constraint(2, table.data) == PortStatus.OK
+    rng = random.Random(23)
+    jobs = []
+    for seed in range(60):
+        params = Params(temperature=rng.choice([0.0, 1.0, 5.0]), seed=seed, top_p=rng.choice([1.0, 0.8]))
+        prompt = [rng.randrange(3, 200) for _ in range(rng.randint(1, 20))]
+        jobs.append(Job(prompt, 40, params, logit_bias={EOS_ID: 2.0}, table=table, slot=2))
+    ids = [job.submit(client) for job in jobs]
+    client.wait_all(60)
+    texts = []
+    for job, request_id in zip(jobs, ids, strict=True):
+        stream = client.streams[request_id]
+        job.check(stream, runner, sampler)
+        text = "".join(text_of(token) for token in stream.tokens if token != EOS_ID)
+        whole = re.fullmatch(r"\d{1,3}(-[a-f]+)*", text)
+        assert whole or (stream.end == finished(FinishReason.LENGTH) and re.fullmatch(r"\d{1,3}(-[a-f]+)*-?", text)), (
+            text
+        )
+        texts.append(text)
+    assert len(set(texts)) > 20
+
+
+def test_constraint_without_a_way_on_finishes_the_request(client: PortClient, engine: Engine) -> None:
+    table = build_constraint_table(TINY_VOCAB, [{50: 1}, {60: 2}, {EOS_ID: 2}], max_bytes=1 << 16)
+    assert client.port.load_constraint(0, table.data) == PortStatus.OK
+    before = engine.status()["finished_constraint"]
+    stream = client.generate([7, 8], 10, sampling=sampling_record(min_tokens=8, seed=1), constraint_slot=0)
+    assert stream.tokens == [50, 60] and stream.end == finished(FinishReason.CONSTRAINT)
+    stream = client.generate([7, 8], 10, sampling=sampling_record(seed=1), constraint_slot=0)
+    assert stream.tokens == [50, 60, EOS_ID] and stream.end == finished(FinishReason.EOS)
+    assert client.generate([3, 4, 5], 4).end == finished(FinishReason.LENGTH), "others go on"
+    wait_for(lambda: engine.status()["finished_constraint"] == before + 1, 5, "it is counted")
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty slot", "no such slot", "state", "vocabulary", "sizes", "truncated", "no states"]
+)
+def test_constraint_that_is_not_whole_is_rejected(client: PortClient, damage: str) -> None:
+    data = bytearray(digits_table().data)
+    words = np.frombuffer(data, np.uint32, 4)
+    slot, state = 3, 0
+    match damage:
+        case "no such slot":
+            slot = client.port.num_constraint_slots
+        case "state":
+            state = 6
+        case "vocabulary":
+            words[1] += 1
+        case "sizes":
+            words[3] += 1
+        case "no states":
+            words[2] = 0
+        case "truncated":
+            data = data[:-2]
+    loaded = client.port.load_constraint(slot if damage != "no such slot" else 0, bytes(data))
+    assert loaded == PortStatus.OK
+    if damage == "empty slot":
+        slot = 5
+    rejected = (CompletionKind.REJECT, int(RejectReason.BAD_CONSTRAINT))
+    assert client.generate([7, 8], 4, constraint_slot=slot, constraint_state=state).end == rejected
+    assert client.port.load_constraint(3, digits_table().data) == PortStatus.OK, "the slot is as good as new"
+    assert client.generate([7, 8], 4, constraint_slot=3).end in (
+        finished(FinishReason.LENGTH),
+        finished(FinishReason.EOS),
+    )
+
+
+def test_slots_of_queue_pairs_are_their_own(client: PortClient, engine: Engine) -> None:
+    assert client.port.load_constraint(7, digits_table().data) == PortStatus.OK
+    with PortClient(engine.config.engine_name, 1) as other:
+        end = other.generate([7, 8], 4, constraint_slot=7).end
+        assert end == (CompletionKind.REJECT, int(RejectReason.BAD_CONSTRAINT))
+
+
+# ---- Anything at all -------------------------------------------------------------------------------------------------
+def test_random_words_and_automata_are_rejected_or_served(tiny: Path) -> None:
+    """No combination of words, and no bytes in a constraint's slot, can fault the engine or stop the others."""
+    rng = np.random.default_rng(99)
+    num_requests = 2500
+    with running_engine(tiny, max_batch=32) as engine, PortClient(engine.config.engine_name, 0) as client:
+        for i in range(num_requests):
+            if i % 25 == 0:
+                load_random_constraint(client, rng)
+            sampling = sampling_record(
+                temperature=float(rng.choice([0.0, 1.0, 1e30, 1e-30, -1.0, np.nan])),
+                top_p=float(rng.choice([1.0, 0.5, 1e-30, 0.0])),
+                top_k=int(rng.choice([0, 1, 40, 2**32 - 1])),
+                min_p=float(rng.choice([0.0, 1.0, 0.1])),
+                seed=int(rng.integers(0, 2**63)),
+                min_tokens=int(rng.choice([0, 2, 2**32 - 1])),
+                repetition_penalty=float(rng.choice([0.0, 1.0, 1.5, 1e-30, 1e30, -1.0])),
+                presence_penalty=float(rng.choice([0.0, 2.0, -2.0, 2.5])),
+                frequency_penalty=float(rng.choice([0.0, 2.0, -2.0, np.inf])),
+                num_top_logprobs=int(rng.choice([0, 0, 3, 20, 21])),
+            )
+            bias_ids = rng.integers(0, TINY_VOCAB + (i % 40 == 0), int(rng.choice([0, 0, 5, 512])))
+            bias = {int(token): float(rng.choice([1.0, -1e38, 3e38, 0.0])) for token in bias_ids}
+            if i % 50 == 0:
+                bias[0] = float("nan")
+            prompt = rng.integers(0, TINY_VOCAB, int(rng.integers(1, 40))).tolist()
+            client.submit(
+                prompt,
+                int(rng.integers(1, 4)),
+                sampling,
+                tuple(int(token) for token in rng.integers(0, TINY_VOCAB, int(rng.integers(0, 17)))),
+                logit_bias=bias,
+                num_prior_outputs=int(rng.choice([0, 0, 1, len(prompt), len(prompt) + 1])),
+                constraint_slot=int(rng.integers(0, 9)) if rng.random() < 0.4 else None,
+                constraint_state=int(rng.choice([0, 1, 5, 65535, 2**32 - 1])),
+                flags=int(rng.choice([0, 1, 0, 1, 2])),
+                cache_salt=int(rng.integers(0, 3)),
+            )
+        client.wait_all(120)
+        ends: dict[tuple[CompletionKind, int], int] = {}
+        for stream in client.streams.values():
+            assert stream.end is not None
+            ends[stream.end] = ends.get(stream.end, 0) + 1
+            assert all(0 <= token < TINY_VOCAB for token in stream.tokens)
+        assert sum(count for (kind, _), count in ends.items() if kind == CompletionKind.FINISH) > 100, ends
+        for reason in (RejectReason.BAD_SAMPLING, RejectReason.MALFORMED, RejectReason.BAD_CONSTRAINT):
+            assert ends.get((CompletionKind.REJECT, int(reason)), 0) > 10, ends
+        assert client.generate([1, 2, 3], 5).end == finished(FinishReason.LENGTH)
+        wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+
+
+def load_random_constraint(client: PortClient, rng: np.random.Generator) -> None:
+    """A good table with some bytes changed, or with a header that fits and nothing else."""
+    data = bytearray(digits_table().data)
+    begin = int(rng.choice([0, abi.CONSTRAINT_HEADER.itemsize]))
+    for place in rng.integers(begin, len(data), int(rng.choice([0, 1, 50, 5000]))):
+        data[place] = int(rng.integers(0, 256))
+    assert client.port.load_constraint(int(rng.integers(0, 8)), bytes(data)) == PortStatus.OK

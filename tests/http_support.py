@@ -1,0 +1,176 @@
+"""What the tests of the HTTP ingress share: the ingress as a process in front of a scripted director or of a real engine.
+
+Used by tests/host/test_http_*.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blinkimp import ring_abi as abi
+from blinkimp.config import Config, model_folder
+from blinkimp.host.engine import Engine
+from blinkimp.host.shared_memory import open_engine_page
+from tests.fake_director import FakeDirector
+from tests.host.engine_support import running_engine
+from tests.ingress_support import TEXT, engine_name, wait_until, write_byte_tokenizer
+from tests.support import ROOT, python_path
+
+MODEL = "test-model"
+EMBEDDED = model_folder(Config())
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[Any]:
+        """The payloads of a stream; its end must be there."""
+        lines = self.body.decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""], lines[-3:]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+@dataclass
+class HttpServer:
+    """An HTTP ingress process."""
+
+    engine_name: str
+    url: str
+    process: subprocess.Popen[str]
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 60
+    ) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            payload = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+            connection.request(method, path, payload, headers or {})
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, names, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **options: Any) -> Reply:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> Reply:
+        return self.request("POST", path, body, **options)
+
+    def complete(self, prompt: Any = "Hi", **fields: Any) -> Any:
+        """A completion that must succeed."""
+        reply = self.post("/v1/completions", {"prompt": prompt, **fields})
+        assert reply.status == 200, reply.body
+        return reply.json
+
+    def status(self) -> dict[str, int]:
+        """The engine's status page."""
+        with open_engine_page(self.engine_name) as page:
+            record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
+        return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+
+    def wait_until_idle(self, timeout_s: float = 20.0) -> dict[str, int]:
+        """Until nothing runs in the engine; every page is then free or cached."""
+
+        def is_idle() -> bool:
+            status = self.status()
+            return status["num_running"] + status["num_waiting"] + status["num_finishing"] == 0
+
+        wait_until(is_idle, "the engine has nothing to do", timeout_s)
+        status = self.status()
+        assert status["num_pages_used"] == 0, status
+        assert status["num_pages_free"] + status["num_pages_cached"] == status["num_pages"], status
+        return status
+
+
+@contextlib.contextmanager
+def http_ingress(
+    name: str, folder: Path, *flags: str, queue_pair_idx: int = 0, environment: dict[str, str] | None = None
+) -> Iterator[HttpServer]:
+    """The ingress of an engine that runs; it must end well when it is told to."""
+    command = [sys.executable, "-m", "blinkimp.nic_shim.http_ingress", "--engine", name, "--model-folder", str(folder)]
+    command += ["--queue-pair", str(queue_pair_idx), "--bind", "127.0.0.1:0", "--model-name", MODEL]
+    command += ["--drain-timeout", "5", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        ready = process.stdout.readline().split()
+        assert ready and ready[0] == "ready", (ready, process.wait(10), log)
+        yield HttpServer(name, ready[1], process, log)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0, log
+        assert not any("Traceback" in line for line in log), "".join(log)
+    except BaseException:
+        print("".join(log))
+        raise
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(5)
+        process.stdout.close()
+        process.stderr.close()
+
+
+@dataclass
+class Scripted:
+    """An HTTP ingress in front of a scripted director."""
+
+    http: HttpServer
+    director: FakeDirector
+    script: list[int]
+
+
+@contextlib.contextmanager
+def scripted(
+    folder: Path, *flags: str, environment: dict[str, str] | None = None, text: str = TEXT, **director_options: Any
+) -> Iterator[Scripted]:
+    """The byte tokenizer of tests/ingress_support.py; the model says `text` over and over."""
+    from blinkimp.nic_shim.tokenizer import Tokenizer
+
+    script = Tokenizer(write_byte_tokenizer(folder)).encode(text).tolist()
+    with (
+        FakeDirector(engine_name(), script=script, vocab_size=258, **director_options) as director,
+        http_ingress(director.regions.engine_name, folder, *flags, environment=environment) as http,
+    ):
+        yield Scripted(http, director, script)
+
+
+@contextlib.contextmanager
+def embedded(*flags: str, **changes: Any) -> Iterator[tuple[HttpServer, Engine]]:
+    """The embedded model on the emulated device."""
+    with (
+        running_engine("embedded", **changes) as engine,
+        http_ingress(engine.config.engine_name, EMBEDDED, *flags) as http,
+    ):
+        yield http, engine
