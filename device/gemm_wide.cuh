@@ -168,8 +168,8 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   loop.give_inputs(used_inputs, true);
 }
 
-// One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh; what it prefetches is loaded
-// one packed tile ahead.
+// One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh. What it prefetches is loaded
+// before the products, then one packed tile ahead, or, where it is the rows' (kPrefetchesRows), once.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
@@ -178,17 +178,17 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   const u32 warpgroup = uniform(thread_idx() / 128);
   const u32 row_begin = kHalved ? item.row_tile * kRowTile : (item.row_tile * 2 + warpgroup) * kRowTile;
   const u32 column = (item.weight_item * kStack + (kHalved ? warpgroup : 0)) * kTileRows;
+  auto loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
-  auto loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column);
 #pragma unroll
   for (int part = 0; part < kParts; part++) {
     const auto current = loaded;
-    if (part + 1 < kParts) loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column + (part + 1) * kTileRows);
+    if (part + 1 < kParts && !Epilogue::kPrefetchesRows) loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column + (part + 1) * kTileRows);
     epilogue.template finish<kTileRows, true>(row_begin, column + part * kTileRows, reinterpret_cast<f32(&)[kTileRows / 2]>(d[part * kTileRows / 2]), current, row_scale);
   }
 }

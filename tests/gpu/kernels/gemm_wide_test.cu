@@ -16,6 +16,7 @@ struct PlainEpilogue {
   f32* output;  // [num_rows, num_columns]
   u32 num_rows;
   u32 num_columns;
+  static constexpr bool kPrefetchesRows = false;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {
