@@ -93,26 +93,32 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 
 // input: [row / 64][k / 64][64 rows][64 k], swizzled. Rows that do not exist keep old bytes, whose products nobody reads.
 BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const GemmWalk walk = gemm_walk(params, tiling);
-  const u64 row_tile_bytes = static_cast<u64>(tiling.num_slices) * kRowTileBytes;
-  const bool halved = tiling.tokens == kRowTile;
+  const WideTiling chosen = wide_tiling(params, op, num_rows);
+  const u32 tokens = chosen.tokens;
+  const u32 stack = chosen.stack;
+  const GemmWalk walk = gemm_walk(params, chosen);
+#pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
-    const u32 row_begin = gemm_item(tiling, item).row_tile * tiling.tokens;
-    const u8* tile = input + row_begin / kRowTile * row_tile_bytes;
+    const WideTiling tiling = wide_tiling_of(*opaque(&op), num_rows, tokens, stack);  // anew, as above
+    const bool halved = tokens == kRowTile;
+    const u32 row_begin = gemm_item(tiling, item).row_tile * tokens;
+    const u32 second_offset = halved ? kRowTileBytes : tiling.num_slices * kRowTileBytes;
+    const u8* source = input + static_cast<u64>(row_begin / kRowTile) * tiling.num_slices * kRowTileBytes;
     const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
     const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
-    for (u32 slice = 0; slice < tiling.num_slices; slice += halved ? 2 : 1) {
-      const u8* first = tile + static_cast<u64>(slice) * kRowTileBytes;
-      const u8* second = first + (halved ? kRowTileBytes : row_tile_bytes);
-      const u32 second_bytes = halved ? (slice + 1 < tiling.num_slices ? first_bytes : 0) : next_tile_bytes;
+#pragma unroll 1
+    for (u32 num_left = tiling.num_slices; num_left > 0;) {
+      const u32 num_slices = halved ? min(num_left, 2u) : 1;
+      const u32 second_bytes = halved ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
       u64* full = &shared.inputs_full[cursor.stage];
       u8* place = ring + cursor.stage * kInputStageBytes;
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
-      if (first_bytes) bulk_copy_to_shared(place, first, first_bytes, full);
-      if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, second, second_bytes, full);
+      if (first_bytes) bulk_copy_to_shared(place, source, first_bytes, full);
+      if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, source + second_offset, second_bytes, full);
       cursor.advance(kInputStages);
+      source += num_slices * kRowTileBytes;
+      num_left -= num_slices;
     }
   }
 }

@@ -55,9 +55,12 @@ extern "C" __global__ void BK_CLUSTER __launch_bounds__(kWorkerThreads, 1) persi
     set_registers_down<56>();  // 128 x 56 + 256 x 224 = 384 x 168: what the launch has; more would wait for ever
     if (cta_idx() == params.num_workers) return;
     const u32 role = warp - kComputeThreads / 32;
-    if (role == 0 && threadIdx.x % 32 == 0) weight_producer(params);
-    if (role == 1 && threadIdx.x % 32 == 0) input_producer(params);
-    if (role >= 2) scale_producer(params, role - 2);
+    if (role >= 2) {
+      scale_producer(params, role - 2);
+    } else if (threadIdx.x % 32 == 0) {
+      if (role == 0) weight_producer(params);
+      else input_producer(params);
+    }
   } else {
     set_registers_up<224>();
     if (uniform(cta_idx()) != params.num_workers) {
