@@ -1,13 +1,12 @@
-// Matrix products of a step: out[row, n] = sum over k of input[row, k] * weight[n, k], without split-K. GPU only.
+// Matrix products of a step of at most 64 rows: out[row, n] = sum over k of input[row, k] * weight[n, k], without split-K. GPU only.
 //
-// Tokens are wgmma's M (tiles of 64 rows), weight rows its N. One CTA owns an output tile over the whole K, and an output is one chain of
-// accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step.
-//   narrow (<= 64 rows)  both warpgroups work on the one row tile: warpgroup 0 has the tile's first weight rows, 1 the others
-//   wide   (> 64 rows)   each warpgroup has a row tile of its own and all weight rows
+// Tokens are wgmma's M (a tile of 64 rows), weight rows its N. One CTA owns an output tile over the whole K, and an output is one chain of
+// accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step. Both warpgroups work on the
+// one row tile: warpgroup 0 has the tile's first weight rows, 1 the others. Steps of more rows: gemm_wide.cuh.
 //
 // Weights: [tile][k / 64][kTileRows rows][64 k] bf16, swizzled; packed by host/gpu_weights.py; streamed by the weight producer through a ring of
 // 16 KB stages, each of slices_per_stage() slices. Inputs: tiled_offset() of activation_layout.cuh; an input stage of 16 KB holds as many
-// slices as fit (narrow), or one slice of both row tiles (wide).
+// slices as fit.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
 #include <ptx_wgmma.cuh>
@@ -25,9 +24,8 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
   const u32 slice_bytes = shape.tile_rows * 128;
   const u32 stage_slices = slices_per_stage(shape.tile_rows);
   const u8* weights = reinterpret_cast<const u8*>(op.weight);
-  const u32 num_items = shape.num_tiles * shape.num_row_groups;
-  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
-    const u8* tile = weights + static_cast<u64>(item / shape.num_row_groups) * shape.num_slices * slice_bytes;
+  for (u32 item = cta_idx(); item < shape.num_items; item += params.num_workers) {
+    const u8* tile = weights + static_cast<u64>(item) * shape.num_slices * slice_bytes;
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
       wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
@@ -39,11 +37,10 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
 }
 
 // One row tile, several slices in a copy. Rows of the tile that do not exist keep old bytes, whose products nobody reads.
-BK_INLINE void produce_narrow_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.input_rows * 128;
   const u32 input_bytes = shape.num_slices * slice_bytes;
-  const u32 num_items = shape.num_tiles * shape.num_row_groups;  // none without rows
-  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
+  for (u32 item = cta_idx(); item < shape.num_items; item += params.num_workers) {
     for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
@@ -59,26 +56,6 @@ BK_INLINE void produce_narrow_inputs(const EngineParams& params, const u8* input
 BK_INLINE u32 input_tile_bytes(u32 num_rows, u32 row_begin) {
   if (row_begin >= num_rows) return 0;
   return (min(num_rows - row_begin, kRowTile) + 7) / 8 * 1024;
-}
-
-BK_INLINE void produce_wide_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
-  const u32 num_items = shape.num_tiles * shape.num_row_groups;
-  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
-    const u32 row_tile = (item % shape.num_row_groups) * 2;
-    const u8* first = input + static_cast<u64>(row_tile) * shape.num_slices * kRowTileBytes;
-    const u8* second = first + static_cast<u64>(shape.num_slices) * kRowTileBytes;
-    const u32 first_bytes = input_tile_bytes(shape.num_rows, row_tile * kRowTile);
-    const u32 second_bytes = input_tile_bytes(shape.num_rows, (row_tile + 1) * kRowTile);
-    for (u32 slice = 0; slice < shape.num_slices; slice++) {
-      wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
-      u64* full = &shared.inputs_full[cursor.stage];
-      u8* stage = ring + cursor.stage * kInputStageBytes;
-      mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
-      bulk_copy_to_shared(stage, first + static_cast<u64>(slice) * kRowTileBytes, first_bytes, full);
-      if (second_bytes) bulk_copy_to_shared(stage + kRowTileBytes, second + static_cast<u64>(slice) * kRowTileBytes, second_bytes, full);
-      cursor.advance(kInputStages);
-    }
-  }
 }
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
@@ -180,52 +157,18 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
   }
 }
 
-// Wide: an input stage is a slice of both row tiles.
 template <int kTileRows, int kColumns>
-BK_INLINE void multiply_wide(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
-  constexpr u32 kStageSlices = slices_per_stage(kTileRows);
-  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
-  u32 used_inputs = kNone;
-  u32 in_stage = 0;
-#pragma unroll 1
-  for (u32 slice = 0; slice < num_slices; slice++) {
-    if (in_stage == 0) loop.wait_weights();
-    loop.wait_inputs();
-    const u64 a = loop.a_of(0);
-    const u64 b = loop.b_of(in_stage * (kTileRows * 128));
-    wgmma_fence();
-    multiply_slice<kColumns>(d, a, b);
-    wgmma_commit();
-    wgmma_wait<1>();
-    loop.give_weights(used_weights, used_weights != kNone);
-    loop.give_inputs(used_inputs, used_inputs != kNone);
-    used_weights = kNone;
-    used_inputs = loop.inputs.stage;
-    loop.inputs.advance(kInputStages);
-    if (++in_stage == kStageSlices || slice + 1 == num_slices) {
-      used_weights = loop.weights.stage;
-      in_stage = 0;
-      loop.weights.advance(kWeightStages);
-    }
-  }
-  wgmma_wait<0>();
-  loop.give_weights(used_weights, true);
-  loop.give_inputs(used_inputs, true);
-}
-
-template <int kTileRows, int kColumns, bool kWide>
 BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                              ConsumerCursors& cursors, f32 (&d)[kColumns / 2]) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
   const u32 base = uniform(shared_address(shared_memory));
-  const u32 input_rows = kWide ? kRowTile : uniform(shape.input_rows);
+  const u32 input_rows = uniform(shape.input_rows);
   // With 8 rows the row groups of wgmma's A operand are all the same one.
-  const u64 a_base = wgmma_descriptor(base + kScratchOffset + (kWide ? uniform(thread_idx() / 128) * kRowTileBytes : 0), input_rows == 8 ? 0 : 1024);
+  const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
                 RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0};
-  if constexpr (kWide) multiply_wide<kTileRows, kColumns>(loop, uniform(shape.num_slices), d);
-  else if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
+  if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
   else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
 }
@@ -237,18 +180,18 @@ BK_INLINE u32 fragment_column(u32 block) { return 8 * block + (thread_idx() % 4)
 
 // One item for one warpgroup. Epilogue: prefetch<kColumns>(row, column) -> what it wants to have loaded before the products end;
 // finish<kColumns>(row, column, d, prefetched, scales): the warpgroup's 64 rows from `row`, kColumns packed weight rows from `column`.
-template <int kTileRows, int kColumns, bool kWide, bool kScaled, class Epilogue>
+template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 row_begin, u32 tile_idx, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                         ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   const u32 column = tile_idx * kTileRows + row_offset;
-  const auto prefetched = epilogue.template prefetch<kColumns, kWide>(row_begin, column);
-  multiply_tile<kTileRows, kColumns, kWide>(params, shape, row_offset, shared_memory, shared, cursors, d);
+  const auto prefetched = epilogue.template prefetch<kColumns, false>(row_begin, column);
+  multiply_tile<kTileRows, kColumns>(params, shape, row_offset, shared_memory, shared, cursors, d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
-  epilogue.template finish<kColumns, kWide>(row_begin, column, d, prefetched, row_scale);
+  epilogue.template finish<kColumns, false>(row_begin, column, d, prefetched, row_scale);
 }
 
 // Runs all items of an op for this CTA.
@@ -258,19 +201,13 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   ConsumerCursors cursors = shared.compute.cursors;
   ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 warpgroup = uniform(thread_idx() / 128);
-  const u32 num_row_groups = uniform(shape.num_row_groups);
-  const u32 num_items = uniform(shape.num_tiles) * num_row_groups;
-  const bool wide = uniform(shape.wide);
+  const u32 num_items = uniform(shape.num_items);
   for (u32 item = uniform(cta_idx()); item < num_items; item += params.num_workers) {
-    const u32 group = item % num_row_groups;
-    const u32 tile_idx = item / num_row_groups;
-    if constexpr (kScaled) scales.enter(shared, group);
-    if (wide) {
-      run_item<kTileRows, kTileRows, true, kScaled>(params, shape, (group * 2 + warpgroup) * kRowTile, tile_idx, 0, shared_memory, shared, cursors, scales, epilogue);
-    } else if (warpgroup == 0) {
-      run_item<kTileRows, kFirstColumns, false, kScaled>(params, shape, 0, tile_idx, 0, shared_memory, shared, cursors, scales, epilogue);
+    if constexpr (kScaled) scales.enter(shared, 0);
+    if (warpgroup == 0) {
+      run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);
     } else {
-      run_item<kTileRows, kTileRows - kFirstColumns, false, kScaled>(params, shape, 0, tile_idx, kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
+      run_item<kTileRows, kTileRows - kFirstColumns, kScaled>(params, shape, 0, item, kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
     }
   }
   if constexpr (kScaled) scales.leave(shared);

@@ -1,7 +1,7 @@
 // What happens to a product before it leaves the SM: the fused tails of the GEMM ops but the LM head's. GPU only.
 //
 // An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x kColumns packed weight rows from `column_begin` (layout in gemm.cuh).
-//   prefetch  before the main loop: what finish() will read, where there are registers for it (narrow); so that its latency hides
+//   prefetch  before the main loop (wide: before the packed tile before): what finish() will read, where there are registers for it
 //   finish    with the products in d
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns.
 // Called by device/gemm.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
@@ -26,6 +26,7 @@ struct ProjectEpilogue {
   const Op& op;
   WorkerShared& shared;
   u32 num_rows;
+  static constexpr bool kPrefetchesRows = false;
 
   template <int kColumns>
   struct Residual {
@@ -37,23 +38,19 @@ struct ProjectEpilogue {
 
   template <int kColumns, bool kWide>
   BK_INLINE auto prefetch(u32 row_begin, u32 column_begin) const {
-    if constexpr (kWide) {
-      return NothingPrefetched{};
-    } else {
-      Residual<kColumns> loaded;
+    Residual<kColumns> loaded;
 #pragma unroll
-      for (u32 block = 0; block < kColumns / 8; block++) {
-        const u32 column = column_begin + fragment_column(block);
-        const bool exists = column < params.dims.hidden;
-        loaded.gains[block] = exists ? *reinterpret_cast<const float2*>(reinterpret_cast<const f32*>(op.next_norm) + column) : float2{0.0f, 0.0f};
+    for (u32 block = 0; block < kColumns / 8; block++) {
+      const u32 column = column_begin + fragment_column(block);
+      const bool exists = column < params.dims.hidden;
+      loaded.gains[block] = exists ? *reinterpret_cast<const float2*>(reinterpret_cast<const f32*>(op.next_norm) + column) : float2{0.0f, 0.0f};
 #pragma unroll
-        for (u32 half = 0; half < 2; half++) {
-          const u32 row = row_begin + fragment_row(half);
-          loaded.hidden[half][block] = exists && row < num_rows ? *reinterpret_cast<const float2*>(hidden_row(row) + column) : float2{0.0f, 0.0f};
-        }
+      for (u32 half = 0; half < 2; half++) {
+        const u32 row = row_begin + fragment_row(half);
+        loaded.hidden[half][block] = exists && row < num_rows ? *reinterpret_cast<const float2*>(hidden_row(row) + column) : float2{0.0f, 0.0f};
       }
-      return loaded;
     }
+    return loaded;
   }
 
   template <int kColumns, bool kWide, class Prefetched>
@@ -64,7 +61,6 @@ struct ProjectEpilogue {
     f32 sums[2][kColumns / kHalfColumns];  // [half][part]
     const u32 hidden = params.dims.hidden;
     const f32* bias = reinterpret_cast<const f32*>(op.bias);
-    const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
     u8* normed = reinterpret_cast<u8*>(params.workspaces[kWsNormed]);
     const u32 tile_rows = kWide ? kRowTile : input_tile_rows(num_rows);
 #pragma unroll
@@ -78,14 +74,8 @@ struct ProjectEpilogue {
         for (u32 block = part * kPartBlocks; block < (part + 1) * kPartBlocks; block++) {
           const u32 column = column_begin + fragment_column(block);
           if (row < num_rows && column < hidden) {
-            float2 value, gains;
-            if constexpr (kWide) {
-              value = *reinterpret_cast<const float2*>(residual + column);
-              gains = *reinterpret_cast<const float2*>(gain + column);
-            } else {
-              value = loaded.hidden[half][block];
-              gains = loaded.gains[block];
-            }
+            float2 value = loaded.hidden[half][block];
+            const float2 gains = loaded.gains[block];
             f32 low = d[block * 4 + half * 2];
             f32 high = d[block * 4 + half * 2 + 1];
             if (bias) {
@@ -154,6 +144,12 @@ struct QkvEpilogue {
     float2 turn;  // cos, sin
   };
 
+  // Wide: the rows' places alone, for all packed tiles of an item; the turns of a packed tile are loaded together in finish().
+  static constexpr bool kPrefetchesRows = true;
+  struct Places {
+    Place place[2];  // [half]
+  };
+
   template <int kColumns>
   struct Cells {
     Cell cells[2][kColumns / 8];  // [half][block]
@@ -169,26 +165,29 @@ struct QkvEpilogue {
     return Place{where.position, (static_cast<u64>(op.layer) * params.num_pages + page_table[where.position / kPageTokens]) * params.dims.num_kv_heads};
   }
 
-  BK_INLINE Cell cell_of(const Place& place, u32 row, u32 column) const {
+  BK_INLINE float2 turn_of(const Place& place, u32 row, u32 column) const {
+    if (row >= num_rows || column >= num_rotated()) return float2{1.0f, 0.0f};
+    return reinterpret_cast<const float2*>(op.rope)[static_cast<u64>(place.position) * (kHeadDim / 2) + column % kHeadDim / 2];
+  }
+
+  BK_INLINE u8* destination_of(const Place& place, u32 row, u32 column) const {
     const ModelDims& dims = params.dims;
-    if (row >= num_rows || column >= op.out_features) return Cell{nullptr, float2{1.0f, 0.0f}};
+    if (row >= num_rows || column >= op.out_features) return nullptr;
     const u32 head = column / kHeadDim;
     const u32 in_head = column % kHeadDim;
     const bool is_value = column >= num_rotated();
-    Cell cell{reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(row) * dims.num_heads * kHeadDim + column), float2{1.0f, 0.0f}};
-    if (!is_value) cell.turn = reinterpret_cast<const float2*>(op.rope)[static_cast<u64>(place.position) * (kHeadDim / 2) + in_head / 2];
-    if (head >= dims.num_heads) {
-      const u32 kv_head = head - dims.num_heads - (is_value ? dims.num_kv_heads : 0);
-      const u64 tile = (place.page_base + kv_head) * 2 + (is_value ? 1 : 0);
-      cell.destination = reinterpret_cast<u8*>(params.kv_cache) + tile * kKvTileBytes<kHeadDim> + kv_byte_offset(place.position % kPageTokens, in_head);
-    }
-    return cell;
+    if (head < dims.num_heads) return reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(row) * dims.num_heads * kHeadDim + column);
+    const u32 kv_head = head - dims.num_heads - (is_value ? dims.num_kv_heads : 0);
+    const u64 tile = (place.page_base + kv_head) * 2 + (is_value ? 1 : 0);
+    return reinterpret_cast<u8*>(params.kv_cache) + tile * kKvTileBytes<kHeadDim> + kv_byte_offset(place.position % kPageTokens, in_head);
   }
 
   template <int kColumns, bool kWide>
   BK_INLINE auto prefetch(u32 row_begin, u32 column_begin) const {
     if constexpr (kWide) {
-      return NothingPrefetched{};
+      Places loaded;
+      for (u32 half = 0; half < 2; half++) loaded.place[half] = place_of(row_begin + fragment_row(half));
+      return loaded;
     } else {
       Cells<kColumns> loaded;
 #pragma unroll
@@ -196,7 +195,10 @@ struct QkvEpilogue {
         const u32 row = row_begin + fragment_row(half);
         const Place place = place_of(row);
 #pragma unroll
-        for (u32 block = 0; block < kColumns / 8; block++) loaded.cells[half][block] = cell_of(place, row, column_begin + fragment_column(block));
+        for (u32 block = 0; block < kColumns / 8; block++) {
+          const u32 column = column_begin + fragment_column(block);
+          loaded.cells[half][block] = Cell{destination_of(place, row, column), turn_of(place, row, column)};
+        }
       }
       return loaded;
     }
@@ -253,15 +255,19 @@ struct QkvEpilogue {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       const u32 row = row_begin + fragment_row(half);
-      Place place{};
-      if constexpr (kWide) place = place_of(row);
+      float2 turns[kColumns / 8];
+#pragma unroll
+      for (u32 block = 0; block < kColumns / 8; block++) {
+        if constexpr (kWide) turns[block] = turn_of(loaded.place[half], row, column_begin + fragment_column(block));
+        else turns[block] = loaded.cells[half][block].turn;
+      }
 #pragma unroll
       for (u32 block = 0; block < kColumns / 8; block++) {
         const u32 column = column_begin + fragment_column(block);
-        Cell cell;
-        if constexpr (kWide) cell = cell_of(place, row, column);
-        else cell = loaded.cells[half][block];
-        if (cell.destination == nullptr) continue;
+        u8* destination;
+        if constexpr (kWide) destination = destination_of(loaded.place[half], row, column);
+        else destination = loaded.cells[half][block].destination;
+        if (destination == nullptr) continue;
         f32 low = d[block * 4 + half * 2] * scales[half];
         f32 high = d[block * 4 + half * 2 + 1] * scales[half];
         if (bias) {
@@ -274,11 +280,11 @@ struct QkvEpilogue {
           high *= head_scale[half] * gain.y;
         }
         if (column < num_rotated()) {
-          const f32 turned = low * cell.turn.x - high * cell.turn.y;
-          high = high * cell.turn.x + low * cell.turn.y;
+          const f32 turned = low * turns[block].x - high * turns[block].y;
+          high = high * turns[block].x + low * turns[block].y;
           low = turned;
         }
-        *reinterpret_cast<u32*>(cell.destination) = pack_bf16x2(low, high);
+        *reinterpret_cast<u32*>(destination) = pack_bf16x2(low, high);
       }
     }
   }
@@ -289,6 +295,7 @@ struct GateUpEpilogue {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;
+  static constexpr bool kPrefetchesRows = false;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {

@@ -26,6 +26,7 @@ struct LogitsEpilogue {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;  // sampled ones
+  static constexpr bool kPrefetchesRows = false;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {

@@ -1,30 +1,25 @@
 // The row scales of an op that normalises its input: 1 / rms of its rows, summed up by two warps while the products run. GPU only.
 //
 // RMSNorm is a factor per row, so it can enter after the product: the op before leaves the sums of squares of every 32 hidden columns
-// (kWsSquares), the scale warps (10 and 11) add them up in a fixed order, the epilogue multiplies. A buffer holds the 128 rows of one row
-// group; a CTA whose next item has the same row group goes on with the buffer it has. Writers and readers step through the items alike.
+// (kWsSquares), the scale warps (10 and 11) add them up in a fixed order, the epilogue multiplies. A buffer holds the rows of an item; a CTA
+// whose next item has the same rows goes on with the buffer it has. Writers and readers step through the items alike.
 // Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
 #include <worker_memory.cuh>
 
 namespace blinkimp {
 
-// The work of one GEMM op: items = weight tiles x groups of row tiles, the groups of one weight tile next to each other so that its
-// weights are in L2 for all of them. CTA c takes items c, c + num_workers, ... Both producers and the consumers iterate the same way.
+// The work of one GEMM op of at most 64 rows: an item is a weight tile, CTA c takes c, c + num_workers, ... All roles iterate the same way.
 struct GemmShape {
   u32 num_rows;
   u32 num_slices;
-  u32 num_tiles;
+  u32 num_items;  // weight tiles; none without rows
   u32 tile_rows;
-  u32 num_row_groups;
   u32 input_rows;  // of a tile of the tiled input
-  bool wide;
 };
 
 BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
-  const bool wide = num_rows > kRowTile;
-  const u32 num_row_groups = wide ? (num_rows + 2 * kRowTile - 1) / (2 * kRowTile) : (num_rows ? 1u : 0u);
-  return GemmShape{num_rows, op.in_features / kSliceColumns, op.num_tiles, op.tile_rows, num_row_groups, input_tile_rows(num_rows), wide};
+  return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
 }
 
 // The epilogues' side. Both warpgroups hold a reader; kNoRow is no group yet.
@@ -81,22 +76,14 @@ BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u3
   }
 }
 
-// The scale warps' side of one op, after the grid barrier that completes `squares`.
+// The scale warps' side of one op of at most 64 rows, after the grid barrier that completes `squares`: one buffer for all items.
 BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares, const GemmShape& shape, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  const u32 num_items = shape.num_tiles * shape.num_row_groups;
-  u32 group = kNoRow;
-  for (u32 item = cta_idx(); item < num_items; item += params.num_workers) {
-    const u32 next_group = item % shape.num_row_groups;
-    if (next_group == group) continue;
-    group = next_group;
-    wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-    const u32 row_begin = group * 2 * kRowTile;
-    const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
-    sum_row_scales(params, rows, min(shape.num_rows - row_begin, 2 * kRowTile), warp, shared.row_scale[cursor.stage]);
-    __syncwarp();
-    if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
-    cursor.advance(kScaleBuffers);
-  }
+  if (cta_idx() >= shape.num_items) return;
+  wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
+  sum_row_scales(params, squares, shape.num_rows, warp, shared.row_scale[cursor.stage]);
+  __syncwarp();
+  if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
+  cursor.advance(kScaleBuffers);
 }
 
 }  // namespace blinkimp

@@ -6,6 +6,7 @@
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
 #include <attention.cuh>
+#include <gemm_wide.cuh>
 #include <logits_epilogue.cuh>
 #include <phases.cuh>
 #include <sample_op.cuh>
@@ -32,6 +33,9 @@ constexpr int kLmHeadTileRows = 112;
 BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
 
 BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
+
+// Whether the weight ring goes on from a GEMM of the same step: of more rows or as many, so wide if this one is.
+BK_INLINE bool follows_gemm(const EngineParams& params, u32 op_idx) { return op_idx > 0 && is_gemm(reinterpret_cast<const Op*>(params.ops)[op_idx - 1].kind); }
 
 // Whether the op normalises its input: its epilogue needs row scales.
 BK_INLINE bool is_scaled(u32 kind) { return is_gemm(kind) && kind != kOpProject; }
@@ -70,7 +74,9 @@ BK_INLINE void weight_producer(const EngineParams& params) {
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
       if (is_gemm(op.kind)) {
-        produce_weights(params, op, gemm_shape(op, rows_of(op.kind, *plan)), shared_memory + kRingOffset, shared, cursor);
+        const u32 num_rows = rows_of(op.kind, *plan);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
+        else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, plan, step, shared_memory + kRingOffset, shared, attention_shared(shared_memory), cursor, num_barriers);
       }
@@ -93,12 +99,12 @@ BK_INLINE void input_producer(const EngineParams& params) {
       const Op& op = ops[op_idx];
       num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
       if (is_gemm(op.kind)) {
-        const GemmShape shape = gemm_shape(op, rows_of(op.kind, *plan));
+        const u32 num_rows = rows_of(op.kind, *plan);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
         wait_grid(params, num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
-        if (shape.wide) produce_wide_inputs(params, input, shape, shared_memory + kScratchOffset, shared, cursor);
-        else produce_narrow_inputs(params, input, shape, shared_memory + kScratchOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
+        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
       }
       num_barriers++;
     }
@@ -127,10 +133,11 @@ BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
       if (is_scaled(op.kind)) {
         const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(*plan);
         const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]);
-        const GemmShape shape = gemm_shape(op, rows_of(op.kind, *plan));
+        const u32 num_rows = rows_of(op.kind, *plan);
         if (elected) wait_grid(params, num_barriers);
         __syncwarp();  // the grid was acquired by one lane
-        produce_row_scales(params, squares, shape, warp, shared, cursor);
+        if (is_wide(num_rows)) produce_row_scales_wide(params, op, squares, num_rows, warp, shared, cursor);
+        else produce_row_scales(params, squares, gemm_shape(op, num_rows), warp, shared, cursor);
       }
       num_barriers++;
     }
@@ -244,22 +251,30 @@ struct TiledStore {
   }
 };
 
-// The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided between the warpgroups at multiples of 8 rows, gate-up
-// at multiples of 16 (8 gate, 8 up).
-BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, const GemmShape& shape, u8* shared_memory, WorkerShared& shared) {
-  const u32 num_rows = shape.num_rows;
+// A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kFirstColumns weight rows are warpgroup 0's.
+template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
+BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
+  if (is_wide(num_rows)) {
+    run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, follows_gemm(params, op_idx), shared_memory, shared, epilogue);
+  } else {
+    run_gemm<kTileRows, kFirstColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
+  }
+}
+
+// The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided at multiples of 8 rows, gate-up's at multiples of 16 (8 gate, 8 up).
+BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared) {
   switch (uniform(op.kind)) {
     case kOpQkv:
-      run_gemm<kQkvTileRows, kQkvTileRows / 2, true>(params, shape, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
+      run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
       break;
     case kOpGateUp:
-      run_gemm<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, shape, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
+      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, op_idx, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
       break;
     case kOpLmHead:
-      run_gemm<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, shape, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
+      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
       break;
     default:
-      run_gemm<kProjectTileRows, kProjectTileRows / 2, false>(params, shape, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
+      run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, op_idx, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
   }
 }
 
@@ -295,9 +310,9 @@ BK_INLINE void compute(const EngineParams& params) {
       phase_barrier(params, state);
     }
     if (is_gemm(kind)) {
-      const GemmShape shape = gemm_shape(op, kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
-      joined = cta_idx() < shape.num_tiles * shape.num_row_groups;
-      run_gemm_op(params, op, opaque(plan), shape, shared_memory, shared);
+      const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
+      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : cta_idx() < gemm_shape(op, num_rows).num_items;
+      run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
     } else if (kind == kOpAttention) {
       wait_phases(params, state);  // q, k and v of every SM
       attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), TiledStore{params, state});

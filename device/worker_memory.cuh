@@ -63,6 +63,14 @@ struct ComputeState {
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
+// What the CTAs of a pair tell each other (gemm_wide_pair.cuh).
+struct PairShared {
+  u64 stage_empty[kWeightStages];  // [stage]; a phase per use in a paired op; writers: the partner's compute warpgroups; reader: own weight producer
+  u64 ready;                       // a phase per handshake; writer: the partner's weight producer; reader: own
+  u32 stage_parity;                // bit per stage: which phase of stage_empty to wait for next; weight producer only
+  u32 ready_parity;                // likewise of `ready`
+};
+
 struct WorkerShared {
   // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
@@ -76,6 +84,7 @@ struct WorkerShared {
   Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
+  PairShared pair;
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
@@ -84,7 +93,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232032;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
