@@ -4,10 +4,10 @@
 // compute the same WideTiling from the op and the row count, and walk the same items; nothing of it depends on the host.
 //
 // The rule: of the tiles that the kernel is compiled for, the one whose busiest CTA is done first,
-//   time = rounds * (num_slices * max(tokens * N / 47, 2 * (tokens + N)) + 4000) ns
-// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM (N / 2 in pairs: gemm_wide_pair.cuh), 4000
-// the epilogue. Rounds are whole: 128 items on 131 CTAs are one round, 132 are two. Of equals the larger tile: fewer bytes. Examples
-// (Llama-3-8B): device/GEMM_WIDE.md.
+//   time = rounds * (num_slices * max(tokens * N / 47, 2 * (tokens + N), 100 * copies) + 4000) ns
+// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM (N / 2 in pairs: gemm_wide_pair.cuh), 100 a
+// bulk copy of 4 to 16 KB (8 + 2 copies a slice take 1.0 us on 16 CTAs as on 128), 4000 the epilogue. Rounds are whole: 128 items on 131 CTAs are
+// one round, 132 are two. Of equals the larger tile: fewer bytes. Examples (Llama-3-8B): device/GEMM_WIDE.md.
 // Used by device/gemm_wide.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
 #include <gemm_wide_pair.cuh>
@@ -18,6 +18,7 @@ constexpr u32 kMaxWideColumns = 256;      // weight rows of an item: wgmma's lar
 constexpr u32 kMinWideColumns = 64;       // smaller ones bring more input bytes than weights
 constexpr u32 kRasterRowTiles = 16;       // row tiles swept side by side: their inputs and the weights of 8 items stay in L2
 constexpr u32 kWideEpilogueNs = 4000;
+constexpr u32 kBulkCopyNs = 100;
 
 // For measurements and tests: 0 = the rule decides, else the tiling of every op.
 #ifndef BK_WIDE_TOKENS
@@ -65,7 +66,8 @@ BK_INLINE WideTiling wide_tiling_of(const Op& op, u32 num_rows, u32 tokens, u32 
 
 BK_INLINE u32 wide_time_ns(const EngineParams& params, const WideTiling& tiling) {
   const u32 columns = tiling.stack * tiling.tile_rows;
-  const u32 slice_ns = max(tiling.tokens * columns / 47, 2 * tiling.tokens + (kPaired ? 1 : 2) * columns);
+  const u32 num_copies = tiling.tokens == kRowTile ? 2 : (kPaired ? (tiling.stack + 1) / 2 : tiling.stack) + 2;
+  const u32 slice_ns = max(max(tiling.tokens * columns / 47, 2 * tiling.tokens + (kPaired ? 1 : 2) * columns), num_copies * kBulkCopyNs);
   const u32 num_walkers = kPaired ? params.num_workers / 2 : params.num_workers;
   return (tiling.num_items + num_walkers - 1) / num_walkers * (tiling.num_slices * slice_ns + kWideEpilogueNs);
 }

@@ -45,7 +45,8 @@ def wide_time_ns(
     tile_rows, out_features, in_features = shape
     columns = stack * tile_rows
     items = -(-rows // (2 * tokens if paired else tokens)) * -(-out_features // columns)
-    slice_ns = max(tokens * columns // 47, 2 * tokens + (1 if paired else 2) * columns)
+    copies = 2 if tokens == 64 else (-(-stack // 2) if paired else stack) + 2
+    slice_ns = max(tokens * columns // 47, 2 * tokens + (1 if paired else 2) * columns, 100 * copies)
     return -(-items // (num_workers // 2 if paired else num_workers)) * (in_features // 64 * slice_ns + 4000)
 
 
