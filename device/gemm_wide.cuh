@@ -58,9 +58,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  if (!follows && has_partner(params)) enter_paired(params, shared, cursor);  // without an item too: the next op follows
-  if (walk.first >= walk.end) return;                                       // a pair's CTAs have equally many items
-  if (unit_stages(stack * op.tile_rows) == 2) align_producer(params, shared, cursor);
+  align_producer(params, follows, unit_stages(stack * op.tile_rows) == 2, shared, cursor);  // without an item too: the next op may follow
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
@@ -204,10 +202,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tili
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   const GemmWalk walk = gemm_walk(params, tiling);
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
-  if (!follows && has_partner(params)) align_consumer(kWeightStages, weights);
-  cursors.weights = weights;
-  if (walk.first >= walk.end) return;
-  if (unit_stages(kTileRows * kStack) == 2) align_consumer(2, weights);
+  align_consumer(params, follows, unit_stages(kTileRows * kStack) == 2, weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
   // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
   const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
