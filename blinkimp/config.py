@@ -126,6 +126,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=86400, description="SIGTERM: how long running requests may take to finish")
     ] = 30.0
+    trace_events: Annotated[
+        int, Meta(ge=0, le=1 << 28, description="events that the trace keeps, a power of two, at least 65536; 0: no trace")
+    ] = 0
+    trace_op_period: Annotated[
+        int, Meta(ge=0, le=1 << 20, description="with a trace: times of every op on every SM, every so many steps; 0: none")
+    ] = 0
     cache_dir: Annotated[
         str, Meta(description="compiled kernels; empty: $XDG_CACHE_HOME/blinkimp or ~/.cache/blinkimp")
     ] = ""

@@ -32,7 +32,7 @@ enum Room : u32 {
 // requests that have stalled for long give way (S5), one for each look, because the pages of one may be those that the newcomer shares;
 // and only if it can be enough.
 BK_INLINE u32 make_room(const EngineParams& params, DirectorState& state, u32 num_needed, u32 num_pinned) {
-  const bool has_place = state.status.num_running < params.max_batch;
+  const bool has_place = state.status.num_running < state.limits.max_running;
   const u32 num_available = num_available_pages(state.pages) - num_pinned;
   if (has_place && num_available >= num_needed + watermark_pages(params, state)) return kRoomEnough;
   u32 num_stalled = 0;
@@ -53,19 +53,6 @@ BK_INLINE u32 make_room(const EngineParams& params, DirectorState& state, u32 nu
   return kRoomChanged;
 }
 
-// Lane 0. The request to admit if there is room, or kNoRequest. A head of queue that must wait for pages keeps its turn: small requests
-// behind it and those of other queue pairs do not pass it for ever.
-BK_INLINE u32 choose_admission(const EngineParams& params, DirectorState& state) {
-  for (u32 k = 0; k < params.num_queue_pairs; ++k) {
-    const u32 q = (state.next_admit_idx + k) % params.num_queue_pairs;
-    const QueuePairState& queue_pair = state.queue_pairs[q];
-    if (queue_pair.num_waiting == 0 || completion_credit(queue_pair) < step_credit(queue_pair)) continue;
-    state.next_admit_idx = q;
-    return queue_pair.waiting_first_idx;
-  }
-  return kNoRequest;
-}
-
 // All lanes. The chunk of a sequence fills pages: they enter the prefix cache before it runs, for requests of this plan and later ones.
 BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, DirectorState& state, const PlanSeq& seq) {
   if (!uses_prefix_cache(state.pages, *request_at(params, seq.request_idx))) return;
@@ -74,31 +61,34 @@ BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, Dire
 }
 
 // Lane 0. The request has its pages: from the waiting queue to the batch and the plan.
-BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, StepPlan* plan, StepDraft& draft) {
+BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, i32 level, StepPlan* plan,
+                             StepDraft& draft) {
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   remove_waiting(params, state, request_idx);
   request->state = kRequestRunning;
-  request->step_rows = chunk_rows(params, *request, params.max_step_tokens - draft.num_rows);
+  request->running_level = level;
+  charge_admission(params, state, request->queue_pair_idx, request->num_tokens - request->num_computed);
+  request->step_rows = chunk_rows(state, *request, state.limits.step_tokens - draft.num_rows);
   if (request->num_preemptions == 0 && uses_prefix_cache(state.pages, *request)) {
     request->num_cached_tokens = request->num_computed;
     state.status.prefix_query_tokens += request->num_prompt_tokens;
     state.status.prefix_hit_tokens += request->num_computed;
   }
+  trace_request(params, state, *request, kTraceAdmitted, pack_argument(request->num_computed, request->num_pages));
   state.running[state.status.num_running] = request_idx;
   state.status.num_running += 1;
   queue_pair.num_running += 1;
   queue_pair.num_promised += step_credit(queue_pair);
-  state.next_admit_idx = (request->queue_pair_idx + 1) % params.num_queue_pairs;
   write_chunk(params, plan, request_idx, draft);
 }
 
 // All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan.
 BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, StepDraft& draft) {
-  while (draft.num_rows < params.max_step_tokens) {
-    u32 request_idx = kNoRequest;
-    if (lanes.is_first() && state.status.num_waiting > 0) request_idx = choose_admission(params, state);
-    request_idx = lanes.broadcast(request_idx, 0);
+  while (draft.num_rows < state.limits.step_tokens && state.status.num_waiting > 0) {
+    if (state.status.num_running >= state.limits.max_running && state.num_stalled == 0) break;  // nobody could give way
+    const WaitingHead head = choose_waiting(params, lanes, state);
+    const u32 request_idx = head.request_idx;
     if (request_idx == kNoRequest) break;
     Request* request = request_at(params, request_idx);
     PrefixMatch match{0, 0};
@@ -121,7 +111,7 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
     if (lanes.is_first()) {
       state.pages.num_free -= num_needed;
       request->num_pages = match.num_pages + num_needed;
-      admit_request(params, state, request_idx, plan, draft);
+      admit_request(params, state, request_idx, head.level, plan, draft);
     }
     lanes.sync();  // hazard: the next round copies from the stack that lane 0 lowered; the sequence is read below
     draft.num_rows = lanes.broadcast(draft.num_rows, 0);

@@ -11,7 +11,7 @@
 // Scores are kept raw (q . k); `scale` is attention_scale * log2(e) and enters with the exponential.
 // Fragments: thread t of a warpgroup holds columns 8j + 2(t mod 4) + {0, 1} of rows g = 16(t / 32) + (t mod 32) / 4 and g + 8 in
 // d[4j + 0..1] and d[4j + 2..3].
-// Called by device/attention.cuh, attention_merge.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/attention.cuh, attention_merge.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <ptx_attention.cuh>
 #include <ptx_mma.cuh>

@@ -3,9 +3,9 @@
 // The warpgroup with the unit's first split folds its splits in registers and leaves one total; the others leave every split as it is,
 // because a fold is not associative in its last bit. Each then adds the number of its splits to the unit's counter; whoever completes the
 // count folds the rest in order and writes the output rows. Nobody waits, and no grid barrier is needed.
-// Workspace kWsAttentionPart: f32 outputs [items, group, head_dim], float2 (maximum, sum) [items, group], u32 counters [max_batch * num_kv_heads];
-// items: attention_slots() * num_kv_heads. Counters are zero between ops (allocated zeroed; the last to arrive resets).
-// Called by device/attention.cuh. Test: pytest tests/host/test_attention_simt.py
+// Workspace kWsAttentionPart: f32 outputs [items, group, head_dim], float2 (maximum, sum) [items, group]; items:
+// attention_slots() * num_kv_heads. kWsAttentionCounters is zero between ops (allocated zeroed; the last to arrive resets).
+// Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
 
@@ -21,14 +21,12 @@ BK_INLINE f32* part_outputs(const EngineParams& params, u32 item_idx, u32 row) {
 
 template <int kHeadDim>
 BK_INLINE float2* part_softmax(const EngineParams& params, u32 item_idx, u32 row) {
-  const u64 num_parts = static_cast<u64>(attention_slots(params)) * params.dims.num_heads;
+  const u64 num_parts = attention_slots(params) * params.dims.num_heads;
   return reinterpret_cast<float2*>(params.workspaces[kWsAttentionPart] + num_parts * kHeadDim * sizeof(f32)) + static_cast<u64>(item_idx) * group_of(params) + row;
 }
 
-template <int kHeadDim>
 BK_INLINE u32* unit_counter(const EngineParams& params, u32 unit_idx) {
-  const u64 num_parts = static_cast<u64>(attention_slots(params)) * params.dims.num_heads;
-  return reinterpret_cast<u32*>(params.workspaces[kWsAttentionPart] + num_parts * (kHeadDim * sizeof(f32) + sizeof(float2))) + unit_idx;
+  return reinterpret_cast<u32*>(params.workspaces[kWsAttentionCounters]) + unit_idx;
 }
 
 // The first warp of a warpgroup leaves the fragments of the unit's rows (a narrow unit has no others).

@@ -2,7 +2,7 @@
 //
 // Two passes over the shares, 32 at a time, one a lane: which are narrow and how much wide work there is; then, for each window size, the
 // total of narrow pages and the places of this CTA's three cuts in it.
-// Called by device/worker.cuh (warp 10). Test: pytest tests/host/test_attention_simt.py
+// Called by device/worker.cuh (warp 10). Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
 
@@ -27,41 +27,26 @@ struct WideWork {
   u32 num_pages;
 };
 
-// Writes wide_seqs, num_wide_seqs, num_wide_items and narrow_end.
+// Writes wide_seqs and num_wide_items.
 BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, u32 lane) {
   const PlanSeq* seqs = plan_seqs(params, plan);
-  const u32 group = group_of(params);
-  const u32 num_slots = attention_slots(params);
-  u32 slots_before = 0;
-  u32 narrow_end = group <= kNarrowRows ? plan->num_seqs : 0;
-  u32 num_wide_seqs = 0;
+  const u32 group = attention.group;
   WideWork work{0, 0};
   for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
     const u32 seq_idx = seq_begin + lane;
     const bool live = seq_idx < plan->num_seqs;
     const PlanSeq seq = seqs[live ? seq_idx : 0];
-    const bool one_row = live && seq.num_rows == 1;
-    const u32 slots_after = slots_before + warp_scan(one_row ? seq.position_begin / kSplitTokens + 1 : 0, lane);
-    const u32 without_room = __ballot_sync(0xffffffffu, one_row && slots_after > num_slots);
-    if (without_room) narrow_end = min(narrow_end, seq_begin + static_cast<u32>(__ffs(static_cast<int>(without_room))) - 1);
-    slots_before = __shfl_sync(0xffffffffu, slots_after, 31);
-    const bool wide = live && !(one_row && seq_idx < narrow_end);
+    const bool wide = live && (seq.num_rows != 1 || group > kNarrowRows);
     const u32 wide_lanes = __ballot_sync(0xffffffffu, wide);
     const u32 num_tiles = wide ? (seq.num_rows * group + kWideRows - 1) / kWideRows : 0;
     const u32 first_pages = seq.position_begin / kPageTokens + 1;
     const u32 last_pages = (seq.position_begin + seq.num_rows - 1) / kPageTokens + 1;
     work.num_items += warp_sum(num_tiles * params.dims.num_kv_heads);
     work.num_pages += warp_sum(wide ? (num_tiles * (first_pages + last_pages) + 1) / 2 * params.dims.num_kv_heads : 0);
-    const u32 wide_below = static_cast<u32>(__popc(wide_lanes & ((1u << lane) - 1)));
-    if (wide) attention.wide_seqs[num_wide_seqs + wide_below] = static_cast<u8>(seq_idx);
-    num_wide_seqs += static_cast<u32>(__popc(wide_lanes));
+    if (lane == 0) attention.wide_seqs[seq_begin / 32] = wide_lanes;
   }
-  if (lane == 0) {
-    attention.num_wide_seqs = num_wide_seqs;
-    attention.num_wide_items = work.num_items;
-    attention.narrow_end = narrow_end;
-  }
-  __syncwarp();  // is_narrow() below reads narrow_end
+  if (lane == 0) attention.num_wide_items = work.num_items;
+  __syncwarp();  // is_wide() below reads what lane 0 wrote
   return work;
 }
 
@@ -112,11 +97,11 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
   u32 num_pages = 0;
   for (u32 seq_idx = lane; seq_idx < plan->num_seqs; seq_idx += 32) {
     const PlanSeq& seq = seqs[seq_idx];
-    if (is_narrow(attention, seq, seq_idx)) num_pages += (seq.position_begin / kPageTokens + 1 - first_page(seq.position_begin, window)) * num_kv_heads;
+    if (!is_wide(attention, seq_idx)) num_pages += (seq.position_begin / kPageTokens + 1 - first_page(seq.position_begin, window)) * num_kv_heads;
   }
   num_pages = warp_sum(num_pages);
   if (lane < 2) schedule.narrow[lane].num_pages = 0;
-  __syncwarp();
+  __syncwarp();  // before the lanes that find the cuts write the same walks
   if (num_pages == 0) return;
 
   const NarrowCuts cuts(params, wide, num_pages);
@@ -130,7 +115,7 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
   for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
     const u32 seq_idx = seq_begin + lane;
     const PlanSeq seq = seqs[seq_idx < plan->num_seqs ? seq_idx : 0];
-    const bool narrow = seq_idx < plan->num_seqs && is_narrow(attention, seq, seq_idx);
+    const bool narrow = seq_idx < plan->num_seqs && !is_wide(attention, seq_idx);
     const u32 begin = first_page(seq.position_begin, window);
     const u32 end = seq.position_begin / kPageTokens + 1;
     const u32 weight = narrow ? (end - begin) * num_kv_heads : 0;
@@ -154,9 +139,7 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
           walk.kv_head = head;
           walk.page = page;
           walk.item_idx = items_after - num_items + head * splits_between(begin, end) + (page == end ? splits_between(begin, end) : page / kSplitPages - begin / kSplitPages);
-          walk.row = seq.row_begin;
-          walk.position = seq.position_begin;
-          walk.request_idx = seq.request_idx;
+          enter_sequence(params, seq, walk);
         }
       }
       const u32 finders = __ballot_sync(0xffffffffu, here);
@@ -165,7 +148,12 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
     pages_before = __shfl_sync(0xffffffffu, pages_after, 31);
     items_before = __shfl_sync(0xffffffffu, items_after, 31);
   }
-  if (lane < 2) schedule.narrow[lane].num_pages = lane == 0 ? rounded[1] - rounded[0] : rounded[2] - rounded[1];
+  __syncwarp();  // the walks are written by the lanes that found them
+  if (lane < 2) {
+    NarrowWalk& walk = schedule.narrow[lane];
+    walk.num_pages = lane == 0 ? rounded[1] - rounded[0] : rounded[2] - rounded[1];
+    normalise(params, seqs, attention, window, walk);  // so that an op's first run needs nothing from global memory
+  }
 }
 
 // Once, before the first step: the window sizes among the program's layers. All lanes of the planning warp.

@@ -5,7 +5,7 @@
 // Narrow pages do not wait for this layer's QKV op: they are prefetched as the last step left them, and the consumer puts in the one new
 // key and value (attention.cuh, patch_page). Ordering such pages last would not do: with short contexts most pages are last ones.
 // Wide pages wait for it from the share's first new position on.
-// Called by device/worker.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/worker.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
 
@@ -13,10 +13,6 @@ namespace blinkimp {
 
 template <int kHeadDim>
 constexpr u32 kPageStages = 2 * kKvTileBytes<kHeadDim> / kWeightStageBytes;
-
-BK_INLINE const u32* page_table_of(const EngineParams& params, u32 request_idx) {
-  return reinterpret_cast<const u32*>(params.page_tables) + static_cast<u64>(request_idx) * params.max_pages_per_request;
-}
 
 template <int kHeadDim>
 BK_INLINE const u8* kv_tile(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head) {
@@ -29,19 +25,19 @@ BK_INLINE void wait_schedule(const EngineParams& params, AttentionShared& attent
 }
 
 template <int kHeadDim>
-BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
 #pragma unroll
   for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) {
     wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
     mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], kWeightStageBytes);
-    bulk_copy_to_shared(ring + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, &shared.weights_full[cursor.stage]);
+    bulk_copy_to_shared(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, &shared.weights_full[cursor.stage]);
     cursor.advance(kWeightStages);
   }
 }
 
 template <int kHeadDim>
-BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const StepPlan* plan, AttentionShared& attention, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const StepPlan* plan, AttentionShared& attention, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const PlanSeq* seqs = plan_seqs(params, plan);
   const WindowSchedule& schedule = schedule_of(attention, op.window);
   u32 num_live = 0;
@@ -49,7 +45,7 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     ProducerWalk& own = attention.producer_walks[i];
     own.walk = schedule.narrow[i];
     own.num_pages = 0;
-    if (normalise(seqs, attention, params.dims.num_kv_heads, op.window, own.walk)) {
+    if (normalise(params, seqs, attention, op.window, own.walk)) {
       num_live++;
       own.num_pages = run_pages(own.walk);
       own.page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
@@ -63,18 +59,18 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     own.walk.page++;
     own.walk.num_pages--;
     if (--own.num_pages == 0) {
-      if (normalise(seqs, attention, params.dims.num_kv_heads, op.window, own.walk)) own.num_pages = run_pages(own.walk);
+      if (normalise(params, seqs, attention, op.window, own.walk)) own.num_pages = run_pages(own.walk);
       else num_live--;
     }
     u32 next_page_id = 0;  // read before this page's copies are issued and stored after: its latency hides behind theirs
     if (own.num_pages) next_page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
-    produce_page<kHeadDim>(params, op.layer, page_id, kv_head, ring, shared, cursor);
+    produce_page<kHeadDim>(params, op.layer, page_id, kv_head, shared_memory, shared, cursor);
     own.page_id = next_page_id;
   }
 }
 
 template <int kHeadDim>
-BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const StepPlan* plan, AttentionShared& attention, u8* ring, WorkerShared& shared, RingCursor& cursor, u32 num_barriers) {
+BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const StepPlan* plan, AttentionShared& attention, u8* shared_memory, WorkerShared& shared, RingCursor& cursor, u32 num_barriers) {
   const PlanSeq* seqs = plan_seqs(params, plan);
   WideWalk walk{0, 0, 0};
   WideItem item;
@@ -94,19 +90,19 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
         fence_proxy_async();  // the rows were written by ordinary stores of other SMs
         has_waited = true;
       }
-      produce_page<kHeadDim>(params, op.layer, page_id, item.kv_head, ring, shared, cursor);
+      produce_page<kHeadDim>(params, op.layer, page_id, item.kv_head, shared_memory, shared, cursor);
     }
   }
 }
 
 // num_barriers: grid barriers passed when this layer's QKV op is complete.
 template <int kHeadDim>
-BK_INLINE void produce_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* ring, WorkerShared& shared, AttentionShared& attention, RingCursor& cursor, u32 num_barriers) {
+BK_INLINE void produce_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& cursor, u32 num_barriers) {
   wait_schedule(params, attention, step);
   wait_grid(params, num_barriers - 1);  // all earlier steps' keys and values are visible: the QKV op itself, which this does not wait for, comes after
   fence_proxy_async();
-  produce_narrow<kHeadDim>(params, op, plan, attention, ring, shared, cursor);
-  produce_wide<kHeadDim>(params, op, plan, attention, ring, shared, cursor, num_barriers);
+  produce_narrow<kHeadDim>(params, op, plan, attention, shared_memory, shared, cursor);
+  produce_wide<kHeadDim>(params, op, plan, attention, shared_memory, shared, cursor, num_barriers);
 }
 
 }  // namespace blinkimp

@@ -8,7 +8,7 @@
 // CTAs with more wide work get shorter narrow ranges. A step has one wide list and a narrow one per window size among the layers.
 // I1 Every CTA computes the same cuts: from the same plan, with the same integer and double arithmetic.
 // I2 The producer and the two warpgroups walk the same ranges in the same order.
-// Called by device/attention.cuh, attention_producer.cuh. Test: pytest tests/host/test_attention_simt.py
+// Called by device/attention.cuh, attention_producer.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_math.cuh>
 #include <kv_layout.cuh>
@@ -20,9 +20,10 @@ namespace blinkimp {
 constexpr u32 kWideRows = 128;    // of an item; half for each warpgroup
 constexpr u32 kTileRows = 64;     // wgmma's M
 constexpr u32 kNarrowRows = 16;   // heads of a group that a decode row may have: one warp's rows. Larger groups are computed wide
-constexpr u32 kMaxWindows = 4;    // window sizes among the layers of a model
-constexpr u32 kMaxWideSeqs = 256;
+constexpr u32 kMaxWindows = 2;    // window sizes among the layers of a model
+constexpr u32 kMaxSeqs = 256;     // of a step: kMaxBatch of director_state.cuh
 constexpr u32 kWarpgroupThreads = 128;
+constexpr u32 kWsAttentionCounters = kNumWorkspaces - 1;  // EngineParams.workspaces: u32 [max_batch * num_kv_heads], zero between ops
 
 // A walk over a range of the list of splits. It stands at `page` of unit (seq_idx, kv_head), or at that unit's end.
 struct NarrowWalk {
@@ -31,9 +32,11 @@ struct NarrowWalk {
   u32 page;
   u32 num_pages;    // left in the range
   u32 item_idx;     // number of the split at `page` in the step's list
-  u32 row;          // of the sequence seq_idx, as the next two
+  u32 row;          // of the sequence seq_idx, as the next three
   u32 position;
   u32 request_idx;
+  u32 last_page_id; // of the page that `position` lies in
+  u32 reserved0;
 };
 
 // The producer's walk for one warpgroup.
@@ -45,7 +48,7 @@ struct ProducerWalk {
 
 struct WideWalk {
   u32 round;         // of dealing
-  u32 wide_idx;      // into wide_seqs
+  u32 seq_idx;       // of the share that the last item was in
   u32 items_before;  // of the shares before it
 };
 
@@ -84,32 +87,33 @@ struct AttentionRun {
   u32 first_split;     // narrow: of the run, within the unit; 0: the run folds its splits, else it leaves them one by one
 };
 
-// What the roles of a CTA share beside rings and scratch. Writers are named at each member; all are ordered by schedule_ready or by barriers.
+// A step's schedule, and what the producer keeps. Read by the producer, which runs ahead of the op, and by the compute threads.
 struct AttentionShared {
-  u64 schedule_ready;                    // mbarrier, a phase per step: the planning warp has written the next seven
-  u32 group;                             // query heads of a kv head (a division otherwise)
+  u64 schedule_ready;                   // mbarrier, a phase per step: the planning warp has written the rest
+  u32 group;                            // query heads of a kv head (a division otherwise)
   u32 num_windows;
-  u32 num_wide_seqs;
   u32 num_wide_items;
-  u32 narrow_end;                        // one-row shares from this one on are computed wide: no room for their partial results
-  WindowSchedule windows[kMaxWindows];   // [num_windows]
-  u8 wide_seqs[kMaxWideSeqs];            // [num_wide_seqs] numbers of PlanSeqs, rising
-  NarrowWalk walks[2];                   // [warpgroup] where each warpgroup is; writer and reader: its first thread
-  WideWalk wide_walks[2];                // likewise
-  ProducerWalk producer_walks[2];        // [warpgroup] writer and reader: the producer
-  const Op* op;                          // of the compute threads, here because the loop over pages leaves no registers for them;
-  const StepPlan* plan;                  // writer: thread 0, before a barrier at the op's start
-  AttentionRun runs[2];                  // [warpgroup] writer: its first thread, between two of its barriers
-  u32 messages[2];                       // [warpgroup] likewise
+  u32 reserved0;
+  u32 wide_seqs[kMaxSeqs / 32];         // bit i of word w: share 32w + i is computed wide
+  WindowSchedule windows[kMaxWindows];  // [num_windows]
+  ProducerWalk producer_walks[2];       // [warpgroup] writer and reader: the producer
+};
+
+// What the compute threads keep during the op, in its scratch: the loop over pages leaves no registers for it.
+struct AttentionState {
+  const Op* op;             // as the next one: writer thread 0, before a barrier at the op's start
+  const StepPlan* plan;     // of the step
+  NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its first thread
+  WideWalk wide_walks[2];   // likewise
+  u32 messages[2];          // [warpgroup] writer: its first thread, between two of its barriers
+  AttentionRun runs[2];     // [warpgroup] likewise
 };
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
 
-// Partial results fit for so many (sequence, split) pairs of the step: attention_part_bytes() of host/gpu_memory.py.
-BK_INLINE u32 attention_slots(const EngineParams& params) {
-  const u64 longest = static_cast<u64>(params.max_batch) * ((params.max_pages_per_request + kSplitPages - 1) / kSplitPages);
-  const u64 pool = params.max_batch + params.num_pages / 2u;
-  return static_cast<u32>(longest < pool ? longest : pool);
+// (sequence, split) pairs that a step can have: there is room for their partial results, attention_part_bytes() of host/gpu_memory.py.
+BK_INLINE u64 attention_slots(const EngineParams& params) {
+  return static_cast<u64>(params.max_batch) * ((params.max_pages_per_request + kSplitPages - 1) / kSplitPages);
 }
 
 // The first key that a row at `position` sees.
@@ -117,7 +121,11 @@ BK_INLINE u32 first_visible_key(u32 position, u32 window) { return window != 0 &
 BK_INLINE u32 first_page(u32 position, u32 window) { return first_visible_key(position, window) / kPageTokens; }
 BK_INLINE u32 splits_between(u32 page_begin, u32 page_end) { return (page_end - 1) / kSplitPages - page_begin / kSplitPages + 1; }
 
-BK_INLINE bool is_narrow(const AttentionShared& attention, const PlanSeq& seq, u32 seq_idx) { return seq.num_rows == 1 && seq_idx < attention.narrow_end; }
+BK_INLINE bool is_wide(const AttentionShared& attention, u32 seq_idx) { return attention.wide_seqs[seq_idx / 32] >> seq_idx % 32u & 1u; }
+
+BK_INLINE const u32* page_table_of(const EngineParams& params, u32 request_idx) {
+  return reinterpret_cast<const u32*>(params.page_tables) + static_cast<u64>(request_idx) * params.max_pages_per_request;
+}
 
 BK_INLINE const WindowSchedule& schedule_of(const AttentionShared& attention, u32 window) {
   u32 i = 0;
@@ -126,19 +134,23 @@ BK_INLINE const WindowSchedule& schedule_of(const AttentionShared& attention, u3
 }
 
 // ---- Walks -------------------------------------------------------------------------------------------------------
-// Steps to the unit's first page if the walk stands at a unit's end. False: the range is done.
-BK_INLINE bool normalise(const PlanSeq* seqs, const AttentionShared& attention, u32 num_kv_heads, u32 window, NarrowWalk& walk) {
+BK_INLINE void enter_sequence(const EngineParams& params, const PlanSeq& seq, NarrowWalk& walk) {
+  walk.row = seq.row_begin;
+  walk.position = seq.position_begin;
+  walk.request_idx = seq.request_idx;
+  walk.last_page_id = page_table_of(params, seq.request_idx)[seq.position_begin / kPageTokens];
+}
+
+// Steps to the next unit's first page if the walk stands at a unit's end. False: the range is done.
+BK_INLINE bool normalise(const EngineParams& params, const PlanSeq* seqs, const AttentionShared& attention, u32 window, NarrowWalk& walk) {
   if (walk.num_pages == 0) return false;
   if (walk.page <= walk.position / kPageTokens) return true;
-  if (++walk.kv_head == num_kv_heads) {
+  if (++walk.kv_head == params.dims.num_kv_heads) {
     walk.kv_head = 0;
     do {
       walk.seq_idx++;
-    } while (!is_narrow(attention, seqs[walk.seq_idx], walk.seq_idx));
-    const PlanSeq& seq = seqs[walk.seq_idx];
-    walk.row = seq.row_begin;
-    walk.position = seq.position_begin;
-    walk.request_idx = seq.request_idx;
+    } while (is_wide(attention, walk.seq_idx));
+    enter_sequence(params, seqs[walk.seq_idx], walk);
   }
   walk.page = first_page(walk.position, window);
   return true;
@@ -168,13 +180,14 @@ BK_INLINE bool next_wide_item(const EngineParams& params, const PlanSeq* seqs, c
   if (item_idx >= attention.num_wide_items) return false;
   const u32 num_kv_heads = params.dims.num_kv_heads;
   const u32 group = attention.group;
-  for (;; walk.wide_idx++) {
-    item->seq_idx = attention.wide_seqs[walk.wide_idx];
-    const PlanSeq& seq = seqs[item->seq_idx];
+  for (;; walk.seq_idx++) {
+    if (!is_wide(attention, walk.seq_idx)) continue;
+    const PlanSeq& seq = seqs[walk.seq_idx];
     const u32 num_packed = seq.num_rows * group;
     const u32 num_tiles = (num_packed + kWideRows - 1) / kWideRows;
     const u32 within = item_idx - walk.items_before;
     if (within < num_tiles * num_kv_heads) {
+      item->seq_idx = walk.seq_idx;
       item->kv_head = within % num_kv_heads;
       item->tile_begin = (num_tiles - 1 - within / num_kv_heads) * kWideRows;  // the longest first
       item->tile_end = min(item->tile_begin + kWideRows, num_packed);

@@ -94,6 +94,21 @@ BK_INLINE void stage_result(const DirectorState& state, StagedCompletion* staged
   }
 }
 
+// One lane per sequence: what the trace says about it, from position `pos` on. Returns how many events these are; `writes`: they are written.
+BK_INLINE u32 trace_seq(const DirectorState& state, const PlanSeq& seq, const Request& request, const SeqResult& result,
+                        bool writes, u64 pos) {
+  u32 num_events = 0;
+  const auto event = [&](u32 kind, u64 argument) {
+    if (writes) write_trace_event(state.trace, pos + num_events, state.now_ns, kind, request.queue_pair_idx, state.status.step, request.request_id, argument);
+    num_events += 1;
+  };
+  if (seq.num_rows > 1 || seq.position_begin < request.num_prompt_tokens) event(kTraceChunk, pack_argument(seq.position_begin, seq.num_rows));
+  if (result.has_token) event(kTraceToken, pack_argument(result.output_idx, result.sample.token));
+  const u32 num_outputs = result.output_idx + (result.has_token ? 1 : 0);
+  if (result.num_completions > (result.has_token ? 1u : 0u)) event(kTraceFinished, pack_argument(request.finish_reason, num_outputs));
+  return num_events;
+}
+
 // ---- Requests that ended -----------------------------------------------------------------------------------------
 // Lane 0. A request that just left the running list; its pages are free.
 BK_INLINE void end_request(const EngineParams& params, DirectorState& state, u32 request_idx) {
@@ -176,13 +191,15 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
   u32 num_finished = 0;
   u32 num_outputs = 0;
   u32 num_prompt_rows = 0;
+  u64 trace_pos = state.trace.producer_pos;
   for (u32 begin = 0; begin < num_seqs; begin += lanes.count) {
     const u32 i = begin + lanes.id;
     SeqResult result{kNoQueuePair, 0, 0, false, 0, {0, 0.0f}};
     u32 sample_row = kNoRow;
     const Request* request = nullptr;
+    PlanSeq seq{};
     if (i < num_seqs) {
-      const PlanSeq seq = plan_seqs(params, plan)[i];
+      seq = plan_seqs(params, plan)[i];
       sample_row = seq.sample_row;
       request = request_at(params, seq.request_idx);
       num_prompt_rows += seq.num_rows == 1 && seq.position_begin >= request->num_prompt_tokens ? 0 : seq.num_rows;
@@ -193,6 +210,12 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
     const u32 rank = num_staged + lanes.exclusive_sum(result.num_completions);
     if (request != nullptr) stage_result(state, &state.staged[rank], *request, result, plan->step, sample_row);
     num_staged += lanes.sum(result.num_completions);
+    if (params.trace != 0) {
+      const u32 num_events = request != nullptr ? trace_seq(state, seq, *request, result, false, 0) : 0;
+      const u64 pos = trace_pos + lanes.exclusive_sum(num_events);
+      if (request != nullptr) trace_seq(state, seq, *request, result, true, pos);
+      trace_pos += lanes.sum(num_events);
+    }
     for (u32 q = 0; q < params.num_queue_pairs; ++q) {
       if (!(staged_mask >> q & 1)) continue;
       const u32 num_of_q = lanes.sum(result.queue_pair_idx == q ? result.num_completions + result.num_tops : 0);
@@ -210,6 +233,8 @@ BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, c
     queue_pair.num_promised_now = 0;
   }
   if (lanes.is_first()) {
+    state.trace.producer_pos = trace_pos;
+    trace_event(params, state.trace, device_clock_ns(), kTraceCommit, 0, state.status.step, 0, pack_argument(num_finished, num_outputs));
     state.num_staged = num_staged;
     state.num_deferred = 0;
     state.is_advanced = 0;

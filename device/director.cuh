@@ -15,6 +15,7 @@
 #include <commit.cuh>
 #include <director_integrity.cuh>
 #include <intake.cuh>
+#include <limits.cuh>
 #include <plan_ahead.cuh>
 
 namespace blinkimp {
@@ -85,12 +86,15 @@ BK_INLINE void director_init(const EngineParams& params, const Lanes& lanes) {
     wrong = lanes.max(wrong);
   }
   if (lanes.is_first()) {
+    open_trace(params, state.trace);
     if (wrong != 0) {
       record_fault(params, kFaultIntegrity, kSiteDirectorInit, 0, wrong);
       state.is_stopped = 1;
     }
     state.now_ns = device_clock_ns();
     state.integrity_ns = state.now_ns;
+    state.earliest_deadline_ns = kNoDeadline;
+    set_limits(params, state, 0, 0, 0, 0);
   }
   lanes.sync();  // hazard: the first poll reads the state in other lanes
   publish_status(params, lanes, state);
@@ -104,7 +108,7 @@ BK_INLINE void obey_command(const EngineParams& params, DirectorState& state, u3
   if (command != kCommandStop) return;
   state.stop_seen_ns = state.now_ns;
   for (u32 q = 0; q < params.num_queue_pairs; ++q) {
-    while (state.queue_pairs[q].num_waiting > 0) stop_request(params, state, state.queue_pairs[q].waiting_first_idx, kFinishDraining);
+    while (state.queue_pairs[q].num_waiting > 0) stop_request(params, state, first_waiting(state, q), kFinishDraining);
   }
   for (u32 i = state.status.num_running; i-- > 0;) stop_request(params, state, state.running[i], kFinishDraining);
 }
@@ -113,8 +117,9 @@ BK_INLINE void obey_command(const EngineParams& params, DirectorState& state, u3
 BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   if (state.is_stopped) return;
-  // Asked for first, needed last. Relaxed: the word carries all there is to know.
+  // Asked for first, needed last. Relaxed: the words carry all there is to know; what else a new generation brings is read again.
   const u32 command = lanes.is_first() ? ld_relaxed_sys(&engine_page(params).control.command) : 0;
+  const u32 generation = lanes.is_first() ? ld_relaxed_sys(&engine_page(params).control.tuning_generation) : 0;
   if (lanes.is_first()) state.now_ns = device_clock_ns();
   lanes.sync();  // hazard: every lane ages heartbeats against now_ns
   keep_lru_room(params, lanes, state.pages);
@@ -131,7 +136,9 @@ BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   for (u32 q = 0; q < params.num_queue_pairs && event_mask != 0; ++q) {
     if (event_mask >> q & 1) handle_event(params, lanes, state, q);
   }
+  stop_expired(params, lanes, state);
   if (lanes.is_first()) {
+    obey_tuning(params, state, generation);
     obey_command(params, state, command);
     for (u32 q = 0; q < params.num_queue_pairs && state.status.num_finishing > 0; ++q) flush_finishing(params, state, q);
   }
@@ -215,25 +222,44 @@ BK_INLINE bool director_plan_ahead(const EngineParams& params, const Lanes& lane
   return draft.num_rows > 0;
 }
 
-// All lanes. The workers have the plan that director_plan_ahead made, since start_ns; they were done with the step before it at
-// arrived_ns, and its commit follows.
-BK_INLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
+// Lane 0.
+BK_INLINE void trace_start(const EngineParams& params, DirectorState& state, u64 step, u64 start_ns) {
+  const StepDraft& draft = state.next_draft;
+  trace_event(params, state.trace, start_ns, kTraceStepStart, 0, step, 0, pack_argument(draft.num_rows, draft.num_seqs | draft.num_sample_rows << 16));
+  if (state.arrived_ns != 0) state.status.gap_ns_last = start_ns - state.arrived_ns;
+}
+
+// All lanes. The workers are done with the step in flight, since arrived_ns. What may follow: director_start_next, then its commit.
+BK_INLINE void director_note_arrival(const EngineParams& params, const Lanes& lanes, u64 arrived_ns) {
+  DirectorState& state = director_state(params);
+  if (lanes.is_first()) {
+    state.arrived_ns = arrived_ns;
+    trace_event(params, state.trace, arrived_ns, kTraceStepEnd, 0, state.status.step, 0, 0);
+    if (params.trace != 0 && op_times_wanted(state.trace.op_period, state.status.step)) {
+      const u64 slot = state.status.step / state.trace.op_period % state.trace.num_op_slots;
+      trace_event(params, state.trace, arrived_ns, kTraceOpTimes, 0, state.status.step, 0, slot);
+    }
+  }
+}
+
+// All lanes. The workers have the plan that director_plan_ahead made, since start_ns; the commit of the step before it follows.
+BK_INLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 start_ns) {
   DirectorState& state = director_state(params);
   if (lanes.is_first()) {
     if (state.next_plan != kNextReady || !state.step_in_flight) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
     state.next_plan = kNextStarted;
     state.next_start_ns = start_ns;
-    state.status.gap_ns_last = start_ns - arrived_ns;
+    trace_start(params, state, state.status.step + 1, start_ns);
   }
   lanes.sync();  // hazard: the commit branches on it in all lanes
 }
 
-// All lanes. The workers have the plan of director_plan, since start_ns. arrived_ns: of the step before, 0 = the engine was idle.
-BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lanes, u64 arrived_ns, u64 start_ns) {
+// All lanes. The workers have the plan of director_plan, since start_ns.
+BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lanes, u64 start_ns) {
   DirectorState& state = director_state(params);
   if (lanes.is_first()) {
     state.plan_ns = start_ns;
-    if (arrived_ns != 0) state.status.gap_ns_last = start_ns - arrived_ns;
+    trace_start(params, state, state.status.step, start_ns);
   }
 }
 
@@ -275,6 +301,8 @@ BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, Step
   if (lanes.is_first()) {
     write_plan_header(plan, draft, state.status.step, state.is_stopped ? u32{kPlanExit} : 0);
     state.step_in_flight = draft.num_rows > 0 ? 1 : 0;
+    state.next_draft = draft;
+    if (draft.num_rows == 0) state.arrived_ns = 0;
     state.plan_ns = device_clock_ns();
     st_relaxed_sys(&state.fault.step, state.status.step);  // relaxed: for reports only
   }
@@ -303,6 +331,7 @@ BK_INLINE void director_idle(const EngineParams& params, const Lanes&) { sleep_n
 BK_INLINE void director_publish(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   publish_completions(params, lanes, state);
+  publish_trace(params, lanes, state.trace);
   publish_status(params, lanes, state);
 }
 

@@ -4,7 +4,7 @@
 // per page and per request, shared out over the lanes. A failure records a fault whose words hold every term (fault.cuh).
 // Test: pytest tests/host/test_director_integrity.py
 #pragma once
-#include <director_state.cuh>
+#include <waiting.cuh>
 
 namespace blinkimp {
 
@@ -180,6 +180,21 @@ BK_INLINE u32 walk_queue(const EngineParams& params, u32 first_idx, u32 last_idx
   return num_seen == 0 || before == last_idx ? num_seen : params.num_requests + 1;
 }
 
+// W1: the waiting queues of a queue pair together, and each request in the queue of its level.
+BK_INLINE u32 walk_waiting(const EngineParams& params, const DirectorState& state, u32 queue_pair_idx) {
+  u32 num_seen = 0;
+  for (u32 level = 0; level < kNumLevels; ++level) {
+    if (!(state.queue_pairs[queue_pair_idx].level_mask >> level & 1)) continue;
+    const WaitingQueue& queue = state.waiting[queue_pair_idx][level];
+    const u32 num_of_level = walk_queue(params, queue.first_idx, queue.last_idx, queue_pair_idx, kRequestWaiting);
+    if (num_of_level == 0 || num_of_level > params.num_requests || level_of(*request_at(params, queue.last_idx)) != level) {
+      return params.num_requests + 1;
+    }
+    num_seen += num_of_level;
+  }
+  return num_seen;
+}
+
 // Queues and credit of every queue pair (one lane each), L1.
 BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
   u32 num_wrong = 0;
@@ -192,7 +207,7 @@ BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes,
       num_running += request_at(params, state.running[i])->queue_pair_idx == q ? 1 : 0;
     }
     const u32 first_finishing = queue_pair.num_finishing > 0 ? queue_pair.finishing_first_idx : kNoRequest;  // stale when empty
-    const u32 num_waiting = walk_queue(params, queue_pair.waiting_first_idx, queue_pair.waiting_last_idx, q, kRequestWaiting);
+    const u32 num_waiting = walk_waiting(params, state, q);
     const u32 num_finishing = walk_queue(params, first_finishing, queue_pair.finishing_last_idx, q, kRequestFinishing);
     if (num_waiting != queue_pair.num_waiting || num_running != queue_pair.num_running || num_finishing != queue_pair.num_finishing) {
       num_wrong += 1;
@@ -206,7 +221,7 @@ BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes,
     totals[3] += queue_pair.num_staged;
   }
   u32 num_staged = 0;
-  for (u32 i = lanes.id; i < state.num_staged; i += lanes.count) num_staged += state.staged[i].queue_pair_idx != kNoQueuePair ? 1 : 0;
+  for (u32 i = lanes.id; i < state.num_staged; i += lanes.count) num_staged += state.staged[i].queue_pair_idx != kNoQueuePair ? 1 + staged_tops(state.staged[i]) : 0;
   num_staged = lanes.sum(num_staged);
   for (u32 k = 0; k < 4; ++k) totals[k] = lanes.sum(totals[k]);
   const StatusLines& status = state.status;

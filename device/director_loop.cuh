@@ -157,7 +157,6 @@ BK_INLINE void accompany_step(const EngineParams& params, const Lanes& lanes, u3
 BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
   Handoff& shared = handoff();
   director_init(params, lanes);
-  u64 arrived_ns = 0;  // of the step before, while there is work
   bool has_polled = false;
   for (u32 step = 0;;) {
     // Nothing is in flight.
@@ -166,7 +165,6 @@ BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
     StepPlan* plan = plan_of_step(params, step);
     const u32 num_rows = director_plan(params, lanes, plan);
     if (!num_rows || director_should_exit(params, lanes)) {
-      arrived_ns = 0;
       director_publish(params, lanes);
       if (director_should_exit(params, lanes)) {
         if (lanes.is_first()) {
@@ -181,15 +179,15 @@ BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
     }
     lanes.sync();  // all lanes' parts of the plan are written before lane 0 releases it
     if (lanes.is_first()) publish_plan(params, step);
-    director_note_start(params, lanes, arrived_ns, device_clock_ns());
+    director_note_start(params, lanes, device_clock_ns());
     // One step behind the other: commit what arrived while the next one runs.
     for (bool goes_on = true; goes_on; ++step) {
       watch_step(lanes, step);
       director_publish(params, lanes);
       accompany_step(params, lanes, step);
-      arrived_ns = shared.arrived_ns;
+      director_note_arrival(params, lanes, shared.arrived_ns);
       goes_on = shared.started_step == step + 2;
-      if (goes_on) director_start_next(params, lanes, arrived_ns, shared.started_ns);
+      if (goes_on) director_start_next(params, lanes, shared.started_ns);
       lanes.sync();  // hazard: the dispatcher writes these words again once it watches the next step
       director_commit(params, lanes, plan_of_step(params, step));
     }

@@ -55,7 +55,6 @@ BK_INLINE bool open_queue_pair(const EngineParams& params, QueuePairState& queue
   const u64 answered = ld_relaxed_sys(&region.director.epoch);
   queue_pair.epoch = (answered & 1) ? answered + 1 : answered;
   if (queue_pair.epoch != answered) st_release_sys(&region.director.epoch, queue_pair.epoch);  // pairs with state() of ingress_port.cuh
-  queue_pair.waiting_first_idx = queue_pair.waiting_last_idx = kNoRequest;
   queue_pair.finishing_first_idx = queue_pair.finishing_last_idx = kNoRequest;
   return true;
 }

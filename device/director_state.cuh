@@ -16,6 +16,7 @@
 #include <ingress_port.cuh>
 #include <page_allocator.cuh>
 #include <step_plan.cuh>
+#include <trace.cuh>
 
 namespace blinkimp {
 
@@ -24,6 +25,7 @@ constexpr u32 kMaxStaged = 1024;     // completions between two publishes
 constexpr u32 kMaxStagedByPoll = kMaxStaged - 2 * kMaxBatch;  // a commit always finds room for TOKEN and FINISH of a full batch
 constexpr u32 kStepCredit = 2;       // completions that one request may need in one step: TOKEN and FINISH. TOP: step_credit()
 constexpr u32 kNoQueuePair = 0xffffffff;
+constexpr u32 kNumLevels = 16;       // of priority, for those that wait (waiting.cuh)
 constexpr u64 kIntegrityIntervalNs = 1'000'000'000;  // between two checks of an idle director
 
 enum QueuePairEvent : u32 {
@@ -69,8 +71,7 @@ struct QueuePairState {
   u32 event;                     // QueuePairEvent of this poll
   u32 has_entry;                 // `entry` is a committed submission that was copied and is not taken yet
   u32 positions_changed;         // submission or arena position to be stored for the ingress
-  u32 waiting_first_idx;         // waiting queue: doubly linked through next_idx, prev_idx
-  u32 waiting_last_idx;
+  u64 served_tokens;             // its share of the engine so far, as waiting.cuh counts it
   u32 finishing_first_idx;       // finishing queue: linked through next_idx
   u32 finishing_last_idx;
   u32 num_waiting;
@@ -78,7 +79,7 @@ struct QueuePairState {
   u32 num_finishing;
   u32 num_promised_now;          // of num_promised: to the step in flight, while the next one is planned too. Else 0
   u32 most_top_logprobs;         // that one of its live requests asked for, and maybe more
-  u32 reserved0;
+  u32 level_mask;                // levels whose waiting queue is not empty
   SubmissionEntry entry;
 };
 ABI_SIZE(QueuePairState, 240);
@@ -96,11 +97,25 @@ struct StagedCompletion {
 };
 ABI_SIZE(StagedCompletion, 40);
 
+struct WaitingQueue {  // doubly linked through next_idx, prev_idx; valid while its level's bit is set
+  u32 first_idx;
+  u32 last_idx;
+};
+
+struct Limits {  // of the schedule: as launched, or as ControlLine says (limits.cuh)
+  u32 max_running;
+  u32 step_tokens;
+  u32 prefill_chunk_tokens;
+  u32 reserved0;
+  u64 aging_ns;  // 0 = never
+};
+
 struct DirectorState {
   FaultLatch fault;              // first: fault.cuh
   u64 now_ns;                    // device clock at the start of the call that runs
   u64 plan_ns;                   // when the step in flight was handed to the workers
   u64 next_start_ns;             // kNextStarted: when that was
+  u64 arrived_ns;                // when the workers of the last step were done; 0 once the engine was idle since
   u64 integrity_ns;              // last check
   u64 stop_seen_ns;              // when kCommandStop was first seen, 0 = not
   u32 command;                   // EngineCommand, as last seen
@@ -109,16 +124,21 @@ struct DirectorState {
   u32 next_plan;                 // NextPlan: not kNextNone only while a step is in flight, or from its commit to the next director_plan
   u32 next_waits;                // kNextReady: worth a commit first, which makes room for requests that wait
   u32 is_advanced;               // the requests of the step in flight count what it computes and samples already
-  StepDraft next_draft;          // of the next plan
+  StepDraft next_draft;          // of the next plan; without one, of the step in flight
   u32 num_deferred;              // running requests with kFlagStopAsked or kFlagDropped: their end waits for the commit
   u32 num_staged;
   u32 next_admit_idx;            // queue pair whose turn it is at admission
   u32 next_take_idx;             // queue pair whose turn it is at the intake
-  u32 reserved0;
+  u32 num_stalled;               // requests that the last plan left out for lack of credit
+  u64 served_floor;              // served_tokens of the queue pair whose turn it was last (waiting.cuh)
+  u64 earliest_deadline_ns;      // no request's deadline is earlier
+  Limits limits;
+  TraceWriter trace;
   PageAllocator pages;
   StatusLines status;            // num_running, num_waiting, num_finishing and all counters live here; publish copies it
   RequestTable table;
   QueuePairState queue_pairs[kMaxQueuePairs];  // the first num_queue_pairs are open
+  WaitingQueue waiting[kMaxQueuePairs][kNumLevels];  // by queue pair and level, 0 first
   u32 running[kMaxBatch];        // request_idx in admission order; kNoRequest = preempted a moment ago (within one call only)
   u32 scratch[kMaxBatch];        // of one call
   StagedCompletion staged[kMaxStaged];         // the first num_staged are valid

@@ -82,6 +82,12 @@ BK_INLINE void consume_entry(QueuePairState& queue_pair, bool body_is_there) {
   queue_pair.positions_changed = 1;
 }
 
+// Lane 0. Of the entry that is being taken.
+BK_INLINE void trace_polled(const EngineParams& params, DirectorState& state, u32 queue_pair_idx) {
+  const SubmissionEntry& entry = state.queue_pairs[queue_pair_idx].entry;
+  trace_event(params, state.trace, state.now_ns, kTracePolled, queue_pair_idx, state.status.step, entry.request_id, entry.client_ns);
+}
+
 BK_INLINE void reject_entry(DirectorState& state, u32 queue_pair_idx, u32 reason, u32 limit) {
   stage_completion(state, queue_pair_idx, kCompletionReject, reason, limit, state.queue_pairs[queue_pair_idx].entry.request_id, 0,
                    state.now_ns);
@@ -282,6 +288,7 @@ BK_INLINE void accept_request(const EngineParams& params, DirectorState& state, 
   request->step_rows = 0;
   request->accepted_ns = state.now_ns;
   push_waiting(params, state, request_idx, false);
+  trace_request(params, state, *request, kTraceQueued, pack_argument(entry.num_prompt_tokens, entry.max_tokens));
   stage_completion(state, queue_pair_idx, kCompletionAck, 0, 0, entry.request_id, 0, state.now_ns);
   state.status.requests_accepted += 1;
 }
@@ -291,6 +298,7 @@ BK_INLINE bool take_submission(const EngineParams& params, const Lanes& lanes, D
   QueuePairState& queue_pair = state.queue_pairs[queue_pair_idx];
   u32 verdict = kIntakeLeave;
   if (lanes.is_first()) verdict = judge_entry(params, state, queue_pair_idx);
+  if (lanes.is_first() && verdict == kIntakeTaken) trace_polled(params, state, queue_pair_idx);
   lanes.sync();  // hazard: the other lanes read below what lane 0 changed: the entry, the free list
   verdict = lanes.broadcast(verdict, 0);
   if (verdict == kIntakeLoad) load_piece(params, lanes, queue_pair, queue_pair_idx);
@@ -316,6 +324,7 @@ BK_INLINE bool take_submission(const EngineParams& params, const Lanes& lanes, D
   faults = (lanes.any(faults & kBodyBadId) ? u32{kBodyBadId} : 0) | (lanes.any(faults & kBodyBadBias) ? u32{kBodyBadBias} : 0);
   lanes.sync();  // hazard: lane 0 reads the last token that another lane copied, and gives the body's bytes back
   if (lanes.is_first()) {
+    trace_polled(params, state, queue_pair_idx);
     u32 limit = 0;
     const u32 reason = counts_agree(counts, entry) ? judge_body(params, queue_pair, queue_pair_idx, body, faults, &limit) : u32{kRejectMalformed};
     if (reason == 0) accept_request(params, state, queue_pair_idx, request_idx, body);

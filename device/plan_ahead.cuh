@@ -34,13 +34,13 @@ BK_INLINE bool can_plan_ahead(const EngineParams& params, const Lanes& lanes, co
     if (!is_ending(*request) && is_decode(*request) && needs_page(*request)) num_needed += 1;
   }
   num_needed = lanes.sum(num_needed);
-  return !lanes.any(is_short) && num_needed <= state.pages.num_free;
+  return !lanes.any(is_short) && num_needed <= num_available_pages(state.pages);
 }
 
 // All lanes. Whether somebody waits whom the commit of the step in flight, and nothing sooner, can give room: then the plan is better
 // published after it. Requests that end without their row here leave places, pages or credit behind.
 BK_INLINE bool commit_makes_room(const EngineParams& params, const Lanes& lanes, const DirectorState& state, const StepDraft& draft) {
-  if (state.status.num_waiting == 0 || draft.num_rows >= params.max_step_tokens) return false;
+  if (state.status.num_waiting == 0 || draft.num_rows >= state.limits.step_tokens) return false;
   bool found = false;
   for (u32 i = lanes.id; i < state.status.num_running; i += lanes.count) {
     const Request* request = request_at(params, state.running[i]);

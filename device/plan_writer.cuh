@@ -7,9 +7,9 @@
 
 namespace blinkimp {
 
-BK_INLINE u32 chunk_rows(const EngineParams& params, const Request& request, u32 num_rows_left) {
+BK_INLINE u32 chunk_rows(const DirectorState& state, const Request& request, u32 num_rows_left) {
   u32 num_rows = request.num_tokens - request.num_computed;
-  if (num_rows > params.prefill_chunk_tokens) num_rows = params.prefill_chunk_tokens;
+  if (num_rows > state.limits.prefill_chunk_tokens) num_rows = state.limits.prefill_chunk_tokens;
   return num_rows < num_rows_left ? num_rows : num_rows_left;
 }
 

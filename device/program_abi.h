@@ -164,12 +164,12 @@ struct EngineParams {  // written by the host before launch, then constant
   ModelDims dims;
   u64 logit_biases;                  // LogitBias [num_requests, kMaxLogitBias], 0 = requests with a bias are rejected
   u64 token_counts;                  // penalties' counts, [max_batch, vocab]; layout in device/penalties.cuh
-  u64 constraints;                   // [num_queue_pairs, num_constraint_slots, constraint_slot_bytes]; layout in ring_abi.h
+  u64 constraints;                   // [num_queue_pairs, num_constraint_slots, constraint_slot_bytes]; layout in ring_abi.h. device/constraint.cuh
   u64 constraint_slot_bytes;         // a multiple of 64
   u32 num_constraint_slots;          // of each queue pair
   u32 prefix_cache_enabled;          // 0, 1
   u64 prefix_cache;                  // device/prefix_cache.cuh, zeroed
-  u64 top_logprobs;                  // SampleResult [2][max_batch, kMaxTopLogprobs], by step & 1 and sample_row
+  u64 top_logprobs;                  // SampleResult [2][max_batch, kMaxTopLogprobs], by step & 1 and sample_row; then SampleSplit of sample_op.cuh
   u64 trace;                         // device/trace.cuh, or 0: tracing is off
   u64 parked_after_ns;               // the kernel leaves after this long without work; 0 = never
   u64 reserved[6];

@@ -15,10 +15,10 @@ BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
 BK_INLINE void barrier_sync(u32 id, u32 num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 BK_INLINE void barrier_arrive(u32 id, u32 num_threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 
-// wgmma descriptor of an MN-major operand, 128-byte swizzle: blocks of 64 n (128 bytes) x 8 k (1024 bytes) follow each other
-// along k and lie n_stride_bytes apart along n.
-BK_INLINE u64 wgmma_transposed_descriptor(u32 address, u32 n_stride_bytes) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | (static_cast<u64>(n_stride_bytes >> 4) << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
+// wgmma descriptor of a tile in blocks of rows of 128 bytes, 128-byte swizzle, 8 rows (1024 bytes) after 8 rows. K-major: the rows are M or N, k
+// runs along them. MN-major (transposed): the rows are k, N runs along them and goes on in the next block.
+BK_INLINE u64 wgmma_tile_descriptor(u32 address, u32 block_stride_bytes) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | (static_cast<u64>(block_stride_bytes >> 4) << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
 }
 
 }  // namespace blinkimp

@@ -9,37 +9,14 @@
 //   L2  pages of a request are free as soon as it stops running; a FINISH that waits for credit holds none.
 //   L3  while a step is in flight or planned no running request loses its pages: its end is deferred to a commit, and if the next step
 //       has it as a row, to that one's.
-//   L4  a waiting queue is in order of arrival, preempted requests before it.
 #pragma once
-#include <director_state.cuh>
+#include <waiting.cuh>
 
 namespace blinkimp {
 
-// ---- Waiting queue -----------------------------------------------------------------------------------------------
-BK_INLINE void push_waiting(const EngineParams& params, DirectorState& state, u32 request_idx, bool at_front) {
-  Request* request = request_at(params, request_idx);
-  QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
-  request->state = kRequestWaiting;
-  if (!at_front) request->num_hashed_pages = request->num_cached_tokens = 0;
-  request->next_idx = at_front ? queue_pair.waiting_first_idx : kNoRequest;
-  request->prev_idx = at_front ? kNoRequest : queue_pair.waiting_last_idx;
-  if (request->next_idx != kNoRequest) request_at(params, request->next_idx)->prev_idx = request_idx;
-  else queue_pair.waiting_last_idx = request_idx;
-  if (request->prev_idx != kNoRequest) request_at(params, request->prev_idx)->next_idx = request_idx;
-  else queue_pair.waiting_first_idx = request_idx;
-  queue_pair.num_waiting += 1;
-  state.status.num_waiting += 1;
-}
-
-BK_INLINE void remove_waiting(const EngineParams& params, DirectorState& state, u32 request_idx) {
-  Request* request = request_at(params, request_idx);
-  QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
-  if (request->next_idx != kNoRequest) request_at(params, request->next_idx)->prev_idx = request->prev_idx;
-  else queue_pair.waiting_last_idx = request->prev_idx;
-  if (request->prev_idx != kNoRequest) request_at(params, request->prev_idx)->next_idx = request->next_idx;
-  else queue_pair.waiting_first_idx = request->next_idx;
-  queue_pair.num_waiting -= 1;
-  state.status.num_waiting -= 1;
+// Lane 0. An event of a request, now.
+BK_INLINE void trace_request(const EngineParams& params, DirectorState& state, const Request& request, u32 kind, u64 argument) {
+  trace_event(params, state.trace, state.now_ns, kind, request.queue_pair_idx, state.status.step, request.request_id, argument);
 }
 
 // ---- Running list ------------------------------------------------------------------------------------------------
@@ -77,6 +54,7 @@ BK_INLINE void finish_detached(const EngineParams& params, DirectorState& state,
   Request* request = request_at(params, request_idx);
   request->finish_reason = reason;
   count_finish(state, reason);
+  trace_request(params, state, *request, kTraceFinished, pack_argument(reason, request->num_tokens - request->num_prompt_tokens));
   // Not past an earlier FINISH of the queue pair that still waits: credit goes to the oldest.
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   if (queue_pair.num_finishing == 0 && can_stage(state, request->queue_pair_idx)) {
@@ -133,8 +111,9 @@ BK_INLINE void stop_request(const EngineParams& params, DirectorState& state, u3
 BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u32 queue_pair_idx) {
   QueuePairState& queue_pair = state.queue_pairs[queue_pair_idx];
   while (queue_pair.num_waiting > 0) {
-    const u32 request_idx = queue_pair.waiting_first_idx;
+    const u32 request_idx = first_waiting(state, queue_pair_idx);
     remove_waiting(params, state, request_idx);
+    trace_request(params, state, *request_at(params, request_idx), kTraceFinished, kFinishCancelled);
     count_finish(state, kFinishCancelled);
     forget_request(params, state.table, request_idx);
     free_request(params, state.table, request_idx);
@@ -152,7 +131,10 @@ BK_INLINE void drop_requests(const EngineParams& params, DirectorState& state, u
     const u32 request_idx = state.running[i];
     Request* request = request_at(params, request_idx);
     const bool drop_it = request->queue_pair_idx == queue_pair_idx && !(request->flags & (kFlagDropped | kFlagFinished));
-    if (drop_it) forget_request(params, state.table, request_idx);
+    if (drop_it) {
+      forget_request(params, state.table, request_idx);
+      trace_request(params, state, *request, kTraceFinished, pack_argument(kFinishCancelled, request->num_tokens - request->num_prompt_tokens));
+    }
     if (drop_it && pages_are_planned(state)) {  // L3
       if (!(request->flags & kFlagStopAsked)) state.num_deferred += 1;
       request->flags |= kFlagDropped;
@@ -182,6 +164,7 @@ BK_INLINE void preempt_running(const EngineParams& params, DirectorState& state,
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
   if (request->step_rows > 0) queue_pair.num_promised -= step_credit(queue_pair);
+  trace_request(params, state, *request, kTracePreempted, request->num_tokens);
   release_pages(params, state.pages, request_idx);
   request->num_computed = 0;
   request->step_rows = 0;

@@ -4,15 +4,16 @@
 // side; what needs an order (prefill budget, a page shortage, admission) is decided by lane 0. admission.cuh lets in, plan_writer.cuh writes.
 // Test: pytest tests/host/test_director_plan.py (step by step against a Python reference), tests/host/test_director_stateful.py
 //
-// Policy: decode rows first, in admission order; then prefill chunks of running requests; then admission, first come first served
-// per queue pair and round robin between queue pairs. A decode row that needs a page when none is free preempts: first requests that
-// stall for credit, youngest first; then the youngest.
+// Policy (SCHEDULING.md): decode rows first, in admission order; then prefill chunks of running requests; then admission, by level and
+// share. A decode row that needs a page when none is to be had preempts: first requests that stall for credit, youngest first; then those
+// of the worst level, youngest first.
 //
 // Invariants (checked by director_check_integrity or asserted by tests):
-//   S1  num_running <= max_batch; rows of a step <= max_step_tokens; rows of one request <= prefill_chunk_tokens.
+//   S1  num_running <= max_batch; rows of a step <= step_tokens, or decode rows only; rows of one request <= prefill_chunk_tokens.
 //   S2  a request is in a step only with step_credit() of its queue pair promised to it (C1 counts the promise).
 //   S3  a running request has pages for all its tokens, except that a decode row takes its next page when it is planned.
-//   S4  the oldest running request that has credit is in every step: nobody preempts it but itself, and alone it fits (T2).
+//   S4  of the running requests of the best level, the oldest that has credit is in every step: nobody preempts it but itself, and alone
+//       it fits (T2).
 //   S5  a queue pair without credit keeps no other from batch places or pages for longer than kStallPatience plans: its running
 //       requests are preempted for them. Not at once: a reader that is a step late would lose its KV for it, step after step.
 //   S6  a step that preempts for a page admits nobody: what was just preempted would only come back.
@@ -36,6 +37,12 @@ BK_INLINE void stall(Request* request) {
   request->step_rows = 0;
   request->flags |= kFlagStalled;
   request->num_stalled_plans += 1;
+}
+
+// One lane. At a position of its own.
+BK_INLINE void trace_stall(const EngineParams& params, const DirectorState& state, u64 pos, const Request& request) {
+  if (params.trace == 0) return;
+  write_trace_event(state.trace, pos, state.now_ns, kTraceStalled, request.queue_pair_idx, state.status.step, request.request_id, 0);
 }
 
 // ---- Stage 1: credit of decode rows ------------------------------------------------------------------------------
@@ -72,12 +79,14 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
     QueuePairState& queue_pair = state.queue_pairs[q];
     queue_pair.num_promised = queue_pair.num_promised_now;
+    queue_pair.served_tokens += queue_pair.num_running;  // a row each, as a rule; prompts are charged at admission
     const u32 num_needed = queue_pair.num_running * step_credit(queue_pair);
     if (num_needed > 0 && (num_prefills + num_ending > 0 || num_needed > completion_credit(queue_pair))) short_mask |= 1u << q;
     else queue_pair.num_promised += num_needed;
   }
   short_mask = lanes.sum(short_mask);
   lanes.sync();  // hazard: num_promised is read by every lane below
+  const u64 trace_pos = state.trace.producer_pos;
   u32 num_stalled = 0;
   for (u32 q = 0; q < params.num_queue_pairs; ++q) {
     if (!(short_mask >> q & 1)) continue;
@@ -88,7 +97,10 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
       Request* request = i < num_running ? request_at(params, state.running[i]) : nullptr;
       const bool decode = request != nullptr && request->queue_pair_idx == q && request->step_rows == 1;
       const u32 rank = num_decodes + lanes.exclusive_sum(decode ? 1 : 0);
-      if (decode && rank >= num_affordable) stall(request);
+      if (decode && rank >= num_affordable) {
+        stall(request);
+        trace_stall(params, state, trace_pos + num_stalled + rank - num_affordable, *request);
+      }
       num_decodes += lanes.sum(decode ? 1 : 0);
     }
     const u32 num_promised = num_decodes < num_affordable ? num_decodes : num_affordable;
@@ -96,7 +108,12 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
     lanes.sync();  // hazard: lane 0 changes the credit that the others computed num_affordable from
     if (lanes.is_first()) state.queue_pairs[q].num_promised += num_promised * step_credit(state.queue_pairs[q]);
   }
-  if (lanes.is_first()) state.status.credit_stalls += num_stalled;
+  lanes.sync();  // hazard: lane 0 moves the position that the others' events count from
+  if (lanes.is_first()) {
+    state.status.credit_stalls += num_stalled;
+    if (params.trace != 0) state.trace.producer_pos += num_stalled;
+    state.num_stalled = num_stalled;
+  }
   return RunningCounts{num_prefills, num_ending};
 }
 
@@ -109,10 +126,12 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
     QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
     if (completion_credit(queue_pair) < step_credit(queue_pair)) {
       stall(request);
+      trace_request(params, state, *request, kTraceStalled, 0);
       state.status.credit_stalls += 1;
+      state.num_stalled += 1;
       continue;
     }
-    request->step_rows = chunk_rows(params, *request, num_rows_left - num_rows);
+    request->step_rows = chunk_rows(state, *request, num_rows_left - num_rows);
     if (request->step_rows == 0) continue;
     num_rows += request->step_rows;
     queue_pair.num_promised += step_credit(queue_pair);
@@ -121,15 +140,20 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
 }
 
 // ---- Stage 3: pages of decode rows -------------------------------------------------------------------------------
-// Lane 0. The request to preempt: the youngest that stalls, else the youngest. Its position in the running list.
+// Lane 0. The request to preempt: the youngest that stalls, else of those with the worst level at their admission the youngest. Its
+// position in the running list.
 BK_INLINE u32 choose_victim(const EngineParams& params, const DirectorState& state) {
-  u32 youngest = kNoRequest;
+  u32 victim = kNoRequest;
+  i32 worst = 0;
   for (u32 i = state.status.num_running; i-- > 0;) {
     if (state.running[i] == kNoRequest) continue;
-    if (request_at(params, state.running[i])->flags & kFlagStalled) return i;
-    if (youngest == kNoRequest) youngest = i;
+    const Request* request = request_at(params, state.running[i]);
+    if (request->flags & kFlagStalled) return i;
+    if (victim != kNoRequest && request->running_level <= worst) continue;
+    victim = i;
+    worst = request->running_level;
   }
-  return youngest;
+  return victim;
 }
 
 // Lane 0. Pages in admission order, preempting where none is left (S4, S6).
@@ -220,7 +244,8 @@ BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, Di
   const u32 num_prefills = counts.num_prefills;
   if (num_prefills > 0) {
     const u32 num_decodes = state.status.num_running - num_prefills - counts.num_ending;  // at most: stalled ones leave their row unused
-    if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, params.max_step_tokens - num_decodes);
+    const u32 num_left = state.limits.step_tokens > num_decodes ? state.limits.step_tokens - num_decodes : 0;
+    if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, num_left);
     lanes.sync();  // hazard: the next stages read step_rows
   }
   const bool preempted = take_decode_pages(params, lanes, state);

@@ -315,7 +315,8 @@ BK_INLINE void compute(const EngineParams& params) {
       run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
     } else if (kind == kOpAttention) {
       wait_phases(params, state);  // q, k and v of every SM
-      attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), TiledStore{params, state});
+      const RingCursor pages = attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), state.cursors.weights, TiledStore{params, state});
+      if (is_first_thread()) shared.next_cursors = ConsumerCursors{pages, state.cursors.inputs};
     } else if (kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));
     } else if (kind == kOpSample) {

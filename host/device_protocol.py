@@ -48,6 +48,10 @@ class Launch:
 class Device(Protocol):
     kind: DeviceKind
 
+    @property
+    def num_workers(self) -> int:
+        """Worker CTAs, or interpreter threads."""
+
     def describe(self) -> str:
         """One line for the operator: which device this is."""
 

@@ -35,6 +35,10 @@ class EmulatedDevice:
         self._child: ChildProcess | None = None
         self._error = ""
 
+    @property
+    def num_workers(self) -> int:
+        return self._num_threads
+
     def describe(self) -> str:
         return f"emulated device, {self._num_threads} CPU threads"
 
@@ -63,6 +67,7 @@ class EmulatedDevice:
             num_threads=self._num_threads,
             ingress_timeout_ns=launch.ingress_timeout_ns,
             spin_budget_ns=launch.spin_budget_ns,
+            has_trace=launch.regions.trace is not None,
         )
 
         def on_line(line: bytes) -> None:

@@ -25,7 +25,8 @@ from blinkimp import ring_abi as abi
 from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.program import Model, load_model
 from blinkimp.host.sampling_memory import sampling_table_bytes
-from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair
+from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair, open_trace
+from blinkimp.host.trace_memory import check_trace
 from blinkimp.host.weights import HostTarget
 from blinkimp.ring_abi import DType
 
@@ -49,6 +50,7 @@ class Order(msgspec.Struct, frozen=True):
     num_threads: int
     ingress_timeout_ns: int
     spin_budget_ns: int
+    has_trace: bool = False
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -156,6 +158,10 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
     engine_page = open_engine_page(order.engine_name, writable=True)
     queue_pairs = [open_queue_pair(order.engine_name, idx) for idx in range(order.sizes.num_queue_pairs)]
     params = build_params(order, model, memory, engine_page, queue_pairs)
+    if order.has_trace:
+        trace = open_trace(order.engine_name, writable=True)
+        check_trace(trace, params)
+        params["trace"] = trace.address
     check_params(params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
     outcome = library().bk_emulated_device_run(params.ctypes.data)

@@ -25,8 +25,10 @@ from blinkimp.host.device_protocol import DEFAULT_SPIN_BUDGET_NS, Device, Device
 from blinkimp.host.dummy_weights import DummyWeights
 from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.memory_plan import MemoryPlan, plan_memory
-from blinkimp.host.program import num_weight_elements
+from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
+from blinkimp.host.trace_memory import TraceGeometry
+from blinkimp.host.tuning import write_tuning
 from blinkimp.host.watchdog import Watchdog
 from blinkimp.ring_abi import DType, EngineCommand, EngineState
 
@@ -35,6 +37,7 @@ _log = logging.getLogger(__name__)
 # Without a heartbeat for this long a device hangs. A step of the emulated device may take seconds with a large model.
 STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 60.0}
 STOP_TIMEOUT_S: Final = 10.0  # from COMMAND_STOP to the device's end
+NUM_TRACED_STEPS: Final = 16  # steps whose op times the trace keeps
 ABANDON_TIMEOUT_S: Final = 1.0  # the same for a device that has not begun: it may be loading for minutes
 _POLL_S: Final = 0.002
 
@@ -103,6 +106,7 @@ class Engine:
             vocab_size=self.model.vocab,
             num_constraint_slots=sizes.num_constraint_slots,
             constraint_slot_bytes=sizes.constraint_slot_bytes,
+            trace=self._trace_geometry(),
         )
         self._page = self._regions.engine_page.view(abi.ENGINE_PAGE)
         started_at = time.monotonic()
@@ -162,6 +166,22 @@ class Engine:
     ) -> None:
         self.stop()
 
+    def tune(
+        self,
+        *,
+        max_running: int | None = None,
+        step_tokens: int | None = None,
+        prefill_chunk_tokens: int | None = None,
+        aging_ms: int | None = None,
+        timeout_s: float = 10.0,
+    ) -> dict[str, int]:
+        """Limits of the schedule, from the next step on (host/tuning.py). Returns them as they stand now."""
+        if self._page is None:
+            raise EngineFaultError(f"engine {self.config.engine_name} is not started; expected start() before tune()")
+        words = {"max_running": max_running, "step_tokens": step_tokens}
+        words |= {"prefill_chunk_tokens": prefill_chunk_tokens, "aging_ms": aging_ms}
+        return write_tuning(self._page, timeout_s, **words)
+
     # ---- What it is doing --------------------------------------------------------------------------------------------
     def status(self) -> dict[str, int]:
         """StatusLines (device/ring_abi.h) by name. Each word is right by itself; two of them may be a loop apart."""
@@ -180,6 +200,20 @@ class Engine:
     def _command(self, command: EngineCommand) -> None:
         # One aligned word with one writer, this host; the director polls it.
         self._page["control"]["command"][0] = int(command)
+
+    def _trace_geometry(self) -> TraceGeometry | None:
+        config = self.config
+        if config.trace_events == 0:
+            return None
+        if config.trace_op_period == 0:
+            return TraceGeometry(config.trace_events)
+        return TraceGeometry(
+            config.trace_events,
+            op_period=config.trace_op_period,
+            num_op_slots=NUM_TRACED_STEPS,
+            num_ops=num_program_ops(self.model),
+            num_workers=self.device.num_workers,
+        )
 
     def _plan(self) -> MemoryPlan:
         item_bytes = 2 if self.compute == DType.BF16 else 4

@@ -28,6 +28,7 @@ from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import DeviceKind, EngineSizes
 from blinkimp.host.model_config import ModelConfig
 from blinkimp.host.program import Model, load_model
+from blinkimp.host.trace_memory import check_trace
 from blinkimp.ring_abi import EngineState
 
 _log = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ class GpuDevice:
         params["engine_page"] = context.register_host(regions.engine_page.address, regions.engine_page.region_bytes)
         for i, region in enumerate(regions.queue_pairs):
             params["queue_pairs"][0, i] = context.register_host(region.address, region.region_bytes)
+        if regions.trace is not None:
+            check_trace(regions.trace, params)
+            params["trace"] = context.register_host(regions.trace.address, regions.trace.region_bytes)
         function = context.load_kernel(kernel.cubin, KERNEL_NAME, shape.shared_memory_bytes)
         self._stream = context.create_stream()
         context.synchronize()

@@ -21,14 +21,15 @@ from blinkimp.ring_abi import DType
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
 SQUARES_COLUMNS: Final = 32
 LOGIT_PART_COLUMNS: Final = 56  # kLogitPartColumns of device/logits_epilogue.cuh
-SPLIT_PAGES: Final = 4  # kSplitPages of device/portable/attention_math.cuh
+SPLIT_PAGES: Final = 4  # kSplitPages of device/attention_math.cuh and device/portable/attention_math.cuh
+ATTENTION_COUNTERS: Final = abi.NUM_WORKSPACES - 1  # kWsAttentionCounters of device/attention_schedule.cuh
 
 
 def attention_part_bytes(config: ModelConfig, sizes: EngineSizes) -> int:
     """A partial result for every split of every request of a batch at its longest context: attention_slots() slots
-    of num_heads * (head_dim + 2) f32; behind them a counter for each request and KV head."""
+    of num_heads * (head_dim + 2) f32."""
     num_slots = sizes.max_batch * -(-sizes.max_pages_per_request // SPLIT_PAGES)
-    return num_slots * config.num_heads * (config.head_dim + 2) * 4 + sizes.max_batch * config.num_kv_heads * 4
+    return num_slots * config.num_heads * (config.head_dim + 2) * 4
 
 
 def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
@@ -48,7 +49,9 @@ def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
         attention_part_bytes(config, sizes),
         sizes.max_batch * -(-config.vocab // LOGIT_PART_COLUMNS) * 8,
     ]
-    return used + [0] * (abi.NUM_WORKSPACES - len(used))
+    sizes_by_index = used + [0] * (abi.NUM_WORKSPACES - len(used))
+    sizes_by_index[ATTENTION_COUNTERS] = sizes.max_batch * config.num_kv_heads * 4
+    return sizes_by_index
 
 
 def fill_sizes(params: NDArray[np.void], sizes: EngineSizes) -> None:
@@ -60,7 +63,8 @@ def fill_sizes(params: NDArray[np.void], sizes: EngineSizes) -> None:
 def allocate_engine(
     context: GpuContext, config: ModelConfig, sizes: EngineSizes, dims: NDArray[np.void], ops: NDArray[np.void]
 ) -> NDArray[np.void]:
-    """[1] ENGINE_PARAMS with every address set but queue_pairs and engine_page. Everything zeroed but pages and workspaces."""
+    """[1] ENGINE_PARAMS with every address set but queue_pairs and engine_page. Everything zeroed but pages and workspaces;
+    of those, attention's counters are."""
     params = np.zeros(1, abi.ENGINE_PARAMS)
     fill_sizes(params, sizes)
     params["num_ops"] = len(ops)
@@ -83,8 +87,8 @@ def allocate_engine(
         params["plans"][0, i] = context.allocate(plan_bytes_of(sizes), "plans", zero=True)
     params["ops"] = context.allocate(ops.nbytes, "ops")
     context.upload(int(params["ops"][0]), ops)
-    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages", zero=True)
+    params["kv_cache"] = context.allocate(sizes.num_pages * page_bytes_of(config, DType.BF16), "KV pages")
     for i, num_bytes in enumerate(workspace_sizes(config, sizes)):
         if num_bytes:
-            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}", zero=True)
+            params["workspaces"][0, i] = context.allocate(num_bytes, f"workspace {i}", zero=i == ATTENTION_COUNTERS)
     return params

@@ -4,7 +4,7 @@
         begin_ns = time.monotonic_ns(); ...; end_ns = time.monotonic_ns()
     meter.energy_j(begin_ns, end_ns)                None when too short for the counter
 
-NVML's energy counter advances in steps of some tens of ms, so an interval below MIN_INTERVAL_S has no figure. On GPUs without the counter
+NVML's energy counter advances in steps of up to 100 ms, so an interval below MIN_INTERVAL_S has no figure. On GPUs without the counter
 the mean of the power samples takes its place. Called by tools/bench_step.py, tools/torch_baseline.py, tools/power_idle.py and
 blinkimp/bench. Test: pytest tests/null/test_power.py
 """
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 MIN_INTERVAL_S: Final = 0.25
 PERIOD_S: Final = 0.02
@@ -164,8 +165,7 @@ class PowerMeter:
         at_ns = np.array([moment for moment, _ in samples], np.int64)
         counted = [reading.energy_j for _, reading in samples]
         if all(value is not None for value in counted):
-            begin_j, end_j = np.interp([begin_ns, end_ns], at_ns, np.array(counted, np.float64))
-            return float(end_j - begin_j)
+            return counted_between(at_ns, np.array(counted, np.float64), begin_ns, end_ns)
         is_inside = (at_ns >= begin_ns) & (at_ns <= end_ns)
         power_w = np.array([reading.power_w for _, reading in samples])
         return float(power_w[is_inside].mean() * (end_ns - begin_ns) / 1e9) if is_inside.any() else None
@@ -178,6 +178,26 @@ class PowerMeter:
     def samples(self) -> list[tuple[int, Reading]]:
         """(time, reading) so far."""
         return list(self._samples)
+
+
+def counted_between(at_ns: NDArray[np.int64], energy_j: NDArray[np.float64], begin_ns: int, end_ns: int) -> float:
+    """Joules between two moments out of readings of a counter that stands still between its steps.
+
+    Only the readings right after a step are up to date, so the line is drawn through those, and goes on straight at its ends.
+    """
+    is_fresh = np.concatenate(([False], np.diff(energy_j) > 0))
+    if is_fresh.sum() >= 2:
+        at_ns, energy_j = at_ns[is_fresh], energy_j[is_fresh]
+
+    def at(moment_ns: int) -> float:
+        inside = float(np.interp(moment_ns, at_ns, energy_j))
+        if len(at_ns) < 2 or at_ns[0] <= moment_ns <= at_ns[-1]:
+            return inside
+        one, two = (0, 1) if moment_ns < at_ns[0] else (-2, -1)
+        slope = (energy_j[two] - energy_j[one]) / max(1, at_ns[two] - at_ns[one])
+        return inside + float(slope) * (moment_ns - int(at_ns[0 if moment_ns < at_ns[0] else -1]))
+
+    return at(end_ns) - at(begin_ns)
 
 
 def per_token(energy_j: float | None, seconds: float, num_tokens: int, idle_w: float | None) -> dict[str, float | None]:

@@ -101,6 +101,11 @@ def model_dims(config: ModelConfig, compute: DType, kv_dtype: DType, eos_ids: tu
     return dims
 
 
+def num_program_ops(config: ModelConfig) -> int:
+    """Of the program that load_model() builds: embedding, five ops a layer, LM head, sampling."""
+    return 5 * config.num_layers + 3
+
+
 def num_weight_elements(config: ModelConfig) -> int:
     """Elements of all matrices that an op reads; a tied LM head counts once."""
     attention = config.hidden * (2 * config.query_features + 2 * config.kv_features)

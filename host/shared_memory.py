@@ -1,8 +1,8 @@
 """POSIX shared memory of one engine: the engine page, one region per queue pair, and the lock that says it lives.
 
-Names in /dev/shm: `blinkimp.<engine>.engine`, `blinkimp.<engine>.qp<i>`, `blinkimp.<engine>.lock`. The engine host creates
+Names in /dev/shm: `blinkimp.<engine>.engine`, `.qp<i>`, `.lock`, and `.trace` where there is one. The engine host creates
 them (`create_engine_regions`); the ingress, the emulated device and the command line open them (`open_queue_pair`,
-`open_engine_page`). The layout is that of device/ring_abi.h.
+`open_engine_page`, `open_trace`). The layout is that of device/ring_abi.h.
 Test: pytest tests/null/test_shared_memory.py
 
 Invariants
@@ -35,6 +35,7 @@ from blinkimp.host.engine_lock import (
     check_engine_name,
     engine_is_alive,
 )
+from blinkimp.host.trace_memory import TraceGeometry
 
 __all__ = [
     "SHM_DIR",
@@ -49,6 +50,7 @@ __all__ = [
     "engine_page_name",
     "open_engine_page",
     "open_queue_pair",
+    "open_trace",
     "queue_pair_name",
     "remove_dead_engines",
 ]
@@ -62,6 +64,10 @@ def engine_page_name(engine_name: str) -> str:
 
 def queue_pair_name(engine_name: str, queue_pair_idx: int) -> str:
     return f"blinkimp.{check_engine_name(engine_name)}.qp{queue_pair_idx}"
+
+
+def trace_name(engine_name: str) -> str:
+    return f"blinkimp.{check_engine_name(engine_name)}.trace"
 
 
 def _align(num_bytes: int, alignment_bytes: int) -> int:
@@ -140,11 +146,12 @@ class EngineRegions:
         self.lock = lock
         self.engine_page: Region  # set last by create_engine_regions
         self.queue_pairs: list[Region] = []
+        self.trace: Region | None = None
 
     def unlink(self) -> None:
         """Removes the names (engine page first, so that nobody attaches half-way), unmaps, and gives the lock back."""
         _remove_regions(self.engine_name)
-        for region in self.queue_pairs:
+        for region in [*self.queue_pairs, *([self.trace] if self.trace is not None else [])]:
             region.close()
         if hasattr(self, "engine_page"):  # absent when creation failed half-way
             self.engine_page.close()
@@ -160,9 +167,10 @@ def create_engine_regions(
     vocab_size: int,
     num_constraint_slots: int = 0,
     constraint_slot_bytes: int = 0,
+    trace: TraceGeometry | None = None,
     engine_id: int | None = None,
 ) -> EngineRegions:
-    """Creates the engine page and the queue pairs. A live engine of this name is refused; what dead ones left is removed."""
+    """Creates the engine page, the queue pairs and the trace. A live engine of this name is refused; what dead ones left is removed."""
     if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
         raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
     regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), EngineLock(engine_name))
@@ -176,6 +184,9 @@ def create_engine_regions(
             header["constraint_slot_bytes"] = constraint_slot_bytes
             name = queue_pair_name(engine_name, queue_pair_idx)
             regions.queue_pairs.append(_create_region(name, geometry.region_bytes, header))
+        if trace is not None:
+            header = trace.header(regions.engine_id, num_queue_pairs)
+            regions.trace = _create_region(trace_name(engine_name), trace.region_bytes, header)
         header = np.zeros(1, dtype=abi.ENGINE_HEADER)
         header["magic"] = abi.ENGINE_PAGE_MAGIC
         header["abi_version"] = abi.ABI_VERSION
@@ -209,6 +220,27 @@ def open_engine_page(engine_name: str, *, writable: bool = False) -> Region:
         _expect(region.name, "magic", int(header["magic"]), abi.ENGINE_PAGE_MAGIC)
         _expect(region.name, "abi_version", int(header["abi_version"]), abi.ABI_VERSION)
         _expect(region.name, "region size", region.region_bytes, abi.ENGINE_PAGE.itemsize)
+    except BaseException:
+        del header
+        region.close()
+        raise
+    return region
+
+
+def open_trace(engine_name: str, *, writable: bool = False) -> Region:
+    """Maps the trace; only the device asks for it writable."""
+    try:
+        region = _open_region(trace_name(engine_name), abi.TRACE_REGION.itemsize, writable=writable)
+    except EngineNotFoundError:
+        raise EngineNotFoundError(
+            f"{SHM_DIR / trace_name(engine_name)} does not exist; expected an engine that runs with trace_events > 0; "
+            f"start it with `--trace-events {abi.LEAST_TRACE_EVENTS * 16}`"
+        ) from None
+    header = region.view(abi.TRACE_HEADER)[0]
+    try:
+        _expect(region.name, "magic", int(header["magic"]), abi.TRACE_MAGIC)
+        _expect(region.name, "version", int(header["version"]), abi.TRACE_VERSION)
+        _expect(region.name, "region size", region.region_bytes, int(header["region_bytes"]))
     except BaseException:
         del header
         region.close()
@@ -347,7 +379,7 @@ def _remove_regions(engine_name: str) -> None:
     """Takes away the names of this engine's regions, half-made ones too. Only under the engine's lock (I2)."""
     engine_page = engine_page_name(engine_name)
     (SHM_DIR / engine_page).unlink(missing_ok=True)
-    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|qp\d+)(\.new-.*)?")
+    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|trace|qp\d+)(\.new-.*)?")
     for path in SHM_DIR.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from tests.attention_reference import PAGE, POISON, Array, Shape, Step
 
 SPLIT_PAGES = 4  # kSplitPages of device/attention_math.cuh
 WS_QUERY, WS_ATTENTION_PART = 2, 9  # enum Workspace of device/worker_memory.cuh
-NARROW_ROWS = 16
+WS_ATTENTION_COUNTERS = abi.NUM_WORKSPACES - 1  # of device/attention_schedule.cuh
 
 
 def swizzled(tiles: Array) -> Array:
@@ -53,9 +53,9 @@ def plan_bytes(step: Step, max_batch: int) -> Array:
     return np.concatenate(parts)
 
 
-def part_bytes(shape: Shape, max_batch: int, num_slots: int) -> tuple[int, int]:
-    """Of partial results, and of the counters behind them."""
-    return num_slots * shape.num_heads * (shape.head_dim + 2) * 4, max_batch * shape.num_kv_heads * 4
+def part_bytes(shape: Shape, max_batch: int, max_pages: int) -> int:
+    """Of the partial results: attention_slots() slots of a maximum, a sum and the outputs of each head."""
+    return max_batch * -(-max_pages // SPLIT_PAGES) * shape.num_heads * (shape.head_dim + 2) * 4
 
 
 def device_step(step: Step, num_ctas: int, place: Callable[[str, Array], int]) -> DeviceStep:
@@ -72,20 +72,12 @@ def device_step(step: Step, num_ctas: int, place: Callable[[str, Array], int]) -
         kv[pages, :, :, positions % PAGE] = POISON
     max_batch = len(step.shares)
     max_pages = step.page_tables.shape[1]
-    needed = sum((share.end + PAGE * SPLIT_PAGES - 1) // (PAGE * SPLIT_PAGES) for share in step.shares)
-    num_pages = (
-        0 if step.num_slots < needed else 2 * len(step.kv) + 2 * needed
-    )  # of the only layer: counts for room alone
-    num_slots = min(max_batch * -(-max_pages // SPLIT_PAGES), max_batch + num_pages // 2)
-    parts, counters = part_bytes(shape, max_batch, num_slots)
-    workspace = np.full(parts + counters, 0xFF, np.uint8)
-    workspace[parts:] = 0
     ops = np.zeros(1, abi.OP)
     ops["kind"], ops["window"] = abi.OP_ATTENTION, shape.window
 
     params = np.zeros(1, abi.ENGINE_PARAMS)
     params["max_batch"], params["max_step_tokens"] = max_batch, step.num_rows
-    params["max_pages_per_request"], params["num_pages"] = max_pages, num_pages
+    params["max_pages_per_request"], params["num_pages"] = max_pages, len(step.kv)
     params["num_ops"], params["num_workers"] = 1, num_ctas
     params["spin_budget_ns"] = 2_000_000_000
     params["dims"]["num_heads"], params["dims"]["num_kv_heads"] = shape.num_heads, shape.num_kv_heads
@@ -99,5 +91,10 @@ def device_step(step: Step, num_ctas: int, place: Callable[[str, Array], int]) -
     params["director_state"] = place("director_state", np.zeros(64, np.uint64))
     params["engine_page"] = place("engine_page", np.zeros(4096, np.uint8))
     params["workspaces"][0, WS_QUERY] = place("query", step.query)
-    params["workspaces"][0, WS_ATTENTION_PART] = place("parts", workspace)
+    params["workspaces"][0, WS_ATTENTION_PART] = place(
+        "parts", np.full(part_bytes(shape, max_batch, max_pages), 0xFF, np.uint8)
+    )
+    params["workspaces"][0, WS_ATTENTION_COUNTERS] = place(
+        "counters", np.zeros(max_batch * shape.num_kv_heads, np.uint32)
+    )
     return DeviceStep(params, new_rows)

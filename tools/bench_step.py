@@ -35,6 +35,7 @@ from step_rows import SHAPES, Row, parse_rows  # noqa: E402
 from step_stats import header, write_report  # noqa: E402
 
 from blinkimp.cli.terminal import set_up_logging  # noqa: E402
+from blinkimp.host.compile import CompileError  # noqa: E402
 from blinkimp.host.device_protocol import DeviceError  # noqa: E402
 from blinkimp.host.engine import EngineFaultError  # noqa: E402
 from blinkimp.host.gpu_driver import GpuError  # noqa: E402
@@ -74,6 +75,7 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
             arguments.sampling,
         ) as bench:
             report["engine"] = bench.describe()
+            report["engine"]["ping"] = bench.ping_us()
             report["idle"]["engine_w"] = bench.idle_power_w(IDLE_S)
             for row in arguments.rows:
                 try:
@@ -81,7 +83,7 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
                 except BenchError as error:
                     report["errors"].append(f"blinkimp, {error}")
                     bench.engine.check()  # is it only this row?
-    except (DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
+    except (BenchError, DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
         report["errors"].append(f"blinkimp: {error}")
     return figures
 
@@ -128,12 +130,21 @@ def bench(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if arguments.measure_limits:
         from stream_rate import stream_rate
 
-        report["limits"]["bytes_per_s"] = stream_rate()
-    blinkimp = bench_blinkimp(arguments, report, source) if arguments.only != "torch" else {}
-    torch = bench_torch(arguments, report, on_gpu) if arguments.only != "blinkimp" else {}
-    limits = Limits(**report["limits"]) if on_gpu else None
+        try:
+            report["limits"]["bytes_per_s"] = stream_rate()
+        except (CompileError, GpuError) as error:
+            report["errors"].append(f"bandwidth: {error}")
     model = parse_config(SHAPES[arguments.shape])
-    report["rows"] = fill_rows(arguments.rows, model, limits, blinkimp, torch, report["idle"]["gpu_w"])
+
+    def fill(blinkimp: dict[str, Any], torch: dict[str, Any]) -> None:
+        limits = Limits(**report["limits"]) if on_gpu else None
+        report["rows"] = fill_rows(arguments.rows, model, limits, blinkimp, torch, report["idle"]["gpu_w"])
+
+    blinkimp = bench_blinkimp(arguments, report, source) if arguments.only != "torch" else {}
+    fill(blinkimp, {})
+    if arguments.only != "blinkimp":
+        write_report(report, arguments.out)  # torch takes minutes: what there is is kept
+        fill(blinkimp, bench_torch(arguments, report, on_gpu))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

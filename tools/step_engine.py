@@ -29,12 +29,14 @@ from blinkimp.cli.terminal import LoadingBars
 from blinkimp.config import Config
 from blinkimp.host.engine import Engine
 from blinkimp.host.power import PowerMeter, PowerSource
-from blinkimp.nic_shim.queue_pair import QueuePairPort
+from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
 
 ATTACH_TIMEOUT_S: Final = 10.0
 MIN_PREFILLS: Final = 7  # measured ones of each length, after one that warms up
 MAX_PREFILLS: Final = 100
 MAX_DECODE_STEPS: Final = 2000
+NUM_PINGS: Final = 400
+PING_TIMEOUT_NS: Final = 2_000_000_000
 
 
 def config_of(folder: Path, shape: str, device: str, max_context: int, settings: dict[str, Any]) -> Config:
@@ -106,10 +108,10 @@ class EngineBench:
             watch.begin()
             self._stack.enter_context(self.engine)
             self.load = {"weight_bytes": self.engine.plan.weight_bytes, **watch.report(self.engine.plan.weight_bytes)}
-            port = self._stack.enter_context(QueuePairPort.open(self._config.engine_name, 0))
-            port.attach(ATTACH_TIMEOUT_S)
-            port.start_heartbeat()
-            self.client = Client(self.engine, port, bars, self._timeout_s, self._sampling)
+            self._port = self._stack.enter_context(QueuePairPort.open(self._config.engine_name, 0))
+            self._port.attach(ATTACH_TIMEOUT_S)
+            self._port.start_heartbeat()
+            self.client = Client(self.engine, self._port, bars, self._timeout_s, self._sampling)
             self._meter = self._stack.enter_context(PowerMeter(self._source))
         except BaseException:
             self._stack.close()
@@ -136,6 +138,23 @@ class EngineBench:
         begin_ns = time.monotonic_ns()
         time.sleep(seconds)
         return self._meter.power_w(begin_ns, time.monotonic_ns())
+
+    def ping_us(self) -> dict[str, float]:
+        """Commit of a PING to the sight of its PONG, on an idle engine: an upper bound of commit to first poll, Python's calls included."""
+        times_ns = []
+        for idx in range(NUM_PINGS):
+            began_ns = time.perf_counter_ns()
+            if self._port.try_ping(idx, began_ns) != PortStatus.OK:
+                raise BenchError("ping: the submission ring takes none; expected an idle engine")
+            while not len(self._port.poll()):
+                if time.perf_counter_ns() - began_ns > PING_TIMEOUT_NS:
+                    raise BenchError(
+                        f"ping: no answer within {PING_TIMEOUT_NS / 1e9:g} s; expected one in microseconds; see the engine's log"
+                    )
+            times_ns.append(time.perf_counter_ns() - began_ns)
+            time.sleep(0.0005)
+        p10, median, p90 = np.percentile(times_ns[NUM_PINGS // 10 :], [10, 50, 90]) / 1e3
+        return {"median_us": round(median, 2), "p10_us": round(p10, 2), "p90_us": round(p90, 2)}
 
     @property
     def item_bytes(self) -> int:

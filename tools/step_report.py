@@ -105,7 +105,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(
             f"{report['engine']['device']}; shape {report['shape']}: {load['weight_bytes'] / 1e9:.2f} GB of weights in "
             f"{load['weights_s']:.1f} s ({load['weights_gb_per_s']:.2f} GB/s), kernels in {load['compile_s']:.1f} s, "
-            f"running after {load['start_s']:.1f} s"
+            f"running after {load['start_s']:.1f} s; ping of the idle engine {report['engine']['ping']['median_us']:.1f} us"
         )
     limits = Limits(**report["limits"])
     source = "measured in this run" if report["limits_measured_in_this_run"] else "of one H200"

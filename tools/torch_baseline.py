@@ -256,9 +256,10 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 report["rows"].append(baseline.measure(row))
                 took = f"{report['rows'][-1]['device']['median_ms']:.3f} ms"
-            except (BaselineError, torch.OutOfMemoryError) as error:
-                took = f"failed: {str(error).splitlines()[0]}"
-                report["errors"].append({"name": row.name, "error": str(error).splitlines()[0]})
+            except RuntimeError as error:  # out of memory, a compilation that fails, no kernel: the other rows may do
+                words = (str(error).splitlines() or [type(error).__name__])[0]
+                took = f"failed: {words}"
+                report["errors"].append({"name": row.name, "error": words})
             print(f"torch: {row.label}: {took} ({time.monotonic() - began:.1f} s)", file=sys.stderr, flush=True)
             arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0

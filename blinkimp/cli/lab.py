@@ -21,7 +21,7 @@ examples:
   blinkimp lab interference --folder results/noise --loads r8:512x128 c16:1k1k --threads 16,32,64 --reserved-cpus 2 \\
       --engine persistent tcp://127.0.0.1:5601 'blinkimp serve --model ~/llama --bind tcp://127.0.0.1:5601' \\
       --engine vllm http://127.0.0.1:8000 'python3 -m vllm.entrypoints.cli.main serve ~/llama --port 8000'
-  blinkimp lab report --folder results/sweep results/noise --out report.html        one file, opens offline
+  blinkimp lab report --folder results/sweep results/noise --out report.html        one file, opens offline; report.md: Markdown and SVG
 
 what happens: every cell (a load on an engine, with or without interference) is measured by the client of `blinkimp bench` and written to the
 folder at once. The same command goes on where it was interrupted; failed cells are tried again. Plots need matplotlib: pip install 'blinkimp[lab]'.
@@ -87,7 +87,13 @@ def add_parser(subparsers: Any, summary: str) -> None:
         )
         part.add_argument("--report", type=Path, metavar="FILE", help="write the report of the folder too")
     report.add_argument("--folder", type=Path, nargs="+", required=True, help="folders of cells")
-    report.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    report.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".html: one that opens offline; .md: plots in a folder beside it",
+    )
     report.add_argument("--title", default="blinkimp lab")
 
 

@@ -121,6 +121,8 @@ def stress_ng_worker(num_threads: int) -> Callable[[], int]:
 
 def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     """Prints `ready` when every thread works, ends with its stdin: prints the units done and kills its group."""
+    if os.getpgid(0) != os.getpid():
+        os.setpgid(0, 0)  # run by hand: the group that is killed at the end must not be the shell's
     os.sched_setaffinity(0, cpus)
     folder = Path(tempfile.mkdtemp(prefix="blinkimp-burner-"))
 

@@ -5,12 +5,11 @@ Called by blinkimp/lab/report.py and blinkimp/cli/lab.py. Test: pytest tests/nul
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any, Final
 
-from blinkimp.lab.html_parts import by, plots, table
-from blinkimp.lab.plots import Line, bar_plot, line_plot
+from blinkimp.lab.pages import Section, by
+from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 
 # Figure of a report -> its name in tables; each also as a multiple of the isolated run's.
 LATENCIES: Final = {
@@ -32,6 +31,7 @@ HEADINGS: Final = (
         "tokens/s",
         "retained",
         "tokens/J",
+        "the same above idle",
     ),
     *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "CPU MHz", "GPU MHz", "failed"),
 )
@@ -59,7 +59,7 @@ def compared(cell: dict[str, Any], isolated: dict[str, Any] | None) -> dict[str,
 
 def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object]:
     report, host, against = cell["report"], cell["host"], compared(cell, isolated)
-    joules = report["gpu_energy"]["j_per_token"]
+    joules, above = (report["gpu_energy"][name] for name in ("j_per_token", "j_per_token_above_idle"))
     return [
         cell["engine"],
         cell["interference"],
@@ -69,7 +69,8 @@ def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object
         against["tpot"],
         report["steady_output_throughput"],
         None if against["retained"] is None else f"{against['retained']:.1%}",
-        None if joules is None else 1 / joules,
+        None if not joules else 1 / joules,
+        None if not above else 1 / above,
         report["p99_send_delay_ms"],
         None if (share := host["pressure"].get("cpu some")) is None else f"{share:.1%}",
         host["context_switches_per_s"],
@@ -80,7 +81,7 @@ def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object
     ]
 
 
-def interference_sections(cells: Sequence[dict[str, Any]]) -> list[str]:
+def interference_sections(cells: Sequence[dict[str, Any]]) -> list[Section]:
     """A section for each load and placement."""
     isolated = isolated_of(cells)
     sections = []
@@ -102,13 +103,13 @@ def interference_sections(cells: Sequence[dict[str, Any]]) -> list[str]:
             if placement == "sharing":
                 cpus = f"all of it on the same {first['contested_cpus']} CPUs"
             title = f"{load}, placement {placement} ({cpus})"
-            sections.append(f"<h2>{html.escape(title)}</h2>{plots(plots_of(here, base))}{table(HEADINGS, rows)}")
+            sections.append(Section(title, HEADINGS, rows, plots_of(here, base)))
     return sections
 
 
-def plots_of(cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None]) -> list[str]:
+def plots_of(cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None]) -> list[Plot]:
     """Per metric: its multiple of the isolated run against the threads, the worst kind of each count; and what is retained by kind."""
-    svgs = []
+    plots: list[Plot] = []
     disturbed = [cell for cell in cells if cell["threads"] > 0 and base[cell["engine"]] is not None]
     if not disturbed:
         return []
@@ -121,12 +122,12 @@ def plots_of(cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | N
                 points += [(float(threads), max(found))] if found else []
             lines.append(Line(engine, points))
         title = f"p99 {metric.upper()}, worst kind of interference"
-        svgs.append(line_plot(title, "interfering threads", "multiple of the isolated run", lines, log_y=True))
+        plots.append(line_plot(title, "interfering threads", "multiple of the isolated run", lines, log_y=True))
     most = max(cell["threads"] for cell in disturbed)
     kinds = list(by(disturbed, "interference"))
     bars: dict[str, list[float]] = {}
     for engine, its in by(disturbed, "engine").items():
         left = {c["interference"]: compared(c, base[engine])["retained"] or 0.0 for c in its if c["threads"] == most}
         bars[engine] = [100 * left.get(kind, 0.0) for kind in kinds]
-    svgs.append(bar_plot(f"throughput retained at {most} threads", "% of the isolated run", kinds, bars))
-    return svgs
+    plots.append(bar_plot(f"throughput retained at {most} threads", "% of the isolated run", kinds, bars))
+    return plots

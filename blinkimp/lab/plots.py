@@ -16,6 +16,12 @@ SIZE_INCHES: Final = (6.4, 4.0)
 
 
 @dataclass(frozen=True)
+class Plot:
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
 class Line:
     """Points of one engine or level."""
 
@@ -46,7 +52,7 @@ def _svg(figure: Any) -> str:
 
 def line_plot(
     title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
-) -> str:
+) -> Plot:
     """A line with markers for each of `lines`; frontiers thick behind them."""
     figure = _figure()
     axes = figure.add_subplot()
@@ -66,10 +72,10 @@ def line_plot(
         axes.set_ylim(bottom=0)
     if any(line.points for line in lines):
         axes.legend(fontsize="small")
-    return _svg(figure)
+    return Plot(title, _svg(figure))
 
 
-def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]]) -> str:
+def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]]) -> Plot:
     """Groups along x, one bar of each name in a group."""
     figure = _figure()
     axes = figure.add_subplot()
@@ -81,4 +87,4 @@ def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str,
     axes.set(title=title, ylabel=y_label)
     axes.grid(visible=True, axis="y", alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
-    return _svg(figure)
+    return Plot(title, _svg(figure))

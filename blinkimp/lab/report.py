@@ -1,32 +1,22 @@
-"""One HTML file that opens offline: tables and plots of the cells of lab runs.
+"""Tables and plots of the cells of lab runs: one HTML file that opens offline, or Markdown with plots beside it.
 
-    write_report([store, ...], Path("report.html"))
+    write_report([store, ...], Path("report.html"))         or report.md
 
 Called by blinkimp/cli/lab.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.lab.html_parts import by, plots, table
 from blinkimp.lab.interference_report import interference_sections
-from blinkimp.lab.plots import Line, line_plot
+from blinkimp.lab.pages import Section, by, html_of, write_markdown
+from blinkimp.lab.plots import Line, Plot, line_plot
 from blinkimp.lab.store import Store
 from blinkimp.lab.sweep import pareto_frontier
-
-STYLE: Final = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem } .plots svg { max-width: 36rem; height: auto }
-"""
-
 
 # ---- Sweeps ----------------------------------------------------------------------------------------------------------
 SWEEP_HEADINGS: Final = (
@@ -41,7 +31,7 @@ SWEEP_HEADINGS: Final = (
         "TPOT p50",
         "TPOT p99",
     ),
-    *("E2EL p99", "tokens/s for a user (p50)", "J/token", "failed"),
+    *("E2EL p99", "tokens/s for a user (p50)", "J/token", "J/token above idle", "failed"),
 )
 
 
@@ -57,18 +47,19 @@ def sweep_row(cell: dict[str, Any]) -> list[object]:
         *(figures[key] for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "p99_e2el_ms")),
         figures["inferencex"].get("median_intvty"),
         figures["gpu_energy"]["j_per_token"],
+        figures["gpu_energy"]["j_per_token_above_idle"],
         figures["failed"],
     ]
 
 
-def sweep_sections(cells: Sequence[dict[str, Any]]) -> list[str]:
+def sweep_sections(cells: Sequence[dict[str, Any]]) -> list[Section]:
     """A section for each scenario: throughput against interactivity, and latency against load."""
     sections = []
     for scenario, of_scenario in by(cells, "scenario").items():
         of_scenario = sorted(
             of_scenario, key=lambda cell: (cell["engine"], cell["concurrency"] or 0, cell["rate"] or 0)
         )
-        svgs = []
+        plots: list[Plot] = []
         closed = [cell for cell in of_scenario if cell["concurrency"] is not None]
         opened = [cell for cell in of_scenario if cell["rate"] is not None]
         if closed:
@@ -78,7 +69,7 @@ def sweep_sections(cells: Sequence[dict[str, Any]]) -> list[str]:
                     (c["report"]["inferencex"]["median_intvty"], c["report"]["inferencex"]["tput_per_gpu"]) for c in its
                 ]
                 lines.append(Line(engine, found, pareto_frontier(found)))
-            svgs.append(
+            plots.append(
                 line_plot(f"{scenario}: frontier", "interactivity, tokens/s for a user", "tokens/s per GPU", lines)
             )
         for group, word, x_label in ((closed, "concurrency", "users"), (opened, "rate", "requests/s")):
@@ -87,27 +78,24 @@ def sweep_sections(cells: Sequence[dict[str, Any]]) -> list[str]:
                     Line(engine, [(float(c[word]), c["report"][f"{statistic}_{metric}_ms"]) for c in its])
                     for engine, its in by(group, "engine").items()
                 ]
-                title = f"{scenario}: {metric.upper()} {statistic}"
-                svgs.append(line_plot(title, x_label, "ms", lines, log_x=True, log_y=metric == "ttft"))
+                title = f"{scenario}: {metric.upper()} {statistic} over {x_label}"
+                plots.append(line_plot(title, x_label, "ms", lines, log_x=True, log_y=metric == "ttft"))
         rows = [sweep_row(cell) for cell in of_scenario]
-        sections.append(f"<h2>{html.escape(scenario)}</h2>{plots(svgs)}{table(SWEEP_HEADINGS, rows)}")
+        sections.append(Section(scenario, SWEEP_HEADINGS, rows, plots))
     return sections
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
-def html_of(cells: Sequence[dict[str, Any]], title: str) -> str:
+def sections_of(cells: Sequence[dict[str, Any]]) -> list[Section]:
     measured = [cell for cell in cells if "error" not in cell]
-    failed = [cell for cell in cells if "error" in cell]
     sections = sweep_sections([cell for cell in measured if cell["kind"] == "sweep"])
     sections += interference_sections([cell for cell in measured if cell["kind"] == "interference"])
+    failed = [cell for cell in cells if "error" in cell]
     if failed:
-        rows = [
-            [", ".join(f"{k} {v}" for k, v in cell.items() if k not in ("error", "kind", "report")), cell["error"]]
-            for cell in failed
-        ]
-        sections.append(f"<h2>Failed</h2>{table(('cell', 'error'), rows)}")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1>{''.join(sections)}</body></html>\n"
+        told = ("error", "kind", "report", "host")
+        rows = [[", ".join(f"{k} {v}" for k, v in cell.items() if k not in told), cell["error"]] for cell in failed]
+        sections.append(Section("Failed", ("cell", "error"), rows))
+    return sections
 
 
 def write_report(stores: Sequence[Store], path: Path, title: str = "blinkimp lab") -> int:
@@ -118,5 +106,9 @@ def write_report(stores: Sequence[Store], path: Path, title: str = "blinkimp lab
         raise LoadError(
             f"report: no cells in {folders}; expected results of `blinkimp lab sweep` or `lab interference`; check the folder"
         )
-    path.write_text(html_of(cells, title))
+    sections = sections_of(cells)
+    if path.suffix == ".md":
+        write_markdown(title, sections, path)
+    else:
+        path.write_text(html_of(title, sections))
     return len(cells)

@@ -75,8 +75,16 @@ u32 bk_director_every_seq_was_stopped(const EngineParams* params, const StepPlan
   return answer;
 }
 
-void bk_director_start_next(const EngineParams* params, u64 arrived_ns, u64 start_ns) {
-  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, arrived_ns, start_ns); });
+void bk_director_note_arrival(const EngineParams* params, u64 arrived_ns) {
+  on_lanes([&](const Lanes& lanes) { director_note_arrival(*params, lanes, arrived_ns); });
+}
+
+void bk_director_start_next(const EngineParams* params, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_start_next(*params, lanes, start_ns); });
+}
+
+void bk_director_note_start(const EngineParams* params, u64 start_ns) {
+  on_lanes([&](const Lanes& lanes) { director_note_start(*params, lanes, start_ns); });
 }
 
 void bk_director_commit(const EngineParams* params, const StepPlan* plan) {
@@ -100,6 +108,12 @@ u32 bk_director_check_integrity(const EngineParams* params) {
 // Makes the heartbeat of a queue pair look `age_ns` older than it is, so that a test need not wait for a timeout.
 void bk_director_age_heartbeat(const EngineParams* params, u32 queue_pair_idx, u64 age_ns) {
   director_state(*params).queue_pairs[queue_pair_idx].heartbeat_changed_ns -= age_ns;
+}
+
+// And a request longer on its way, so that a test need not wait for aging and deadlines.
+void bk_director_age_request(const EngineParams* params, u32 request_idx, u64 age_ns) {
+  request_at(*params, request_idx)->accepted_ns -= age_ns;
+  director_state(*params).earliest_deadline_ns = 0;
 }
 
 // The same for the pause between two integrity checks of an idle director.

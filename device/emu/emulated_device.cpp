@@ -185,32 +185,30 @@ int bk_emulated_device_run(const EngineParams* params) try {
   Pulse pulse(*params);
   director_init(*params, lanes);
   DirectorState& state = director_state(*params);
-  u64 arrived_ns = 0;  // of the step before, while there is work
   for (u64 step = 0; !fault_recorded(*params);) {
     director_poll(*params, lanes);
     StepPlan* plan = plan_of_step(*params, step);
     const u32 num_rows = director_plan(*params, lanes, plan);
     if (plan->flags & kPlanExit) return 0;
     if (num_rows == 0) {
-      arrived_ns = 0;
       director_publish(*params, lanes);
       idle.wait();
       continue;
     }
     workers.start(*plan);
-    director_note_start(*params, lanes, arrived_ns, device_clock_ns());
+    director_note_start(*params, lanes, device_clock_ns());
     for (bool goes_on = true; goes_on; ++step) {
       StepPlan* next = plan_of_step(*params, step + 1);
       director_publish(*params, lanes);
       director_plan_ahead(*params, lanes, next);
       pulse.during([&] { workers.finish(); });
       if (fault_recorded(*params)) break;  // the step is not whole: nothing of it may be committed
-      arrived_ns = device_clock_ns();
+      director_note_arrival(*params, lanes, device_clock_ns());
       pulse.look(lanes);
       goes_on = state.next_plan == kNextReady && !state.next_waits && !every_seq_was_stopped(*params, lanes, next);
       if (goes_on) {
         workers.start(*next);
-        director_start_next(*params, lanes, arrived_ns, device_clock_ns());
+        director_start_next(*params, lanes, device_clock_ns());
       }
       director_commit(*params, lanes, plan_of_step(*params, step));
     }

@@ -9,6 +9,7 @@
 #include <emu/reference_ops.h>
 #include <fault.cuh>
 #include <sample_request.cuh>
+#include <trace.cuh>
 
 namespace blinkimp {
 namespace {
@@ -260,7 +261,9 @@ void run_program(const EngineParams& params, const StepPlan& plan, u32 thread_id
   u8* scratch = reinterpret_cast<u8*>(params.workspaces[kWorkspaceScratch]) + thread_idx * layout.num_bytes;
   for (u32 op_idx = 0; op_idx < params.num_ops; ++op_idx) {
     const OpContext context{params, plan, ops[op_idx], thread_idx, barrier.num_threads(), layout, scratch};
+    trace_op(params, plan.step, op_idx, thread_idx, kOpBegins);
     const bool is_known = run_op(context);
+    trace_op(params, plan.step, op_idx, thread_idx, kOpIsDone);
     // Hazard: the next op reads what other threads of this op write, and overwrites what they still read.
     barrier.wait(thread_idx);
     if (!is_known) {  // all threads see the same op, so all leave here

@@ -4,6 +4,7 @@
 // instance of the code (number of rows in the step) computed it. All 256 threads call an epilogue together.
 // Called by device/portable/worker.cuh. Test: pytest -m gpu tests/gpu/test_portable_gpu.py
 #pragma once
+#include <fixed_math.cuh>
 #include <portable/gemm.cuh>
 #include <portable/workspaces.cuh>
 #include <step_plan.cuh>
@@ -189,7 +190,8 @@ struct GateUpEpilogue {
 };
 
 // ---- kOpLmHead -----------------------------------------------------------------------------------------------------
-// Logits of the sampled rows.
+// Logits of the sampled rows, and the best of each row's tile: they spare the sample op a pass over the vocabulary (sample_op.cuh). One warp a
+// row of a tile.
 template <u32 TILE_ROWS>
 struct LogitsEpilogue {
   const EngineParams& params;
@@ -198,15 +200,30 @@ struct LogitsEpilogue {
 
   BK_INLINE void operator()(const OutputTile& tile) const {
     f32* logits = reinterpret_cast<f32*>(params.workspaces[kWsLogits]);
-    const u32 num_columns = tile.num_tiles * TILE_ROWS;
+    u64* tile_best = reinterpret_cast<u64*>(params.workspaces[kWsLogitBest]);
+    const u32 thread = opaque(threadIdx.x);
+    const u32 lane = thread % 32u;
 #pragma unroll 1
-    for (u32 idx = opaque(threadIdx.x); idx < tile.num_rows * num_columns; idx += kComputeThreads) {
-      const u32 row_in_tile = idx / num_columns;
-      const u32 in_row = idx % num_columns;
-      const u32 column = tile.tile_begin * TILE_ROWS + in_row;
-      if (column >= op.out_features) continue;
-      logits[static_cast<u64>(tile.row_begin + row_in_tile) * params.dims.vocab + column] =
-          __fmul_rn(tile.values[row_in_tile * tile.stride + in_row], row_scale[row_in_tile]);
+    for (u32 unit = thread / 32u; unit < tile.num_rows * tile.num_tiles; unit += kComputeWarps) {
+      const u32 tile_idx = tile.tile_begin + unit % tile.num_tiles;
+      const u32 row_in_tile = unit / tile.num_tiles;
+      const f32* products = tile.values + row_in_tile * tile.stride + unit % tile.num_tiles * TILE_ROWS;
+      const u64 row = tile.row_begin + row_in_tile;
+      u64 best = 0;
+      for (u32 in_row = lane; in_row < TILE_ROWS; in_row += 32) {
+        const u32 column = tile_idx * TILE_ROWS + in_row;
+        if (column >= op.out_features) break;
+        const f32 logit = __fmul_rn(products[in_row], row_scale[row_in_tile]);
+        logits[row * params.dims.vocab + column] = logit;
+        const u64 code = (static_cast<u64>(order_key(orderable_logit(logit))) << 32) | (0xffffffffu - column);  // best_code() of sampling_window.cuh
+        best = code > best ? code : best;
+      }
+#pragma unroll
+      for (u32 distance = 16; distance != 0; distance /= 2) {
+        const u64 other = __shfl_xor_sync(0xffffffffu, best, distance);
+        best = other > best ? other : best;
+      }
+      if (lane == 0) tile_best[row * op.num_tiles + tile_idx] = best;
     }
   }
 };

@@ -183,6 +183,10 @@ BK_INLINE void run_attention(const EngineParams& params, const Op& op, const Ste
   attention_combine<kHeadDim>(attention, store);
 }
 
+BK_INLINE LogitTiles logit_tiles(const EngineParams& params) {
+  return LogitTiles{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), (params.dims.vocab + kLmHeadTileRows - 1) / kLmHeadTileRows};
+}
+
 // ---- The interpreter ---------------------------------------------------------------------------------------------
 BK_INLINE void work(const EngineParams& params) {
   u32 num_barriers = 0;
@@ -207,7 +211,7 @@ BK_INLINE void work(const EngineParams& params) {
           run_embed(params, op, opaque(plan));
           break;
         case kOpSample:
-          run_sample(params, opaque(plan), worker_scratch());
+          run_sample(params, opaque(plan), worker_scratch(), logit_tiles(params));
           break;
         default:
           fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);

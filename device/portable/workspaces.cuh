@@ -16,6 +16,7 @@ enum Workspace : u32 {
   kWsSquares = 5,        // f32 [rows, hidden / kNormGroup]: sums of squares of kNormGroup hidden columns
   kWsLogits = 6,         // f32 [max_batch, vocab]
   kWsAttentionPart = 9,  // attention's partial results
+  kWsLogitBest = 10,     // u64 [max_batch, num_tiles of the LM head]: the best logit of each tile
 };
 constexpr u32 kNormGroup = 32;
 

@@ -28,7 +28,7 @@ from blinkimp.host.gpu_kernel import (
     KernelKind,
     kernel_shape,
 )
-from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
+from blinkimp.host.gpu_memory import ATTENTION_COUNTERS, allocate_engine, workspace_sizes
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import EngineSizes
 from blinkimp.host.program import load_model
@@ -238,7 +238,7 @@ class StepRunner:
 
     def poison_workspaces(self) -> None:
         for idx, num_bytes in enumerate(workspace_sizes(self.config, self.sizes)):
-            if num_bytes:
+            if num_bytes and idx != ATTENTION_COUNTERS:  # zero is what they hold between ops
                 self.context.fill(int(self.params["workspaces"][0, idx]), 0xFF, num_bytes)
 
     def sampled(self, num: int) -> NDArray[np.void]:

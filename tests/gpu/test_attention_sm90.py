@@ -26,7 +26,7 @@ from tests.attention_reference import (
     make_step,
     random_sequence,
 )
-from tests.attention_sm90_support import WS_ATTENTION_PART, WS_QUERY, device_step, part_bytes
+from tests.attention_sm90_support import WS_ATTENTION_COUNTERS, WS_ATTENTION_PART, WS_QUERY, device_step, part_bytes
 from tests.gpu.gpu_harness import DeviceArray, KernelRunner, compile_kernel
 
 NUM_CTAS = 131  # the worker's: one SM is the director's
@@ -64,8 +64,7 @@ def run(runner: KernelRunner) -> RunStep:
         arguments = [inputs.params, arrays["new_rows"], output, times]
         runner.run(kernel, "attention_test", num_ctas, NUM_THREADS, arguments, SHARED_BYTES, cooperative=True)
         result = output.numpy()
-        _, num_counter_bytes = part_bytes(step.shape, len(step.shares), 0)
-        counters = arrays["parts"].numpy()[-num_counter_bytes:]
+        counters = arrays["counters"].numpy()
         runner.free(*arrays.values(), output, times)
         assert not counters.any(), "a unit's counter was not reset"
         return result
@@ -119,8 +118,7 @@ def test_batch_of_256_and_prefill(run: RunStep, rng: np.random.Generator) -> Non
         end = int(rng.integers(1, 700))
         sequence = random_sequence(rng, shape, end, 2.0)
         shares.append(Share(sequence, int(rng.integers(0, end)) if i % 40 == 0 else end - 1, end))
-    for num_slots in (0, None):
-        check_step(run, make_step(rng, shape, shares, num_slots), NUM_CTAS)
+    check_step(run, make_step(rng, shape, shares), NUM_CTAS)
 
 
 def test_scores_far_apart(run: RunStep, rng: np.random.Generator) -> None:
@@ -180,8 +178,6 @@ def layer_times(runner: KernelRunner, shape: Shape, spans: list[tuple[int, int]]
     plan = np.concatenate([header.view(np.uint8), seqs.view(np.uint8)])
     ops = np.zeros(num_layers, abi.OP)
     ops["kind"], ops["layer"] = abi.OP_ATTENTION, np.arange(num_layers)
-    num_slots = min(len(spans) * -(-max_pages // 4), len(spans) + num_pages // 2)
-    parts, counters = part_bytes(shape, len(spans), num_slots)
     query = (
         np.random.default_rng(2).integers(0, 2**15, (row, shape.num_heads * shape.head_dim)).astype(np.uint16) % 0x4000
     )
@@ -193,7 +189,8 @@ def layer_times(runner: KernelRunner, shape: Shape, spans: list[tuple[int, int]]
         "plan": runner.array(plan),
         "ops": runner.array(ops),
         "query": runner.array(query),
-        "parts": runner.zeros((parts + counters,), np.uint8),
+        "parts": runner.zeros((part_bytes(shape, len(spans), max_pages),), np.uint8),
+        "counters": runner.zeros((len(spans) * shape.num_kv_heads,), np.uint32),
         "grid_words": runner.zeros((abi.GRID_WORDS_BYTES,), np.uint8),
         "engine_page": runner.zeros((8192,), np.uint8),
     }
@@ -210,6 +207,7 @@ def layer_times(runner: KernelRunner, shape: Shape, spans: list[tuple[int, int]]
     params["director_state"] = params["engine_page"] = arrays["engine_page"].address
     params["workspaces"][0, WS_QUERY] = arrays["query"].address
     params["workspaces"][0, WS_ATTENTION_PART] = arrays["parts"].address
+    params["workspaces"][0, WS_ATTENTION_COUNTERS] = arrays["counters"].address
     output = runner.poisoned(query.shape, np.uint16)
     times = runner.zeros((num_layers,), np.uint64)
     kernel = compile_kernel("attention_sm90_test.cu", [f"-DHEAD_DIM={shape.head_dim}"])

@@ -21,6 +21,8 @@ MAX_STAGED_BY_POLL = 512
 MAX_TAKE_ROUNDS = 8
 ROOT_IDENTITY = 1
 STALL_PATIENCE = 16
+FAIR_UNIT_TOKENS = 8
+FAIR_WINDOW_TOKENS = FAIR_UNIT_TOKENS << 14
 
 
 @dataclass(eq=False)
@@ -33,6 +35,8 @@ class Job:
     max_tokens: int
     stop_ids: tuple[int, ...]
     ignore_eos: bool
+    level: int
+    timeout_hours: int  # 0 = none
     tokens: list[int]  # that are known
     cache_salt: int = 0
     is_cacheable: bool = False
@@ -42,6 +46,8 @@ class Job:
     links: list[int] = field(default_factory=list)  # identities of the cached pages that its full pages equal, 0 = none
     num_hashed: int = 0  # full pages that were registered, or looked up at its last admission
     num_cached_tokens: int = 0
+    age_hours: int = 0
+    running_level: int = 0
     num_preemptions: int = 0
     finish_reason: int = 0
     finished: bool = False
@@ -93,6 +99,8 @@ class Submission:
     prompt: tuple[int, ...] = ()
     cache_salt: int = 0
     no_prefix_cache: bool = False
+    priority: int = 0
+    timeout_hours: int = 0
     needs_body: bool = False  # the reason shows in the body only, so quota and duplicates come first
     epoch: int = 0
 
@@ -104,7 +112,8 @@ class Lane:
     num_completions: int
     epoch: int = 0
     ring: deque[Submission] = field(default_factory=deque)
-    waiting: deque[Job] = field(default_factory=deque)
+    waiting: list[Job] = field(default_factory=list)  # by level, in each the next one first
+    served: int = 0
     finishing: deque[Job] = field(default_factory=deque)
     staged: list[Completion] = field(default_factory=list)
     unread: deque[Completion] = field(default_factory=deque)  # in the ring, for the ingress to read
@@ -115,6 +124,12 @@ class Lane:
     @property
     def is_attached(self) -> bool:
         return self.epoch % 2 == 1
+
+    def push(self, job: Job) -> None:
+        self.waiting.insert(sum(other.level <= job.level for other in self.waiting), job)
+
+    def push_front(self, job: Job) -> None:
+        self.waiting.insert(sum(other.level < job.level for other in self.waiting), job)
 
     @property
     def credit(self) -> int:
@@ -136,11 +151,21 @@ class Reference:
         self.plan_fills_cache = False  # the plan made last
         self.counts: Counter[str] = Counter()
         self.next_admit = 0
+        self.served_floor = 0
+        self.tune(0, 0, 0, False)
         self.next_take = 0
         self.command = abi.COMMAND_RUN
         self.in_flight: list[tuple[Job, PlannedSeq]] | None = None
         self.next: list[tuple[Job, PlannedSeq]] | None = None  # the step after it, planned ahead
         self.next_started = False
+
+    def tune(self, max_running: int, step_tokens: int, chunk_tokens: int, ages: bool) -> None:
+        """0 = as launched; more than the engine was launched for is cut to that."""
+        shape = self.shape
+        self.max_running = min(max_running or shape.max_batch, shape.max_batch)
+        self.step_tokens = min(step_tokens or shape.max_step_tokens, shape.max_step_tokens)
+        self.chunk_tokens = min(chunk_tokens or shape.prefill_chunk_tokens, shape.max_step_tokens)
+        self.ages = ages
 
     # ---- Poll ----------------------------------------------------------------------------------------------------
     def poll(self, asked_epochs: list[int], stale: set[int], command: int) -> None:
@@ -160,6 +185,9 @@ class Reference:
                     lane.num_owed = 0
             elif lane.is_attached:
                 lane.num_owed = len(lane.unread)
+        for job in [*(job for lane in self.lanes for job in lane.waiting), *self.running]:
+            if job.timeout_hours and job.age_hours >= job.timeout_hours and not job.is_over:
+                self.stop(job, abi.FINISH_TIMEOUT)
         if command > self.command:
             self.command = command
             if command == abi.COMMAND_STOP:
@@ -241,12 +269,14 @@ class Reference:
             entry.max_tokens,
             entry.stop_ids,
             entry.ignore_eos,
+            min(max(entry.priority, -8), 7) + 8,
+            entry.timeout_hours,
             list(entry.prompt),
             entry.cache_salt,
             self.shape.prefix_cache and not entry.no_prefix_cache,
             entry.num_prompt,
         )
-        lane.waiting.append(job)
+        lane.push(job)
         lane.staged.append(job.completion(abi.COMPLETION_ACK, 0, 0, 0))
         self.counts["requests_accepted"] += 1
         return True
@@ -303,7 +333,7 @@ class Reference:
         job.num_computed = 0
         job.num_stalled_plans = 0
         job.num_preemptions += 1
-        job.queue_pair.waiting.appendleft(job)
+        job.queue_pair.push_front(job)
         self.counts["preemptions"] += 1
 
     def watermark(self, num_running: int) -> int:
@@ -351,7 +381,7 @@ class Reference:
         num_rows = sum(seq.num_rows for _, seq in self.next)
         waits = (
             any(lane.waiting for lane in self.lanes)
-            and num_rows < self.shape.max_step_tokens
+            and num_rows < self.step_tokens
             and any(job.is_ending and job not in in_next for job in self.running)
         )
         return [seq for _, seq in self.next], waits
@@ -366,6 +396,7 @@ class Reference:
         self.plan_fills_cache = False
         for lane in self.lanes:
             lane.promised = lane.promised_now
+            lane.served += sum(job.queue_pair is lane for job in self.running)
 
         def promise(job: Job) -> bool:
             if job.queue_pair.credit < STEP_CREDIT:
@@ -382,9 +413,9 @@ class Reference:
         for job in decodes:
             if promise(job):
                 rows[job] = 1
-        rows_left = self.shape.max_step_tokens - len(decodes)
+        rows_left = max(0, self.step_tokens - len(decodes))
         for job in chunks:
-            count = min(job.num_uncomputed, self.shape.prefill_chunk_tokens, rows_left)
+            count = min(job.num_uncomputed, self.chunk_tokens, rows_left)
             if promise(job):
                 if count == 0:
                     job.queue_pair.promised -= STEP_CREDIT
@@ -395,7 +426,8 @@ class Reference:
         num_preemptions = self.counts["preemptions"]
         for job in decodes:
             while rows.get(job) and job.needs_page and self.pages.num_available == 0:
-                victim = next((other for other in reversed(self.running) if other in stalled), self.running[-1])
+                worst = max(reversed(self.running), key=lambda other: other.running_level)
+                victim = next((other for other in reversed(self.running) if other in stalled), worst)
                 if rows.pop(victim, 0):
                     victim.queue_pair.promised -= STEP_CREDIT
                 self.preempt(victim)
@@ -428,7 +460,7 @@ class Reference:
     def admit(self, num_rows: int, stalled: list[Job]) -> list[tuple[Job, PlannedSeq]]:
         """Behind num_rows rows that are planned already."""
         admitted = []
-        while num_rows < self.shape.max_step_tokens and (job := self.choose_admission(stalled)) is not None:
+        while num_rows < self.step_tokens and (job := self.choose_admission(stalled)) is not None:
             job.queue_pair.waiting.remove(job)
             found = self.pages.find(job) if job.is_cacheable else []
             self.pages.hold(job, found)
@@ -439,28 +471,42 @@ class Reference:
                 self.counts["prefix_query_tokens"] += job.num_prompt
                 self.counts["prefix_hit_tokens"] += job.num_computed
             job.queue_pair.promised += STEP_CREDIT
-            count = min(job.num_uncomputed, self.shape.prefill_chunk_tokens, self.shape.max_step_tokens - num_rows)
+            self.served_floor += self.lead(job.queue_pair)
+            job.queue_pair.served = self.served_floor + job.num_uncomputed
+            self.next_admit = (self.lanes.index(job.queue_pair) + 1) % len(self.lanes)
+            job.running_level = self.effective_level(job)
+            count = min(job.num_uncomputed, self.chunk_tokens, self.step_tokens - num_rows)
             num_rows += count
             self.running.append(job)
             admitted.append((job, self.seq(job, count)))
             self.register_chunk(job, count)
         return admitted
 
+    def effective_level(self, job: Job) -> int:
+        return job.level - (job.age_hours if self.ages else 0)
+
+    def lead(self, lane: Lane) -> int:
+        return min(max(lane.served - self.served_floor, 0), FAIR_WINDOW_TOKENS - 1)
+
+    def best_head(self, lane: Lane) -> Job:
+        heads = {job.level: job for job in reversed(lane.waiting)}
+        return min(heads.values(), key=lambda job: (self.effective_level(job), -job.level))
+
     def choose_admission(self, stalled: list[Job]) -> Job | None:
-        num_lanes = len(self.lanes)
-        for q in ((self.next_admit + k) % num_lanes for k in range(num_lanes)):
-            lane = self.lanes[q]
+        """The best level; then the queue pair that was served least; then the one whose turn it is."""
+        choices = []
+        for q, lane in enumerate(self.lanes):
             if lane.waiting and lane.credit >= STEP_CREDIT:
-                self.next_admit = q
-                job = lane.waiting[0]
-                if job.is_cacheable:
-                    job.num_hashed = max(job.num_hashed, job.num_tokens // abi.PAGE_TOKENS)
-                while not self.has_room(job):
-                    if not self.make_way(job, stalled):
-                        return None
-                self.next_admit = (q + 1) % num_lanes
-                return job
-        return None
+                job = self.best_head(lane)
+                turn = (q - self.next_admit) % len(self.lanes)
+                choices.append((self.effective_level(job), self.lead(lane) // FAIR_UNIT_TOKENS, turn, job))
+        if not choices:
+            return None
+        job = min(choices, key=lambda choice: choice[:3])[3]
+        while not self.has_room(job):
+            if not self.make_way(job, stalled):
+                return None
+        return job
 
     def missing_pages(self, job: Job) -> int:
         """What there is too little of for the job, if negative; without the pages that stay free while others run."""
@@ -469,7 +515,7 @@ class Reference:
         return self.pages.num_available - num_pinned - (pages_for(job.num_tokens) - len(found))
 
     def has_room(self, job: Job) -> bool:
-        return len(self.running) < self.shape.max_batch and self.missing_pages(job) >= self.watermark(len(self.running))
+        return len(self.running) < self.max_running and self.missing_pages(job) >= self.watermark(len(self.running))
 
     def make_way(self, job: Job, stalled: list[Job]) -> bool:
         """The youngest of those that stall for long is preempted, if all of them can be enough."""

@@ -14,18 +14,20 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
+from blinkimp.host.trace_memory import TraceGeometry
 from tests.host.py_ingress import Completion, PyIngress, address_of
 from tests.support import ROOT
 
 EOS_ID = 2
 VOCAB = 512
+NUM_PRIOR_OUTPUTS_AT = 300  # byte in a Request
 LANE_FLAGS = [
     "-std=c++17",
     "-O1",
@@ -57,12 +59,15 @@ def library(kind: str) -> ctypes.CDLL:
         ("plan", u32, [params, plan]),
         ("plan_ahead", u32, [params, plan]),
         ("every_seq_was_stopped", u32, [params, plan]),
-        ("start_next", None, [params, u64, u64]),
+        ("note_arrival", None, [params, u64]),
+        ("start_next", None, [params, u64]),
+        ("note_start", None, [params, u64]),
         ("commit", None, [params, plan]),
         ("publish", None, [params]),
         ("check_integrity", u32, [params]),
         ("age_heartbeat", None, [params, u32, u64]),
         ("age_integrity", None, [params, u64]),
+        ("age_request", None, [params, u32, u64]),
         ("running", u32, [params, out]),
         ("request", None, [params, u32, out]),
         ("queue_pair", None, [params, u32, out]),
@@ -145,7 +150,24 @@ class Shape:
     arena_bytes: int = 16384
     eos_ids: tuple[int, ...] = (EOS_ID,)
     ingress_timeout_ns: int = 3_600_000_000_000  # a test that wants a stale heartbeat ages it
+    trace_events: int = 0  # 0: no trace
     prefix_cache: bool = False  # a test that counts pages means each request's own
+
+
+class MemoryRegion:
+    """A trace outside of /dev/shm: what TraceReader asks of a host.shared_memory.Region."""
+
+    def __init__(self, geometry: TraceGeometry) -> None:
+        self._memory = np.zeros(geometry.region_bytes, np.uint8)
+        self._memory[: abi.TRACE_HEADER.itemsize] = geometry.header(1, 1).view(np.uint8)
+        self.buffer = memoryview(self._memory.data)
+        self.address = address_of(self._memory)
+
+    def view(self, dtype: np.dtype[Any], offset_bytes: int = 0) -> NDArray[Any]:
+        return np.frombuffer(self.buffer, dtype, 1, offset_bytes)
+
+    def close(self) -> None:
+        self.buffer.release()
 
 
 @dataclass
@@ -199,6 +221,9 @@ class Rig:
             cache_bytes = int(self.native.bk_director_prefix_cache_bytes(address_of(self.params)))
             self.prefix_cache = np.zeros(cache_bytes // 8 + 1, np.uint64)
             params["prefix_cache"] = address_of(self.prefix_cache)
+        if shape.trace_events:
+            self.trace = MemoryRegion(TraceGeometry(shape.trace_events))
+            params["trace"] = self.trace.address
         self.address = address_of(self.params)
         plan_bytes = int(self.native.bk_director_plan_bytes(self.address))
         self.plans = [np.zeros(plan_bytes, np.uint8) for _ in range(2)]
@@ -243,7 +268,8 @@ class Rig:
         return bool(self.native.bk_director_every_seq_was_stopped(self.address, address_of(plan_memory)))
 
     def start_next(self, arrived_ns: int = 0, start_ns: int = 0) -> None:
-        self.native.bk_director_start_next(self.address, arrived_ns, start_ns)
+        self.native.bk_director_note_arrival(self.address, arrived_ns)
+        self.native.bk_director_start_next(self.address, start_ns)
         self.next_started = True
 
     def read_plan(self, plan_memory: NDArray[np.uint8]) -> list[PlannedSeq]:
@@ -280,7 +306,9 @@ class Rig:
                 assert sampled_rows[sample_row] == row + count - 1
                 sample_of.append((request.request_id, int(seq["output_idx"])))
                 sample_row += 1
-            assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens
+            word = (request_idx * abi.REQUEST_BYTES + NUM_PRIOR_OUTPUTS_AT) // 4
+            num_prior_outputs = int(self.requests.view(np.uint32)[word])
+            assert int(seq["output_idx"]) == request.num_tokens - request.num_prompt_tokens + num_prior_outputs
             planned.append(PlannedSeq(request.request_id, count, begin, samples, int(seq["output_idx"])))
             row += count
             longest = max(longest, begin + count)
@@ -360,6 +388,19 @@ class Rig:
 
     def age_heartbeat(self, queue_pair_idx: int, age_ns: int) -> None:
         self.native.bk_director_age_heartbeat(self.address, queue_pair_idx, age_ns)
+
+    def age_request(self, queue_pair_idx: int, request_id: int, age_ns: int) -> None:
+        for request_idx in range(self.shape.num_requests):
+            view = self.request(request_idx)
+            if view.state != 0 and (view.queue_pair_idx, view.request_id) == (queue_pair_idx, request_id):
+                self.native.bk_director_age_request(self.address, request_idx, age_ns)
+
+    def tune(self, **words: int) -> None:
+        """max_running, step_tokens, prefill_chunk_tokens, aging_ms; what is not named is as launched."""
+        control = self.engine_page[0]["control"]
+        for name in ("max_running", "step_tokens", "prefill_chunk_tokens", "aging_ms"):
+            control[name] = words.get(name, 0)
+        control["tuning_generation"] += 1
 
     def command(self, command: int) -> None:
         self.engine_page[0]["control"]["command"] = command

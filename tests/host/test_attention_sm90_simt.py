@@ -26,7 +26,7 @@ from tests.attention_reference import (
     make_step,
     random_sequence,
 )
-from tests.attention_sm90_support import device_step, part_bytes
+from tests.attention_sm90_support import device_step
 from tests.support import ROOT
 
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -66,8 +66,7 @@ def run(library: ctypes.CDLL) -> RunStep:
             inputs.params.ctypes.data, inputs.new_rows.ctypes.data, output.ctypes.data, next(seeds)
         )
         assert status == 0
-        _, num_counter_bytes = part_bytes(step.shape, len(step.shares), 0)
-        assert not arrays["parts"][-num_counter_bytes:].any(), "a unit's counter was not reset"
+        assert not arrays["counters"].any(), "a unit's counter was not reset"
         return output
 
     return run_step
@@ -102,7 +101,7 @@ def test_sliding_window(run: RunStep, window: int) -> None:
 
 
 def test_more_than_32_requests(run: RunStep) -> None:
-    """The planning warp takes 32 at a time; decode, chunks and rows without room for partial results alternate."""
+    """The planning warp takes 32 at a time; decode rows and chunks alternate."""
     rng = np.random.default_rng(5)
     shape = Shape(2, 2, 64)
     shares = []
@@ -110,8 +109,7 @@ def test_more_than_32_requests(run: RunStep) -> None:
         end = 300 if i % 7 == 0 else int(rng.integers(1, 40))
         sequence = random_sequence(rng, shape, end, 2.0)
         shares.append(Share(sequence, end - 1 if i % 3 else max(0, end - 3), end))
-    for num_slots in (0, None):
-        check_step(run, make_step(rng, shape, shares, num_slots), num_ctas=7)
+    check_step(run, make_step(rng, shape, shares), num_ctas=7)
 
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 3, 40])

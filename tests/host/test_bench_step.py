@@ -28,6 +28,7 @@ def test_a_run_measures_both_sides(
     assert report["errors"] == [] and report["commit"] == "abc"
     load = report["engine"]["load"]
     assert load["weights_gb_per_s"] > 0 and load["start_s"] >= load["weights_s"] > 0
+    assert 0 < report["engine"]["ping"]["p10_us"] <= report["engine"]["ping"]["median_us"]
     assert report["engine"]["memory_plan"]["sizes"]["num_pages"] > 0
     assert [row["name"] for row in report["rows"]] == ["d1@40", "d3@44", "p32"]
     for row in report["rows"]:

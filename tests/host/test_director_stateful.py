@@ -20,7 +20,7 @@ from tests.host.director_rig import EOS_ID, VOCAB, Rig, Shape
 MALFORMED = (abi.REJECT_MALFORMED, 0)
 COMPARED_COUNTS = (
     "requests_accepted", "requests_rejected", "finished_eos", "finished_stop_id", "finished_length", "finished_cancelled",
-    "finished_draining", "preemptions", "credit_stalls", "output_tokens", "ingress_drops",
+    "finished_draining", "finished_timeout", "preemptions", "credit_stalls", "output_tokens", "ingress_drops",
     "prefix_query_tokens", "prefix_hit_tokens",
 )  # fmt: skip
 
@@ -41,6 +41,7 @@ SHAPES = st.builds(
 )
 QUEUE_PAIRS = st.integers(0, 2)
 IDS = st.integers(1, 12)
+HOUR_MS, HOUR_NS, NEVER = 3_600_000, 3_600_000_000_000, 0xFFFFFFFF  # of tests that take seconds: waits are whole hours
 
 
 def sampler(request_id: int, output_idx: int) -> int:
@@ -59,6 +60,8 @@ class DirectorMachine(RuleBasedStateMachine):
         self.stale: set[int] = set()
         self.command = abi.COMMAND_RUN
         self.next_id = 1000
+        self.tuning = (0, 0, 0, False)
+        self.rig.tune(aging_ms=NEVER)
         for ingress in self.rig.ingresses:
             ingress.ask_attach()
         self.poll()
@@ -72,10 +75,11 @@ class DirectorMachine(RuleBasedStateMachine):
         q=QUEUE_PAIRS, request_id=IDS, num_prompt=st.integers(1, 300), max_tokens=st.integers(1, 90),
         stop_ids=st.lists(st.integers(3, 99), max_size=3), ignore_eos=st.booleans(), kin=st.integers(0, 2),
         num_shared=st.sampled_from([0, 64, 100, 192, 300]), salt=st.sampled_from([0, 0, 0, 5]), opts_out=st.integers(0, 9),
+        priority=st.sampled_from([0, 0, 0, 0, 1, 2, -3, 7, 100, -2147483648]), timeout_hours=st.sampled_from([0, 0, 1, 2, 5]),
     )  # fmt: skip
     def submit(
         self, q: int, request_id: int, num_prompt: int, max_tokens: int, stop_ids: list[int], ignore_eos: bool,
-        kin: int = 0, num_shared: int = 0, salt: int = 0, opts_out: int = 0,
+        kin: int = 0, num_shared: int = 0, salt: int = 0, opts_out: int = 0, priority: int = 0, timeout_hours: int = 0,
     ) -> None:  # fmt: skip
         """The first num_shared tokens of the prompt are those of all requests of the same kin."""
         ingress, lane = self.ingress(q)
@@ -84,14 +88,16 @@ class DirectorMachine(RuleBasedStateMachine):
         prompt = [(kin * 50 + i if i < num_shared else request_id + i) % VOCAB for i in range(num_prompt)]
         body = {"flags": abi.REQUEST_NO_PREFIX_CACHE} if opts_out == 1 else {}
         sampling = {"ignore_eos": int(ignore_eos)}
-        if ingress.submit(request_id, prompt, max_tokens, stop_ids, sampling, body, cache_salt=salt):
+        words = {"cache_salt": salt, "priority": priority, "timeout_ns": timeout_hours * HOUR_NS}
+        if ingress.submit(request_id, prompt, max_tokens, stop_ids, sampling, body, **words):
             num_pages = -(-(num_prompt + max_tokens) // abi.PAGE_TOKENS)
             limit = self.rig.shape.num_pages
             reject = (abi.REJECT_TOO_LONG, limit * abi.PAGE_TOKENS) if num_pages > limit else None
             lane.ring.append(
                 Submission(
                     abi.SUBMISSION_REQUEST, request_id, num_prompt, max_tokens, tuple(stop_ids), ignore_eos, reject,
-                    prompt=tuple(prompt), cache_salt=salt, no_prefix_cache=opts_out == 1, epoch=ingress.epoch,
+                    prompt=tuple(prompt), cache_salt=salt, no_prefix_cache=opts_out == 1, priority=priority,
+                    timeout_hours=timeout_hours, epoch=ingress.epoch,
                 )
             )  # fmt: skip
 
@@ -100,7 +106,17 @@ class DirectorMachine(RuleBasedStateMachine):
         """Enough at once to fill batches and pages."""
         for num_prompt in lengths:
             self.next_id += 1
-            self.submit(q, self.next_id, num_prompt, max_tokens, [], self.next_id % 3 != 0, 1, num_prompt // 2)
+            self.submit(
+                q,
+                self.next_id,
+                num_prompt,
+                max_tokens,
+                [],
+                self.next_id % 3 != 0,
+                1,
+                num_prompt // 2,
+                priority=self.next_id % 4,
+            )
         self.run(3)
 
     @rule(q=QUEUE_PAIRS, request_id=IDS, fault=st.integers(0, 8))
@@ -170,6 +186,7 @@ class DirectorMachine(RuleBasedStateMachine):
     def poll(self) -> None:
         asked = [int(ingress.words["ingress"]["epoch"]) for ingress in self.rig.ingresses]
         fresh = [asked[q] > lane.epoch and asked[q] % 2 == 1 for q, lane in enumerate(self.reference.lanes)]
+        self.reference.tune(*self.tuning)
         self.reference.poll(asked, self.stale, self.command)
         self.rig.poll()
         self.stale.clear()
@@ -235,6 +252,27 @@ class DirectorMachine(RuleBasedStateMachine):
                 self.commit()
             for q in range(min(num_readers, len(self.rig.ingresses))):
                 self.read(q, 100)
+
+    @rule(
+        max_running=st.sampled_from([0, 1, 2, 99]), step_tokens=st.sampled_from([0, 1, 7, 50, 9999]),
+        chunk_tokens=st.sampled_from([0, 1, 20, 70, 9999]), ages=st.booleans(),
+    )  # fmt: skip
+    def tune(self, max_running: int, step_tokens: int, chunk_tokens: int, ages: bool) -> None:
+        self.tuning = (max_running, step_tokens, chunk_tokens, ages)
+        self.rig.tune(
+            max_running=max_running, step_tokens=step_tokens, prefill_chunk_tokens=chunk_tokens, aging_ms=HOUR_MS if ages else NEVER
+        )  # fmt: skip
+
+    @rule(q=QUEUE_PAIRS, pick=st.integers(0, 20), hours=st.integers(1, 3))
+    def hours_pass(self, q: int, pick: int, hours: int) -> None:
+        """For one request."""
+        _, lane = self.ingress(q)
+        live = [*lane.waiting, *(job for job in self.reference.running if job.queue_pair is lane and not job.is_over)]
+        if live:
+            job = live[pick % len(live)]
+            job.age_hours += hours
+            self.rig.age_request(q % len(self.rig.ingresses), job.request_id, hours * HOUR_NS)
+            self.poll()
 
     @rule(command=st.sampled_from([abi.COMMAND_DRAIN, abi.COMMAND_STOP]), really=st.integers(0, 30))
     def order(self, command: int, really: int) -> None:

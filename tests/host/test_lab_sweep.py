@@ -35,7 +35,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_is_reported(tmp_path: Path, capsys
         assert len(script.prompts) == num_before  # everything was there
     text = report.read_text()
     assert text.count("<svg") == 2 * 5 and "http://127" not in text and "<script" not in text
-    assert "8x3: frontier" in text and "16x2: TTFT p99" in text
+    assert "8x3: frontier" in text and "16x2: TTFT p99 over users" in text
 
 
 def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,3 +114,20 @@ def test_the_tool_measures_rows_and_names_its_variant(tmp_path: Path) -> None:
     assert report["operations_per_s"] > 0
     assert tool.main([*flags, "--rows", "d1@24", "--compile-budget-s", "0"]) == 0
     assert json.loads(out.read_text())["rows"][0]["variant"] == "graph of eager operations"
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, out = load_tool("torch_baseline"), tmp_path / "torch.json"
+    make_step = tool.Step
+
+    def step(*arguments: Any, **sizes: Any) -> Step:
+        if sizes["batch"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return make_step(*arguments, **sizes)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(tool, "Step", step)
+    flags = ["--shape", "embedded", "--device", "cpu", "--seconds", "0.01", "--backend", "none", "--out", str(out)]
+    assert tool.main([*flags, "--rows", "d3@16,d1@16"]) == 0
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["rows"]] == ["d1@16"]
+    assert report["errors"] == [{"name": "d3@16", "error": "CUDA out of memory. Tried to allocate 9 GiB"}]

@@ -17,8 +17,9 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.metrics import Window, figures_of, inferencex_keys
 from blinkimp.bench.record import Record
 from blinkimp.lab.interference_report import compared, interference_sections
+from blinkimp.lab.pages import html_of
 from blinkimp.lab.plots import Line, line_plot
-from blinkimp.lab.report import html_of, write_report
+from blinkimp.lab.report import sections_of, write_report
 from blinkimp.lab.store import Store
 
 MS = 1_000_000
@@ -38,7 +39,7 @@ def report_of(ttft_ms: int, tpot_ms: int, num_requests: int = 10) -> dict[str, A
     return {
         **figures,
         "inferencex": keys,
-        "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5, "sm_clock_mhz": 1980.0},
+        "gpu_energy": {"power_w": 300.0, "j_per_token": 0.5, "j_per_token_above_idle": 0.4, "sm_clock_mhz": 1980.0},
         "error_counts": {},
     }
 
@@ -118,20 +119,21 @@ def test_interference_is_shown_as_multiples_of_the_isolated_run() -> None:
     # Of the second of sending, 360 ms pass until the first token: 24 of 40 tokens come within it.
     assert compared(INTERFERED[3], INTERFERED[2]) == pytest.approx({"ttft": 12, "tpot": 10, "retained": 0.6}, rel=0.01)
     (section,) = interference_sections(INTERFERED)
-    headings, *rows = parsed(section).rows
+    headings, *rows = parsed(html_of("t", [section])).rows
     column = headings.index("x TTFT p99")
     found = {(row[0], row[1]): row[column] for row in rows}
     assert found["vllm", "stream"] == "12.00" and found["vllm", "bz2"] == "10.00"
     assert found["persistent", "stream"] == "1.05" and found["vllm", "none"] == "1.00"
-    assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("engine CPUs")] == "0.75"
+    assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("the same above idle")] == "2.50"
+    assert rows[0][headings.index("engine CPUs")] == "0.75"
     assert rows[0][headings.index("CPU pressure")] == "25.0%" and rows[0][headings.index("CPU MHz")] == "-"
-    assert section.count("<svg") == 3
+    assert len(section.plots) == 3
 
 
 def test_without_an_isolated_run_there_are_no_multiples() -> None:
     (section,) = interference_sections(INTERFERED[3:4])
-    headings, row = parsed(section).rows
-    assert row[headings.index("x TTFT p99")] == "-" and "<svg" not in section
+    (row,) = section.rows
+    assert row[list(section.headings).index("x TTFT p99")] is None and not section.plots
 
 
 def test_the_file_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
@@ -151,7 +153,23 @@ def test_the_file_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     assert text.count("<svg") == 3 + 3
     outside = re.findall(r'(?:src|href|xlink:href)="(?!#)([^"]*)"', text)
     assert outside == [] and "<script" not in text and "@import" not in text
-    assert html_of(cells, "t") == html_of(cells, "t")  # the same cells give the same file
+    again = tmp_path / "again.html"
+    write_report([store], again)
+    assert again.read_text() == text  # the same cells give the same file
+
+
+def test_markdown_has_the_same_tables_and_its_plots_beside_it(tmp_path: Path) -> None:
+    store, out = Store(tmp_path / "cells"), tmp_path / "page.md"
+    for number, cell in enumerate([swept("a|b", 4, 5), *INTERFERED]):
+        store.put(f"c{number}", cell)
+    write_report([store], out, "the title")
+    text = out.read_text()
+    assert text.startswith("# the title\n") and "a\\|b" in text
+    links = re.findall(r"!\[[^]]*\]\((page/[^)]*)\)", text)
+    assert len(links) == len(set(links)) == 3 + 3
+    assert all((tmp_path / link).read_text().startswith("<svg") for link in links)
+    widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == len(sections_of(list(store)))  # one a table
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

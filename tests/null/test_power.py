@@ -59,6 +59,25 @@ def test_energy_between_two_moments_is_what_was_drawn_between_them(has_counter: 
         assert meter.energy_j(int(1.55e9), int(2.25e9)) == pytest.approx(45 + 100)
 
 
+def test_the_steps_of_a_coarse_counter_do_not_show() -> None:
+    """It advances every 100 ms; readings come every 20 ms. 100 W up to 2 s, then 400 W: 50 + 400 J from 1.5 to 3 s."""
+
+    class CoarseGpu(ScriptedGpu):
+        def read(self) -> Reading:
+            now_s, self.now_s = self.now_s, int(self.now_s * 10 + 1e-6) / 10
+            reading, self.now_s = super().read(), now_s
+            return reading
+
+    gpu = CoarseGpu()
+    meter = PowerMeter(gpu, clock_ns=gpu.clock_ns)
+    for reading_idx in range(176):
+        gpu.now_s = reading_idx * 0.02 + 0.003
+        meter.sample()
+    assert meter.energy_j(int(1.5e9), int(3e9)) == pytest.approx(450, rel=0.01)
+    assert meter.energy_j(int(1.55e9), int(3.45e9)) == pytest.approx(45 + 580, rel=0.01)
+    assert meter.energy_j(int(2.45e9), int(3.49e9)) == pytest.approx(416, rel=0.01)  # its end lies behind the last step
+
+
 def test_an_interval_too_short_for_the_counter_has_no_figure() -> None:
     meter = metered(ScriptedGpu())
     assert meter.energy_j(int(1e9), int((1 + MIN_INTERVAL_S / 2) * 1e9)) is None

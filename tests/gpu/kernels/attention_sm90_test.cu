@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
     if (threadIdx.x == kComputeThreads) {
       RingCursor cursor{0, 1};
       for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-        produce_attention<HEAD_DIM>(params, reinterpret_cast<const Op*>(params.ops)[op_idx], plan, 0, shared_memory + kRingOffset, shared, attention, cursor, op_idx + 1);
+        produce_attention<HEAD_DIM>(params, reinterpret_cast<const Op*>(params.ops)[op_idx], plan, 0, shared_memory, shared, attention, cursor, op_idx + 1);
       }
     }
     if (threadIdx.x / 32 == 10) {
@@ -79,9 +79,10 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
       if (new_rows) write_new_rows(params, op, plan, new_rows);
       test_barrier(params, op_idx + 1);
       if (cta_idx() == 0 && is_first_thread()) times[op_idx] = device_clock_ns();
-      attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, PlainStore{output, params.dims.num_heads * HEAD_DIM});
+      const RingCursor cursor = attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, shared.compute.cursors.weights, PlainStore{output, params.dims.num_heads * HEAD_DIM});
+      named_barrier_sync<1, kComputeThreads>();  // all threads have read the old state
       if (is_first_thread()) {
-        shared.compute.cursors = shared.next_cursors;
+        shared.compute.cursors.weights = cursor;
         shared.compute.op_idx++;
       }
       named_barrier_sync<1, kComputeThreads>();  // the next op's number is written

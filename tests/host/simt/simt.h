@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -183,6 +184,8 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
@@ -191,13 +194,13 @@ inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 namespace simt {
 template <class T, class Source>
 T shuffle(T value, Source source) {
-  static_assert(sizeof(T) == 4, "32-bit values");
+  static_assert(sizeof(T) <= 8, "one or two registers");
   std::uint64_t in[2] = {0, source}, out;
-  std::memcpy(&in[0], &value, 4);
+  std::memcpy(&in[0], &value, sizeof value);
   machine.warp_operation(in, 2, &out, 1, [](const std::uint64_t* inputs, std::uint64_t* outputs) {
     for (unsigned lane = 0; lane < 32; ++lane) outputs[lane * 16] = inputs[inputs[lane * 16 + 1] * 16];
   });
-  std::memcpy(&value, &out, 4);
+  std::memcpy(&value, &out, sizeof value);
   return value;
 }
 }  // namespace simt

@@ -57,10 +57,10 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
   }
   mbarrier_init(&attention.schedule_ready, 1);
   shared.compute = ComputeState{};
-  shared.compute.cursors.weights.stage = first_stage;
   // All other CTAs have arrived at the barrier before the op, and at none after it.
   *grid_word(params, kGridWordArrivals) = params.num_workers - 1;
   RingCursor produced{first_stage, 1};
+  RingCursor consumed{};
   simt::machine.run(kWorkerThreads, 0, [&] {
     if (thread_idx() < kComputeThreads) {
       if (is_first_thread()) {
@@ -68,7 +68,8 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
         red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);
       }
       named_barrier_sync<1, kComputeThreads>();
-      attend<kHeadDim>(params, op, plan, 0, shared_memory, shared, attention, PlainStore{output, params.dims.num_heads * kHeadDim});
+      const RingCursor cursor = attend<kHeadDim>(params, op, plan, 0, shared_memory, shared, attention, RingCursor{first_stage, 0}, PlainStore{output, params.dims.num_heads * kHeadDim});
+      if (is_first_thread()) consumed = cursor;
     } else if (thread_idx() == kComputeThreads) {
       // The narrow pages are not to wait for this barrier: they are produced before it, unless the ring is full.
       produce_attention<kHeadDim>(params, op, plan, 0, shared_memory, shared, attention, produced, 1);
@@ -78,7 +79,6 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
       plan_attention(params, plan, attention);
     }
   });
-  const RingCursor consumed = shared.compute.cursors.weights;
   if (consumed.stage != produced.stage || consumed.phase == produced.phase) simt::fail("ring stage of the consumers at the op's end", consumed.stage, produced.stage);
   for (const auto& [address, barrier] : simt90::barriers) {
     if (barrier.num_pending != barrier.num_expected || barrier.num_bytes != 0) simt::fail("mbarrier left in the middle of a phase", barrier.num_pending, barrier.num_expected);

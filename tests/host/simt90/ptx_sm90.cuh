@@ -136,9 +136,6 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
 BK_INLINE void fence_proxy_async() {}
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
-BK_INLINE u64 wgmma_descriptor(u32 address) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
-}
 BK_INLINE void wgmma_fence() {}
 BK_INLINE void wgmma_commit() { simt90::wgmmas[simt::machine.current].emplace_back(); }
 

@@ -241,7 +241,7 @@ u64 direct(const EngineParams& params) {
         num_ahead += 1;
       }
       on_lanes([&](const Lanes& lanes) {
-        if (goes_on) director_start_next(params, lanes, 0, 0);
+        if (goes_on) director_start_next(params, lanes, 0);
         director_commit(params, lanes, plan_of_step(params, step));
       });
     }

@@ -1,0 +1,97 @@
+// What a warpgroup does next in attention: its range of narrow pages unit by unit, then its half of the CTA's wide items. GPU only.
+//
+// Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
+#pragma once
+#include <attention_producer.cuh>
+
+namespace blinkimp {
+
+constexpr u32 kNoPatchPage = 0xffffffffu;
+
+// The pages that hold a key which some row between the two positions must not see: page >= mask_from or < mask_until.
+BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_position, u32 window) {
+  run.mask_from = (first_position + 1) / kPageTokens;
+  run.mask_until = (first_visible_key(last_position, window) + kPageTokens - 1) / kPageTokens;
+}
+
+// The next run of a warpgroup, by its first thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
+// there on, and wgmma's descriptors then leave the uniform registers.
+template <int kHeadDim>
+__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, u32 warpgroup) {
+  const Op& op = *state.op;
+  const PlanSeq* seqs = plan_seqs(params, state.plan);
+  const u32 num_kv_heads = params.dims.num_kv_heads;
+  AttentionRun& run = state.runs[warpgroup];
+  run.group = attention.group;
+  run.window = op.window;
+  if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {
+    NarrowWalk& walk = *opaque(&state.walks[warpgroup]);  // read anew: kept from before, its words would be more than there are registers
+    const u32 unit_begin = first_page(walk.position, op.window);
+    const u32 unit_end = walk.position / kPageTokens + 1;
+    const u32 num_pages = run_pages(walk);
+    run.kind = kRunNarrow;
+    run.kv_head = walk.kv_head;
+    run.row_begin = walk.row;
+    run.position_begin = walk.position;
+    run.packed_begin = 0;
+    run.num_packed = attention.group;
+    run.page_begin = walk.page;
+    run.page_end = walk.page + num_pages;
+    run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
+    set_mask_pages(run, walk.position, walk.position, op.window);
+    run.key_end = walk.position + 1;
+    run.patch_page = kNoPatchPage;
+    if (run.page_end == unit_end) {
+      run.patch_page = unit_end - 1;
+      run.patch_source = reinterpret_cast<u64>(kv_tile<kHeadDim>(params, op.layer, walk.last_page_id, walk.kv_head));
+    }
+    run.first_split = walk.page / kSplitPages - unit_begin / kSplitPages;
+    run.unit_idx = walk.seq_idx * num_kv_heads + walk.kv_head;
+    run.item_begin = walk.item_idx - run.first_split;
+    run.num_splits = splits_between(unit_begin, unit_end);
+    walk.item_idx += splits_between(run.page_begin, run.page_end);
+    walk.page += num_pages;
+    walk.num_pages -= num_pages;
+    return;
+  }
+  WideItem item;
+  if (!next_wide_item(params, seqs, attention, state.wide_walks[warpgroup], &item)) {
+    run.kind = kRunEnd;
+    return;
+  }
+  const PlanSeq& seq = seqs[item.seq_idx];
+  run.kind = kRunWide;
+  run.kv_head = item.kv_head;
+  run.row_begin = seq.row_begin;
+  run.position_begin = seq.position_begin;
+  run.key_end = seq.position_begin + seq.num_rows;
+  run.skip_before = run.skip_after = run.order_begin = 0;
+  run.order_end = kNoPatchPage;
+  const u32 group = attention.group;
+  const u32 item_begin = wide_page_begin(item, run.position_begin, group, op.window);
+  const u32 item_end = wide_page_end(item, run.position_begin, group);
+#pragma unroll 1
+  for (u32 i = 0; i < 2; ++i) {  // both warpgroups' pages: turns are taken where they overlap
+    const u32 packed_begin = item.tile_begin + i * kTileRows;
+    const u32 num_packed = packed_begin < item.tile_end ? min(kTileRows, item.tile_end - packed_begin) : 0;
+    const u32 first_position = run.position_begin + packed_begin / group;
+    const u32 last_position = num_packed ? run.position_begin + (packed_begin + num_packed - 1) / group : first_position;
+    const u32 page_begin = num_packed ? first_page(first_position, op.window) : item_begin;
+    const u32 page_end = num_packed ? last_position / kPageTokens + 1 : item_begin;
+    if (page_begin > run.order_begin) run.order_begin = page_begin;
+    run.order_end = min(run.order_end, page_end);
+    if (i != warpgroup) continue;
+    run.packed_begin = packed_begin;
+    run.num_packed = num_packed;
+    run.page_begin = page_begin;
+    run.page_end = page_end;
+    run.skip_before = page_begin - item_begin;
+    run.skip_after = item_end - page_end;
+    set_mask_pages(run, first_position, last_position, op.window);
+  }
+  if (run.order_end < run.order_begin) run.order_end = run.order_begin;
+  run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPatchPage;
+  run.first_split = 0;
+}
+
+}  // namespace blinkimp

@@ -1,0 +1,87 @@
+// The trace's writer: the director puts events into the ring of trace_abi.h, workers the times of their ops.
+//
+// Called by the director's modules where something happens to a request or a step. EngineParams.trace is 0 when there is no trace; that word
+// lies in constant memory, so an untraced engine pays a compare. Events go out with posted writes; publish_trace() says how far they reach,
+// with the fence that completions need anyway. Test: pytest tests/host/test_trace.py
+//
+// Invariants (asserted by tests):
+//   V1  events of one request stand in the order in which they happened; times may run back a little, where a step's were taken before.
+//   V2  below producer_pos everything is written; above it at most kMaxTraceBurst events are.
+#pragma once
+#include <lanes.cuh>
+#include <trace_abi.h>
+
+namespace blinkimp {
+
+struct TraceWriter {   // part of DirectorState; writer: lane 0
+  u64 events;          // TraceEvent [num_events]
+  u64 num_events;      // copied at init, because the header lies in host memory
+  u64 producer_pos;
+  u64 published_pos;
+  u32 op_period;
+  u32 num_op_slots;
+};
+
+BK_INLINE TraceRegion& trace_region(const EngineParams& params) { return *reinterpret_cast<TraceRegion*>(params.trace); }
+
+// Lane 0. A second launch goes on where the first one stopped.
+BK_INLINE void open_trace(const EngineParams& params, TraceWriter& trace) {
+  if (params.trace == 0) return;
+  const TraceHeader& header = trace_region(params).header;
+  trace.events = params.trace + header.events_offset;
+  trace.num_events = header.num_events;
+  trace.op_period = header.op_period;
+  trace.num_op_slots = header.num_op_slots;
+  trace.producer_pos = trace.published_pos = ld_relaxed_sys(&trace_region(params).line.producer_pos);  // relaxed: our own, of an earlier launch
+}
+
+BK_INLINE u64 pack_argument(u32 low, u32 high) { return u64{high} << 32 | low; }
+
+// One lane. The event at a position that this lane was given.
+BK_INLINE void write_trace_event(const TraceWriter& trace, u64 pos, u64 time_ns, u32 kind, u32 queue_pair_idx, u64 step, u64 request_id, u64 argument) {
+  u64* words = reinterpret_cast<u64*>(trace.events + (pos & (trace.num_events - 1)) * sizeof(TraceEvent));
+  // Relaxed: publish_trace() releases them.
+  st_relaxed_sys(&words[0], time_ns);
+  st_relaxed_sys(&words[1], u64{kind & 0xffff} | u64{queue_pair_idx & 0xffff} << 16 | step << 32);
+  st_relaxed_sys(&words[2], request_id);
+  st_relaxed_sys(&words[3], argument);
+}
+
+// Lane 0.
+BK_INLINE void trace_event(const EngineParams& params, TraceWriter& trace, u64 time_ns, u32 kind, u32 queue_pair_idx, u64 step, u64 request_id,
+                           u64 argument) {
+  if (params.trace == 0) return;
+  write_trace_event(trace, trace.producer_pos, time_ns, kind, queue_pair_idx, step, request_id, argument);
+  trace.producer_pos += 1;
+}
+
+// All lanes. What was written so far is there for readers.
+BK_INLINE void publish_trace(const EngineParams& params, const Lanes& lanes, TraceWriter& trace) {
+  if (params.trace == 0) return;
+  lanes.sync();  // events of all lanes before lane 0's release
+  if (lanes.is_first() && trace.published_pos != trace.producer_pos) {
+    st_release_sys(&trace_region(params).line.producer_pos, trace.producer_pos);  // pairs with TraceReader of host/trace_reader.py
+    trace.published_pos = trace.producer_pos;
+  }
+}
+
+// ---- Op times ----------------------------------------------------------------------------------------------------
+enum OpMoment : u32 {
+  kOpBegins = 0,
+  kOpIsDone = 1,  // this worker's share, before it waits for the others
+};
+
+BK_INLINE bool op_times_wanted(u32 op_period, u64 step) { return op_period != 0 && step % op_period == 0; }
+
+// One thread of worker `worker_idx`. Two posted writes an op, on sampled steps only.
+BK_INLINE void trace_op(const EngineParams& params, u64 step, u32 op_idx, u32 worker_idx, OpMoment moment) {
+  if (params.trace == 0) return;
+  const TraceHeader& header = trace_region(params).header;
+  if (!op_times_wanted(header.op_period, step)) return;
+  const u64 slot = step / header.op_period % header.num_op_slots;
+  u64* times = reinterpret_cast<u64*>(params.trace + header.op_times_offset);
+  // Relaxed: the director's event of this step is released after it acquired the workers' arrivals.
+  st_relaxed_sys(&times[((slot * header.num_ops + op_idx) * header.num_workers + worker_idx) * 2 + moment], device_clock_ns());
+}
+
+}  // namespace blinkimp
