@@ -3,6 +3,7 @@
 Prints us, TFLOP/s and the bytes that each SM reads; `*` marks the tiling that the rule of gemm_wide_tiling.cuh chooses. `pairs` is with clusters of
 two, `no stores` pairs without the epilogue. Random bf16 weights, as many copies as do not fit the L2 cache. Writes JSON with --out. Needs a GPU.
 Usage: python tools/bench_gemm_wide.py [--rows 128 256 ...] [--quick] [--out FOLDER]
+Test of what it times: pytest -m gpu tests/gpu/test_gemm_wide.py
 """
 
 from __future__ import annotations
