@@ -41,6 +41,12 @@ from blinkimp.protocol import (
 )
 
 ALIVE_PERIOD_S = 1.0
+REQUEST_FIELDS = (
+    "priority",
+    "timeout_s",
+    "cache_salt",
+    "prefix_cache",
+)  # of Submit, that callers give beside the sampling
 
 
 class ClientError(RuntimeError):
@@ -68,6 +74,7 @@ class Chunk:
     token_ids: list[int]
     logprobs: list[float]
     text: str
+    top: list[list[tuple[int, float]]] = field(default_factory=list)  # with top_logprobs: alternatives of each id
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Completion:
     text: str
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # eos, stop_id, length, cancelled, draining
+    finish_reason: str  # eos, stop_id, stop, length, cancelled, timeout, constraint, draining
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
@@ -148,16 +155,20 @@ class ClientCore:
     def submit(
         self, prompt: str | Sequence[int], sampling: dict[str, Any], now: float, *, stream: bool, detokenize: bool
     ) -> RequestState:
-        """Raises ValueError for a sampling field that does not exist or cannot be."""
+        """Raises ValueError for a field of Sampling, or one of REQUEST_FIELDS, that does not exist or cannot be."""
         try:
-            checked = msgspec.convert(sampling, Sampling)
+            options = {name: value for name, value in sampling.items() if name in REQUEST_FIELDS}
+            checked = msgspec.convert(
+                {name: value for name, value in sampling.items() if name not in REQUEST_FIELDS}, Sampling
+            )
+            msgspec.convert({"type": "submit", "id": 0, "prompt": "", **options}, Submit)
         except msgspec.ValidationError as error:
-            fields = ", ".join(Sampling.__struct_fields__)
+            fields = ", ".join((*Sampling.__struct_fields__, *REQUEST_FIELDS))
             raise ValueError(
                 f"sampling cannot be used: {error}; got {sampling!r}; expected fields out of {fields}; correct it"
             ) from None
         ids = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-        state = RequestState(Submit(self._take_id(), ids, checked, stream=stream, detokenize=detokenize))
+        state = RequestState(Submit(self._take_id(), ids, checked, stream=stream, detokenize=detokenize, **options))
         self._begin(now)
         self.requests[state.submit.id] = state
         self._send_submit(state)
@@ -289,7 +300,7 @@ class ClientCore:
             self._end(state, failure=failure)
         else:
             state.output_ids.extend(message.token_ids)
-            state.chunks.append(Chunk(message.index, message.token_ids, message.logprobs, message.text))
+            state.chunks.append(Chunk(message.index, message.token_ids, message.logprobs, message.text, message.top))
             state.wake()
 
     def _handle_error(self, error: Error) -> None:

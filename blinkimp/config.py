@@ -77,6 +77,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_key_file: Annotated[
         str, Meta(description="HTTP: API keys, one a line, mode 600; empty: BLINKIMP_API_KEY, else none is asked for")
     ] = ""
+    curve_key: Annotated[
+        str,
+        Meta(description="ZeroMQ: file of the server's CURVE secret key; empty: no encryption; PROTOCOL.md, Security"),
+    ] = ""
+    curve_clients: Annotated[str, Meta(description="ZeroMQ: file of the public keys that may connect, one a line")] = ""
     max_outstanding: Annotated[
         int, Meta(ge=1, le=65535, description="HTTP: choices of one API key that run at once")
     ] = 1024
@@ -126,11 +131,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=86400, description="SIGTERM: how long running requests may take to finish")
     ] = 30.0
+    park_after_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, description="idle for so long, the kernel leaves the GPU until it is wanted; 0: never"),
+    ] = 0.0
     trace_events: Annotated[
-        int, Meta(ge=0, le=1 << 28, description="events that the trace keeps, a power of two, at least 65536; 0: no trace")
+        int,
+        Meta(ge=0, le=1 << 28, description="events that the trace keeps, a power of two, at least 65536; 0: no trace"),
     ] = 0
     trace_op_period: Annotated[
-        int, Meta(ge=0, le=1 << 20, description="with a trace: times of every op on every SM, every so many steps; 0: none")
+        int,
+        Meta(ge=0, le=1 << 20, description="with a trace: times of every op on every SM, every so many steps; 0: none"),
     ] = 0
     cache_dir: Annotated[
         str, Meta(description="compiled kernels; empty: $XDG_CACHE_HOME/blinkimp or ~/.cache/blinkimp")
@@ -279,5 +290,10 @@ def load_config(
         raise ConfigError(
             f"num_ingress: got {num_ingresses}{with_http}, expected at most num_queue_pairs = {config.num_queue_pairs}, because each "
             "ingress takes a queue pair; raise num_queue_pairs"
+        )
+    if bool(config.curve_key) != bool(config.curve_clients):
+        missing = "curve_clients" if config.curve_key else "curve_key"
+        raise ConfigError(
+            f"{missing}: got nothing, expected a file, because the other of curve_key and curve_clients is set; give both"
         )
     return config

@@ -306,7 +306,7 @@ def _explain(payload: bytes, error: Exception) -> Error:
     known_type = message_type if isinstance(message_type, str) else None
     complaint = complaint_of(error, content, lambda path: _fields_of(known_type, path == "sampling"))
     return Error(
-        id=message_id if isinstance(message_id, int) and 0 <= message_id < 2**64 else None,
+        id=message_id if type(message_id) is int and 0 <= message_id < 2**64 else None,
         code="bad_sampling" if complaint.path.startswith("sampling") else "bad_message",
         what=complaint.what,
         got=complaint.got,

@@ -142,6 +142,7 @@ ENGINE_RUNNING: Final = 1
 ENGINE_DRAINING: Final = 2
 ENGINE_STOPPED: Final = 3
 ENGINE_FAULTED: Final = 4
+ENGINE_PARKED: Final = 5
 
 
 class EngineState(enum.IntEnum):
@@ -150,6 +151,7 @@ class EngineState(enum.IntEnum):
     DRAINING = ENGINE_DRAINING
     STOPPED = ENGINE_STOPPED
     FAULTED = ENGINE_FAULTED
+    PARKED = ENGINE_PARKED
 
 
 # ---- EngineCommand

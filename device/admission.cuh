@@ -61,7 +61,7 @@ BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, Dire
 }
 
 // Lane 0. The request has its pages: from the waiting queue to the batch and the plan.
-BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, i32 level, StepPlan* plan,
+BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, u32 level, StepPlan* plan,
                              StepDraft& draft) {
   Request* request = request_at(params, request_idx);
   QueuePairState& queue_pair = state.queue_pairs[request->queue_pair_idx];
@@ -97,6 +97,7 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
       match = find_prefix(params, lanes, state.pages, request_idx);
     }
     const u32 num_needed = pages_for_tokens(request->num_tokens) - match.num_pages;
+    lanes.sync();  // hazard: a preemption changes lists and pages that other lanes still look at
     u32 room = kRoomNone;
     if (lanes.is_first()) room = make_room(params, state, num_needed, match.num_unreferenced);
     lanes.sync();  // hazard: the other lanes read the lists that a preemption changed

@@ -5,7 +5,7 @@
 //
 // A slot belongs to the ingress of its queue pair, which can write anything into it at any time. So nothing in a slot is trusted: sizes are
 // checked against what was loaded whenever they are used, classes and states against the sizes. A bad automaton hurts its own request.
-// Called by device/intake.cuh, device/sample_request.cuh. Test: pytest tests/host/test_director_constraints.py
+// Called by device/intake.cuh, device/sample_request.cuh. Test: pytest tests/host/test_director_sampling.py
 #pragma once
 #include <ptx.cuh>
 

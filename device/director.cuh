@@ -26,6 +26,7 @@ constexpr u32 kMaxTakeRounds = 8;  // submissions of one queue pair per poll: bo
 BK_INLINE u32 engine_state(const EngineParams& params, const DirectorState& state) {
   if (fault_recorded(params)) return kEngineFaulted;
   if (state.is_stopped) return kEngineStopped;
+  if (state.is_parked) return kEngineParked;
   return state.command == kCommandRun ? kEngineRunning : kEngineDraining;
 }
 
@@ -259,6 +260,7 @@ BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lane
   DirectorState& state = director_state(params);
   if (lanes.is_first()) {
     state.plan_ns = start_ns;
+    state.quiet_since_ns = 0;
     trace_start(params, state, state.status.step, start_ns);
   }
 }
@@ -315,6 +317,12 @@ BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, Step
     director_check_integrity(params, lanes);
   }
   return draft.num_rows;
+}
+
+// All lanes, after a poll with no step in flight: nothing to plan, to publish or to end. The caller may poll again at once.
+BK_INLINE bool director_is_quiet(const EngineParams& params) {
+  const DirectorState& state = director_state(params);
+  return state.status.num_running + state.status.num_waiting + state.num_staged == 0 && state.command != kCommandStop;
 }
 
 // Whether the caller's loop is over: the last plan carried kPlanExit, or a fault was recorded.

@@ -81,6 +81,7 @@ BK_INLINE bool check_pages(const EngineParams& params, const Lanes& lanes, const
     }
     return false;
   }
+  lanes.sync();  // hazard: marks change the words that other lanes still count above
   u32 num_wrong = 0;
   for (u32 i = lanes.id; i < num_free; i += lanes.count) num_wrong += mark_spare_page(params, free_page_stack(params)[i], 0);
   const u64 lru_begin_pos = state.pages.lru_begin_pos;

@@ -13,13 +13,14 @@
 //   H2  an armed plan is not touched; the director disarms it first, and if it comes too late the plan is on its way.
 //   H3  the dispatcher never reads or writes director state; what it found stands in the hand-off before arrived_step says so.
 #pragma once
-#include <director.cuh>
+#include <parking.cuh>
 
 namespace blinkimp {
 
 constexpr u32 kDirectorThreads = 64;
 constexpr u32 kLeaveStep = 0xffffffff;
 constexpr u32 kWatchSleepNs = 200;
+constexpr u64 kQuietRoundNs = 200000;  // an idle engine's plans, status and integrity checks
 
 // In the shared memory of the director's CTA. Steps are counted from 1 here; 0 = none.
 struct Handoff {
@@ -153,25 +154,43 @@ BK_INLINE void accompany_step(const EngineParams& params, const Lanes& lanes, u3
   lanes.sync();  // what the dispatcher left, and the sampled tokens, were acquired by lane 0
 }
 
+// With no step in flight: workers and dispatcher leave.
+BK_INLINE void leave(const EngineParams& params, const Lanes& lanes, u32 step) {
+  lanes.sync();  // hazard: another lane still looks at the plan
+  if (!lanes.is_first()) return;
+  plan_of_step(params, step)->flags = kPlanExit;
+  publish_plan(params, step);
+  st_release_cta(&handoff().watched_step, kLeaveStep);
+}
+
 // Warp 0.
 BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
   Handoff& shared = handoff();
-  director_init(params, lanes);
+  director_launch(params, lanes);
   bool has_polled = false;
+  u64 round_ns = 0;  // the last time that all was looked after
   for (u32 step = 0;;) {
     // Nothing is in flight.
     if (!has_polled) director_poll(params, lanes);
     has_polled = false;
+    const u64 now_ns = lanes.clock_ns();
+    const bool is_quiet = director_is_quiet(params);
+    if (is_quiet && now_ns - round_ns < kQuietRoundNs) {  // an idle engine looks for submissions and does little else
+      director_idle(params, lanes);
+      continue;
+    }
+    round_ns = now_ns;
+    if (director_may_park(params, lanes) && is_quiet) {
+      director_park(params, lanes);
+      leave(params, lanes, step);
+      return;
+    }
     StepPlan* plan = plan_of_step(params, step);
     const u32 num_rows = director_plan(params, lanes, plan);
     if (!num_rows || director_should_exit(params, lanes)) {
       director_publish(params, lanes);
       if (director_should_exit(params, lanes)) {
-        if (lanes.is_first()) {
-          plan->flags = kPlanExit;
-          publish_plan(params, step);
-          st_release_cta(&shared.watched_step, kLeaveStep);
-        }
+        leave(params, lanes, step);
         return;
       }
       director_idle(params, lanes);

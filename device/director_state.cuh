@@ -117,8 +117,10 @@ struct DirectorState {
   u64 next_start_ns;             // kNextStarted: when that was
   u64 arrived_ns;                // when the workers of the last step were done; 0 once the engine was idle since
   u64 integrity_ns;              // last check
+  u64 quiet_since_ns;            // since when there is nothing to do, as far as parking is concerned; 0 = there is
   u64 stop_seen_ns;              // when kCommandStop was first seen, 0 = not
   u32 command;                   // EngineCommand, as last seen
+  u32 is_parked;                 // the device has left, with everything in order: the next launch goes on
   u32 is_stopped;                // nothing is left to do after kCommandStop
   u32 step_in_flight;            // between a plan with rows and its commit
   u32 next_plan;                 // NextPlan: not kNextNone only while a step is in flight, or from its commit to the next director_plan

@@ -85,7 +85,7 @@ BK_INLINE void consume_entry(QueuePairState& queue_pair, bool body_is_there) {
 // Lane 0. Of the entry that is being taken.
 BK_INLINE void trace_polled(const EngineParams& params, DirectorState& state, u32 queue_pair_idx) {
   const SubmissionEntry& entry = state.queue_pairs[queue_pair_idx].entry;
-  trace_event(params, state.trace, state.now_ns, kTracePolled, queue_pair_idx, state.status.step, entry.request_id, entry.client_ns);
+  trace_event(params, state.trace, params.trace != 0 ? device_clock_ns() : 0, kTracePolled, queue_pair_idx, state.status.step, entry.request_id, entry.client_ns);
 }
 
 BK_INLINE void reject_entry(DirectorState& state, u32 queue_pair_idx, u32 reason, u32 limit) {

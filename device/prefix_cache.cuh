@@ -16,6 +16,13 @@
 
 namespace blinkimp {
 
+// So many tokens a lane asks for before it waits for the first. All 64 of a page, in every copy of this code, would double the kernel's size.
+#if BK_GPU
+#define BK_LOADS_IN_FLIGHT _Pragma("unroll 8")
+#else
+#define BK_LOADS_IN_FLIGHT
+#endif
+
 struct PrefixMatch {   // uniform over the lanes
   u32 num_pages;
   u32 num_unreferenced;  // of them, held by nobody: taking them makes fewer pages available
@@ -35,7 +42,7 @@ BK_INLINE u64 mix_hash(u64 value) {
 // One lane. The loads do not wait for each other. The key is the engine's random number: nobody outside can aim at one set.
 BK_INLINE u64 hash_page_tokens(const u32* tokens, u64 key) {
   u64 sum = 0;
-#pragma GCC unroll 16
+  BK_LOADS_IN_FLIGHT
   for (u32 i = 0; i < kPageTokens; i += 2) {
     const u32 even = tokens[i] + static_cast<u32>(key) + i * 0x9e3779b9u;
     const u32 odd = tokens[i + 1] + static_cast<u32>(key >> 32) + i * 0x85ebca6bu;
@@ -102,7 +109,7 @@ BK_INLINE SetProbe probe_set(const EngineParams& params, const PageAllocator& pa
 // One lane. F1, but for the parent.
 BK_INLINE bool holds_tokens(const CachedPage& cached, const u32* tokens, u64 salt) {
   u32 difference = 0;
-#pragma GCC unroll 16
+  BK_LOADS_IN_FLIGHT
   for (u32 i = 0; i < kPageTokens; ++i) difference |= cached.tokens[i] ^ tokens[i];
   return difference == 0 && cached.salt == salt;
 }
@@ -218,6 +225,7 @@ BK_INLINE void register_pages(const EngineParams& params, const Lanes& lanes, Pa
     cached->salt = salt;
     cached->lru_pos = kNotInLru;
     cached->slot = set * kPrefixWays + way;
+    BK_LOADS_IN_FLIGHT
     for (u32 i = 0; i < kPageTokens; ++i) cached->tokens[i] = tokens[i];
     prefix_sets(params)[cached->slot] = page + 1;
     page_owners(params)[page] = kPageShared | 1;

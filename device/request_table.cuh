@@ -64,7 +64,7 @@ struct Request {
   u32 body_flags;                // RequestBodyFlags
   u32 num_hashed_pages;          // full pages whose hash stands in prefix_links (prefix_cache.cuh)
   u32 num_cached_tokens;         // prompt tokens that the prefix cache had when it was first admitted
-  i32 running_level;             // effective priority level at its admission: lower is preempted later
+  u32 running_level;             // effective priority level at its admission: lower is preempted later
   u32 count_slot;                // slot of token_counts + 1, while it runs with penalties (count_slots.cuh); else 0, or what it had
   u32 num_linked_pages;          // full pages that were found or registered since its admission
   u64 serial;                    // differs for each accepted request

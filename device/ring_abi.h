@@ -250,6 +250,7 @@ enum EngineState : u32 {
   kEngineDraining = 2,  // no new requests
   kEngineStopped = 3,
   kEngineFaulted = 4,   // fault is valid
+  kEngineParked = 5,    // idle: the device has left, and comes back when the host sees that it is wanted. No heartbeat
 };
 
 enum EngineCommand : u32 {

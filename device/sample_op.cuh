@@ -40,7 +40,9 @@ BK_INLINE void sample_greedy_slice(const Group& group, const EngineParams& param
   const u32 begin = static_cast<u32>(u64{vocab} * slice_idx / num_slices);
   const u32 end = static_cast<u32>(u64{vocab} * (slice_idx + 1) / num_slices);
   u64 sum = 0;
-  for_each_logit(logits, begin, end, group.id, group.count, [&](u32, f32 logit) { sum += weighing.weight(logit); });
+  for_each_quad(logits + begin, end - begin, group.id, group.count, [&](u32 offset, const LogitQuad& quad) {
+    for (u32 i = 0; i < 4; ++i) sum += offset + i < end - begin ? weighing.weight(orderable_logit(quad.values[i])) : 0;
+  });
   sum = sum_over_group(group, scratch, sum);
   if (group.id != 0) return;
   SampleSplit* split = sample_splits(params) + sample_idx;

@@ -99,25 +99,37 @@ struct Choice {
   u32 top_k;   // 0 is off
   u64 share;   // top_p in Q32, or kNoShare: off
   u64 random;  // 64 bits
-
-  // What top_p leaves of `total`, at least.
-  BK_INLINE u64 top_p_target(u64 total) const {
-    const u64 target = (total >> 32) * share + (((total & 0xffffffffu) * share + 0xffffffffu) >> 32);
-    return target > 0 ? target : 1;
-  }
 };
+
+// Cuts of the order, one after the other; each is a place, and what stands behind it is out. The draw's place is the token.
+enum Stage : u32 {
+  kStageTopK = 0,
+  kStageTopP = 1,
+  kStageDraw = 2,
+  kNumStages = 3,
+};
+
+BK_INLINE bool stage_is_off(const Choice& choice, u32 stage) {
+  return (stage == kStageTopK && choice.top_k == 0) || (stage == kStageTopP && choice.share == kNoShare);
+}
+
+// The running weight of the stage's place, where `total` weight is left before it; top-k: the running count, where `total` tokens are left.
+BK_INLINE u64 target_of(const Choice& choice, u32 stage, u64 total) {
+  if (stage == kStageTopK) return choice.top_k < total ? choice.top_k : total;
+  if (stage == kStageDraw) return mul_hi_u64(choice.random, total) + 1u;
+  const u64 target = (total >> 32) * choice.share + (((total & 0xffffffffu) * choice.share + 0xffffffffu) >> 32);
+  return target > 0 ? target : 1;
+}
 
 // The token by radix descents; for any row.
 template <class Group>
 BK_INLINE u32 choose_by_radix(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, const Choice& choice) {
   Candidates candidates{weighing, kKeyOfMinusInfinity + 1u, kNoRow};
-  if (choice.top_k > 0) {
-    cut_candidates(group, scratch, row, &candidates, false, [&](u64 total) -> u64 { return total > choice.top_k ? choice.top_k : 0; });
+  BK_NO_UNROLL
+  for (u32 stage = 0; stage < kNumStages; ++stage) {
+    if (stage_is_off(choice, stage)) continue;
+    cut_candidates(group, scratch, row, &candidates, stage != kStageTopK, [&](u64 total) { return target_of(choice, stage, total); });
   }
-  if (choice.share != kNoShare) {
-    cut_candidates(group, scratch, row, &candidates, true, [&](u64 total) { return choice.top_p_target(total); });
-  }
-  cut_candidates(group, scratch, row, &candidates, true, [&](u64 total) { return mul_hi_u64(choice.random, total) + 1u; });
   return candidates.cut_idx;
 }
 
@@ -143,31 +155,26 @@ BK_INLINE u32 choose_by_window(const Group& group, SampleScratch* scratch, const
                                bool has_weights) {
   const WindowTokens& tokens = scratch->of.window;
   const u64 num_tokens = sum_bins(group, scratch, 0, kNumBins, false);
+  u64 kept = has_weights ? sum_bins(group, scratch, 0, kNumBins, true) : 0;  // weight of what is left
   Window window{0, 0};
-  u64 num_before = 0;
-  u64 kept;  // weight of the tokens that are left; those are always the first of the order
-  if (choice.top_k > 0 && (!has_weights || choice.top_k < num_tokens)) {
-    const u64 num_kept = choice.top_k < num_tokens ? choice.top_k : num_tokens;
-    if (!move_window(group, scratch, row, weighing, num_kept, false, &window, &num_before)) return kNotFound;
+  u64 num_before = 0;  // tokens before the window
+  u32 place = 0;       // in the window
+  BK_NO_UNROLL
+  for (u32 stage = 0; stage < kNumStages; ++stage) {
+    const bool by_weight = stage != kStageTopK;
+    if (stage_is_off(choice, stage) || (!by_weight && has_weights && choice.top_k >= num_tokens)) continue;
+    const u64 target = target_of(choice, stage, by_weight ? kept : num_tokens);
+    const bool is_there = by_weight && window.num_tokens > 0 && target > window.weight_before && target <= tokens.sums[window.num_tokens - 1];
+    if (!is_there && !move_window(group, scratch, row, weighing, target, by_weight, &window, &num_before)) return kNotFound;
     if (!has_weights && num_before > 0) return kNotFound;
-    // Without weights the bins count tokens of weight 0 too; they are the last ones, and the window leaves them out.
-    const u64 num_inside = num_kept - num_before < window.num_tokens ? num_kept - num_before : window.num_tokens;
-    kept = tokens.sums[num_inside - 1];
-  } else {
-    kept = sum_bins(group, scratch, 0, kNumBins, true);
-  }
-  const auto find = [&](u64 target, u32* place) {
-    const bool is_there = window.num_tokens > 0 && target > window.weight_before && target <= tokens.sums[window.num_tokens - 1];
-    if (!is_there && !move_window(group, scratch, row, weighing, target, true, &window, &num_before)) return false;
-    *place = search_window(scratch, window, target);
-    return true;
-  };
-  u32 place = 0;
-  if (choice.share != kNoShare) {
-    if (!find(choice.top_p_target(kept), &place)) return kNotFound;
+    if (by_weight) {
+      place = search_window(scratch, window, target);
+    } else {
+      // Without weights the bins count tokens of weight 0 too; they are the last ones, and the window leaves them out.
+      place = (target - num_before < window.num_tokens ? static_cast<u32>(target - num_before) : window.num_tokens) - 1;
+    }
     kept = tokens.sums[place];
   }
-  if (!find(mul_hi_u64(choice.random, kept) + 1u, &place)) return kNotFound;
   return static_cast<u32>(tokens.codes[place]);
 }
 

@@ -65,7 +65,7 @@ BK_INLINE u32 walk_radix_bins(const SampleScratch* scratch, u64* target) {
   return kNumRadixBins - 1u - bin;
 }
 
-// Moves the cut to the token at which the running count or weight reaches target_of(sum of all candidates); 0 leaves it where it is.
+// Moves the cut to the token at which the running count or weight reaches target_of(sum of all candidates).
 template <class Group, class TargetOf>
 BK_INLINE void cut_candidates(const Group& group, SampleScratch* scratch, const Row& row, Candidates* candidates, bool by_weight,
                               TargetOf target_of) {
@@ -73,21 +73,25 @@ BK_INLINE void cut_candidates(const Group& group, SampleScratch* scratch, const 
   while (num_idx_bits < 32u && ((row.vocab - 1u) >> num_idx_bits) != 0u) ++num_idx_bits;
   u64 target = 0;
   u32 key = 0;
-  for (u32 by_index = 0; by_index < 2; ++by_index) {  // digits of the key, then of the index among equals
-    u32 prefix = 0;
-    for (u32 shift = by_index ? num_idx_bits : 32; shift > 0;) {
-      const u32 num_bits = shift < kRadixBits ? shift : kRadixBits;
-      const u64 total = fill_radix_bins(group, scratch, row, *candidates, by_index != 0, key, prefix, shift - num_bits, num_bits, by_weight);
-      if (shift == 32 && by_index == 0) target = target_of(total);
-      if (target != 0) prefix = (prefix << num_bits) | walk_radix_bins(scratch, &target);
-      group.sync();  // hazard: the next digit clears bins that a member still reads
-      if (target == 0) return;
-      shift -= num_bits;
-    }
-    if (by_index == 0) key = prefix;
-    else candidates->cut_idx = row.vocab - 1u - prefix;
+  u32 prefix = 0;
+  bool by_index = false;  // digits of the key, then of the index among equals
+  BK_NO_UNROLL
+  for (u32 shift = 32;;) {
+    const u32 num_bits = shift < kRadixBits ? shift : kRadixBits;
+    const u64 total = fill_radix_bins(group, scratch, row, *candidates, by_index, key, prefix, shift - num_bits, num_bits, by_weight);
+    if (shift == 32 && !by_index) target = target_of(total);
+    prefix = (prefix << num_bits) | walk_radix_bins(scratch, &target);
+    group.sync();  // hazard: the next digit clears bins that a member still reads
+    shift -= num_bits;
+    if (shift > 0) continue;
+    if (by_index) break;
+    by_index = true;
+    key = prefix;
+    prefix = 0;
+    shift = num_idx_bits;
   }
   candidates->cut_key = key;
+  candidates->cut_idx = row.vocab - 1u - prefix;
 }
 
 }  // namespace blinkimp::sampling

@@ -13,6 +13,12 @@
 #include <ptx_mma.cuh>
 #endif
 
+#if BK_GPU
+#define BK_NO_UNROLL _Pragma("unroll 1")
+#else
+#define BK_NO_UNROLL
+#endif
+
 namespace blinkimp {
 
 constexpr u32 kMaxSampleLanes = 256;
@@ -82,30 +88,48 @@ struct LogitQuad {
   f32 values[4];  // logits of four neighbouring ids
 };
 
-// fn(idx, logit) for the logits [begin, end), by aligned 16-byte loads where four lie inside; quads start, start + stride, ...
-template <class Fn>
-BK_INLINE void for_each_logit(const f32* logits, u32 begin, u32 end, u32 start, u32 stride, Fn fn) {
-  const f32* first = logits + begin;
-  const u32 num_lead = (static_cast<u32>(reinterpret_cast<u64>(first)) / sizeof(f32)) % 4u;  // of the first quad, before `begin`
-  const u32 num_logits = end - begin;
-  const u32 num_quads = (num_lead + num_logits + 3u) / 4u;
-  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
-    const u32 offset = quad_idx * 4u - num_lead;  // wraps below zero in the first quad: then it is >= num_logits
-    if (offset < num_logits && num_logits - offset >= 4u) {
+// Four logits from `offset` on, those below num_logits; an offset that wrapped below zero has none before 0.
+BK_INLINE LogitQuad load_quad(const f32* logits, u32 num_logits, u32 offset) {
+  LogitQuad quad{{0.0f, 0.0f, 0.0f, 0.0f}};
+  if (offset < num_logits && num_logits - offset >= 4u) {
 #if BK_GPU
-      const float4 loaded = *reinterpret_cast<const float4*>(first + offset);
-      const LogitQuad quad{{loaded.x, loaded.y, loaded.z, loaded.w}};
+    const float4 loaded = *reinterpret_cast<const float4*>(logits + offset);
+    quad = LogitQuad{{loaded.x, loaded.y, loaded.z, loaded.w}};
 #else
-      LogitQuad quad;
-      __builtin_memcpy(&quad, first + offset, sizeof(quad));
+    __builtin_memcpy(&quad, logits + offset, sizeof(quad));
 #endif
-      for (u32 i = 0; i < 4; ++i) fn(begin + offset + i, orderable_logit(quad.values[i]));
-    } else {
-      for (u32 i = 0; i < 4; ++i) {
-        if (offset + i < num_logits) fn(begin + offset + i, orderable_logit(first[offset + i]));
-      }
+  } else {
+    for (u32 i = 0; i < 4; ++i) {
+      if (offset + i < num_logits) quad.values[i] = logits[offset + i];
     }
   }
+  return quad;
+}
+
+// fn(offset, quad) for the logits [0, num_logits), by aligned 16-byte loads where four lie inside; quads start, start + stride, ... Of the
+// first quad and the last some may lie outside: offset + i is below num_logits for those that do not.
+template <class Fn>
+BK_INLINE void for_each_quad(const f32* logits, u32 num_logits, u32 start, u32 stride, Fn fn) {
+  const u32 num_lead = (static_cast<u32>(reinterpret_cast<u64>(logits)) / sizeof(f32)) % 4u;  // of the first quad, before the row
+  const u32 num_quads = (num_lead + num_logits + 3u) / 4u;
+#if BK_GPU
+  // Three loads on their way while one quad is worked on: 256 threads alone would leave most of the memory's bandwidth unused.
+  LogitQuad next0 = load_quad(logits, num_logits, start * 4u - num_lead);
+  LogitQuad next1 = load_quad(logits, num_logits, (start + stride) * 4u - num_lead);
+  LogitQuad next2 = load_quad(logits, num_logits, (start + 2 * stride) * 4u - num_lead);
+  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
+    const LogitQuad quad = next0;
+    next0 = next1;
+    next1 = next2;
+    next2 = load_quad(logits, num_logits, (quad_idx + 3 * stride) * 4u - num_lead);
+    fn(quad_idx * 4u - num_lead, quad);
+  }
+#else
+  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
+    const u32 offset = quad_idx * 4u - num_lead;
+    fn(offset, load_quad(logits, num_logits, offset));
+  }
+#endif
 }
 
 // One row as the passes see it.
@@ -116,11 +140,22 @@ struct Row {
   const LogitEdits* edits;  // valid if is_edited
   EditScratch* scratch;     // of prepare_edits()
 
-  // fn(idx, logit of the model, logit to choose by)
+  // fn(idx, logit of the model, logit to choose by). Four logits are edited before the first is worked on: fn may have side effects, over
+  // which the compiler cannot move the edits' loads.
   template <class Group, class Fn>
   BK_INLINE void for_each(const Group& group, Fn fn) const {
-    for_each_logit(logits, 0, vocab, group.id, group.count, [&](u32 idx, f32 logit) {
-      fn(idx, logit, is_edited ? edited_logit(*edits, *scratch, idx, logit) : logit);
+    for_each_quad(logits, vocab, group.id, group.count, [&](u32 offset, const LogitQuad& loaded) {
+      LogitQuad model;
+      LogitQuad edited;
+      for (u32 i = 0; i < 4; ++i) edited.values[i] = model.values[i] = orderable_logit(loaded.values[i]);
+      if (is_edited) {
+        for (u32 i = 0; i < 4; ++i) {
+          if (offset + i < vocab) edited.values[i] = edited_logit(*edits, *scratch, offset + i, model.values[i]);
+        }
+      }
+      for (u32 i = 0; i < 4; ++i) {
+        if (offset + i < vocab) fn(offset + i, model.values[i], edited.values[i]);
+      }
     });
   }
 };

@@ -144,7 +144,7 @@ BK_INLINE u32 plan_running_chunks(const EngineParams& params, DirectorState& sta
 // position in the running list.
 BK_INLINE u32 choose_victim(const EngineParams& params, const DirectorState& state) {
   u32 victim = kNoRequest;
-  i32 worst = 0;
+  u32 worst = 0;
   for (u32 i = state.status.num_running; i-- > 0;) {
     if (state.running[i] == kNoRequest) continue;
     const Request* request = request_at(params, state.running[i]);

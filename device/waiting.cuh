@@ -6,7 +6,8 @@
 //
 // Invariants (checked by director_check_integrity or asserted by tests):
 //   W1  a queue is in order of arrival, preempted requests before it; level_mask names the queues that are not empty.
-//   W2  what waits for kNumLevels times the aging period goes before whatever has just arrived: nobody starves.
+//   W2  what waits for kNumLevels times the aging period goes before whatever has just arrived at its queue pair, which has its share of
+//       the engine whatever others send: nobody starves.
 //   W3  among queue pairs whose best request has the same level, the one that was served fewer tokens is next; what it was served while
 //       it was not waiting, or more than kFairWindowTokens ahead of the others, is not held against it.
 #pragma once
@@ -26,11 +27,12 @@ BK_INLINE u32 level_of(const Request& request) {
   return static_cast<u32>(priority + kHalf);
 }
 
-// The level that its wait has brought it to: one lower for each aging period.
-BK_INLINE i32 effective_level(const DirectorState& state, const Request& request) {
+// The level that its wait has brought it to: one lower for each aging period, but not below `best`, the level of the most urgent that wait.
+// So among equals a wait is worth nothing, and a queue pair does not get more than its share by letting many wait.
+BK_INLINE u32 effective_level(const DirectorState& state, const Request& request, u32 best) {
   const u64 num_periods = state.limits.aging_ns != 0 ? (state.now_ns - request.accepted_ns) / state.limits.aging_ns : 0;
-  const i32 aged = num_periods < u64{kMostAging} ? static_cast<i32>(num_periods) : kMostAging;
-  return static_cast<i32>(level_of(request)) - aged;
+  const u32 level = level_of(request);
+  return num_periods < u64{level - best} ? level - static_cast<u32>(num_periods) : best;
 }
 
 // ---- Queues ------------------------------------------------------------------------------------------------------
@@ -84,16 +86,16 @@ BK_INLINE u32 first_waiting(const DirectorState& state, u32 queue_pair_idx) {
 // ---- Choice ------------------------------------------------------------------------------------------------------
 struct WaitingHead {
   u32 request_idx;
-  i32 level;  // effective
+  u32 level;  // effective
 };
 
 // One lane. The best head of a queue pair in which somebody waits; of two that wait has made equal, the one that waits longer.
-BK_INLINE WaitingHead best_head(const EngineParams& params, const DirectorState& state, u32 queue_pair_idx) {
+BK_INLINE WaitingHead best_head(const EngineParams& params, const DirectorState& state, u32 queue_pair_idx, u32 best_level) {
   WaitingHead best{kNoRequest, 0};
   for (u32 mask = state.queue_pairs[queue_pair_idx].level_mask, level = 0; mask != 0; mask >>= 1, ++level) {
     if (!(mask & 1)) continue;
     const u32 head_idx = state.waiting[queue_pair_idx][level].first_idx;
-    const i32 head_level = effective_level(state, *request_at(params, head_idx));
+    const u32 head_level = effective_level(state, *request_at(params, head_idx), best_level);
     if (best.request_idx == kNoRequest || head_level <= best.level) best = WaitingHead{head_idx, head_level};
   }
   return best;
@@ -111,17 +113,28 @@ BK_INLINE u32 fair_lead(const DirectorState& state, const QueuePairState& queue_
 BK_INLINE WaitingHead choose_waiting(const EngineParams& params, const Lanes& lanes, const DirectorState& state) {
   constexpr u32 kLowestKey = 0xffffffff;
   u32 best_key = kLowestKey;
+  u32 candidate_mask = 0;
+  u32 levels_mask = 0;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
     const QueuePairState& queue_pair = state.queue_pairs[q];
     if (queue_pair.num_waiting == 0 || completion_credit(queue_pair) < step_credit(queue_pair)) continue;
-    const u32 level = static_cast<u32>(best_head(params, state, q).level + kMostAging);
+    candidate_mask |= 1u << q;
+    levels_mask |= queue_pair.level_mask;
+  }
+  u32 best_level = kNumLevels;
+  for (u32 level = kNumLevels; level-- > 0;) best_level = levels_mask >> level & 1 ? level : best_level;
+  best_level = ~lanes.max(~best_level);
+  for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) {
+    if (!(candidate_mask >> q & 1)) continue;
+    const QueuePairState& queue_pair = state.queue_pairs[q];
+    const u32 level = best_head(params, state, q, best_level).level;
     const u32 turn = (q + params.num_queue_pairs - state.next_admit_idx) % params.num_queue_pairs;
     const u32 key = level << 19 | fair_lead(state, queue_pair) / kFairUnitTokens << 5 | turn;
     best_key = key < best_key ? key : best_key;
   }
   best_key = ~lanes.max(~best_key);
   if (best_key == kLowestKey) return WaitingHead{kNoRequest, 0};
-  return best_head(params, state, (state.next_admit_idx + best_key % 32) % params.num_queue_pairs);
+  return best_head(params, state, (state.next_admit_idx + best_key % 32) % params.num_queue_pairs, best_level);
 }
 
 // Lane 0. The request that was chosen is admitted and has num_rows_left tokens to compute.

@@ -42,6 +42,7 @@ class Launch:
     cache_dir: Path  # of compiled kernels
     ingress_timeout_ns: int
     spin_budget_ns: int
+    parked_after_ns: int  # 0 = never
     regions: EngineRegions  # created by the host, not yet read by any director
 
 
@@ -66,6 +67,9 @@ class Device(Protocol):
 
     def is_alive(self) -> bool:
         """False once the kernel or the process has ended, for whatever reason."""
+
+    def resume(self) -> None:
+        """The engine has parked (EngineState.PARKED) and is wanted: goes on where it was. A device that sees to that itself does nothing."""
 
     def fault(self) -> str | None:
         """Why it ended, where the engine page does not say (a signal, a driver error); None while alive or after a clean end."""

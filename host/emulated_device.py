@@ -67,6 +67,7 @@ class EmulatedDevice:
             num_threads=self._num_threads,
             ingress_timeout_ns=launch.ingress_timeout_ns,
             spin_budget_ns=launch.spin_budget_ns,
+            parked_after_ns=launch.parked_after_ns,
             has_trace=launch.regions.trace is not None,
         )
 
@@ -88,6 +89,9 @@ class EmulatedDevice:
 
     def is_alive(self) -> bool:
         return self._child is not None and self._child.is_alive()
+
+    def resume(self) -> None:
+        """Its process has stayed, and looks for itself."""
 
     def fault(self) -> str | None:
         if self._child is None or self._child.is_alive() or self._child.returncode() == EXIT_STOPPED:

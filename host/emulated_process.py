@@ -13,6 +13,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,6 +24,7 @@ import numpy as np
 from blinkimp import native
 from blinkimp import ring_abi as abi
 from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of, prefix_cache_bytes_of
+from blinkimp.host.parking import PARKED_LOOK_S, Doorbell
 from blinkimp.host.program import Model, load_model
 from blinkimp.host.sampling_memory import sampling_table_bytes
 from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair, open_trace
@@ -35,6 +37,7 @@ from blinkimp.ring_abi import DType
 IDLE_SLEEP_NS: Final = 500_000
 EXIT_STOPPED, EXIT_NOT_STARTED, EXIT_FAULTED = 0, 2, 3
 _RUN_NO_THREADS: Final = 2  # bk_emulated_device_run
+_RUN_PARKED: Final = 3
 ALIGN_BYTES: Final = 64
 
 
@@ -50,6 +53,7 @@ class Order(msgspec.Struct, frozen=True):
     num_threads: int
     ingress_timeout_ns: int
     spin_budget_ns: int
+    parked_after_ns: int = 0
     has_trace: bool = False
 
 
@@ -116,6 +120,7 @@ def build_params(
     params["idle_sleep_ns"] = IDLE_SLEEP_NS
     params["ingress_timeout_ns"] = order.ingress_timeout_ns
     params["spin_budget_ns"] = order.spin_budget_ns
+    params["parked_after_ns"] = order.parked_after_ns
     params["engine_page"] = engine_page.address
     params["queue_pairs"][0, : len(queue_pairs)] = [region.address for region in queue_pairs]
     params["director_state"] = memory.allocate(abi.DIRECTOR_STATE_BYTES)
@@ -164,7 +169,10 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
         params["trace"] = trace.address
     check_params(params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
-    outcome = library().bk_emulated_device_run(params.ctypes.data)
+    doorbell = Doorbell(engine_page, queue_pairs)
+    while (outcome := library().bk_emulated_device_run(params.ctypes.data)) == _RUN_PARKED:
+        while not doorbell.rings():
+            time.sleep(PARKED_LOOK_S)
     if outcome == _RUN_NO_THREADS:
         num_threads = int(params["num_workers"][0])
         raise RuntimeError(f"the system refused {num_threads} worker threads; lower num_threads, or raise `ulimit -u`")

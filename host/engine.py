@@ -25,6 +25,7 @@ from blinkimp.host.device_protocol import DEFAULT_SPIN_BUDGET_NS, Device, Device
 from blinkimp.host.dummy_weights import DummyWeights
 from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.memory_plan import MemoryPlan, plan_memory
+from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.trace_memory import TraceGeometry
@@ -91,6 +92,7 @@ class Engine:
         self._regions: EngineRegions | None = None
         self._page: Any = None
         self._watchdog: Watchdog | None = None
+        self._wake: WakeThread | None = None
         self._is_halted = False
 
     # ---- Life --------------------------------------------------------------------------------------------------------
@@ -118,6 +120,9 @@ class Engine:
             self._release()
             raise
         self._watchdog = Watchdog(self._regions.engine_page, self.device, STALL_TIMEOUT_S[self.device.kind])
+        if config.park_after_s > 0 and self.device.kind == "gpu":
+            doorbell = Doorbell(self._regions.engine_page, self._regions.queue_pairs)
+            self._wake = WakeThread(doorbell, self.device.resume)
         _log.info("engine %s runs after %.1f s", config.engine_name, time.monotonic() - started_at)
 
     def check(self) -> None:
@@ -140,7 +145,7 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether a drain has not been noticed yet, or requests are still on their way."""
         status = self.status()
-        return status["state"] == EngineState.RUNNING or any(
+        return status["state"] in (EngineState.RUNNING, EngineState.PARKED) or any(
             status[name] for name in ("num_running", "num_waiting", "num_finishing")
         )
 
@@ -149,8 +154,12 @@ class Engine:
         if self._regions is None or self._is_halted:
             return True
         self._is_halted = True
-        self._command(EngineCommand.STOP)
-        return self.device.stop(STOP_TIMEOUT_S)
+        self._command(EngineCommand.STOP)  # a parked engine is woken by it, to say that it has stopped
+        ended = self.device.stop(STOP_TIMEOUT_S)
+        if self._wake is not None:
+            self._wake.close()
+            self._wake = None
+        return ended
 
     def stop(self) -> None:
         """halt(), then removes the shared memory."""
@@ -239,5 +248,6 @@ class Engine:
             cache_dir=cache_folder(self.config),
             ingress_timeout_ns=int(self.config.ingress_timeout_s * 1e9),
             spin_budget_ns=DEFAULT_SPIN_BUDGET_NS,
+            parked_after_ns=int(self.config.park_after_s * 1e9),
             regions=regions,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from blinkimp import ring_abi as abi
@@ -53,6 +54,8 @@ class GpuDevice:
             self._context.close()
             raise GpuError(str(error)) from error
         self._stream: Any = None
+        self._relaunch: Callable[[], None] | None = None
+        self._page: Any = None
         self._error: str | None = None
         self._model: Model | None = None
 
@@ -98,10 +101,21 @@ class GpuDevice:
             return False
         self._context.make_current()
         try:
-            return not self._context.stream_is_done(self._stream)
+            if not self._context.stream_is_done(self._stream):
+                return True
+            # The kernel has left: for good, or to be launched again. It says so before it leaves; if it was launched again since the
+            # look above, the state says something else by now, but the stream is busy.
+            is_parked = int(self._page["status"]["state"][0]) == EngineState.PARKED
+            return is_parked or not self._context.stream_is_done(self._stream)
         except GpuError as error:
             self._error = str(error)
             return False
+
+    def resume(self) -> None:
+        if self._relaunch is None:
+            raise DeviceError("resume() before start(): there is no kernel to launch again")
+        self._context.make_current()
+        self._relaunch()
 
     def fault(self) -> str | None:
         return self._error
@@ -164,6 +178,7 @@ class GpuDevice:
         params["idle_sleep_ns"] = IDLE_SLEEP_NS
         params["ingress_timeout_ns"] = launch.ingress_timeout_ns
         params["spin_budget_ns"] = launch.spin_budget_ns
+        params["parked_after_ns"] = launch.parked_after_ns
         params["engine_page"] = context.register_host(regions.engine_page.address, regions.engine_page.region_bytes)
         for i, region in enumerate(regions.queue_pairs):
             params["queue_pairs"][0, i] = context.register_host(region.address, region.region_bytes)
@@ -172,13 +187,26 @@ class GpuDevice:
             params["trace"] = context.register_host(regions.trace.address, regions.trace.region_bytes)
         function = context.load_kernel(kernel.cubin, KERNEL_NAME, shape.shared_memory_bytes)
         self._stream = context.create_stream()
+        self._page = regions.engine_page.view(abi.ENGINE_PAGE)
+
+        def start_kernel() -> None:
+            context.launch(
+                function,
+                self.num_workers + 1,
+                shape.num_threads,
+                [params],
+                shared_memory_bytes=shape.shared_memory_bytes,
+                cooperative=True,
+                stream=self._stream,
+            )
+
+        def relaunch() -> None:
+            context.synchronize(self._stream)  # the last CTAs of the launch before
+            context.fill(
+                int(params["grid_words"][0]), 0, abi.GRID_WORDS_BYTES
+            )  # plans and arrivals are counted from 0 by each launch
+            start_kernel()
+
+        self._relaunch = relaunch
         context.synchronize()
-        context.launch(
-            function,
-            self.num_workers + 1,
-            shape.num_threads,
-            [params],
-            shared_memory_bytes=shape.shared_memory_bytes,
-            cooperative=True,
-            stream=self._stream,
-        )
+        start_kernel()

@@ -171,6 +171,8 @@ def ingress_slots(config: Config) -> list[IngressSlot]:
     slots = []
     for idx in range(config.num_ingress):
         arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder]
+        if config.curve_key:
+            arguments += ["--curve-key", config.curve_key, "--curve-clients", config.curve_clients]
         slots.append(IngressSlot(config, idx, "blinkimp.nic_shim.zmq_ingress", arguments))
     if config.http:
         arguments = ["--bind", config.http, "--model-folder", folder]

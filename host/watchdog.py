@@ -97,7 +97,7 @@ class Watchdog:
     def _check_heartbeat(self, heartbeat: int, state: int, step: int) -> str | None:
         now = self._clock()
         gap_s, self._looked_at = min(now - self._looked_at, MAX_LOOK_GAP_S), now
-        if heartbeat != self._heartbeat or state == EngineState.STOPPED:
+        if heartbeat != self._heartbeat or state in (EngineState.STOPPED, EngineState.PARKED):
             self._heartbeat, self._stalled_s = heartbeat, 0.0
             return None
         self._stalled_s += gap_s

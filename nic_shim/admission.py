@@ -1,7 +1,7 @@
 """What makes a request one that cannot be run, in the words that clients of both ingresses read.
 
 Ranges of single fields stand in blinkimp/protocol.py; here is what takes more than one field, or the engine, to see.
-Called by nic_shim/message_handler.py and nic_shim/http_generate.py. Test: pytest tests/null/test_admission.py
+Called by nic_shim/message_handler.py and nic_shim/http_generate.py. Test: pytest tests/host/test_http_errors.py
 """
 
 from __future__ import annotations

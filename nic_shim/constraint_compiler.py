@@ -27,7 +27,7 @@ from blinkimp.nic_shim.constraint_worker import LENGTH, Compiled
 from blinkimp.protocol import Constraint, Error, ErrorCode, quote
 
 COMPILE_TIMEOUT_S: Final = 10.0
-START_TIMEOUT_S: Final = 30.0  # of the worker, on top, for its first constraint
+START_TIMEOUT_S: Final = 30.0  # of the worker, until it is ready
 CACHE_BYTES: Final = 64 << 20
 MAX_CONSTRAINT_CHARS: Final = 256 << 10
 
@@ -101,10 +101,11 @@ class ConstraintCompiler:
 
     def close(self) -> None:
         """Does not wait for a compilation: its worker is killed, and its caller gets a problem."""
-        worker = self._worker
-        if worker is not None:
-            worker.kill()
-            worker.wait()
+        if self._lock.acquire(blocking=False):
+            self._end_worker()
+            self._lock.release()
+        elif (worker := self._worker) is not None:
+            worker.kill()  # the thread that compiles finds out, and ends it
 
     def _check(self, constraint: Constraint) -> None:
         value = constraint.value
@@ -116,7 +117,7 @@ class ConstraintCompiler:
             raise ConstraintProblem(
                 "bad_constraint", "a choice has a list of texts, everything else one text", constraint
             )
-        if constraint.kind == "choice" and not all(value):
+        if constraint.kind == "choice" and not (value and all(value)):
             raise ConstraintProblem(
                 "bad_constraint", "a choice needs texts that are not empty, at least one", constraint
             )
@@ -141,18 +142,21 @@ class ConstraintCompiler:
         return LoadedConstraint(key, ConstraintTable.parse(answer.table))
 
     def _ask(self, constraint: Constraint) -> Compiled:
-        deadline = time.monotonic() + self._timeout_s
-        if self._worker is None:
-            deadline += START_TIMEOUT_S
-            command = [sys.executable, "-m", "blinkimp.nic_shim.constraint_worker", *self._arguments]
-            self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        worker = self._worker
+        worker = self._worker or self._start_worker()
         assert worker.stdin is not None and worker.stdout is not None
+        deadline = time.monotonic() + self._timeout_s
         payload = msgspec.msgpack.encode(constraint)
         worker.stdin.write(LENGTH.pack(len(payload)) + payload)
         worker.stdin.flush()
         (num_bytes,) = LENGTH.unpack(_read(worker.stdout.fileno(), LENGTH.size, deadline))
         return msgspec.msgpack.decode(_read(worker.stdout.fileno(), num_bytes, deadline), type=Compiled)
+
+    def _start_worker(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "blinkimp.nic_shim.constraint_worker", *self._arguments]
+        self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert worker.stdout is not None
+        _read(worker.stdout.fileno(), LENGTH.size, time.monotonic() + START_TIMEOUT_S)  # it says that it is ready
+        return worker
 
     def _end_worker(self) -> None:
         worker, self._worker = self._worker, None

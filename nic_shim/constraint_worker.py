@@ -3,7 +3,7 @@
     python -m blinkimp.nic_shim.constraint_worker TOKENIZER VOCAB_SIZE EOS_ID,EOS_ID MAX_BYTES
 
 Started by nic_shim/constraint_compiler.py. Over stdin and stdout: a u32 length and that many bytes of msgpack, a Constraint in, a
-Compiled out. Test: pytest tests/host/test_constraints.py
+Compiled out; a length of 0 at the start says that it is ready. Test: pytest tests/host/test_constraints.py
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def main() -> int:
     compiler = Compiler(
         Tokenizer(tokenizer), int(vocab_size), [int(token) for token in eos_ids.split(",")], int(max_bytes)
     )
+    sys.stdout.buffer.write(LENGTH.pack(0))  # ready
+    sys.stdout.buffer.flush()
     while True:
         try:
             (num_bytes,) = LENGTH.unpack(read_exactly(sys.stdin.buffer, LENGTH.size))

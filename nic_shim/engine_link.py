@@ -12,7 +12,7 @@ Invariants
 I1  A request is in exactly one place: waiting (in order), on the ring (_on_ring has its ring_id), or ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
     ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
-I3  Tokens of one submission arrive with index 0, 1, 2, ...; anything else is counted and ends the request with an error.
+I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class EngineLink:
                         self._leave_ring(ring_id)
                     continue
                 if kind == abi.COMPLETION_TOKEN:
-                    if index + request.num_resumed != len(request.output_ids) or request.num_top_missing:
+                    if index != len(request.output_ids) or request.num_top_missing:
                         self._break(request, index)
                     else:
                         self.counters.tokens += 1
@@ -253,7 +253,7 @@ class EngineLink:
         request.fail(
             "engine_error",
             "the engine's tokens are out of order",
-            f"output position {index + request.num_resumed}",
+            f"output position {index}",
             f"position {len(request.output_ids)}",
             "submit again, and report this with the engine's log: it is a defect",
         )

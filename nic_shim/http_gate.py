@@ -134,9 +134,10 @@ def read_keys(path: str) -> list[str]:
             raise ApiKeyError(
                 f"API keys: {path} has mode {mode & 0o777:o}, expected 600: others on this machine could read it; run `chmod 600 {path}`"
             )
-        keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not keys:
+        own = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not own:
             raise ApiKeyError(f"API keys: {path} holds none, expected one a line; without a file anybody may ask")
+        keys += own
     short = [key for key in keys if len(key.strip()) < 8]
     if short:
         raise ApiKeyError(

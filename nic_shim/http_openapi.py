@@ -1,6 +1,6 @@
 """The OpenAPI document, generated from the types of http_types.py, and a page that shows it without anything from the network.
 
-Called by nic_shim/http_app.py. Test: pytest tests/null/test_http_openapi.py
+Called by nic_shim/http_app.py. Test: pytest tests/null/test_http_types.py
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ OF_TYPE: Final[Mapping[str, frozenset[str]]] = {
     "null": frozenset(),
 }
 SUPPORTED: Final = sorted({"type", "enum", "const", "anyOf", "oneOf", "$ref", *frozenset().union(*OF_TYPE.values())})
-_DAY: Final = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"  # no day that a month may lack
+_DAY: Final = r"[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"  # no day that a month may lack
 _TIME: Final = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
 _ZONE: Final = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _BYTE: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -54,7 +54,7 @@ FORMATS: Final = {
     "time": _TIME + _ZONE,
     "date-time": f"{_DAY}T{_TIME}{_ZONE}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "email": r"[a-z0-9]+([._+-][a-z0-9]+)*@[a-z0-9]+(-[a-z0-9]+)*(\.[a-z0-9]+(-[a-z0-9]+)*)+",
+    "email": r"[a-z0-9]{1,16}([._+-][a-z0-9]{1,16}){0,3}@[a-z0-9]{1,16}(\.[a-z0-9]{2,16}){1,3}",
     "ipv4": rf"{_BYTE}(\.{_BYTE}){{3}}",
 }
 _SPECIAL: Final = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/])")

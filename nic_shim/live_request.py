@@ -1,7 +1,7 @@
 """One unfinished request in an ingress: its prompt, what the engine has answered, what the client has not got yet.
 
 Made by nic_shim/message_handler.py and nic_shim/http_generate.py, filled by nic_shim/engine_link.py, emptied by nic_shim/sessions.py and
-nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_live_request.py
+nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_stop_strings.py
 
 Invariants
 I1  output_ids holds every output token once, in order, whatever number of submissions it took.
@@ -30,7 +30,7 @@ from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
 from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
 FINISH_REASONS = {reason.value: reason.name.lower() for reason in abi.FinishReason}
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd: another key for each number of tokens that a request resumes with
+SMALLEST = 1e-30  # of what must not become 0 as a 32-bit float: there 0 is an error, or off
 
 
 class LiveRequest:
@@ -90,17 +90,17 @@ class LiveRequest:
         return np.concatenate([self.prompt_ids, np.frombuffer(self.output_ids, dtype=np.uint32)])
 
     def ring_sampling(self) -> npt.NDArray[np.void]:
-        """The engine counts output positions from the submission, so a resumed request gets a key of its own (I1 of PROTOCOL.md)."""
+        """The same in each life: the engine counts output positions from num_prior_outputs on."""
         sampling = self.sampling
         return sampling_record(
             temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            top_p=max(sampling.top_p, SMALLEST),
             min_p=sampling.min_p,
             top_k=sampling.top_k,
-            seed=(self.seed + _SEED_STEP * len(self.output_ids)) % 2**64,
+            seed=self.seed,
             ignore_eos=sampling.ignore_eos,
-            min_tokens=max(0, sampling.min_tokens - len(self.output_ids)),
-            repetition_penalty=sampling.repetition_penalty,
+            min_tokens=sampling.min_tokens,
+            repetition_penalty=max(sampling.repetition_penalty, SMALLEST),
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             num_top_logprobs=sampling.top_logprobs,
@@ -112,6 +112,7 @@ class LiveRequest:
             "stop_ids": self.sampling.stop_token_ids,
             "max_tokens": self.max_tokens - len(self.output_ids),
             "logit_bias": self.sampling.logit_bias,
+            "num_prior_outputs": len(self.output_ids),
             "flags": 0 if self.uses_prefix_cache else int(abi.REQUEST_NO_PREFIX_CACHE),
             "priority": self.priority,
             "timeout_ns": self.remaining_ns(),

@@ -26,6 +26,10 @@ from blinkimp.nic_shim.constraint_table import MOST_STATES, ConstraintTable, Con
 DEAD: Final = 0xFFFF  # in byte automata, as NO_STATE in tables
 STATES_PER_PASS: Final = 256  # bounds the memory of a walk
 _BYTE_EOS: Final = 256
+# outlines-core means a search, from anywhere to the first match: "x{0,n}" costs 2^n states where x may hold what the whole begins with, and
+# "ab|abc" finds ab only. Between two characters that the expression does not hold there is one beginning and one end. (A noncharacter;
+# [^a] still holds it, and may still be costly.)
+_MARK: Final = chr(0x10FFFF)
 
 U16 = npt.NDArray[np.uint16]
 
@@ -47,29 +51,38 @@ def byte_automaton(regex: str) -> ByteAutomaton:
     from outlines_core import Index, Vocabulary
 
     try:
-        index = Index(regex, Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)}))
+        vocabulary = Vocabulary(_BYTE_EOS, {bytes([byte]): [byte] for byte in range(256)})
+        index = Index(f"{_MARK}(?:{regex}){_MARK}", vocabulary)
     except (ValueError, TypeError, RuntimeError) as error:
         raise PatternError(f"the regular expression cannot be compiled: {str(error)[:300]}") from None
     transitions: dict[int, dict[int, int]] = index.get_transitions()
     finals = set(index.get_final_states())
-    first = index.get_initial_state()
+
+    def behind_mark(state: int) -> int:
+        for byte in _MARK.encode():
+            state = transitions.get(state, {}).get(byte, -1)
+        return state
+
+    first = behind_mark(index.get_initial_state())
     names = {first: 0}
-    for state in transitions:
-        names.setdefault(state, len(names))
-    for state in finals:
-        names.setdefault(state, len(names))
+    frontier = [first]
+    while frontier:
+        for byte, target in transitions.get(frontier.pop(), {}).items():
+            if byte != _BYTE_EOS and target not in names:
+                names[target] = len(names)
+                frontier.append(target)
     if len(names) >= MOST_STATES:
         raise ConstraintTooLargeError(
             f"the constraint has {len(names)} states; expected fewer than {MOST_STATES}; bound its repetitions"
         )
     next_state = np.full((len(names), 256), DEAD, dtype=np.uint16)
     is_accepting = np.zeros(len(names), dtype=bool)
-    for state, row in transitions.items():
-        for byte, target in row.items():
+    for state, name in names.items():
+        for byte, target in transitions.get(state, {}).items():
             if byte != _BYTE_EOS:
-                next_state[names[state], byte] = names.setdefault(target, len(names))
-    for state in finals:
-        is_accepting[names[state]] = True
+                next_state[name, byte] = names[target]
+    for state, name in names.items():
+        is_accepting[name] = behind_mark(state) in finals
     return ByteAutomaton(next_state, is_accepting)
 
 

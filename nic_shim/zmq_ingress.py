@@ -27,6 +27,7 @@ import zmq
 
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.native import NativeLibraryError
+from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
@@ -64,6 +65,7 @@ class ZmqIngress:
         eos_ids: Sequence[int] | None = None,
         limits: IngressLimits | None = None,
         security: Security | None = None,
+        curve: CurveServer | None = None,
     ) -> None:
         limits = limits or IngressLimits()
         self.error: BaseException | None = None
@@ -80,6 +82,7 @@ class ZmqIngress:
         self._bind = bind
         self._limits = limits
         self._security = security
+        self._curve = curve
         self._thread: threading.Thread | None = None
         self._drain_deadline: float | None = None  # set once by drain(), read by the loop
         self._cancelled_at: float | None = None  # when the drain ran out of patience
@@ -111,6 +114,9 @@ class ZmqIngress:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         if self._security is not None:
             self._security(socket)
+        if self._curve is not None:
+            self._curve.start(self._context)
+            self._curve.secure(socket)
         try:
             socket.bind(self._bind)
         except zmq.ZMQError as error:
@@ -218,6 +224,8 @@ class ZmqIngress:
 
     def _close(self) -> None:
         self._socket.close()
+        if self._curve is not None:
+            self._curve.stop()
         self._context.term()  # waits LINGER_MS at most for unsent frames
         self.handler.close()
         self.link.close()
@@ -238,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="tokenizer.json, or the checkpoint folder that holds it"
+    )
+    parser.add_argument("--curve-key", type=Path, help="CURVE: this server's secret key (nic_shim/curve.py makes one)")
+    parser.add_argument(
+        "--curve-clients", type=Path, help="CURVE: public keys of the clients that may connect, one a line"
     )
     parser.add_argument(
         "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
@@ -281,6 +293,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
         )
         eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
+        if (arguments.curve_key is None) != (arguments.curve_clients is None):
+            raise ValueError(
+                "--curve-key and --curve-clients go together: got one of them, expected both or neither; give both"
+            )
+        curve = CurveServer(arguments.curve_key, arguments.curve_clients) if arguments.curve_key is not None else None
         ingress = ZmqIngress(
             arguments.engine,
             arguments.queue_pair,
@@ -288,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Tokenizer(arguments.tokenizer),
             eos_ids=eos_ids,
             limits=limits,
+            curve=curve,
         )
         endpoint = ingress.start()
     except (SharedMemoryError, QueuePairError, TokenizerError, NativeLibraryError, OSError, ValueError) as error:

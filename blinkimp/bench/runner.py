@@ -89,6 +89,7 @@ class LoadRun:
         self.records: list[Record] = []
         self.num_running = self.num_ended = 0
         self._waiting: deque[Record] = deque()  # meant to be sent, held back by the cap on concurrency
+        self._freed: deque[int] = deque()  # when places of a closed loop became free, in ns
         self._changed = asyncio.Event()
         self._prepared: dict[int, Any] = {}  # requests ahead of their time, by index
         for idx in range(min(len(plan), plan.options.concurrency or 1)):
@@ -97,6 +98,7 @@ class LoadRun:
     def on_end(self, record: Record) -> None:
         self.num_running -= 1
         self.num_ended += 1
+        self._freed.append(record.ended_ns)
         self._changed.set()
         if self._waiting:
             self._send(self._waiting.popleft())
@@ -157,7 +159,11 @@ class LoadRun:
             now_ns = time.monotonic_ns()
             if end_ns is not None and now_ns >= end_ns:
                 return
-            self.offer(self.make(idx, now_ns))
+            if (
+                idx <= options.concurrency
+            ):  # users on their first request, and those whose first ended before the ramp did
+                self._freed.clear()
+            self.offer(self.make(idx, self._freed.popleft() if self._freed else now_ns))
             if end_ns is None:
                 self._progress("requests", self.num_ended, len(self.plan))
             else:

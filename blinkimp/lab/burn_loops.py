@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -107,8 +109,6 @@ def random_cycle(num_bytes: int, seed: int) -> NDArray[np.int64]:
 
 def last_level_cache_bytes() -> int:
     """Of the first CPU; 32 MiB where the kernel does not tell."""
-    from pathlib import Path
-
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -130,7 +130,7 @@ class Work:
             self._state = random_cycle(max(1 << 20, 2 * last_level_cache_bytes() // num_threads), thread_idx)
             self._at = 0
         elif kind == "syscall":
-            self._state = open("/dev/zero", "rb"), ctypes.create_string_buffer(READ_BYTES)  # noqa: SIM115  (as long as the thread)
+            self._state = os.open("/dev/zero", os.O_RDONLY), ctypes.create_string_buffer(READ_BYTES)
 
     def step(self) -> int:
         match self._kind:
@@ -144,9 +144,13 @@ class Work:
             case "tlb":
                 return int(tlb(20))
             case "syscall":
-                file, buffer = self._state
-                return int(syscall(50_000, file.fileno(), ctypes.addressof(buffer)))
+                zero_fd, buffer = self._state
+                return int(syscall(50_000, zero_fd, ctypes.addressof(buffer)))
         raise ValueError(f"kind of loop: got {self._kind!r}, expected one of {', '.join(LOOPS)}")
+
+    def close(self) -> None:
+        if self._kind == "syscall":
+            os.close(self._state[0])
 
 
 LOOPS: Final = ("arithmetic", "stream", "llc", "tlb", "syscall")

@@ -9,7 +9,7 @@
 // Test: pytest tests/host/test_engine.py
 #include <emu/reference_ops.h>
 
-#include <director.cuh>
+#include <parking.cuh>
 
 #include <chrono>
 #include <condition_variable>
@@ -177,13 +177,14 @@ int bk_emulated_device_check(const EngineParams* params, char* message, u64 mess
   return check_program(*params, message, message_bytes);
 }
 
-// Returns when COMMAND_STOP was carried out (0), a fault is on the engine page (1), or no thread could be made (2).
+// Returns when COMMAND_STOP was carried out (0), a fault is on the engine page (1), no thread could be made (2), or the engine has parked
+// (3): the next call goes on.
 int bk_emulated_device_run(const EngineParams* params) try {
   const Lanes lanes = Lanes::single();
   WorkerThreads workers(*params);
   IdleBackoff idle(params->idle_sleep_ns);
   Pulse pulse(*params);
-  director_init(*params, lanes);
+  director_launch(*params, lanes);
   DirectorState& state = director_state(*params);
   for (u64 step = 0; !fault_recorded(*params);) {
     director_poll(*params, lanes);
@@ -192,6 +193,10 @@ int bk_emulated_device_run(const EngineParams* params) try {
     if (plan->flags & kPlanExit) return 0;
     if (num_rows == 0) {
       director_publish(*params, lanes);
+      if (director_may_park(*params, lanes) && director_is_quiet(*params)) {
+        director_park(*params, lanes);
+        return 3;
+      }
       idle.wait();
       continue;
     }

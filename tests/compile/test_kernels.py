@@ -81,6 +81,7 @@ def test_persistent_kernel_compiles_without_spills(model: str) -> None:
         ("sm_120a", "llama-3-8b"),
     ],
 )
+@pytest.mark.timeout(900)  # minutes where others compile too
 def test_portable_kernel_compiles_without_spills(arch: str, model: str) -> None:
     shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
     assert_fits(shape.source, shape.defines(), shape.num_threads, arch)

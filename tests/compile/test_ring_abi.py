@@ -29,7 +29,13 @@ def test_committed_mirror_is_what_the_headers_say() -> None:
 def test_gxx_agrees_on_every_size_offset_and_value(tmp_path: Path) -> None:
     """A probe prints sizeof, offsetof and constants as the compiler sees them; all must equal the numpy dtypes and ints."""
     abi = gen_abi.parse()
-    lines = ["#include <program_abi.h>", "#include <trace_abi.h>", "#include <cstdio>", "using namespace blinkimp;", "int main() {"]
+    lines = [
+        "#include <program_abi.h>",
+        "#include <trace_abi.h>",
+        "#include <cstdio>",
+        "using namespace blinkimp;",
+        "int main() {",
+    ]
     for name, struct in abi.structs.items():
         lines.append(f'  std::printf("size {name} - %zu\\n", sizeof({name}));')
         lines += [

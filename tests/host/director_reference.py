@@ -461,6 +461,7 @@ class Reference:
         """Behind num_rows rows that are planned already."""
         admitted = []
         while num_rows < self.step_tokens and (job := self.choose_admission(stalled)) is not None:
+            job.running_level = self.effective_level(job)
             job.queue_pair.waiting.remove(job)
             found = self.pages.find(job) if job.is_cacheable else []
             self.pages.hold(job, found)
@@ -474,7 +475,6 @@ class Reference:
             self.served_floor += self.lead(job.queue_pair)
             job.queue_pair.served = self.served_floor + job.num_uncomputed
             self.next_admit = (self.lanes.index(job.queue_pair) + 1) % len(self.lanes)
-            job.running_level = self.effective_level(job)
             count = min(job.num_uncomputed, self.chunk_tokens, self.step_tokens - num_rows)
             num_rows += count
             self.running.append(job)
@@ -483,7 +483,10 @@ class Reference:
         return admitted
 
     def effective_level(self, job: Job) -> int:
-        return job.level - (job.age_hours if self.ages else 0)
+        """Waiting brings it closer to the most urgent that could be admitted, but not past them."""
+        can = [lane.waiting for lane in self.lanes if lane.waiting and lane.credit >= STEP_CREDIT]
+        best = min((waiting[0].level for waiting in can), default=job.level)
+        return max(job.level - (job.age_hours if self.ages else 0), best)
 
     def lead(self, lane: Lane) -> int:
         return min(max(lane.served - self.served_floor, 0), FAIR_WINDOW_TOKENS - 1)

@@ -10,9 +10,32 @@ from pathlib import Path
 
 import pytest
 
+from blinkimp.nic_shim.constraint_table import build_constraint_table
+from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
 from blinkimp.ring_abi import FinishReason
-from tests.host.engine_support import HostProcess, PortClient, finished, make_tiny_checkpoint, wait_for
+from tests.host.engine_support import TINY_VOCAB, HostProcess, PortClient, finished, make_tiny_checkpoint, wait_for
 from tests.support import ROOT, load_tool
+
+
+def submit_with_everything(client: PortClient) -> None:
+    """Requests that use every part of the sampling op, among them constraints that are loaded while others run."""
+    for i in range(10):
+        table = build_constraint_table(TINY_VOCAB, [{i + 3: 1, i + 4: 0}, {i + 5: 0, i + 6: 1}], max_bytes=1 << 20)
+        slot = i % client.port.num_constraint_slots
+        if i < client.port.num_constraint_slots:
+            assert client.port.load_constraint(slot, table.data) == PortStatus.OK
+        sampling = sampling_record(
+            temperature=0.5 * (i % 3),
+            top_k=5 * (i % 2),
+            top_p=0.9,
+            seed=i,
+            min_tokens=20,
+            repetition_penalty=1.2,
+            frequency_penalty=0.1,
+            num_top_logprobs=2 * i,
+        )
+        bias = dict.fromkeys(range(i, i + 30), 1.5)
+        client.submit([7, 8, 9, i], 60, sampling, (4, 5), logit_bias=bias, constraint_slot=slot if i % 2 else None)
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
@@ -29,6 +52,7 @@ def test_device_process_is_clean(sanitizer: str, tmp_path: Path) -> None:
             expected = client.generate([1, 2, 3], 60).tokens
             ids = [client.submit([1, 2, 3], 60) for _ in range(12)]
             long_ids = [other.submit(list(range(i, i + 150)), 100) for i in range(6)]
+            submit_with_everything(client)
             wait_for(
                 lambda: other.poll() >= 0 and other.streams[long_ids[0]].tokens, 60, "the other client's stream runs"
             )

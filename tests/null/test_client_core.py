@@ -164,3 +164,25 @@ def test_other_protocols_are_noticed(wire: Wire) -> None:
 
 def test_new_fields_of_a_newer_server_are_ignored(wire: Wire) -> None:
     wire.core.handle(msgspec.msgpack.encode([{"type": "alive", "unknown_ids": [], "motd": "hello"}]), 0.0)
+
+
+def test_fields_of_the_request_go_beside_the_sampling() -> None:
+    sent: list[dict[str, object]] = []
+    core = ClientCore(
+        "there", lambda frame: bool(sent.append(msgspec.msgpack.decode(frame))) or True, timeout_s=5, now=0.0
+    )
+    fields = {
+        "priority": -1,
+        "timeout_s": 2.5,
+        "cache_salt": "mine",
+        "prefix_cache": False,
+        "stop": ["x"],
+        "top_logprobs": 2,
+    }
+    core.submit("a", fields, 0.0, stream=True, detokenize=True)
+    assert sent[0]["sampling"] == {"stop": ["x"], "top_logprobs": 2}
+    assert {name: sent[0][name] for name in ("priority", "timeout_s", "cache_salt", "prefix_cache")} == {
+        name: fields[name] for name in ("priority", "timeout_s", "cache_salt", "prefix_cache")
+    }
+    with pytest.raises(ValueError, match="timeout_s"):
+        core.submit("a", {"timeout_s": 0}, 0.0, stream=True, detokenize=True)

@@ -1,7 +1,8 @@
 // Both ends of the queue pairs at full speed, for the sanitizers: one thread is the director, one the workers, two more are ingresses.
 //
 // The ingresses submit, cancel, ping, read in bursts, leave and attach again; each checks every completion it gets. Rings, arena and pages
-// are small, so that laps, credit and preemption happen all the time. Exit status 0: every request ended as it should and no page is lost.
+// are small, prompts share their beginnings, so that laps, credit, preemption, hits and eviction happen all the time. Exit status 0: every
+// request ended as it should and no page is lost.
 // With -DBK_TEST_LANES the director runs on several threads as lanes. With -DBK_PLANT_<WHAT> one release store of this program's copy is
 // weakened to relaxed, which ThreadSanitizer must report.
 // Built and run by: pytest tests/host/test_sanitizers.py
@@ -101,6 +102,8 @@ struct Engine {
     params.page_owners = zeroed(u64{4} * params.num_pages);
     params.sampled = zeroed(sizeof(SampleResult) * 2 * params.max_batch);
     for (u64& plan : params.plans) plan = zeroed(plan_bytes(params));
+    params.prefix_cache_enabled = 1;
+    params.prefix_cache = zeroed(prefix_cache_bytes(params));
     for (u32 q = 0; q < kNumIngresses; ++q) params.queue_pairs[q] = make_queue_pair(q);
   }
 
@@ -297,7 +300,8 @@ class Ingress {
   void submit() {
     u32 prompt[120];
     const u32 num_prompt = 1 + draw() % 120;
-    for (u32 i = 0; i < num_prompt; ++i) prompt[i] = (next_id_ + i) % kVocab;
+    const u32 kin = draw() % 4 == 0 ? next_id_ % kVocab : draw() % 2;  // most prompts begin as one of two others did
+    for (u32 i = 0; i < num_prompt; ++i) prompt[i] = (kin + i) % kVocab;
     const u32 stop_id = 3 + draw() % 400;
     LiveRequest request{next_id_, 1 + draw() % 60, 0, false, false};
     RequestOrder order{};
@@ -307,6 +311,7 @@ class Ingress {
     order.num_stop_ids = 1;
     order.num_prompt_tokens = num_prompt;
     order.max_tokens = request.max_tokens;
+    order.priority = static_cast<i32>(draw() % 3);
     order.sampling.top_p = 1.0f;
     if (port_.try_submit(order) != kPortOk) return;
     live_.push_back(request);
@@ -377,10 +382,11 @@ int main(int argc, char** argv) {
   st_relaxed_sys(&engine_page(params).control.command, static_cast<u32>(kCommandStop));
   director.join();
   const StatusLines& status = engine_page(params).status;
-  CHECK(status.num_pages_free == params.num_pages && status.num_free_requests == params.num_requests, "%u pages, %u requests are free",
-        status.num_pages_free, status.num_free_requests);
-  printf("accepted %llu preemptions %llu stalls %llu steps %llu, %llu of them started before the commit\n", status.requests_accepted,
-         status.preemptions, status.credit_stalls, status.step, num_ahead);
+  CHECK(status.num_pages_free + status.num_pages_cached == params.num_pages && status.num_free_requests == params.num_requests,
+        "%u pages are free and %u cached, %u requests are free", status.num_pages_free, status.num_pages_cached, status.num_free_requests);
+  printf("accepted %llu preemptions %llu stalls %llu cached tokens %llu steps %llu, %llu of them started before the commit\n",
+         status.requests_accepted, status.preemptions, status.credit_stalls, status.prefix_hit_tokens, status.step, num_ahead);
+  CHECK(status.prefix_hit_tokens > 0, "nothing was found in the prefix cache");
   CHECK(num_ahead * 8 > status.step, "%llu of %llu steps were started ahead", num_ahead, status.step);
   return status.preemptions > 0 && status.credit_stalls > 0 ? 0 : 3;
 }

@@ -1,0 +1,146 @@
+"""Structured output on the emulated device: 50 schemas, expressions and choices through the HTTP ingress; every output parses and validates.
+
+Run: pytest tests/host/test_constraints.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jsonschema
+import pytest
+
+from blinkimp.client import Client, RequestRefusedError
+from blinkimp.nic_shim.tokenizer import Tokenizer
+from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from tests.http_support import EMBEDDED, HttpServer, embedded
+from tests.json_schemas import SCHEMAS
+
+PROMPT = "value = "
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HttpServer]:
+    with embedded(constraint_slots=4, max_batch=16) as (http, _):
+        yield http
+        http.wait_until_idle()
+
+
+def outputs(server: HttpServer, n: int, seed: int, **fields: Any) -> list[str]:
+    """What the model says at temperature 1; every choice must end by itself."""
+    reply = server.complete(PROMPT, n=n, seed=seed, max_tokens=900, **fields)
+    assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}, reply["choices"]
+    return [choice["text"] for choice in reply["choices"]]
+
+
+def test_there_are_fifty_schemas_and_all_are_valid() -> None:
+    assert len(SCHEMAS) >= 50
+    for schema in SCHEMAS:
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_every_output_of_fifty_schemas_parses_and_validates(server: HttpServer) -> None:
+    """Side by side, so that more constraints wait than there are slots."""
+
+    def one(idx: int) -> list[str]:
+        format_ = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMAS[idx]}}
+        return outputs(server, 2, idx, response_format=format_)
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(one, range(len(SCHEMAS))))
+    for schema, pair in zip(SCHEMAS, texts, strict=True):
+        for text in pair:
+            checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+            jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator, format_checker=checker)
+
+
+def test_json_object_is_an_object_of_bounded_depth(server: HttpServer) -> None:
+    """Its strings are of any length, so a small model may run on to max_tokens."""
+    reply = server.complete(PROMPT, n=16, seed=3, max_tokens=400, response_format={"type": "json_object"})
+    whole = [choice["text"] for choice in reply["choices"] if choice["finish_reason"] == "stop"]
+    assert len(whole) >= 8
+    assert all(isinstance(json.loads(text), dict) for text in whole)
+
+
+@pytest.mark.parametrize("pattern", ["[0-9]{3}-[a-c]{1,4}", "(yes|no), [A-Z][a-z]{0,5}\\.", "[^a-z]{2,6}", "é{2}日本?"])
+def test_an_expression_is_matched_whole(server: HttpServer, pattern: str) -> None:
+    for fields in ({"guided_regex": pattern}, {"structured_outputs": {"regex": pattern}}):
+        for text in outputs(server, 3, 5, **fields):
+            assert re.fullmatch(pattern, text), text
+
+
+def test_a_choice_is_one_of_the_choices(server: HttpServer) -> None:
+    choices = ["nega", "positive", "negative", "neutral (.*)"]
+    texts = outputs(server, 16, 11, guided_choice=choices)
+    assert set(texts) <= set(choices) and len(set(texts)) > 1
+
+
+def test_a_stream_and_logprobs_under_a_constraint(server: HttpServer) -> None:
+    fields = {"prompt": PROMPT, "guided_regex": "[0-9]{4}", "seed": 1, "max_tokens": 20, "logprobs": 2}
+    events = server.post("/v1/completions", {**fields, "stream": True}).events
+    text = "".join(choice["text"] for event in events for choice in event["choices"])
+    assert re.fullmatch("[0-9]{4}", text) and text == server.complete(**fields)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"guided_regex": "(a"}, 400, "cannot be compiled"),
+        ({"guided_choice": []}, 400, "at least one"),
+        ({"guided_choice": ["a", ""]}, 400, "not empty"),
+        ({"guided_json": "{"}, 400, "not JSON"),
+        ({"guided_json": {"type": "object", "minProperties": 1}}, 400, "minProperties is not supported"),
+        ({"guided_json": {"type": "string", "pattern": "^.*$"}}, 400, "quote"),
+        ({"guided_json": {"$ref": "#"}}, 400, "recursive"),
+        ({"guided_regex": "[a-z]{70000}"}, 422, "states"),
+        ({"guided_json": {"type": "string", "maxLength": 1500}}, 422, "bytes"),
+        ({"guided_regex": "x" * 300_000}, 422, "at most"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    server: HttpServer, fields: dict[str, Any], status: int, words: str
+) -> None:
+    reply = server.post("/v1/completions", {"prompt": PROMPT, **fields})
+    error = reply.json["error"]
+    assert reply.status == status, error
+    assert words in error["message"] and error["code"] == (
+        "bad_constraint" if status == 400 else "constraint_too_large"
+    )
+
+
+def test_a_compilation_that_takes_too_long_holds_nobody_up(server: HttpServer) -> None:
+    replies: list[Any] = []
+    bomb = {"prompt": PROMPT, "guided_regex": "([0-9]{1000}){500}"}
+    thread = threading.Thread(target=lambda: replies.append(server.post("/v1/completions", bomb)))
+    thread.start()
+    for _ in range(20):
+        assert server.complete(PROMPT, max_tokens=4)["choices"]
+    assert not replies, "the bomb still burns"
+    thread.join(30)
+    assert replies[0].status == 422 and "s: got" in replies[0].json["error"]["message"]
+    assert outputs(server, 1, 1, guided_choice=["a", "b"]), "a new worker compiles"
+
+
+def test_the_zeromq_ingress_has_the_same_constraints(server: HttpServer) -> None:
+    ingress = ZmqIngress(server.engine_name, 1, "tcp://127.0.0.1:*", Tokenizer(EMBEDDED))
+    endpoint = ingress.start()
+    try:
+        with Client(endpoint, timeout_s=60) as client:
+            schema = json.dumps(SCHEMAS[0])
+            done = client.generate(PROMPT, max_tokens=900, constraint={"kind": "json_schema", "value": schema})
+            jsonschema.validate(json.loads(done.text), SCHEMAS[0])
+            choices = [{"kind": "choice", "value": [f"a{i}", f"b{i}"]} for i in range(12)]
+            streams = [client.submit(PROMPT, max_tokens=50, constraint=choice) for choice in choices]
+            texts = ["".join(stream.text_pieces()) for stream in streams]
+            assert all(text in (f"a{i}", f"b{i}") for i, text in enumerate(texts)), texts
+            with pytest.raises(RequestRefusedError, match="cannot be compiled") as caught:
+                client.generate(PROMPT, constraint={"kind": "regex", "value": "(a"})
+            assert caught.value.code == "bad_constraint"
+    finally:
+        ingress.stop()
+        assert ingress.join(10)

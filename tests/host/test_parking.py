@@ -1,0 +1,163 @@
+"""Parking: an idle engine leaves, and comes back when it is wanted, with everything where it was. Run: pytest tests/host/test_parking.py"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blinkimp import ring_abi as abi
+from blinkimp.host.emulated_device import EmulatedDevice
+from blinkimp.host.parking import Doorbell, WakeThread
+from blinkimp.host.shared_memory import QueuePairGeometry, create_engine_regions
+from blinkimp.host.watchdog import Watchdog
+from blinkimp.ring_abi import EngineCommand, EngineState
+from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine, wait_for
+
+PARK_S = 0.15
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_checkpoint(folder)
+    return folder
+
+
+def test_a_parked_engine_serves_as_if_nothing_had_happened(tiny: Path) -> None:
+    """Q1, Q2: tokens, attached ingresses, ids, counters; requests, pings and cancels wake it; again and again."""
+    with running_engine(tiny, park_after_s=PARK_S) as engine, PortClient(engine.config.engine_name, 0) as client:
+        expected = client.generate([1, 2, 3], 15).tokens
+        for turn in range(4):
+            wait_for(lambda: engine.status()["state"] == EngineState.PARKED, 10, "the engine parks")
+            status = engine.status()
+            assert status["num_running"] == status["num_waiting"] == status["num_finishing"] == 0
+            assert status["num_queue_pairs_attached"] == 1, "nobody lost the connection"
+            engine.check()
+            if turn == 2:
+                client.port.try_ping(5, 6)
+                wait_for(lambda: client.poll() > 0, 10, "the ping is answered")
+            assert client.generate([1, 2, 3], 15).tokens == expected
+        assert engine.status()["requests_accepted"] == engine.status()["finished_length"] == 5
+        ids = [client.submit([1, 2, 3], 15) for _ in range(8)]
+        client.wait_all(30)
+        assert all(client.streams[i].tokens == expected for i in ids)
+        engine.check()
+
+
+def test_an_attach_wakes_it_and_a_long_nap_costs_nobody_the_connection(tiny: Path) -> None:
+    with running_engine(tiny, park_after_s=PARK_S, ingress_timeout_s=0.4) as engine:
+        wait_for(lambda: engine.status()["state"] == EngineState.PARKED, 10, "the engine parks")
+        with PortClient(engine.config.engine_name, 0) as client:
+            expected = client.generate([4, 5], 5).tokens
+            wait_for(lambda: engine.status()["state"] == EngineState.PARKED, 10, "the engine parks")
+            time.sleep(1.0)  # the heartbeat timeout twice over, with nobody looking
+            assert client.generate([4, 5], 5).tokens == expected
+            assert engine.status()["ingress_drops"] == 0
+
+
+def test_a_parked_engine_stops_and_drains(tiny: Path) -> None:
+    with running_engine(tiny, park_after_s=PARK_S) as engine:
+        assert isinstance(engine.device, EmulatedDevice)
+        pid = engine.device.pid
+        wait_for(lambda: engine.status()["state"] == EngineState.PARKED, 10, "the engine parks")
+        assert engine.drain(10)
+        begin = time.monotonic()
+        assert engine.halt() and time.monotonic() - begin < 5
+        assert engine.status()["state"] == EngineState.STOPPED
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_it_does_not_park_unless_asked(tiny: Path) -> None:
+    with running_engine(tiny) as engine:
+        time.sleep(0.5)
+        assert engine.status()["state"] == EngineState.RUNNING
+
+
+def test_what_rings() -> None:
+    """A submission of an attached ingress, an attach, a detach, a command; not what an ingress of the past left behind."""
+    regions = create_engine_regions(
+        f"bell-{secrets.token_hex(4)}",
+        num_queue_pairs=2,
+        geometry=QueuePairGeometry(16, 16, 4096),
+        max_context=64,
+        vocab_size=100,
+    )
+    try:
+        doorbell = Doorbell(regions.engine_page, regions.queue_pairs)
+        words = regions.queue_pairs[1].view(abi.QUEUE_PAIR)[0]
+        page = regions.engine_page.view(abi.ENGINE_PAGE)[0]
+        assert not doorbell.is_parked() and not doorbell.rings()
+        page["status"]["state"] = EngineState.PARKED
+        assert doorbell.is_parked()
+        words["ingress"]["epoch"] = 1
+        assert doorbell.rings(), "attach"
+        words["director"]["epoch"] = 1
+        assert not doorbell.rings()
+        words["ingress"]["submission_producer_pos"] = 3
+        assert doorbell.rings(), "submission"
+        words["director"]["submission_consumer_pos"] = 3
+        assert not doorbell.rings()
+        words["ingress"]["epoch"] = 2
+        assert doorbell.rings(), "detach"
+        words["director"]["epoch"] = 2
+        words["ingress"]["submission_producer_pos"] = 9
+        assert not doorbell.rings(), "nobody is attached"
+        page["control"]["command"] = EngineCommand.DRAIN
+        assert doorbell.rings(), "command"
+    finally:
+        regions.unlink()
+
+
+class StoppedDevice:
+    def is_alive(self) -> bool:
+        return True
+
+    def fault(self) -> str | None:
+        return None
+
+
+def test_the_host_wakes_a_gpu_and_the_watchdog_lets_it_sleep() -> None:
+    """What the GPU's host does, with a device that only counts."""
+    regions = create_engine_regions(
+        f"wake-{secrets.token_hex(4)}",
+        num_queue_pairs=1,
+        geometry=QueuePairGeometry(16, 16, 4096),
+        max_context=64,
+        vocab_size=100,
+    )
+    try:
+        page = regions.engine_page.view(abi.ENGINE_PAGE)[0]
+        words = regions.queue_pairs[0].view(abi.QUEUE_PAIR)[0]
+        resumed = threading.Event()
+
+        def resume() -> None:
+            resumed.set()
+            page["status"]["state"] = EngineState.RUNNING
+
+        now = [0.0]
+        watchdog = Watchdog(regions.engine_page, StoppedDevice(), stall_timeout_s=5, clock=lambda: now[0])
+        page["status"]["state"] = EngineState.PARKED
+        for _ in range(100):
+            now[0] += 0.4
+            assert watchdog.check() is None, "a parked device has no heartbeat"
+        wake = WakeThread(Doorbell(regions.engine_page, regions.queue_pairs), resume)
+        assert not resumed.wait(0.1)
+        delays = []
+        for turn in range(5):
+            words["ingress"]["epoch"] = 2 * turn + 1
+            begin = time.perf_counter()
+            assert resumed.wait(5)
+            delays.append(time.perf_counter() - begin)
+            words["director"]["epoch"] = 2 * turn + 1
+            resumed.clear()
+            page["status"]["state"] = EngineState.PARKED
+            time.sleep(0.03)  # it looks ten times less often while the engine runs
+        wake.close()
+        assert np.median(delays) < 0.02, delays
+    finally:
+        regions.unlink()

@@ -1,0 +1,111 @@
+"""The HTTP API's types: limits are the ABI's, OpenAPI is generated from them, HTTP.md names every field.
+
+Covers nic_shim/http_types.py, http_fields.py, http_openapi.py. Run: pytest tests/null/test_http_types.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from blinkimp import protocol, ring_abi
+from blinkimp.nic_shim.http_errors import HttpError
+from blinkimp.nic_shim.http_fields import (
+    GenerationDefaults,
+    constraint_of,
+    decode_body,
+    prompts_of,
+    read_generation_defaults,
+    sampling_of,
+)
+from blinkimp.nic_shim.http_openapi import OPERATIONS, docs_page, openapi_document
+from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest
+from tests.support import ROOT
+
+
+def completion(**fields: object) -> CompletionRequest:
+    return decode_body(msgspec.json.encode({"prompt": "x", **fields}), CompletionRequest)
+
+
+def test_limits_are_the_abis() -> None:
+    assert protocol.MAX_TOP_LOGPROBS == ring_abi.MAX_TOP_LOGPROBS
+    assert protocol.MAX_LOGIT_BIAS == ring_abi.MAX_LOGIT_BIAS
+    assert len(completion(logit_bias={str(token): 1 for token in range(512)}).logit_bias or {}) == 512
+    with pytest.raises(HttpError, match="logit_bias"):
+        completion(logit_bias={str(token): 1 for token in range(513)})
+
+
+def test_defaults_are_vllms_and_the_checkpoints() -> None:
+    plain = sampling_of(completion(), GenerationDefaults(), max_tokens=16, num_top_logprobs=0)
+    assert plain == protocol.Sampling()
+    defaults = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+    own = sampling_of(completion(top_p=0.5, top_k=-1, seed=-1), defaults, max_tokens=3, num_top_logprobs=2)
+    assert (own.temperature, own.top_p, own.top_k, own.min_p, own.repetition_penalty) == (0.6, 0.5, 0, 0.1, 1.1)
+    assert (own.seed, own.max_tokens, own.top_logprobs) == (2**64 - 1, 3, 2)
+
+
+def test_generation_config_is_read(tmp_path: Path) -> None:
+    assert read_generation_defaults(tmp_path) == GenerationDefaults()
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.7, "eos_token_id": [1, 2], "max_new_tokens": 9}))
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(temperature=0.7, max_new_tokens=9)
+    for text in ("{", '{"temperature": "hot"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="cannot be used"):
+            read_generation_defaults(tmp_path)
+
+
+def test_null_counts_as_absent() -> None:
+    names = [name for name in CompletionRequest.__struct_fields__ if name != "prompt"]
+    assert completion(**dict.fromkeys(names)) == completion()
+
+
+def test_kinds_of_prompts() -> None:
+    assert prompts_of(completion(prompt=[1, 2])) == [[1, 2]]
+    assert prompts_of(completion(prompt=["a", "b"])) == ["a", "b"]
+    assert prompts_of(completion(prompt=[[1], [2, 3]])) == [[1], [2, 3]]
+
+
+def test_constraints_by_every_name() -> None:
+    schema = {"type": "null"}
+    text = '{"type":"null"}'
+    for fields, kind, value in (
+        ({"guided_json": schema}, "json_schema", text),
+        ({"guided_json": text}, "json_schema", text),
+        ({"structured_outputs": {"json": schema}}, "json_schema", text),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            "json_schema",
+            text,
+        ),
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        ({"structured_outputs": {"json_object": True}}, "json_object", ""),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
+    ):
+        found = constraint_of(completion(**fields))
+        assert found is not None and (found.kind, found.value) == (kind, value)
+    assert constraint_of(completion(response_format={"type": "text"})) is None
+
+
+def test_openapi_holds_every_operation_and_resolves() -> None:
+    document = json.loads(openapi_document())
+    text = json.dumps(document)
+    for path, method, *_ in OPERATIONS:
+        assert method in document["paths"][path]
+    for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+        assert reference in document["components"]["schemas"], reference
+    assert docs_page(openapi_document()).count("<h2>") == len(OPERATIONS)
+
+
+def test_every_field_and_endpoint_is_documented() -> None:
+    text = (ROOT / "nic_shim" / "HTTP.md").read_text()
+    short = {"repetition_penalty": "repetition_", "presence_penalty": "presence_"}
+    for struct in (CompletionRequest, ChatRequest):
+        for name in struct.__struct_fields__:
+            assert short.get(name, name) in text, name
+    for path, *_ in OPERATIONS:
+        assert path.partition("{")[0].rstrip("/") in text, path
