@@ -78,7 +78,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
         if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
-        produce_attention<kHeadDim>(params, op, plan, step, shared_memory + kRingOffset, shared, attention_shared(shared_memory), cursor, num_barriers);
+        produce_attention<kHeadDim>(params, op, plan, step, shared_memory, shared, attention_shared(shared_memory), cursor, num_barriers);
       }
       num_barriers += phases_in_step(op.kind, *plan);
     }
