@@ -615,7 +615,10 @@ ENGINE_PARAMS: Final = _struct(
         "top_logprobs": ("<u8", 680),
         "trace": ("<u8", 688),
         "parked_after_ns": ("<u8", 696),
-        "reserved": (("<u8", (6,)), 704),
+        "trace_op_times": ("<u8", 704),
+        "trace_op_period": ("<u4", 712),
+        "num_trace_op_slots": ("<u4", 716),
+        "reserved": (("<u8", (4,)), 720),
     },
 )
 TRACE_EVENT: Final = _struct(

@@ -83,9 +83,13 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
   write_chunk(params, plan, request_idx, draft);
 }
 
-// All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan.
-BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, StepDraft& draft) {
-  while (draft.num_rows < state.limits.step_tokens && state.status.num_waiting > 0) {
+// All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan. Sequences from first_new on are chunks
+// whose pages the cache does not know yet.
+BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32 first_new,
+                              bool may_admit, StepDraft& draft) {
+  for (u32 seq_idx = first_new;;) {
+    for (; seq_idx < draft.num_seqs; ++seq_idx) register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);
+    if (!may_admit || draft.num_rows >= state.limits.step_tokens || state.status.num_waiting == 0) break;
     if (state.status.num_running >= state.limits.max_running && state.num_stalled == 0) break;  // nobody could give way
     const WaitingHead head = choose_waiting(params, lanes, state);
     const u32 request_idx = head.request_idx;
@@ -117,7 +121,6 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
     lanes.sync();  // hazard: the next round copies from the stack that lane 0 lowered; the sequence is read below
     draft.num_rows = lanes.broadcast(draft.num_rows, 0);
     draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-    register_seq(params, lanes, state, plan_seqs(params, plan)[draft.num_seqs - 1]);
   }
 }
 

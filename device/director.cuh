@@ -202,12 +202,10 @@ BK_NOINLINE bool director_plan_ahead(const EngineParams& params, const Lanes& la
       queue_pair.num_promised_now = queue_pair.num_promised;
     }
     lanes.sync();  // hazard: credit is looked at in other lanes
-    draft = plan_step(params, lanes, state, plan);
   } else {
-    const u32 num_seqs = draft.num_seqs;
     lanes.sync();  // hazard: lane 0 admits while another lane still reads the draft
-    extend_plan(params, lanes, state, plan, num_seqs, true, draft);
   }
+  plan_step(params, lanes, state, plan, !is_new, draft);
   const bool waits = commit_makes_room(params, lanes, state, draft);
   lanes.sync();  // hazard: lane 0 changes below what the others have read; and the caller's lanes see the whole plan
   if (lanes.is_first()) {
@@ -236,9 +234,8 @@ BK_INLINE void director_note_arrival(const EngineParams& params, const Lanes& la
   if (lanes.is_first()) {
     state.arrived_ns = arrived_ns;
     trace_event(params, state.trace, arrived_ns, kTraceStepEnd, 0, state.status.step, 0, 0);
-    if (params.trace != 0 && op_times_wanted(state.trace.op_period, state.status.step)) {
-      const u64 slot = state.status.step / state.trace.op_period % state.trace.num_op_slots;
-      trace_event(params, state.trace, arrived_ns, kTraceOpTimes, 0, state.status.step, 0, slot);
+    if (op_times_wanted(params, state.status.step)) {
+      trace_event(params, state.trace, arrived_ns, kTraceOpTimes, 0, state.status.step, 0, op_times_slot(params, state.status.step));
     }
   }
 }
@@ -265,9 +262,10 @@ BK_INLINE void director_note_start(const EngineParams& params, const Lanes& lane
   }
 }
 
-// All lanes. After a commit, with a plan made ahead of it. Drops that plan if nobody in it goes on and nobody can find its KV; else admits to it what it can.
-BK_INLINE StepDraft finish_next_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
-  StepDraft draft = state.next_draft;
+// All lanes. After a commit, with a plan made ahead of it. Drops that plan, and returns false, if nobody in it goes on and nobody can
+// find its KV.
+BK_INLINE bool keep_next_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, const StepPlan* plan,
+                              const StepDraft& draft) {
   bool is_wanted = state.pages.plan_fills_cache != 0;  // F2
   for (u32 i = lanes.id; i < draft.num_seqs; i += lanes.count) {
     const Request* request = request_at(params, plan_seqs(params, plan)[i].request_idx);
@@ -276,15 +274,12 @@ BK_INLINE StepDraft finish_next_plan(const EngineParams& params, const Lanes& la
   is_wanted = lanes.any(is_wanted);
   lanes.sync();  // hazard: lane 0 changes below what the others have read
   if (lanes.is_first()) state.next_plan = kNextNone;
-  if (is_wanted) {
-    extend_plan(params, lanes, state, plan, draft.num_seqs, true, draft);
-    return draft;
-  }
+  if (is_wanted) return true;
   for (u32 q = lanes.id; q < params.num_queue_pairs; q += lanes.count) state.queue_pairs[q].num_promised = 0;
   if (lanes.is_first()) state.num_deferred = 0;
   lanes.sync();  // hazard: the ends below use that credit
   remove_ended(params, lanes, state, false);
-  return plan_step(params, lanes, state, plan);
+  return false;
 }
 
 // All lanes. Fills `plan` for the next step and returns its rows; 0 rows: no step is in flight, and with kPlanExit in plan->flags the
@@ -297,9 +292,10 @@ BK_NOINLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, St
   }
   if (lanes.is_first() && may_exit(params, state)) state.is_stopped = 1;
   lanes.sync();  // hazard: all lanes branch on is_stopped
-  StepDraft draft{0, 0, 0, 0};
-  if (!state.is_stopped && state.next_plan == kNextReady) draft = finish_next_plan(params, lanes, state, plan);
-  else if (!state.is_stopped) draft = plan_step(params, lanes, state, plan);
+  const bool has_next = !state.is_stopped && state.next_plan == kNextReady;
+  StepDraft draft = has_next ? state.next_draft : StepDraft{0, 0, 0, 0};
+  const bool keeps = has_next && keep_next_plan(params, lanes, state, plan, draft);
+  if (!state.is_stopped) plan_step(params, lanes, state, plan, keeps, draft);
   if (lanes.is_first()) {
     write_plan_header(plan, draft, state.status.step, state.is_stopped ? u32{kPlanExit} : 0);
     state.step_in_flight = draft.num_rows > 0 ? 1 : 0;

@@ -172,7 +172,10 @@ struct EngineParams {  // written by the host before launch, then constant
   u64 top_logprobs;                  // SampleResult [2][max_batch, kMaxTopLogprobs], by step & 1 and sample_row; then SampleSplit of sample_op.cuh
   u64 trace;                         // device/trace.cuh, or 0: tracing is off
   u64 parked_after_ns;               // the kernel leaves after this long without work; 0 = never
-  u64 reserved[6];
+  u64 trace_op_times;                // u64 [num_trace_op_slots, num_ops, num_workers, 2] of the trace (trace_abi.h), or 0
+  u32 trace_op_period;               // of the steps whose op times are kept
+  u32 num_trace_op_slots;
+  u64 reserved[4];
 };
 ABI_AT(EngineParams, ingress_timeout_ns, 48);
 ABI_AT(EngineParams, queue_pairs, 72);

@@ -172,11 +172,12 @@ BK_INLINE void take_pages_by_preemption(const EngineParams& params, DirectorStat
 
 // All lanes. Decode rows of this plan whose step before filled a page: it enters the prefix cache. Its tokens are known, because the one that
 // may still be on its way is the first of the next page.
-BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
-  const u32 num_running = state.status.num_running;
-  for (u32 begin = 0; begin < num_running; begin += lanes.count) {
+// candidates: [num_candidates] request_idx, among them all that took a page for this plan.
+BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state, const u32* candidates,
+                                     u32 num_candidates) {
+  for (u32 begin = 0; begin < num_candidates; begin += lanes.count) {
     const u32 i = begin + lanes.id;
-    const u32 request_idx = i < num_running ? state.running[i] : kNoRequest;
+    const u32 request_idx = i < num_candidates ? candidates[i] : kNoRequest;
     const Request* request = request_idx != kNoRequest ? request_at(params, request_idx) : nullptr;
     // Pages of a prompt were registered with the chunks that fill them.
     const bool filled = request != nullptr && request->step_rows == 1 && is_decode(*request) && request->num_computed % kPageTokens == 0 &&
@@ -185,8 +186,14 @@ BK_INLINE void register_decode_pages(const EngineParams& params, const Lanes& la
   }
 }
 
-// All lanes. Returns true when requests were preempted.
-BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state) {
+enum DecodePages : u32 {
+  kDecodePagesNone = 0,
+  kDecodePagesTaken = 1,
+  kDecodePagesByPreemption = 2,
+};
+
+// All lanes. Who took a page stands in state.scratch, unless pages were short.
+BK_INLINE DecodePages take_decode_pages(const EngineParams& params, const Lanes& lanes, DirectorState& state, u32* num_takers) {
   const u32 num_running = state.status.num_running;
   u32 num_needed = 0;
   for (u32 i = lanes.id; i < num_running; i += lanes.count) {
@@ -194,14 +201,13 @@ BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes,
     if (request->step_rows == 1 && is_decode(*request) && needs_page(*request)) num_needed += 1;
   }
   num_needed = lanes.sum(num_needed);
-  if (num_needed == 0) return false;
+  if (num_needed == 0) return kDecodePagesNone;
   lanes.sync();  // hazard: pages and requests change below while another lane still counts
   if (num_needed > num_available_pages(state.pages)) {
     lanes.sync();  // hazard: lane 0 takes pages while another lane still counts them
     if (lanes.is_first()) take_pages_by_preemption(params, state);
     lanes.sync();  // hazard: the next stage reads the running list
-    if (state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
-    return true;
+    return kDecodePagesByPreemption;
   }
   if (num_needed > state.pages.num_free) evict_pages(params, lanes, state.pages, num_needed - state.pages.num_free);
   const u32 num_free = state.pages.num_free;
@@ -215,30 +221,20 @@ BK_INLINE bool take_decode_pages(const EngineParams& params, const Lanes& lanes,
     if (takes) {
       move_pages_to_request(params, Lanes{0, 1}, num_free - rank, request_idx, request->num_pages, 1);
       request->num_pages += 1;
+      state.scratch[rank] = request_idx;
     }
     num_taken += lanes.sum(takes ? 1 : 0);
   }
   lanes.sync();  // hazard: all lanes read num_free above; pages are registered by other lanes than took them
   if (lanes.is_first()) state.pages.num_free = num_free - num_taken;
-  if (state.pages.prefix_enabled) register_decode_pages(params, lanes, state);
-  return false;
+  *num_takers = num_taken;
+  return kDecodePagesTaken;
 }
 
 // ---- The whole ---------------------------------------------------------------------------------------------------
-// All lanes. Stages 5 and 6: what waits and has room goes to the end of the plan; rows of the sequences from first_chunk on.
-BK_INLINE void extend_plan(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32 first_chunk,
-                           bool may_admit, StepDraft& draft) {
-  keep_lru_room(params, lanes, state.pages);
-  if (may_admit) admit_requests(params, lanes, state, plan, draft);
-  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
-  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
-  write_chunk_rows(params, lanes, plan, first_chunk, draft.num_seqs);
-}
-
-// All lanes. Fills the plan's arrays and counts; 0 rows: nothing can run.
-BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan) {
-  keep_lru_room(params, lanes, state.pages);
+// All lanes. Stages 1 to 4: those that run. Returns whether others may be admitted (S6).
+BK_INLINE bool plan_running(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32* num_decode_seqs,
+                            StepDraft& draft) {
   if (lanes.is_first()) state.pages.plan_fills_cache = 0;
   const RunningCounts counts = promise_decodes(params, lanes, state);
   const u32 num_prefills = counts.num_prefills;
@@ -248,19 +244,33 @@ BK_INLINE StepDraft plan_step(const EngineParams& params, const Lanes& lanes, Di
     if (lanes.is_first()) plan_running_chunks(params, state, num_prefills, num_left);
     lanes.sync();  // hazard: the next stages read step_rows
   }
-  const bool preempted = take_decode_pages(params, lanes, state);
-  StepDraft draft;
+  u32 num_takers = 0;
+  const DecodePages taken = take_decode_pages(params, lanes, state, &num_takers);
+  if (taken != kDecodePagesNone && state.pages.prefix_enabled) {
+    const bool is_listed = taken == kDecodePagesTaken;
+    register_decode_pages(params, lanes, state, is_listed ? state.scratch : state.running, is_listed ? num_takers : state.status.num_running);
+  }
   write_decodes(params, lanes, state, plan, draft);
-  const u32 num_decode_seqs = draft.num_seqs;
+  *num_decode_seqs = draft.num_seqs;
   if (num_prefills > 0 && lanes.is_first()) write_running_chunks(params, state, plan, draft);
   lanes.sync();  // hazard: admission and the rows read the sequences lane 0 wrote
   draft.num_rows = lanes.broadcast(draft.num_rows, 0);
   draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
-  for (u32 seq_idx = num_decode_seqs; seq_idx < draft.num_seqs; ++seq_idx) {
-    register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);
-  }
-  extend_plan(params, lanes, state, plan, num_decode_seqs, !preempted, draft);  // S6
-  return draft;
+  return taken != kDecodePagesByPreemption;
+}
+
+// All lanes. Fills the plan's arrays and counts; 0 rows: nothing can run. `extends`: `draft` is planned already, and what waits and has room
+// goes to its end.
+BK_INLINE void plan_step(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, bool extends,
+                         StepDraft& draft) {
+  keep_lru_room(params, lanes, state.pages);
+  u32 first_chunk = draft.num_seqs;
+  const bool may_admit = extends || plan_running(params, lanes, state, plan, &first_chunk, draft);
+  admit_requests(params, lanes, state, plan, first_chunk, may_admit, draft);
+  draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
+  draft.num_sample_rows = lanes.broadcast(draft.num_sample_rows, 0);
+  draft.max_kv_tokens = lanes.broadcast(draft.max_kv_tokens, 0);
+  write_chunk_rows(params, lanes, plan, first_chunk, draft.num_seqs);
 }
 
 }  // namespace blinkimp

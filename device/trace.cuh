@@ -18,8 +18,6 @@ struct TraceWriter {   // part of DirectorState; writer: lane 0
   u64 num_events;      // copied at init, because the header lies in host memory
   u64 producer_pos;
   u64 published_pos;
-  u32 op_period;
-  u32 num_op_slots;
 };
 
 BK_INLINE TraceRegion& trace_region(const EngineParams& params) { return *reinterpret_cast<TraceRegion*>(params.trace); }
@@ -30,8 +28,6 @@ BK_INLINE void open_trace(const EngineParams& params, TraceWriter& trace) {
   const TraceHeader& header = trace_region(params).header;
   trace.events = params.trace + header.events_offset;
   trace.num_events = header.num_events;
-  trace.op_period = header.op_period;
-  trace.num_op_slots = header.num_op_slots;
   trace.producer_pos = trace.published_pos = ld_relaxed_sys(&trace_region(params).line.producer_pos);  // relaxed: our own, of an earlier launch
 }
 
@@ -71,17 +67,18 @@ enum OpMoment : u32 {
   kOpIsDone = 1,  // this worker's share, before it waits for the others
 };
 
-BK_INLINE bool op_times_wanted(u32 op_period, u64 step) { return op_period != 0 && step % op_period == 0; }
+BK_INLINE bool op_times_wanted(const EngineParams& params, u64 step) {
+  return params.trace_op_times != 0 && step % params.trace_op_period == 0;
+}
+
+BK_INLINE u64 op_times_slot(const EngineParams& params, u64 step) { return step / params.trace_op_period % params.num_trace_op_slots; }
 
 // One thread of worker `worker_idx`. Two posted writes an op, on sampled steps only.
 BK_INLINE void trace_op(const EngineParams& params, u64 step, u32 op_idx, u32 worker_idx, OpMoment moment) {
-  if (params.trace == 0) return;
-  const TraceHeader& header = trace_region(params).header;
-  if (!op_times_wanted(header.op_period, step)) return;
-  const u64 slot = step / header.op_period % header.num_op_slots;
-  u64* times = reinterpret_cast<u64*>(params.trace + header.op_times_offset);
+  if (!op_times_wanted(params, step)) return;
+  const u64 row = (op_times_slot(params, step) * params.num_ops + op_idx) * params.num_workers + worker_idx;
   // Relaxed: the director's event of this step is released after it acquired the workers' arrivals.
-  st_relaxed_sys(&times[((slot * header.num_ops + op_idx) * header.num_workers + worker_idx) * 2 + moment], device_clock_ns());
+  st_relaxed_sys(&reinterpret_cast<u64*>(params.trace_op_times)[row * 2 + moment], device_clock_ns());
 }
 
 }  // namespace blinkimp

@@ -10,6 +10,7 @@
 #include <logits_epilogue.cuh>
 #include <phases.cuh>
 #include <sample_op.cuh>
+#include <trace.cuh>
 
 namespace blinkimp {
 
@@ -290,6 +291,13 @@ BK_INLINE bool begin_step(const EngineParams& params, ComputeState& state) {
   return uniform(state.leaves) == 0;
 }
 
+// Op times for the trace, in kernels that were compiled for it: a traced engine pays with a look at the trace's header for each op.
+BK_INLINE void trace_moment(const EngineParams& params, const StepPlan* plan, u32 op_idx, OpMoment moment) {
+#if defined(BK_TRACE_OPS)
+  if (is_first_thread()) trace_op(params, plan->step, op_idx, cta_idx(), moment);
+#endif
+}
+
 BK_INLINE void compute(const EngineParams& params) {
   fetch_op(params, 0, &worker_shared(worker_memory()).ops[0]);
   cp_async_wait<0>();
@@ -303,6 +311,7 @@ BK_INLINE void compute(const EngineParams& params) {
     const Op& op = shared.ops[state.op_buffer];
     const u32 kind = uniform(op.kind);
     fetch_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &shared.ops[state.op_buffer ^ 1]);
+    trace_moment(params, plan, state.op_idx, kOpBegins);
     bool joined = true;
     if (kind == kOpLmHead && uniform(state.num_sample_rows) != uniform(state.num_rows)) {
       wait_phases(params, state);
@@ -326,6 +335,7 @@ BK_INLINE void compute(const EngineParams& params) {
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }
+    trace_moment(params, plan, state.op_idx, kOpIsDone);
     end_op(params, shared, joined);
   }
 }

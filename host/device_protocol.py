@@ -43,6 +43,7 @@ class Launch:
     ingress_timeout_ns: int
     spin_budget_ns: int
     parked_after_ns: int  # 0 = never
+    traces_ops: bool  # the trace has room for op times
     regions: EngineRegions  # created by the host, not yet read by any director
 
 

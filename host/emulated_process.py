@@ -28,7 +28,7 @@ from blinkimp.host.parking import PARKED_LOOK_S, Doorbell
 from blinkimp.host.program import Model, load_model
 from blinkimp.host.sampling_memory import sampling_table_bytes
 from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair, open_trace
-from blinkimp.host.trace_memory import check_trace
+from blinkimp.host.trace_memory import fill_trace
 from blinkimp.host.weights import HostTarget
 from blinkimp.ring_abi import DType
 
@@ -165,8 +165,7 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
     params = build_params(order, model, memory, engine_page, queue_pairs)
     if order.has_trace:
         trace = open_trace(order.engine_name, writable=True)
-        check_trace(trace, params)
-        params["trace"] = trace.address
+        fill_trace(trace, trace.address, params)
     check_params(params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
     doorbell = Doorbell(engine_page, queue_pairs)

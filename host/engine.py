@@ -248,6 +248,7 @@ class Engine:
             cache_dir=cache_folder(self.config),
             ingress_timeout_ns=int(self.config.ingress_timeout_s * 1e9),
             spin_budget_ns=DEFAULT_SPIN_BUDGET_NS,
+            traces_ops=self.config.trace_events > 0 and self.config.trace_op_period > 0,
             parked_after_ns=int(self.config.park_after_s * 1e9),
             regions=regions,
         )

@@ -29,7 +29,7 @@ from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import DeviceKind, EngineSizes
 from blinkimp.host.model_config import ModelConfig
 from blinkimp.host.program import Model, load_model
-from blinkimp.host.trace_memory import check_trace
+from blinkimp.host.trace_memory import fill_trace
 from blinkimp.ring_abi import EngineState
 
 _log = logging.getLogger(__name__)
@@ -143,7 +143,10 @@ class GpuDevice:
         self._pack = get_kernel(PACK_SOURCE, launch.cache_dir, arch)
         if progress is not None:
             progress("compile", 1, 2)
-        kernel = get_kernel(shape.source, launch.cache_dir, arch, shape.defines())
+        defines = shape.defines()
+        if launch.traces_ops:
+            defines = defines | {"BK_TRACE_OPS": "1"}
+        kernel = get_kernel(shape.source, launch.cache_dir, arch, defines)
         if progress is not None:
             progress("compile", 2, 2)
         source = "loaded from the cache" if kernel.from_cache else "compiled"
@@ -183,8 +186,8 @@ class GpuDevice:
         for i, region in enumerate(regions.queue_pairs):
             params["queue_pairs"][0, i] = context.register_host(region.address, region.region_bytes)
         if regions.trace is not None:
-            check_trace(regions.trace, params)
-            params["trace"] = context.register_host(regions.trace.address, regions.trace.region_bytes)
+            address = context.register_host(regions.trace.address, regions.trace.region_bytes)
+            fill_trace(regions.trace, address, params)
         function = context.load_kernel(kernel.cubin, KERNEL_NAME, shape.shared_memory_bytes)
         self._stream = context.create_stream()
         self._page = regions.engine_page.view(abi.ENGINE_PAGE)

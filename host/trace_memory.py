@@ -1,6 +1,6 @@
 """The trace's shared memory: `/dev/shm/blinkimp.<engine>.trace`, made by the engine host where `trace_events` is not 0.
 
-The layout is that of device/trace_abi.h. Called by host/shared_memory.py, host/engine.py; check_trace() by the devices.
+The layout is that of device/trace_abi.h. Called by host/shared_memory.py, host/engine.py; fill_trace() by the devices.
 Test: pytest tests/host/test_trace.py
 """
 
@@ -69,9 +69,11 @@ class TraceMemory(Protocol):
     def view(self, dtype: np.dtype[Any], offset_bytes: int = 0) -> np.ndarray[Any, Any]: ...
 
 
-def check_trace(region: TraceMemory, params: np.ndarray[Any, Any]) -> None:
-    """Raises unless the op times of [1] ENGINE_PARAMS fit what the region was made for: a worker writes without asking."""
+def fill_trace(region: TraceMemory, address: int, params: np.ndarray[Any, Any]) -> None:
+    """The trace's words of [1] ENGINE_PARAMS; `address`: of the region, as the device sees it. Raises unless the op times fit what the
+    region was made for: a worker writes without asking."""
     header = region.view(abi.TRACE_HEADER)[0]
+    params["trace"] = address
     if not int(header["op_period"]):
         return
     for name in ("num_ops", "num_workers"):
@@ -80,3 +82,5 @@ def check_trace(region: TraceMemory, params: np.ndarray[Any, Any]) -> None:
             raise ValueError(
                 f"the trace has room for {name} {expected}, the program has {got}; set trace_op_period to 0"
             )
+    params["trace_op_times"] = address + int(header["op_times_offset"])
+    params["trace_op_period"], params["num_trace_op_slots"] = header["op_period"], header["num_op_slots"]

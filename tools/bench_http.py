@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from tests.ingress_support import write_byte_tokenizer  # noqa: E402  (the path above comes first)
-from tools.bench_ingress import cpu_s, start  # noqa: E402
+from bench_ingress import cpu_s, start  # noqa: E402  (the path above comes first)
+
+from tests.ingress_support import write_byte_tokenizer  # noqa: E402
 
 MAX_TOKENS = 1000
 END = b"data: [DONE]\n\n"

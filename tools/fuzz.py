@@ -49,7 +49,7 @@ def http_body(rng: random.Random) -> tuple[str, bytes]:
         {"role": rng.choice(["system", "user", "assistant", "developer"]), "content": "hi"}
         for _ in range(rng.randint(1, 3))
     ]
-    body: dict[str, Any] = {
+    valid: dict[str, dict[str, Any]] = {
         "/v1/completions": {
             "prompt": rng.choice(["Hi", [5, 6], ["a", "b"], [[7], [8, 9]]]),
             "max_tokens": rng.randint(1, 6),
@@ -57,7 +57,8 @@ def http_body(rng: random.Random) -> tuple[str, bytes]:
         "/v1/chat/completions": {"messages": messages, "max_tokens": rng.randint(1, 6)},
         "/tokenize": {"prompt": "Hi"},
         "/detokenize": {"tokens": [5, 6]},
-    }[path]
+    }
+    body = valid[path]
     names = (ChatRequest if "chat" in path else CompletionRequest).__struct_fields__
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
         body[rng.choice((*names, "tools", "", "ünknown"))] = rng.choice(VALUES)

@@ -19,8 +19,9 @@ examples:
   blinkimp serve --config engine.toml                   settings from a file; BLINKIMP_* variables and flags win over it
 
 what happens: weights are loaded, kernels compiled (once; then cached), memory is planned, the persistent kernel is launched (without a
-GPU: the emulated device starts), and --num-ingress processes listen for clients, the first at --bind, the others at the next ports; one more serves HTTP
-where --http says so. Only this machine can reach them unless you give another address; then give --api-key-file too (one key a line, `chmod 600`).
+GPU: the emulated device starts), and --num-ingress processes listen for clients, the first at --bind, the others at the next ports;
+one more serves HTTP where --http says so. Only this machine can reach them unless you
+give another address; then give --api-key-file too (one key a line, `chmod 600`).
 From then on this process only watches. SIGTERM or Ctrl-C drains: running requests finish, new ones are refused; a second one stops at once.
 
 where next:

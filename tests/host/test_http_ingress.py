@@ -145,6 +145,49 @@ def test_a_stop_string_is_cut_and_named(server: HttpServer) -> None:
         assert (last["finish_reason"], last["stop_reason"]) == ("stop", stop)
 
 
+def test_top_logprobs_penalties_and_bias_reach_the_model(server: HttpServer) -> None:
+    fields = {
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4,
+        "logprobs": True,
+        "top_logprobs": 20,
+        **GREEDY,
+    }
+    content = server.post("/v1/chat/completions", fields).json["choices"][0]["logprobs"]["content"]
+    for entry in content:
+        values = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(values) == 20 and values == sorted(values, reverse=True)
+        assert entry["token"] == entry["top_logprobs"][0]["token"] and entry["logprob"] == values[0], (
+            "greedy takes the likeliest"
+        )
+    (token,) = Tokenizer(EMBEDDED).encode(" zebra").tolist()[:1]
+    biased = server.complete(PROMPT, max_tokens=5, logit_bias={str(token): 100}, return_token_ids=True, **GREEDY)
+    assert biased["choices"][0]["token_ids"] == [token] * 5
+    penalised = server.complete(
+        PROMPT, max_tokens=5, logit_bias={str(token): 5}, presence_penalty=2, return_token_ids=True, **GREEDY
+    )
+    assert penalised["choices"][0]["token_ids"] != [token] * 5
+
+
+def test_a_prompt_that_was_seen_comes_from_the_cache_unless_salted_or_opted_out(server: HttpServer) -> None:
+    prompt = [9 + idx % 300 for idx in range(200)]
+
+    def cached(**fields: Any) -> int:
+        reply = server.complete(prompt, max_tokens=2, **GREEDY, **fields)
+        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(prefix_cache=False) == 0 and cached() == 0
+    assert cached() == 192, "three full pages"
+    assert cached(prefix_cache=False) == 0
+    assert cached(cache_salt="mine") == 0 and cached(cache_salt="mine") == 192
+
+
+def test_a_deadline_ends_a_request_with_what_it_has(server: HttpServer) -> None:
+    reply = server.complete(PROMPT, max_tokens=1900, timeout=0.05, **GREEDY)
+    assert reply["choices"][0]["finish_reason"] == "timeout"
+    assert 0 <= reply["usage"]["completion_tokens"] < 1900
+
+
 def test_tokenize_and_detokenize_are_inverse(server: HttpServer) -> None:
     reply = server.post("/tokenize", {"prompt": PROMPT, "return_token_strs": True}).json
     assert reply["tokens"] == Tokenizer(EMBEDDED).encode(PROMPT).tolist()

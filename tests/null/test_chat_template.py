@@ -97,3 +97,49 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
     conversation.add("user", "x")
     with pytest.raises(ChatTemplateError, match="unsafe"):
         conversation.prompt_ids()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "longer than 1 s"),
+        (
+            "{% macro f(n) %}{{ f(n-1) if n else '' }}{{ f(n-1) if n else '' }}{% endmacro %}{{ f(40) }}",
+            "longer than 1 s",
+        ),
+        ("{{ 'x' * 100000000000 }}", "longer than"),
+        ("{{ 9 ** 9999999 }}", "exponent"),
+        ("{{ '%1000000000d' % 3 }}", "not supported"),
+        ("{{ '{:1000000000d}'.format(3) }}", "not supported"),
+        ("{{ 'x' | center(1000000000) }}", "longer than"),
+        ("{{ 'x'.ljust(10000000000) }}", "longer than"),
+        (
+            "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "longer than",
+        ),
+        (
+            "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+            "longer than",
+        ),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
+            "longer than",
+        ),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_hostile_template_is_stopped(tmp_path: Path, template: str, words: str) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja=template))
+    conversation.add("user", "x")
+    with pytest.raises(ChatTemplateError, match=words):
+        conversation.prompt_ids()
+
+
+def test_what_honest_templates_use_still_works(tmp_path: Path) -> None:
+    template = (
+        "{{ 'ab' | center(4) }}|{{ ['a', 'b'] | join(', ') }}|{{ 'abc'.replace('b', 'x') }}|{{ 'a' ~ 1 ~ 'b' }}|{{ {'a': 1} | tojson }}|"
+        "{{ messages[0].content.split(' ')[-1] }}|{{ 'a\nb' | indent(2) }}|{% for m in messages if m.role == 'user' %}{{ loop.index }}{% endfor %}"
+    )
+    conversation = Conversation(checkpoint(tmp_path, jinja=template))
+    conversation.add("user", "x y")
+    assert text_of(conversation) == ' ab |a, b|axc|a1b|{"a": 1}|y|a\n  b|1'
