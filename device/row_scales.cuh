@@ -63,8 +63,8 @@ BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u3
 #pragma unroll
       for (u32 i = 0; i < kRowsAtOnce; i++) {
         const float2* row = pairs + min(first + i, num_rows - 1) * num_pairs;
-        const float2 low = __ldcg(row + pair);
-        const float2 high = pair + 32 < num_pairs ? __ldcg(row + pair + 32) : float2{0.0f, 0.0f};
+        const float2 low = load_l2(row + pair);
+        const float2 high = pair + 32 < num_pairs ? load_l2(row + pair + 32) : float2{0.0f, 0.0f};
         sums[i] += (low.x + low.y) + (high.x + high.y);
       }
     }
