@@ -173,7 +173,7 @@ BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, Dire
 
 // ---- The whole ---------------------------------------------------------------------------------------------------
 // All lanes. After the workers: `plan` is the one that director_plan filled, EngineParams.sampled holds its sampled rows.
-BK_INLINE void director_commit(const EngineParams& params, const Lanes& lanes, const StepPlan* plan) {
+BK_NOINLINE void director_commit(const EngineParams& params, const Lanes& lanes, const StepPlan* plan) {
   DirectorState& state = director_state(params);
   if (!state.step_in_flight) {
     if (lanes.is_first()) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, 1, 0);

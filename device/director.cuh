@@ -75,7 +75,7 @@ BK_INLINE u32 wrong_param(const EngineParams& params) {
 
 // All lanes. Zeroed state, requests and pages -> ready. A fault is recorded (kSiteDirectorInit) if params or a queue pair's header
 // cannot be right: expected 0, seen the number of the condition, or 100 + queue_pair_idx.
-BK_INLINE void director_init(const EngineParams& params, const Lanes& lanes) {
+BK_NOINLINE void director_init(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   u32 wrong = wrong_param(params);
   if (wrong == 0) {
@@ -115,7 +115,7 @@ BK_INLINE void obey_command(const EngineParams& params, DirectorState& state, u3
 }
 
 // All lanes. Attach, leave, credit, submissions, cancels, the host's command.
-BK_INLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
+BK_NOINLINE void director_poll(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   if (state.is_stopped) return;
   // Asked for first, needed last. Relaxed: the words carry all there is to know; what else a new generation brings is read again.
@@ -183,7 +183,7 @@ BK_INLINE void write_plan_header(StepPlan* plan, const StepDraft& draft, u64 ste
 
 // All lanes. Plans the step after the one in flight, or admits to that plan what came since. `plan`: plan_of_step() of it. Returns
 // whether there is one; the caller may start it once the workers are done, unless state.next_waits.
-BK_INLINE bool director_plan_ahead(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
+BK_NOINLINE bool director_plan_ahead(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
   DirectorState& state = director_state(params);
   if (!state.step_in_flight || state.next_plan == kNextStarted || state.is_stopped) {
     if (lanes.is_first()) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
@@ -241,7 +241,7 @@ BK_INLINE void director_note_arrival(const EngineParams& params, const Lanes& la
 }
 
 // All lanes. The workers have the plan that director_plan_ahead made, since start_ns; the commit of the step before it follows.
-BK_INLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 start_ns) {
+BK_NOINLINE void director_start_next(const EngineParams& params, const Lanes& lanes, u64 start_ns) {
   DirectorState& state = director_state(params);
   if (lanes.is_first()) {
     if (state.next_plan != kNextReady || !state.step_in_flight) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, kNextReady, state.next_plan);
@@ -284,7 +284,7 @@ BK_INLINE bool keep_next_plan(const EngineParams& params, const Lanes& lanes, Di
 
 // All lanes. Fills `plan` for the next step and returns its rows; 0 rows: no step is in flight, and with kPlanExit in plan->flags the
 // director has stopped and published its last status. `plan` is the one that director_plan_ahead got, if that made one.
-BK_INLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
+BK_NOINLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, StepPlan* plan) {
   DirectorState& state = director_state(params);
   if (state.step_in_flight) {
     if (lanes.is_first()) record_fault(params, kFaultIntegrity, kSiteDirectorOrder, 0, 1);
@@ -332,7 +332,7 @@ BK_INLINE void director_idle(const EngineParams& params, const Lanes&) { sleep_n
 
 // ---- Publish -----------------------------------------------------------------------------------------------------
 // All lanes. Completions to the rings, then the status page. Once per loop of the caller: the heartbeat counts it.
-BK_INLINE void director_publish(const EngineParams& params, const Lanes& lanes) {
+BK_NOINLINE void director_publish(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   publish_completions(params, lanes, state);
   publish_trace(params, lanes, state.trace);

@@ -237,7 +237,7 @@ BK_INLINE bool check_queue_pairs(const EngineParams& params, const Lanes& lanes,
 }
 
 // All lanes. May be called between any two director calls.
-BK_INLINE bool director_check_integrity(const EngineParams& params, const Lanes& lanes) {
+BK_NOINLINE bool director_check_integrity(const EngineParams& params, const Lanes& lanes) {
   DirectorState& state = director_state(params);
   const bool holds = check_pages(params, lanes, state) && check_requests(params, lanes, state) && check_queue_pairs(params, lanes, state);
   lanes.sync();  // hazard: lanes may still read what the caller changes next

@@ -5,7 +5,7 @@
 //           plan at once; whatever the director is in the middle of, the workers go on within two reads of L2
 //
 // Called by device/persistent_kernel.cu and device/portable/portable_kernel.cu in the last CTA, by kDirectorThreads threads. Include the
-// kernel's own worker first: grid_word(), grid_has_passed(), phases_of() and fail() are its. The emulated device's loop, which makes the same
+// kernel's own worker first: grid_word(), grid_has_passed(), phases_of(), saved_phases() and fail() are its. The emulated device's loop, which makes the same
 // calls in the same order, is in emu/emulated_device.cpp. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 //
 // Invariants:
@@ -79,7 +79,7 @@ BK_INLINE void dispatch(const EngineParams& params, const Lanes& lanes) {
     // Pairs with watch_step(). The pause is for the power of an idle engine: a step lasts much longer.
     while ((in_flight = lanes.broadcast(lanes.is_first() ? ld_acquire_cta(&shared.watched_step) : 0, 0)) == step) sleep_ns(kWatchSleepNs);
     if (in_flight == kLeaveStep) return;
-    num_barriers += num_phases;
+    num_barriers += num_phases - saved_phases(*plan_of_step(params, step));
     WatchedSeq watched{nullptr, 0, 0};
     u32 num_watched = kMaxWatchedSeqs + 1;
     watch_workers(params, lanes, step, num_barriers, &watched, &num_watched);

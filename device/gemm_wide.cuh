@@ -2,17 +2,18 @@
 //
 // A CTA owns an output tile of 128 (or 64) rows x N <= 256 weight rows over the whole K: `stack` packed weight tiles side by side
 // (gemm_wide_tiling.cuh chooses). Each output is one fp32 accumulator, wgmma k16 steps in increasing k.
-//   128 rows   each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
-//   64 rows    both warpgroups have the same rows and half of the weight rows each
+//   128 rows            each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
+//   64 rows ("halved")  both warpgroups have the same rows and one packed tile each
 // Products of slice i run while slice i + 1 is waited for and issued; a stage goes back to its producer one slice later. The two warpgroups never
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
-// Rings: those of worker_memory.cuh. A weight unit is kUnitSlices slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which then
-// begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two.
+// Rings: those of worker_memory.cuh. A weight unit is unit_slices() slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which
+// then begin at an even stage; halved, a warpgroup's slices stand together. An input stage holds 128 rows of one slice, or 64 rows of two.
+// With kPaired, two CTAs share the weights that either brings (gemm_wide_pair.cuh).
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
+#include <gemm.cuh>
 #include <gemm_wide_tiling.cuh>
-#include <ptx_wgmma.cuh>
 
 namespace blinkimp {
 
@@ -22,183 +23,255 @@ BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= k
 static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
-// Passes an empty stage when a unit of two stages would begin at an odd one. Pairs with align_consumer().
-BK_INLINE void align_producer(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
-  if (cursor.stage % 2 == 0) return;
-  wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
-  mbarrier_arrive(&shared.weights_full[cursor.stage]);
-  cursor.advance(kWeightStages);
+BK_INLINE void copy_weights(void* destination, const u8* source, u32 num_bytes, u64* full) {
+  if constexpr (kPaired) bulk_copy_to_cluster(destination, source, num_bytes, full, 3);
+  else bulk_copy_to_shared(destination, source, num_bytes, full);
 }
 
-BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const u32 columns = tiling.stack * tiling.tile_rows;
-  const u32 tile_slice_bytes = tiling.tile_rows * 128;
-  const u64 tile_bytes = static_cast<u64>(tiling.num_slices) * tile_slice_bytes;
-  const u32 num_unit_slices = unit_slices(columns);
-  const bool two_stages = unit_stages(columns) == 2;
-  const u8* weights = reinterpret_cast<const u8*>(op.weight);
-  if (two_stages) align_producer(params, shared, cursor);
-  for (u32 item = cta_idx(); item < tiling.num_items; item += params.num_workers) {
-    const u32 first_tile = wide_item(tiling, item).weight_item * tiling.stack;
-    const u32 num_tiles = min(tiling.stack, tiling.num_tiles - first_tile);
-    const u8* tile = weights + first_tile * tile_bytes;
-    for (u32 slice = 0; slice < tiling.num_slices; slice += num_unit_slices) {
-      const u32 num_slices = min(num_unit_slices, tiling.num_slices - slice);
+// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on. A pair's CTA brings its half of them.
+BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 num_tiles, u32 num_slices, u8* place, u64* full) {
+  const u32 slice_bytes = tiling.tile_rows * 128;
+  const bool halved = tiling.tokens == kRowTile;  // then a tile's slices stand together, else a slice's tiles
+  const u32 num_copies = halved ? 1 : num_slices;
+  const u32 copy_bytes = halved ? num_slices * slice_bytes : slice_bytes;
+  const u32 tile_step = halved ? unit_slices(tiling.stack * tiling.tile_rows) * slice_bytes : slice_bytes;
+  const u32 rank = kPaired ? pair_rank() : 0;
+  if (kPaired && num_tiles == 1) {
+    const u32 half = copy_bytes / 2;
+#pragma unroll 1
+    for (u32 i = 0; i < num_copies; i++) copy_weights(place + i * tiling.stack * slice_bytes + rank * half, source + i * slice_bytes + rank * half, half, full);
+    return;
+  }
+  const u32 middle = (num_tiles + 1) / 2;
+  const u32 end = kPaired && rank == 0 ? middle : num_tiles;
+#pragma unroll 1
+  for (u32 stacked = rank ? middle : 0; stacked < end; stacked++) {
+    const u8* tile = source + static_cast<u64>(stacked * tiling.num_slices) * slice_bytes;
+#pragma unroll 1
+    for (u32 i = 0; i < num_copies; i++) copy_weights(place + stacked * tile_step + i * tiling.stack * slice_bytes, tile + i * slice_bytes, copy_bytes, full);
+  }
+}
+
+// follows: the op before this one in the step was produced here too (gemm_wide_pair.cuh). All roles must say the same.
+BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+  const WideTiling chosen = wide_tiling(params, op, num_rows);
+  const u32 tokens = chosen.tokens;
+  const u32 stack = chosen.stack;
+  const GemmWalk walk = gemm_walk(params, chosen);
+  align_producer(params, follows, unit_stages(stack * op.tile_rows) == 2, shared, cursor);  // without an item too: the next op may follow
+#pragma unroll 1
+  for (u32 item = walk.first; item < walk.end; item += walk.stride) {
+    // Worked out anew for each item, because a producer has few registers.
+    const Op& item_op = *opaque(&op);
+    const WideTiling tiling = wide_tiling_of(item_op, num_rows, tokens, stack);
+    const u32 slice_bytes = tiling.tile_rows * 128;
+    const u32 num_unit_slices = unit_slices(stack * tiling.tile_rows);
+    const u32 num_unit_stages = unit_stages(stack * tiling.tile_rows);
+    const u32 first_tile = gemm_item(tiling, item).weight_item * stack;
+    const u32 num_tiles = min(stack, tiling.num_tiles - first_tile);
+    const u8* source = reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes;
+#pragma unroll 1
+    for (u32 num_left = tiling.num_slices; num_left > 0;) {
+      const u32 num_slices = min(num_unit_slices, num_left);
       u64* full = &shared.weights_full[cursor.stage];
-      u8* place = ring + cursor.stage * kWeightStageBytes;
-      wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
-      if (two_stages) {  // the second stage's barriers go through their phases alone: the bytes are all counted on the first
-        wait_mbarrier(params, &shared.weights_empty[cursor.stage + 1], cursor.phase, kSiteWeightRing);
-        mbarrier_arrive(full + 1);
+#pragma unroll 1
+      for (u32 i = 0; i < num_unit_stages; i++) {
+        wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
+        if constexpr (kPaired) wait_partner_stage(params, shared.pair, cursor.stage + i);
       }
-      mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * tile_slice_bytes);
-      for (u32 i = 0; i < num_slices; i++) {
-        const u8* source = tile + (slice + i) * tile_slice_bytes;
-        for (u32 stacked = 0; stacked < num_tiles; stacked++) {
-          bulk_copy_to_shared(place + (i * tiling.stack + stacked) * tile_slice_bytes, source + stacked * tile_bytes, tile_slice_bytes, full);
-        }
-      }
-      cursor.advance(kWeightStages);
-      if (two_stages) cursor.advance(kWeightStages);
+      if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
+      mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
+      copy_weight_unit(tiling, source, num_tiles, num_slices, ring + cursor.stage * kWeightStageBytes, full);
+      for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages);
+      source += num_slices * slice_bytes;
+      num_left -= num_slices;
     }
   }
 }
 
-// Bytes of a row tile's slice that exist, in groups of 8 rows. The others keep old bytes, whose products nobody reads.
-BK_INLINE u32 existing_tile_bytes(u32 num_rows, u32 row_begin) {
-  if (row_begin >= num_rows) return 0;
-  return (min(num_rows - row_begin, kRowTile) + 7) / 8 * 1024;
-}
-
-// input: [row / 64][k / 64][64 rows][64 k], swizzled.
+// input: [row / 64][k / 64][64 rows][64 k], swizzled. Rows that do not exist keep old bytes, whose products nobody reads.
 BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const u64 row_tile_bytes = static_cast<u64>(tiling.num_slices) * kRowTileBytes;
-  const bool halved = tiling.tokens == kRowTile;
-  for (u32 item = cta_idx(); item < tiling.num_items; item += params.num_workers) {
-    const u32 row_begin = wide_item(tiling, item).row_tile * tiling.tokens;
-    const u8* tile = input + row_begin / kRowTile * row_tile_bytes;
-    const u32 first_bytes = existing_tile_bytes(num_rows, row_begin);
-    const u32 next_tile_bytes = existing_tile_bytes(num_rows, row_begin + kRowTile);
-    for (u32 slice = 0; slice < tiling.num_slices; slice += halved ? 2 : 1) {
-      const u8* first = tile + static_cast<u64>(slice) * kRowTileBytes;
-      const u8* second = first + (halved ? kRowTileBytes : row_tile_bytes);
-      const u32 second_bytes = halved ? (slice + 1 < tiling.num_slices ? first_bytes : 0) : next_tile_bytes;
+  const WideTiling chosen = wide_tiling(params, op, num_rows);
+  const u32 tokens = chosen.tokens;
+  const u32 stack = chosen.stack;
+  const GemmWalk walk = gemm_walk(params, chosen);
+#pragma unroll 1
+  for (u32 item = walk.first; item < walk.end; item += walk.stride) {
+    const WideTiling tiling = wide_tiling_of(*opaque(&op), num_rows, tokens, stack);  // anew, as above
+    const bool halved = tokens == kRowTile;
+    const u32 row_begin = gemm_item(tiling, item).row_tile * tokens;
+    const u32 second_offset = halved ? kRowTileBytes : tiling.num_slices * kRowTileBytes;
+    const u8* source = input + static_cast<u64>(row_begin / kRowTile) * tiling.num_slices * kRowTileBytes;
+    const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
+    const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
+#pragma unroll 1
+    for (u32 num_left = tiling.num_slices; num_left > 0;) {
+      const u32 num_slices = halved ? min(num_left, 2u) : 1;
+      const u32 second_bytes = halved ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
       u64* full = &shared.inputs_full[cursor.stage];
       u8* place = ring + cursor.stage * kInputStageBytes;
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
-      bulk_copy_to_shared(place, first, first_bytes, full);
-      if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, second, second_bytes, full);
+      if (first_bytes) bulk_copy_to_shared(place, source, first_bytes, full);
+      if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, source + second_offset, second_bytes, full);
       cursor.advance(kInputStages);
+      source += num_slices * kRowTileBytes;
+      num_left -= num_slices;
     }
   }
 }
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
-BK_INLINE void align_consumer(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
-  if (cursor.stage % 2 == 0) return;
-  // Hazard: without this wait the faster warpgroup could arrive twice in the phase that the slower one has yet to end.
-  wait_mbarrier(params, &shared.weights_full[cursor.stage], cursor.phase, kSiteWeightRing);
-  if (thread_idx() % 128 == 0) mbarrier_arrive(&shared.weights_empty[cursor.stage]);
-  cursor.advance(kWeightStages);
+// A weight stage that is given back, to the partner first: its producer may count on the order (align_producer).
+BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool used) {
+  for (u32 i = 0; i < num_stages; i++) {
+    if constexpr (kPaired) mbarrier_arrive_cluster_if(&loop.shared.pair.stage_empty[stage + i], pair_rank() ^ 1, loop.elected && used);
+    loop.give_weights(stage + i, used);
+  }
 }
 
 // The main loop over K of one item, for one warpgroup: 64 rows x kColumns of the item's kItemColumns weight rows. `d` starts at zero.
+// Its two rules are gemm.cuh's: addresses are uniform(), and no branch between wgmma_fence() and wgmma_commit().
 template <int kItemColumns, int kColumns>
-BK_INLINE void multiply_wide(const EngineParams& params, u32 num_slices, u8* weight_ring, u8* input_ring, WorkerShared& shared, ConsumerCursors& cursors,
-                             f32 (&d)[kColumns / 2]) {
+BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
   constexpr bool kHalved = kColumns != kItemColumns;
   constexpr u32 kUnitStages = unit_stages(kItemColumns);
   constexpr u32 kUnitSlices = unit_slices(kItemColumns);
   constexpr u32 kInputSlices = kHalved ? 2 : 1;
-  const u32 warpgroup = thread_idx() / 128;
-  const bool elected = thread_idx() % 128 == 0;
-  const u32 weights_base = shared_address(weight_ring) + (kHalved ? warpgroup * (kColumns * 128) : 0);
-  const u32 inputs_base = shared_address(input_ring) + (kHalved ? 0 : warpgroup * kRowTileBytes);
-  auto release_weights = [&](u32 stage) {
-    if (elected) {
-      mbarrier_arrive(&shared.weights_empty[stage]);
-      if constexpr (kUnitStages == 2) mbarrier_arrive(&shared.weights_empty[stage + 1]);
-    }
-  };
-  u32 used_weights = 0;  // the stage that the products in flight read
-  u32 used_inputs = 0;
+  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
+  u32 used_inputs = kNone;
+  u32 in_unit = 0;
+  u32 in_input = 0;
 #pragma unroll 1
   for (u32 slice = 0; slice < num_slices; slice++) {
-    const u32 in_unit = slice % kUnitSlices;
-    const u32 in_input = slice % kInputSlices;
-    if (in_unit == 0) wait_mbarrier(params, &shared.weights_full[cursors.weights.stage], cursors.weights.phase, kSiteWeightRing);
-    if (in_input == 0) wait_mbarrier(params, &shared.inputs_full[cursors.inputs.stage], cursors.inputs.phase, kSiteInputRing);
-    const u64 a = wgmma_descriptor(inputs_base + cursors.inputs.stage * kInputStageBytes + in_input * kRowTileBytes);
-    const u64 b = wgmma_descriptor(weights_base + cursors.weights.stage * kWeightStageBytes + in_unit * (kItemColumns * 128));
+    if (in_unit == 0) loop.wait_weights();
+    if (in_input == 0) loop.wait_inputs();
+    const u64 a = loop.a_of(in_input * kRowTileBytes);
+    const u64 b = loop.b_of(in_unit * (kColumns * 128));
     wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; k++) wgmma_m64_k16<kColumns>(d, a + 2 * k, b + 2 * k, 1);
+    multiply_slice<kColumns>(d, a, b);
     wgmma_commit();
     wgmma_wait<1>();  // the slice before is done
-    if (slice > 0) {
-      if (in_unit == 0) release_weights(used_weights);
-      if (in_input == 0 && elected) mbarrier_arrive(&shared.inputs_empty[used_inputs]);
-    }
+    give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+    loop.give_inputs(used_inputs, used_inputs != kNone);
+    used_weights = used_inputs = kNone;
     const bool last = slice + 1 == num_slices;
-    used_weights = cursors.weights.stage;
-    used_inputs = cursors.inputs.stage;
-    if (in_unit == kUnitSlices - 1 || last) {
-      cursors.weights.advance(kWeightStages);
-      if constexpr (kUnitStages == 2) cursors.weights.advance(kWeightStages);
+    if (++in_unit == kUnitSlices || last) {
+      used_weights = loop.weights.stage;
+      in_unit = 0;
+      for (u32 i = 0; i < kUnitStages; i++) loop.weights.advance(kWeightStages);
     }
-    if (in_input == kInputSlices - 1 || last) cursors.inputs.advance(kInputStages);
+    if (++in_input == kInputSlices || last) {
+      used_inputs = loop.inputs.stage;
+      in_input = 0;
+      loop.inputs.advance(kInputStages);
+    }
   }
   wgmma_wait<0>();
-  release_weights(used_weights);
-  if (elected) mbarrier_arrive(&shared.inputs_empty[used_inputs]);
+  give_unit(loop, used_weights, kUnitStages, true);
+  loop.give_inputs(used_inputs, true);
 }
 
-// One item for one warpgroup; `epilogue` sees one packed tile at a time: its rows' first, its first packed weight row, its registers.
-template <int kTileRows, int kStack, bool kHalved, class Epilogue>
-BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const WideItem& item, u8* weight_ring, u8* input_ring, WorkerShared& shared,
-                             ConsumerCursors& cursors, const Epilogue& epilogue) {
-  constexpr int kColumns = kTileRows * kStack / (kHalved ? 2 : 1);
+// One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh. What it prefetches is loaded
+// before the products, then one packed tile ahead, or, where it is the rows' (kPrefetchesRows), once.
+template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
+BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
+                             ScaleReader& scales, const Epilogue& epilogue) {
+  constexpr int kParts = kHalved ? 1 : kStack;
+  constexpr int kColumns = kTileRows * kParts;
+  const u32 warpgroup = uniform(thread_idx() / 128);
+  const u32 row_begin = kHalved ? item.row_tile * kRowTile : (item.row_tile * 2 + warpgroup) * kRowTile;
+  const u32 column = (item.weight_item * kStack + (kHalved ? warpgroup : 0)) * kTileRows;
+  auto loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  multiply_wide<kTileRows * kStack, kColumns>(params, tiling.num_slices, weight_ring, input_ring, shared, cursors, d);
-  const u32 warpgroup = thread_idx() / 128;
-  const u32 row_begin = kHalved ? item.row_tile * kRowTile : item.row_tile * 2 * kRowTile + warpgroup * kRowTile;
-  const u32 column = item.weight_item * (kTileRows * kStack) + (kHalved ? warpgroup * kColumns : 0);
-  epilogue.template finish_wide<kTileRows, kColumns>(row_begin, column, d);
-}
-
-template <int kTileRows, int kStack, bool kHalved, class Epilogue>
-BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, u8* weight_ring, u8* input_ring, WorkerShared& shared, ConsumerCursors& cursors,
-                              const Epilogue& epilogue) {
-  if constexpr (unit_stages(kTileRows * kStack) == 2) align_consumer(params, shared, cursors.weights);
-  for (u32 item = cta_idx(); item < tiling.num_items; item += params.num_workers) {
-    run_wide_item<kTileRows, kStack, kHalved>(params, tiling, wide_item(tiling, item), weight_ring, input_ring, shared, cursors, epilogue);
+  multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
+  const f32* row_scale = nullptr;
+  if constexpr (kScaled) row_scale = scales.wait(params, shared);
+#pragma unroll
+  for (int part = 0; part < kParts; part++) {
+    const auto current = loaded;
+    if (part + 1 < kParts && !Epilogue::kPrefetchesRows) loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column + (part + 1) * kTileRows);
+    epilogue.template finish<kTileRows, true>(row_begin, column + part * kTileRows, reinterpret_cast<f32(&)[kTileRows / 2]>(d[part * kTileRows / 2]), current, row_scale);
   }
 }
 
-// Runs all items of an op for this warpgroup; returns where it stands in the rings.
-template <int kTileRows, class Epilogue>
-BK_INLINE ConsumerCursors run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* weight_ring, u8* input_ring, WorkerShared& shared,
-                                        ConsumerCursors cursors, const Epilogue& epilogue) {
+template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
+BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, bool follows, u8* shared_memory, WorkerShared& shared,
+                              ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
+  const GemmWalk walk = gemm_walk(params, tiling);
+  RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
+  align_consumer(params, follows, unit_stages(kTileRows * kStack) == 2, weights);
+  const u32 warpgroup = uniform(thread_idx() / 128);
+  // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
+  const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
+  const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
+  MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
+                wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
+                thread_idx() % 128 == 0};
+#pragma unroll 1
+  for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
+    const GemmItem item = gemm_item(tiling, idx);
+    if constexpr (kScaled) scales.enter(shared, item.row_tile);
+    run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, shared, scales, epilogue);
+  }
+  cursors = ConsumerCursors{loop.weights, loop.inputs};
+}
+
+BK_INLINE bool has_wide_items(const EngineParams& params, const Op& op, u32 num_rows) {
+  const GemmWalk walk = gemm_walk(params, wide_tiling(params, op, num_rows));
+  return walk.first < walk.end;
+}
+
+// Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).
+template <int kTileRows, bool kScaled, class Epilogue>
+BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   constexpr u32 kMax = max_stack(kTileRows);
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
-  if (tiling.tokens == kRowTile) {
-    run_wide_items<kTileRows, halved_stack(kTileRows), true>(params, tiling, weight_ring, input_ring, shared, cursors, epilogue);
-  } else if (tiling.stack == kMax) {
-    run_wide_items<kTileRows, kMax, false>(params, tiling, weight_ring, input_ring, shared, cursors, epilogue);
+  ConsumerCursors cursors = shared.compute.cursors;
+  ScaleReader scales{shared.compute.scales, kNoRow};
+  const u32 stack = uniform(tiling.stack);
+  if (uniform(tiling.tokens) == kRowTile) {
+    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
+  } else if (stack == kMax) {
+    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {
-    if (tiling.stack == kMax / 2) {
-      run_wide_items<kTileRows, kMax / 2, false>(params, tiling, weight_ring, input_ring, shared, cursors, epilogue);
+    if (stack == kMax / 2) {
+      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
     } else if constexpr (kMax / 4 >= kMin) {
-      run_wide_items<kTileRows, kMax / 4, false>(params, tiling, weight_ring, input_ring, shared, cursors, epilogue);
+      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
     }
   }
-  return cursors;
+  if constexpr (kScaled) scales.leave(shared);
+  // Equal in all threads; taken over when the op ends.
+  if (is_first_thread()) {
+    shared.next_cursors = cursors;
+    shared.next_scales = scales.cursor;
+  }
+}
+
+// The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.
+BK_INLINE void produce_row_scales_wide(const EngineParams& params, const Op& op, const f32* squares, u32 num_rows, u32 warp, WorkerShared& shared, RingCursor& cursor) {
+  const WideTiling tiling = wide_tiling(params, op, num_rows);
+  const GemmWalk walk = gemm_walk(params, tiling);
+  u32 row_tile = kNoRow;
+  for (u32 idx = walk.first; idx < walk.end; idx += walk.stride) {
+    const u32 next_row_tile = gemm_item(tiling, idx).row_tile;
+    if (next_row_tile == row_tile) continue;
+    row_tile = next_row_tile;
+    wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
+    const u32 row_begin = row_tile * tiling.tokens;
+    const u32 row_end = min(num_rows, row_begin + tiling.tokens);
+    if (row_begin < row_end) {
+      const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
+      sum_row_scales(params, rows, row_end - row_begin, warp, shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
+    }
+    __syncwarp();
+    if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
+    cursor.advance(kScaleBuffers);
+  }
 }
 
 }  // namespace blinkimp

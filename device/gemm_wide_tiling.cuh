@@ -4,12 +4,13 @@
 // compute the same WideTiling from the op and the row count, and walk the same items; nothing of it depends on the host.
 //
 // The rule: of the tiles that the kernel is compiled for, the one whose busiest CTA is done first,
-//   time = rounds * (num_slices * max(tokens * N / 47, 2 * (tokens + N)) + 4000) ns
-// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM, 4000 the epilogue. Rounds are whole: 128
-// items on 131 CTAs are one round, 132 are two. Of equals the larger tile: fewer bytes. Examples (Llama-3-8B): device/GEMM_WIDE.md.
+//   time = rounds * (num_slices * max(tokens * N / 47, 2 * (tokens + N), 100 * copies) + 4000) ns
+// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM (N / 2 in pairs: gemm_wide_pair.cuh), 100 a
+// bulk copy of 4 to 16 KB (8 + 2 copies a slice take 1.0 us on 16 CTAs as on 128), 4000 the epilogue. Rounds are whole: 128 items on 131 CTAs are
+// one round, 132 are two. Of equals the larger tile: fewer bytes. Examples (Llama-3-8B): device/GEMM_WIDE.md.
 // Used by device/gemm_wide.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
-#include <worker_memory.cuh>
+#include <gemm_wide_pair.cuh>
 
 namespace blinkimp {
 
@@ -17,6 +18,7 @@ constexpr u32 kMaxWideColumns = 256;      // weight rows of an item: wgmma's lar
 constexpr u32 kMinWideColumns = 64;       // smaller ones bring more input bytes than weights
 constexpr u32 kRasterRowTiles = 16;       // row tiles swept side by side: their inputs and the weights of 8 items stay in L2
 constexpr u32 kWideEpilogueNs = 4000;
+constexpr u32 kBulkCopyNs = 100;
 
 // For measurements and tests: 0 = the rule decides, else the tiling of every op.
 #ifndef BK_WIDE_TOKENS
@@ -34,14 +36,15 @@ BK_INLINE constexpr u32 max_stack(u32 tile_rows) {
   return stack;
 }
 
+// 112 alone (gate-up, LM head) is left out: these ops have tiles for many rounds, and in rounds 224 costs less than twice 112.
 BK_INLINE constexpr u32 min_stack(u32 tile_rows) {
-  u32 stack = 1;
+  u32 stack = tile_rows == 112 ? 2 : 1;
   while (stack * tile_rows < kMinWideColumns) stack *= 2;
   return stack;
 }
 
-// Items of 64 rows have a warpgroup for each half of their weight rows, so at least two packed tiles.
-BK_INLINE constexpr u32 halved_stack(u32 tile_rows) { return min_stack(tile_rows) < 2 ? 2 : min_stack(tile_rows); }
+// Packed tiles of an item of 64 rows: one for each warpgroup.
+constexpr u32 kHalvedStack = 2;
 
 struct WideTiling {
   u32 num_rows;
@@ -52,51 +55,71 @@ struct WideTiling {
   u32 stack;             // packed tiles of an item; the last item of a row may have fewer
   u32 num_row_tiles;     // of `tokens` rows
   u32 num_weight_items;  // of `stack` packed tiles
-  u32 num_items;
+  u32 num_items;         // of a CTA, or of a pair of CTAs: then two row tiles each
 };
-
-BK_INLINE u32 wide_time_ns(const WideTiling& tiling, u32 num_workers) {
-  const u32 columns = tiling.stack * tiling.tile_rows;
-  const u32 slice_ns = max(tiling.tokens * columns / 47, 2 * (tiling.tokens + columns));
-  return (tiling.num_items + num_workers - 1) / num_workers * (tiling.num_slices * slice_ns + kWideEpilogueNs);
-}
 
 BK_INLINE WideTiling wide_tiling_of(const Op& op, u32 num_rows, u32 tokens, u32 stack) {
   WideTiling tiling{num_rows, op.in_features / kSliceColumns, op.num_tiles, op.tile_rows, tokens, stack, (num_rows + tokens - 1) / tokens, (op.num_tiles + stack - 1) / stack, 0};
-  tiling.num_items = tiling.num_row_tiles * tiling.num_weight_items;
+  tiling.num_items = (kPaired ? (tiling.num_row_tiles + 1) / 2 : tiling.num_row_tiles) * tiling.num_weight_items;
   return tiling;
+}
+
+BK_INLINE u32 wide_time_ns(const EngineParams& params, const WideTiling& tiling) {
+  const u32 columns = tiling.stack * tiling.tile_rows;
+  const u32 num_copies = tiling.tokens == kRowTile ? 2 : (kPaired ? (tiling.stack + 1) / 2 : tiling.stack) + 2;
+  const u32 slice_ns = max(max(tiling.tokens * columns / 47, 2 * tiling.tokens + (kPaired ? 1 : 2) * columns), num_copies * kBulkCopyNs);
+  const u32 num_walkers = kPaired ? params.num_workers / 2 : params.num_workers;
+  return (tiling.num_items + num_walkers - 1) / num_walkers * (tiling.num_slices * slice_ns + kWideEpilogueNs);
 }
 
 // The tiling of an op. num_rows > 64.
 BK_INLINE WideTiling wide_tiling(const EngineParams& params, const Op& op, u32 num_rows) {
   if constexpr (BK_WIDE_TOKENS != 0) return wide_tiling_of(op, num_rows, BK_WIDE_TOKENS, BK_WIDE_STACK);
-  WideTiling best = wide_tiling_of(op, num_rows, 2 * kRowTile, max_stack(op.tile_rows));
-  u32 best_ns = wide_time_ns(best, params.num_workers);
-  auto consider = [&](u32 tokens, u32 stack) {
-    const WideTiling other = wide_tiling_of(op, num_rows, tokens, stack);
-    const u32 other_ns = wide_time_ns(other, params.num_workers);
+  u32 tokens = 2 * kRowTile;
+  u32 stack = max_stack(op.tile_rows);
+  u32 best_ns = wide_time_ns(params, wide_tiling_of(op, num_rows, tokens, stack));
+#pragma unroll 1
+  for (u32 other = stack / 2; other >= min_stack(op.tile_rows); other /= 2) {
+    const u32 other_ns = wide_time_ns(params, wide_tiling_of(op, num_rows, tokens, other));
     if (other_ns < best_ns) {
-      best = other;
+      stack = other;
       best_ns = other_ns;
     }
-  };
-  for (u32 stack = best.stack / 2; stack >= min_stack(op.tile_rows); stack /= 2) consider(2 * kRowTile, stack);
-  if (num_rows <= 2 * kRowTile) consider(kRowTile, halved_stack(op.tile_rows));
-  return best;
+  }
+  if (num_rows <= 2 * kRowTile && wide_time_ns(params, wide_tiling_of(op, num_rows, kRowTile, kHalvedStack)) < best_ns) {
+    tokens = kRowTile;
+    stack = kHalvedStack;
+  }
+  return wide_tiling_of(op, num_rows, tokens, stack);
 }
 
 // Where an item lies. Row tiles go fastest, within groups of kRasterRowTiles: the CTAs that run at the same time share weights and inputs.
-struct WideItem {
-  u32 row_tile;     // of `tokens` rows
+struct GemmItem {
+  u32 row_tile;     // of `tokens` rows; of a pair's second CTA it may lie past the last row
   u32 weight_item;  // of `stack` packed tiles
 };
 
-BK_INLINE WideItem wide_item(const WideTiling& tiling, u32 item) {
-  const u32 group = item / (kRasterRowTiles * tiling.num_weight_items);
-  const u32 first_row_tile = group * kRasterRowTiles;
-  const u32 group_rows = min(tiling.num_row_tiles - first_row_tile, kRasterRowTiles);
-  const u32 in_group = item - first_row_tile * tiling.num_weight_items;
-  return WideItem{first_row_tile + in_group % group_rows, in_group / group_rows};
+BK_INLINE GemmItem gemm_item(const WideTiling& tiling, u32 item) {
+  constexpr u32 kUnit = kPaired ? 2 : 1;  // row tiles of an item
+  constexpr u32 kGroupUnits = kRasterRowTiles / kUnit;
+  const u32 num_units = (tiling.num_row_tiles + kUnit - 1) / kUnit;
+  const u32 first_unit = item / (kGroupUnits * tiling.num_weight_items) * kGroupUnits;
+  const u32 group_units = min(num_units - first_unit, kGroupUnits);
+  const u32 in_group = item - first_unit * tiling.num_weight_items;
+  return GemmItem{(first_unit + in_group % group_units) * kUnit + (kPaired ? pair_rank() : 0), in_group / group_units};
+}
+
+// The items of this CTA: first, first + stride, ... below `end`.
+struct GemmWalk {
+  u32 first;
+  u32 stride;
+  u32 end;
+};
+
+BK_INLINE GemmWalk gemm_walk(const EngineParams& params, const WideTiling& tiling) {
+  if (!kPaired) return GemmWalk{cta_idx(), params.num_workers, tiling.num_items};
+  const u32 num_pairs = params.num_workers / 2;
+  return GemmWalk{cta_idx() / 2, num_pairs, cta_idx() / 2 < num_pairs ? tiling.num_items : 0};
 }
 
 }  // namespace blinkimp

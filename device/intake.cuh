@@ -294,7 +294,7 @@ BK_INLINE void accept_request(const EngineParams& params, DirectorState& state, 
 }
 
 // All lanes. The entry that look_at_queue_pair() or fetch_entry() copied. True if it was taken.
-BK_INLINE bool take_submission(const EngineParams& params, const Lanes& lanes, DirectorState& state, u32 queue_pair_idx) {
+BK_NOINLINE bool take_submission(const EngineParams& params, const Lanes& lanes, DirectorState& state, u32 queue_pair_idx) {
   QueuePairState& queue_pair = state.queue_pairs[queue_pair_idx];
   u32 verdict = kIntakeLeave;
   if (lanes.is_first()) verdict = judge_entry(params, state, queue_pair_idx);

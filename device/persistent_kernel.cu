@@ -22,32 +22,54 @@ BK_INLINE void init_shared() {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }
-    mbarrier_init(&shared.producers_done, 2);
+    for (u32 i = 0; i < kScaleBuffers; i++) {
+      mbarrier_init(&shared.scales_full[i], kScaleWarps);
+      mbarrier_init(&shared.scales_empty[i], kComputeThreads / 32);
+    }
+    mbarrier_init(&shared.producers_done, 2 + kScaleWarps);
+    mbarrier_init(&attention_shared(shared_memory).schedule_ready, 1);
+    init_pair(shared.pair);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
+    shared.next_cursors = ConsumerCursors{};
+    shared.next_scales = RingCursor{};
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};
   fence_proxy_async();
   __syncthreads();  // mbarriers and compute state are initialised before any role uses them
+  if (kPaired) cluster_sync();  // the partner's too
 }
 
+#if BK_PAIRED
+#define BK_CLUSTER __cluster_dims__(2, 1, 1)
+#else
+#define BK_CLUSTER
+#endif
+
 // The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
-extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
+extern "C" __global__ void BK_CLUSTER __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
   init_shared();
-  if (threadIdx.x >= kComputeThreads) {
-    set_registers_down<56>();
+  const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
+  if (warp >= kComputeThreads / 32) {
+    set_registers_down<56>();  // 128 x 56 + 256 x 224 = 384 x 168: what the launch has; more would wait for ever
     if (cta_idx() == params.num_workers) return;
-    if (threadIdx.x == kComputeThreads) weight_producer(params);
-    if (threadIdx.x == kComputeThreads + 32) input_producer(params);
+    const u32 role = warp - kComputeThreads / 32;
+    if (role >= 2) {
+      scale_producer(params, role - 2);
+    } else if (threadIdx.x % 32 == 0) {
+      if (role == 0) weight_producer(params);
+      else input_producer(params);
+    }
   } else {
     set_registers_up<224>();
-    if (cta_idx() != params.num_workers) {
+    if (uniform(cta_idx()) != params.num_workers) {
       compute(params);
-    } else if (threadIdx.x < kDirectorThreads) {
+    } else if (warp < kDirectorThreads / 32) {
       direct(params);
     }
   }
+  if (kPaired) cluster_sync();  // hazard: the partner's last arrivals at this CTA's mbarriers
 }
 
 }  // namespace blinkimp

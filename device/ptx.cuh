@@ -10,9 +10,11 @@
 #if defined(__CUDACC__)
 #define BK_GPU 1
 #define BK_INLINE __device__ __forceinline__
+#define BK_NOINLINE __device__ __noinline__  // of the director, whose calls cost nothing beside what they do: inlined, they are most of the compile time
 #else
 #define BK_GPU 0
 #define BK_INLINE inline
+#define BK_NOINLINE inline
 #include <time.h>
 #endif
 

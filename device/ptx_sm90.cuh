@@ -53,9 +53,9 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
 BK_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
-// Shared-memory descriptor of a K-major operand, 128-byte swizzle: rows of 128 bytes in groups of 8 (1024 bytes apart).
-BK_INLINE u64 wgmma_descriptor(u32 address) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
+// Shared-memory descriptor of a K-major operand, 128-byte swizzle: rows of 128 bytes in groups of 8, group_bytes apart.
+BK_INLINE u64 wgmma_descriptor(u32 address, u32 group_bytes = 1024) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(group_bytes >> 4) << 32) | (1ull << 62);
 }
 BK_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 BK_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -102,6 +102,9 @@ BK_INLINE T* opaque(T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
 }
+
+// A load past L1, whose copy may be older than what another SM wrote.
+BK_INLINE float2 load_l2(const float2* source) { return __ldcg(source); }
 
 // A value that is the same in all lanes of the warp, made known as such: the compiler then keeps it, and what is computed from it, in
 // uniform registers.

@@ -1,12 +1,14 @@
 // A worker CTA: interprets the model program over each step's plan, between grid barriers. GPU only.
 //
-// Three roles run the same op list side by side, each with its own cursor: the weight producer (warp 8), the input producer (warp 9),
-// the compute warpgroups. A role knows by counting where the grid barriers are: phases_of(op) barriers end with each op.
+// Four roles run the same op list side by side, each with its own cursor: the weight producer (warp 8), the input producer (warp 9), the
+// scale warps (10, 11; the first of them plans attention, too) and the compute warpgroups. A role knows by counting where the grid barriers are: phases_of(op) end with each op.
+// Each role waits for the grid itself, where it reads what other SMs wrote; the compute threads of a GEMM need not, their inputs come by the ring.
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
-#include <portable/attention.cuh>
-#include <gemm_epilogues.cuh>
+#include <attention.cuh>
+#include <gemm_wide.cuh>
 #include <logits_epilogue.cuh>
+#include <phases.cuh>
 #include <sample_op.cuh>
 #include <trace.cuh>
 
@@ -25,23 +27,31 @@ namespace blinkimp {
 constexpr int kHeadDim = BK_HEAD_DIM;
 constexpr int kQkvTileRows = BK_QKV_TILE_ROWS;
 constexpr int kGateUpTileRows = BK_GATE_UP_TILE_ROWS;
-constexpr int kProjectTileRows = kSquaresColumns;
+constexpr int kProjectTileRows = 32;
 constexpr int kLmHeadTileRows = 112;
-
-// Grid barriers an op ends with: one per phase.
-BK_INLINE u32 phases_of(u32 kind) { return kind == kOpAttention || kind == kOpLmHead ? 2 : 1; }
 
 // The rows a GEMM op works on: the LM head sees the sampled rows alone.
 BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
 
 BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
 
-BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op) {
+// Whether the weight ring goes on from a GEMM of the same step: of more rows or as many, so wide if this one is.
+BK_INLINE bool follows_gemm(const EngineParams& params, u32 op_idx) { return op_idx > 0 && is_gemm(reinterpret_cast<const Op*>(params.ops)[op_idx - 1].kind); }
+
+// Whether the op normalises its input: its epilogue needs row scales.
+BK_INLINE bool is_scaled(u32 kind) { return is_gemm(kind) && kind != kOpProject; }
+
+BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const StepPlan& plan) {
   switch (op.kind) {
     case kOpProject: return params.workspaces[op.input == kBufAttention ? kWsAttention : kWsActivation];
-    case kOpLmHead: return params.workspaces[kWsSampledInput];
+    case kOpLmHead: return params.workspaces[samples_every_row(plan) ? kWsNormed : kWsSampledInput];
     default: return params.workspaces[kWsNormed];
   }
+}
+
+BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
+  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
+  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
 }
 
 // Waits for the plan of a step; an idle wait has no budget, it ends with the exit flag at the latest. Acquire: pairs with the
@@ -58,12 +68,20 @@ BK_INLINE void weight_producer(const EngineParams& params) {
   WorkerShared& shared = worker_shared(shared_memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   RingCursor cursor{0, 1};
+  u32 num_barriers = 0;
   for (u32 step = 0;; step++) {
     const StepPlan* plan = wait_plan(params, step);
     if (plan->flags & kPlanExit) return;
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
-      if (is_gemm(op.kind)) produce_weights(params, op, gemm_shape(op, rows_of(op.kind, *plan)), shared_memory, shared, cursor);
+      if (is_gemm(op.kind)) {
+        const u32 num_rows = rows_of(op.kind, *plan);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
+        else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
+      } else if (op.kind == kOpAttention) {
+        produce_attention<kHeadDim>(params, op, plan, step, shared_memory, shared, attention_shared(shared_memory), cursor, num_barriers);
+      }
+      num_barriers += phases_in_step(op.kind, *plan);
     }
     mbarrier_arrive(&shared.producers_done);
   }
@@ -80,11 +98,14 @@ BK_INLINE void input_producer(const EngineParams& params) {
     if (plan->flags & kPlanExit) return;
     for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
       const Op& op = ops[op_idx];
-      num_barriers += phases_of(op.kind) - 1;  // the LM head's input is ready after its first phase
+      num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
       if (is_gemm(op.kind)) {
+        const u32 num_rows = rows_of(op.kind, *plan);
+        const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
         wait_grid(params, num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
-        produce_inputs(params, reinterpret_cast<const u8*>(input_workspace(params, op)), gemm_shape(op, rows_of(op.kind, *plan)), shared_memory + kScratchOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
+        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
       }
       num_barriers++;
     }
@@ -92,127 +113,182 @@ BK_INLINE void input_producer(const EngineParams& params) {
   }
 }
 
-// ---- Compute -----------------------------------------------------------------------------------------------------
-// A grid barrier of the compute threads: everything they wrote before is visible to all of them, on every SM, after.
-BK_INLINE void grid_arrive(const EngineParams& params) {
-  fence_proxy_async();  // our stores before the bulk copies of whoever waits
-  named_barrier_sync<1, kComputeThreads>();
-  if (is_first_thread()) red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);  // pairs with wait_grid()
+// A whole warp: scale warp `warp` of kScaleWarps.
+BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
+  WorkerShared& shared = worker_shared(worker_memory());
+  const Op* ops = reinterpret_cast<const Op*>(params.ops);
+  AttentionShared& attention = attention_shared(worker_memory());
+  const bool elected = thread_idx() % 32 == 0;
+  RingCursor cursor{0, 1};
+  u32 num_barriers = 0;
+  if (warp == 0) find_windows(params, attention);
+  for (u32 step = 0;; step++) {
+    const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
+    if (elected) wait_plan(params, step);
+    __syncwarp();  // the plan was acquired by one lane
+    if (plan->flags & kPlanExit) return;
+    if (warp == 0) plan_attention(params, plan, attention);
+    for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
+      const Op& op = ops[op_idx];
+      num_barriers += phases_in_step(op.kind, *plan) - 1;
+      if (is_scaled(op.kind)) {
+        const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(*plan);
+        const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]);
+        const u32 num_rows = rows_of(op.kind, *plan);
+        if (elected) wait_grid(params, num_barriers);
+        __syncwarp();  // the grid was acquired by one lane
+        if (is_wide(num_rows)) produce_row_scales_wide(params, op, squares, num_rows, warp, shared, cursor);
+        else produce_row_scales(params, squares, gemm_shape(op, num_rows), warp, shared, cursor);
+      }
+      num_barriers++;
+    }
+    if (elected) mbarrier_arrive(&shared.producers_done);
+  }
 }
 
-// kEndsOp: the last phase of an op; the program counter moves on, past the last op to the next step.
-template <bool kEndsOp>
-BK_INLINE void grid_barrier(const EngineParams& params, ComputeState& state) {
-  // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
-  if (kEndsOp && is_first_thread() && state.op_idx + 1 == params.num_ops) wait_mbarrier(params, &worker_shared(worker_memory()).producers_done, state.step & 1, kSiteProducers);
-  grid_arrive(params);
+// ---- Compute -----------------------------------------------------------------------------------------------------
+// Ends a phase: everything the compute threads wrote before is visible to whoever waits for the grid after. To bulk copies too: whoever starts
+// one has a proxy fence between the wait and the copy.
+BK_INLINE void grid_arrive(const EngineParams& params) { red_add_release_gpu(grid_word(params, kGridWordArrivals), 1); }  // pairs with wait_grid()
+
+// Until all phases so far are over on every SM: for ops whose compute threads read what other SMs wrote.
+BK_INLINE void wait_phases(const EngineParams& params, const ComputeState& state) {
+  if (is_first_thread()) wait_grid(params, state.num_barriers);
+  named_barrier_sync<1, kComputeThreads>();  // nobody reads what thread 0 has not acquired
+}
+
+// The barrier between the phases of an op.
+BK_INLINE void phase_barrier(const EngineParams& params, ComputeState& state) {
+  named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0's release
   if (is_first_thread()) {
-    wait_grid(params, ++state.num_barriers);
-    if (kEndsOp && ++state.op_idx == params.num_ops) {
+    grid_arrive(params);
+    state.num_barriers++;
+  }
+  wait_phases(params, state);
+}
+
+// The next op's descriptor on its way to shared memory, while this one runs.
+BK_INLINE void fetch_op(const EngineParams& params, u32 op_idx, Op* destination) {
+  const u32 thread = thread_idx();
+  if (thread < sizeof(Op) / 16) cp_async_16(shared_address(destination) + thread * 16, reinterpret_cast<const u8*>(params.ops) + op_idx * sizeof(Op) + thread * 16, true);
+  cp_async_commit();
+}
+
+// Ends an op: the program counter moves on, past the last op to the next step. joined: this CTA's threads or its producers have waited for
+// the grid in this op; a CTA that had nothing to do must not arrive at its end before the others have arrived at its beginning.
+BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joined) {
+  ComputeState& state = shared.compute;
+  cp_async_wait<0>();
+  // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
+  if (is_first_thread() && state.op_idx + 1 == params.num_ops) wait_mbarrier(params, &shared.producers_done, state.step & 1, kSiteProducers);
+  named_barrier_sync<1, kComputeThreads>();  // all threads are done with the op
+  if (is_first_thread()) {
+    state.cursors = shared.next_cursors;
+    state.scales = shared.next_scales;
+    state.op_buffer ^= 1;
+    if (++state.op_idx == params.num_ops) {
       state.op_idx = 0;
       state.step++;
     }
+    if (!joined) wait_grid(params, state.num_barriers);
+    state.num_barriers++;
   }
-  named_barrier_sync<1, kComputeThreads>();  // nobody reads what thread 0 has not acquired
+  named_barrier_sync<1, kComputeThreads>();  // nobody reads the old state
+  if (is_first_thread()) grid_arrive(params);
 }
 
 // kOpEmbed, one row per CTA at a time: hidden = table[token], its tiled copy times the first gain, sums of squares per 32 columns.
 BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPlan* plan) {
   const u32 hidden = opaque(params.dims.hidden);
+  const u32 tile_rows = input_tile_rows(plan->num_rows);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
   for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
     const u64 first = static_cast<u64>(plan_row_token(params, plan, row)) * hidden;
     for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
       const f32 value = __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(op.weight)[first + column]) << 16);
       reinterpret_cast<f32*>(params.workspaces[kWsHidden])[static_cast<u64>(row) * hidden + column] = value;
-      reinterpret_cast<u16*>(params.workspaces[kWsNormed])[tiled_offset(row, column, hidden / kSliceColumns)] = static_cast<u16>(pack_bf16x2(value * gain[column], 0.0f));
+      reinterpret_cast<u16*>(params.workspaces[kWsNormed])[tiled_offset(row, column, hidden / kSliceColumns, tile_rows)] = static_cast<u16>(pack_bf16x2(value * gain[column], 0.0f));
       f32 squares = value * value;
-      for (u32 distance = 16; distance; distance /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
-      if (thread_idx() % 32 == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + column / kSquaresColumns] = squares;
+      for (u32 distance = kSquaresColumns / 2; distance; distance /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+      if (thread_idx() % kSquaresColumns == 0) reinterpret_cast<f32*>(params.workspaces[kWsSquares])[static_cast<u64>(row) * (hidden / kSquaresColumns) + column / kSquaresColumns] = squares;
     }
   }
 }
 
-// First phase of kOpLmHead: the sampled rows side by side, with their 1 / rms.
+// First phase of kOpLmHead where not every row is sampled: the sampled rows side by side, with their sums of squares.
 BK_INLINE void gather_sampled_rows(const EngineParams& params, const StepPlan* plan) {
   const u32 hidden = opaque(params.dims.hidden);
   const u32 num_slices = hidden / kSliceColumns;
+  const u32 num_parts = hidden / kSquaresColumns;
+  const u32 tile_rows = input_tile_rows(plan->num_rows);
+  const u32 sampled_tile_rows = input_tile_rows(plan->num_sample_rows);
   const u16* normed = reinterpret_cast<const u16*>(params.workspaces[kWsNormed]);
   u16* gathered = reinterpret_cast<u16*>(params.workspaces[kWsSampledInput]);
   for (u32 sample = cta_idx(); sample < plan->num_sample_rows; sample += params.num_workers) {
     const u32 row = plan_sampled_rows(params, plan)[sample];
     for (u32 chunk = thread_idx(); chunk < hidden / 8; chunk += kComputeThreads) {
-      *reinterpret_cast<uint4*>(gathered + tiled_offset(sample, chunk * 8, num_slices)) = *reinterpret_cast<const uint4*>(normed + tiled_offset(row, chunk * 8, num_slices));
+      *reinterpret_cast<uint4*>(gathered + tiled_offset(sample, chunk * 8, num_slices, sampled_tile_rows)) =
+          *reinterpret_cast<const uint4*>(normed + tiled_offset(row, chunk * 8, num_slices, tile_rows));
     }
-    if (thread_idx() < 32) {
-      const u32 num_parts = hidden / kSquaresColumns;
-      const f32* parts = reinterpret_cast<const f32*>(params.workspaces[kWsSquares]) + static_cast<u64>(row) * num_parts;
-      f32 sum = 0.0f;
-      for (u32 i = thread_idx(); i < num_parts; i += 32) sum += parts[i];
-      for (u32 distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-      if (is_first_thread()) reinterpret_cast<f32*>(params.workspaces[kWsSampledScale])[sample] = rsqrtf(sum / static_cast<f32>(hidden) + params.dims.norm_eps);
-    }
+    const f32* parts = reinterpret_cast<const f32*>(params.workspaces[kWsSquares]) + static_cast<u64>(row) * num_parts;
+    f32* gathered_parts = reinterpret_cast<f32*>(params.workspaces[kWsSampledSquares]) + static_cast<u64>(sample) * num_parts;
+    for (u32 i = thread_idx(); i < num_parts; i += kComputeThreads) gathered_parts[i] = parts[i];
   }
 }
 
-// kOpAttention, in two phases around a grid barrier; the output is the O projection's tiled input.
+// Where attention's output goes: the O projection's tiled input.
 struct TiledStore {
   const EngineParams& params;  // read at each store: constant memory is cheaper than registers held through attention
-  BK_INLINE void operator()(u32 row, u32 column, u32 pair) const {
-    u8* output = reinterpret_cast<u8*>(params.workspaces[kWsAttention]);
-    *reinterpret_cast<u32*>(output + 2 * tiled_offset(row, column, params.dims.num_heads * kHeadDim / kSliceColumns)) = pair;
+  const ComputeState& state;
+
+  // 8 columns from `column`, a multiple of 8: one chunk of the swizzle.
+  BK_INLINE void chunk(u32 row, u32 column, uint4 words) const { *reinterpret_cast<uint4*>(place(row, column)) = words; }
+  BK_INLINE void pair(u32 row, u32 column, u32 word) const { *reinterpret_cast<u32*>(place(row, column)) = word; }
+
+ private:
+  BK_INLINE u8* place(u32 row, u32 column) const {
+    const u32 num_slices = params.dims.num_heads * kHeadDim / kSliceColumns;
+    return reinterpret_cast<u8*>(params.workspaces[kWsAttention]) + 2 * tiled_offset(row, column, num_slices, input_tile_rows(state.num_rows));
   }
 };
 
-BK_INLINE void run_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u8* shared_memory, ComputeState& state) {
-  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
-  const ModelDims& dims = params.dims;
-  AttentionShared& attention = *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
-  if (is_first_thread()) {
-    const u64 num_slots = attention_slots(params.max_batch, params.max_pages_per_request);
-    u8* parts = reinterpret_cast<u8*>(params.workspaces[kWsAttentionPart]);
-    AttentionArgs& args = attention.args;
-    args.seqs = plan_seqs(params, plan);
-    args.num_seqs = plan->num_seqs;
-    args.num_heads = dims.num_heads;
-    args.num_kv_heads = dims.num_kv_heads;
-    args.group = dims.num_heads / dims.num_kv_heads;
-    args.window = op.window;
-    args.max_pages_per_request = params.max_pages_per_request;
-    args.scale = dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-    args.cta_idx = cta_idx();
-    args.num_ctas = params.num_workers;
-    args.num_slots = static_cast<u32>(num_slots);
-    args.page_tables = reinterpret_cast<const u32*>(params.page_tables);
-    args.query = reinterpret_cast<const u16*>(params.workspaces[kWsQuery]);
-    args.kv = reinterpret_cast<const u16*>(params.kv_cache) + static_cast<u64>(op.layer) * params.num_pages * dims.num_kv_heads * 2 * kPageTokens * kHeadDim;
-    args.part_outputs = reinterpret_cast<f32*>(parts);
-    args.part_softmax = reinterpret_cast<float2*>(parts + num_slots * dims.num_heads * kHeadDim * sizeof(f32));
+// A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kFirstColumns weight rows are warpgroup 0's.
+template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
+BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
+  if (is_wide(num_rows)) {
+    run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, follows_gemm(params, op_idx), shared_memory, shared, epilogue);
+  } else {
+    run_gemm<kTileRows, kFirstColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
   }
-  named_barrier_sync<1, kComputeThreads>();  // the arguments are complete
-  const TiledStore store{params};
-  attention_splits<kHeadDim, 1>(attention, shared_memory + kScratchOffset, store);
-  grid_barrier<false>(params, state);
-  attention_combine<kHeadDim>(attention, store);
 }
 
-// The GEMM ops, at the tile widths that host/gpu_kernel.py chose.
-BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u8* shared_memory, WorkerShared& shared) {
-  const u32 num_rows = rows_of(op.kind, *plan);
-  const GemmShape shape = gemm_shape(op, num_rows);
-  switch (op.kind) {
+// The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided at multiples of 8 rows, gate-up's at multiples of 16 (8 gate, 8 up).
+BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared) {
+  switch (uniform(op.kind)) {
     case kOpQkv:
-      run_gemm<kQkvTileRows, true>(params, shape, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
+      run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
       break;
     case kOpGateUp:
-      run_gemm<kGateUpTileRows, true>(params, shape, shared_memory, shared, GateUpEpilogue<kGateUpTileRows>{params, op, shared, num_rows});
+      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, op_idx, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
       break;
     case kOpLmHead:
-      run_gemm<kLmHeadTileRows, false>(params, shape, shared_memory, shared, LogitsEpilogue<kLmHeadTileRows>{params, op, num_rows});
+      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
       break;
     default:
-      run_gemm<kProjectTileRows, false>(params, shape, shared_memory, shared, ProjectEpilogue<kProjectTileRows>{params, op, num_rows});
+      run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, op_idx, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
   }
+}
+
+// Thread 0 acquires the plan of the step that begins. False: the workers leave.
+BK_INLINE bool begin_step(const EngineParams& params, ComputeState& state) {
+  if (is_first_thread()) {
+    const StepPlan* plan = wait_plan(params, state.step);
+    state.num_rows = plan->num_rows;
+    state.num_sample_rows = plan->num_sample_rows;
+    state.leaves = plan->flags & kPlanExit;
+  }
+  named_barrier_sync<1, kComputeThreads>();  // the plan was acquired by thread 0
+  return uniform(state.leaves) == 0;
 }
 
 // Op times for the trace, in kernels that were compiled for it: a traced engine pays with a look at the trace's header for each op.
@@ -223,36 +299,44 @@ BK_INLINE void trace_moment(const EngineParams& params, const StepPlan* plan, u3
 }
 
 BK_INLINE void compute(const EngineParams& params) {
+  fetch_op(params, 0, &worker_shared(worker_memory()).ops[0]);
+  cp_async_wait<0>();
+  named_barrier_sync<1, kComputeThreads>();  // the first op's descriptor is there
   for (;;) {
     u8* shared_memory = worker_memory();
     WorkerShared& shared = worker_shared(shared_memory);
     ComputeState& state = shared.compute;
-    if (state.op_idx == 0) {
-      if (is_first_thread()) wait_plan(params, state.step);
-      named_barrier_sync<1, kComputeThreads>();  // the plan was acquired by thread 0
-    }
+    if (uniform(state.op_idx) == 0 && !begin_step(params, state)) return;
     const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]);
-    if (plan->flags & kPlanExit) return;
-    const Op& op = reinterpret_cast<const Op*>(params.ops)[state.op_idx];
+    const Op& op = shared.ops[state.op_buffer];
+    const u32 kind = uniform(op.kind);
+    fetch_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &shared.ops[state.op_buffer ^ 1]);
     trace_moment(params, plan, state.op_idx, kOpBegins);
-    if (op.kind == kOpLmHead) {
+    bool joined = true;
+    if (kind == kOpLmHead && uniform(state.num_sample_rows) != uniform(state.num_rows)) {
+      wait_phases(params, state);
       gather_sampled_rows(params, opaque(plan));
-      grid_barrier<false>(params, state);
+      phase_barrier(params, state);
     }
-    if (is_gemm(op.kind)) {
-      run_gemm_op(params, op, opaque(plan), shared_memory, shared);
-    } else if (op.kind == kOpAttention) {
-      run_attention(params, op, opaque(plan), shared_memory, state);
-    } else if (op.kind == kOpEmbed) {
+    if (is_gemm(kind)) {
+      const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
+      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : cta_idx() < gemm_shape(op, num_rows).num_items;
+      run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
+    } else if (kind == kOpAttention) {
+      wait_phases(params, state);  // q, k and v of every SM
+      const RingCursor pages = attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), state.cursors.weights, TiledStore{params, state});
+      if (is_first_thread()) shared.next_cursors = ConsumerCursors{pages, state.cursors.inputs};
+    } else if (kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));
-    } else if (op.kind == kOpSample) {
-      const LogitTiles tiles{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), num_logit_tiles(params.dims.vocab, kLmHeadTileRows)};
-      run_sample(params, opaque(plan), shared_memory + kScratchOffset, tiles);
+    } else if (kind == kOpSample) {
+      wait_phases(params, state);
+      const LogitTiles parts{reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]), num_logit_parts(params.dims.vocab)};
+      run_sample(params, opaque(plan), shared_memory + kScratchOffset, parts);
     } else {
-      fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
+      fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }
     trace_moment(params, plan, state.op_idx, kOpIsDone);
-    grid_barrier<true>(params, state);
+    end_op(params, shared, joined);
   }
 }
 

@@ -1,33 +1,33 @@
-// A worker CTA's threads, shared memory map and rings; the activation layout that GEMMs read. GPU only.
+// A worker CTA's threads, shared memory map and rings; the waits of all roles. GPU only.
 //
-//   threads 0..255    two compute warpgroups            threads 256..383  producer warpgroup: warp 8 streams weights, warp 9 inputs
+//   threads 0..255    two compute warpgroups
+//   threads 256..383  producer warpgroup: warp 8 streams weights, warp 9 GEMM inputs, warps 10 and 11 sum up row scales (row_scales.cuh)
 //
-//   shared memory     [ weight ring: 8 x 16 KB ]  filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
-//                     [ scratch: 96 KB ]          in a GEMM: input ring 4 x 16 KB, then the reduction buffer 32 KB
-//                                                 in attention and sampling: their own use of the whole
-//                     [ WorkerShared ]            mbarriers and row scales
-//                     [ AttentionShared ]         arguments and current item of attention
+//   shared memory     [ scratch ]          in a GEMM: the input ring; in attention and sampling: their own use of the whole
+//                     [ weight ring ]      filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
+//                     [ WorkerShared ]     mbarriers, row scales, where the program stands
+//                     [ AttentionShared ]  arguments and current item of attention
+//   (The input ring stands first: wgmma reads 64 rows of an input tile of 8, 16 or 32, so past the tile's end, into whatever follows.)
 //
 // Used by device/gemm.cuh, device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
+#include <activation_layout.cuh>
 #include <fault.cuh>
-#include <ptx_sm90.cuh>
+#include <ptx_mma.cuh>
 
 namespace blinkimp {
 
 constexpr u32 kComputeThreads = 256;
 constexpr u32 kWorkerThreads = 384;
-constexpr u32 kSliceColumns = 64;         // k per slice: 128 bytes of bf16, the swizzle's width
-constexpr u32 kRowTile = 64;              // wgmma's M
-constexpr u32 kWeightStages = 8;
+constexpr u32 kWeightStages = 10;
 constexpr u32 kWeightStageBytes = 16384;
 constexpr u32 kInputStages = 4;
 constexpr u32 kInputStageBytes = 16384;   // two tiles of 64 rows x 128 bytes
 constexpr u32 kRowTileBytes = kRowTile * 128;
-constexpr u32 kReduceBytes = 32768;       // 64 fragment registers x 128 threads x 4 bytes
-constexpr u32 kScratchBytes = kInputStages * kInputStageBytes + kReduceBytes;
-constexpr u32 kRingOffset = 0;
-constexpr u32 kScratchOffset = kWeightStages * kWeightStageBytes;
+constexpr u32 kScratchBytes = 64 * 1024;
+constexpr u32 kScratchOffset = 0;
+constexpr u32 kRingOffset = kScratchBytes;
+static_assert(kInputStages * kInputStageBytes <= kScratchBytes, "the input ring lies in the scratch");
 
 // Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
 struct RingCursor {
@@ -50,27 +50,50 @@ struct ConsumerCursors {
 // Writer: thread 0 between two barriers, so that nobody reads it meanwhile; readers: all compute threads.
 struct ComputeState {
   ConsumerCursors cursors;
-  u32 num_barriers;  // grid barriers passed since launch
+  RingCursor scales;
+  u32 num_barriers;  // grid barriers arrived at since launch
   u32 step;
   u32 op_idx;
-  u32 reserved0;
+  u32 num_rows;         // of the step
+  u32 num_sample_rows;  // of the step
+  u32 op_buffer;        // of WorkerShared.ops
+  u32 leaves;           // the plan says exit
+};
+
+constexpr u32 kScaleBuffers = 2;
+constexpr u32 kScaleWarps = 2;
+
+// What the CTAs of a pair tell each other (gemm_wide_pair.cuh).
+struct PairShared {
+  u64 stage_empty[kWeightStages];  // [stage]; a phase per use in a paired op; writers: the partner's compute warpgroups; reader: own weight producer
+  u64 ready;                       // a phase per handshake; writer: the partner's weight producer; reader: own
+  u32 stage_parity;                // bit per stage: which phase of stage_empty to wait for next; weight producer only
+  u32 ready_parity;                // likewise of `ready`
 };
 
 struct WorkerShared {
-  // mbarriers of the two rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
+  // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
   u64 weights_empty[kWeightStages];  // [stage]
   u64 inputs_full[kInputStages];     // [stage]
   u64 inputs_empty[kInputStages];    // [stage]
-  u64 producers_done;  // a phase per step: both producers have read its plan for the last time. Plan n + 1 is published after step n only
-  f32 row_scale[2 * kRowTile];  // 1 / rms of the rows of the current pair of row tiles
+  u64 scales_full[kScaleBuffers];    // [buffer]; the scale warps arrive
+  u64 scales_empty[kScaleBuffers];   // [buffer]; the compute warpgroups arrive
+  u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
+  u64 reserved0;
+  Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
+  // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
+  f32 row_scale[kScaleBuffers][2 * kRowTile];
+  PairShared pair;
   ComputeState compute;
+  ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
+  RingCursor next_scales;
 };
 
-constexpr u32 kAttentionBlockBytes = 256;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
-constexpr u32 kSharedOffset = kScratchOffset + kScratchBytes;
+constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
+constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 230376;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -79,30 +102,10 @@ BK_INLINE u8* worker_memory() {
   extern __shared__ __align__(1024) u8 dynamic_shared[];
   return dynamic_shared;
 }
+// [row] of one warpgroup, in a narrow step: where sums over half a head or half a group of columns meet (gemm_epilogues.cuh).
+BK_INLINE f32* half_sums(WorkerShared& shared, u32 warpgroup) { return shared.row_scale[warpgroup] + kRowTile; }
+
 BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset); }
-
-// Workspaces of the GPU interpreter (EngineParams.workspaces); rows padded to 128. host/gpu_memory.py allocates by the same list.
-enum Workspace : u32 {
-  kWsHidden = 0,         // f32 [rows, hidden]
-  kWsNormed = 1,         // bf16 tiled input, hidden columns: hidden * gain of the next norm
-  kWsQuery = 2,          // bf16 [rows, num_heads * head_dim], pairs of the rotation adjacent
-  kWsAttention = 3,      // bf16 tiled input, num_heads * head_dim columns
-  kWsActivation = 4,     // bf16 tiled input, intermediate columns
-  kWsSquares = 5,        // f32 [rows, hidden / 32]: sums of squares of 32 hidden columns
-  kWsLogits = 6,         // f32 [max_batch, vocab]
-  kWsSampledInput = 7,   // bf16 tiled input, hidden columns, sampled rows only
-  kWsSampledScale = 8,   // f32 [max_batch]: 1 / rms of the sampled rows
-  kWsAttentionPart = 9,  // attention's partial results
-  kWsLogitBest = 10,     // u64 [max_batch, ceil(vocab / 112)]: the best logit of each tile (logits_epilogue.cuh)
-};
-constexpr u32 kSquaresColumns = 32;
-
-// Element offset of (row, column) in a tiled input of num_slices slices: [row / 64][column / 64][64 rows][64 columns], the 16-byte chunks of
-// a row exchanged by the 128-byte swizzle (chunk ^= row mod 8), so that a bulk copy brings what wgmma reads.
-BK_INLINE u64 tiled_offset(u32 row, u32 column, u32 num_slices) {
-  u32 within = (row % kRowTile) * kSliceColumns + ((((column % kSliceColumns) / 8) ^ (row % 8)) * 8) + column % 8;
-  return (static_cast<u64>(row / kRowTile) * num_slices + column / kSliceColumns) * (kRowTile * kSliceColumns) + within;
-}
 
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
 // Out of line: inlined into every wait, its addresses would take registers from the loops around.
@@ -113,14 +116,25 @@ __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site
   trap();
 }
 
+// Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
+BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
+  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) return;  // it mostly waits in there
+  const u64 start_ns = device_clock_ns();
+  while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) {
+    if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, site, parity, *barrier);
+  }
+}
+
+constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
+
 // Waits for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
 BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
-  if (mbarrier_try_wait(barrier, parity)) return;
-  const u64 start_ns = device_clock_ns();
-  while (!mbarrier_try_wait(barrier, parity)) {
-    if (device_clock_ns() - start_ns > params.spin_budget_ns) {
-      fail(params, kFaultSpinExpired, site, parity, *barrier);
-    }
+  u64 start_ns = 0;
+  for (u32 tries = 1; !mbarrier_try_wait(barrier, parity); tries++) {
+    if (tries % kTriesPerLook) continue;
+    const u64 now_ns = device_clock_ns();
+    if (!start_ns) start_ns = now_ns;
+    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, site, parity, *barrier);
   }
 }
 
@@ -136,11 +150,13 @@ BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num
 // Waits until the grid has passed num_barriers barriers since launch. Acquire: pairs with grid_arrive().
 BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers) {
   u32* arrivals = grid_word(params, kGridWordArrivals);
-  if (grid_has_passed(params, ld_acquire_gpu(arrivals), num_barriers)) return;
-  const u64 start_ns = device_clock_ns();
+  u64 start_ns = 0;
   u32 seen;
-  while (!grid_has_passed(params, seen = ld_acquire_gpu(arrivals), num_barriers)) {
-    if (device_clock_ns() - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
+  for (u32 tries = 1; !grid_has_passed(params, seen = ld_acquire_gpu(arrivals), num_barriers); tries++) {
+    if (tries % kTriesPerLook) continue;
+    const u64 now_ns = device_clock_ns();
+    if (!start_ns) start_ns = now_ns;
+    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
   }
 }
 

@@ -1,6 +1,6 @@
 """The GPU memory of one engine: what EngineParams points to, allocated and filled in.
 
-The workspaces are those of device/worker_memory.cuh (enum Workspace). Plain device allocations, all owned by the context.
+The workspaces are those of device/activation_layout.cuh (enum Workspace). Plain device allocations, all owned by the context.
 Called by host/gpu_device.py and the GPU tests. Test: pytest -m gpu tests/gpu/test_model_gpu.py
 """
 
@@ -20,7 +20,7 @@ from blinkimp.ring_abi import DType
 
 ROW_GROUP: Final = 128  # rows are padded to two wgmma row tiles
 SQUARES_COLUMNS: Final = 32
-LM_HEAD_TILE_ROWS: Final = 112  # kLmHeadTileRows of device/worker.cuh
+LOGIT_PART_COLUMNS: Final = 56  # kLogitPartColumns of device/logits_epilogue.cuh
 SPLIT_PAGES: Final = 4  # kSplitPages of device/attention_math.cuh and device/portable/attention_math.cuh
 ATTENTION_COUNTERS: Final = abi.NUM_WORKSPACES - 1  # kWsAttentionCounters of device/attention_schedule.cuh
 
@@ -45,9 +45,9 @@ def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
         rows * (config.hidden // SQUARES_COLUMNS) * 4,
         sizes.max_batch * config.vocab * 4,
         sampled * config.hidden * 2,
-        sampled * 4,
+        sampled * (config.hidden // SQUARES_COLUMNS) * 4,
         attention_part_bytes(config, sizes),
-        sizes.max_batch * -(-config.vocab // LM_HEAD_TILE_ROWS) * 8,
+        sizes.max_batch * -(-config.vocab // LOGIT_PART_COLUMNS) * 8,
     ]
     sizes_by_index = used + [0] * (abi.NUM_WORKSPACES - len(used))
     sizes_by_index[ATTENTION_COUNTERS] = sizes.max_batch * config.num_kv_heads * 4

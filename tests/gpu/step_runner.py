@@ -250,18 +250,23 @@ class StepRunner:
         return self.workspace(6, np.float32).reshape(self.sizes.max_batch, self.config.vocab)[:num]
 
     def kv_pages(self) -> NDArray[np.uint16]:
-        """[layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim] bf16 bits."""
+        """[layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim] bf16 bits, whatever the kernel's layout is."""
         config = self.config
         values = np.empty(
-            (config.num_layers, self.sizes.num_pages, config.num_kv_heads, 2, abi.PAGE_TOKENS, config.head_dim),
+            (config.num_layers, self.sizes.num_pages, config.num_kv_heads, 2, abi.PAGE_TOKENS * config.head_dim),
             np.uint16,
         )
         self.context.download(int(self.params["kv_cache"][0]), values)
-        return values
+        token, dim = np.arange(abi.PAGE_TOKENS)[:, None], np.arange(config.head_dim)[None, :]
+        place = token * config.head_dim + dim
+        if self.shape.kind == "hopper":  # kv_byte_offset() of device/kv_layout.cuh
+            place = dim // 64 * (abi.PAGE_TOKENS * 64) + token * 64 + ((dim % 64 // 8) ^ (token % 8)) * 8 + dim % 8
+        return values[..., place]
 
 
 def tiled_index(num_rows: int, num_columns: int) -> NDArray[np.int64]:
-    """[num_rows, num_columns] element offsets of tiled_offset() in device/worker_memory.cuh."""
+    """[num_rows, num_columns] element offsets of tiled_offset() in device/activation_layout.cuh, in a step of num_rows rows."""
+    tile_rows = next((rows for rows in (8, 16, 32) if num_rows <= rows), 64)
     row, column = np.arange(num_rows)[:, None], np.arange(num_columns)[None, :]
-    within = (row % 64) * 64 + ((column % 64 // 8) ^ (row % 8)) * 8 + column % 8
-    return ((row // 64) * (num_columns // 64) + column // 64) * 4096 + within
+    within = (row % tile_rows) * 64 + ((column % 64 // 8) ^ (row % 8)) * 8 + column % 8
+    return ((row // tile_rows) * (num_columns // 64) + column // 64) * tile_rows * 64 + within

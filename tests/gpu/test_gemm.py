@@ -20,7 +20,7 @@ from blinkimp.ring_abi import OpKind
 from tests.gpu.step_runner import Request, StepRunner, llama_config, tiled_index, write_checkpoint
 
 HIDDEN, NORMED, QUERY, ATTENTION, ACTIVATION, SQUARES = range(6)
-NUM_ROWS = (1, 7, 8, 33, 64, 65, 128, 200, 515)
+NUM_ROWS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 200, 515)
 FAMILIES = {
     "llama": llama_config(),
     "qwen2": llama_config(
@@ -214,11 +214,13 @@ def test_bits_do_not_depend_on_the_batch(case: Case) -> None:
     runner.set_workspace(SQUARES, squares)
     runner.run(case.request(200), ops=only(OpKind.GATE_UP))
     together = case.tiled(ACTIVATION, 200, config.intermediate)
-    for row in (0, 63, 64, 199):
-        one = np.zeros(128 * config.hidden, np.uint16)
-        one[tiled_index(1, config.hidden)] = bits[tiled_index(200, config.hidden)[row]]
-        runner.set_workspace(NORMED, one)
-        runner.set_workspace(SQUARES, squares[row])
-        runner.run(case.request(1), ops=only(OpKind.GATE_UP))
-        np.testing.assert_array_equal(case.tiled(ACTIVATION, 1, config.intermediate)[0], together[row])
+    for num_rows in (1, 9, 30, 64):
+        for row in (0, 63, 64, 200 - num_rows):
+            few = np.zeros(128 * config.hidden, np.uint16)
+            few[tiled_index(num_rows, config.hidden)] = bits[tiled_index(200, config.hidden)[row : row + num_rows]]
+            runner.set_workspace(NORMED, few)
+            runner.set_workspace(SQUARES, squares[row : row + num_rows])
+            runner.run(case.request(num_rows), ops=only(OpKind.GATE_UP))
+            alone = case.tiled(ACTIVATION, num_rows, config.intermediate)
+            np.testing.assert_array_equal(alone, together[row : row + num_rows])
     assert normed.shape[0] == 200

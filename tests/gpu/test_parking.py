@@ -34,7 +34,10 @@ def first_token_ms(client: PortClient) -> float:
 
 def test_first_token_after_parking(tiny: Path, device_options: dict[str, Any]) -> None:
     """Same tokens, same connection; at most 2 ms later than on an engine that polls."""
-    with running_engine(tiny, park_after_s=PARK_S, **device_options) as engine, PortClient(engine.config.engine_name, 0) as client:
+    with (
+        running_engine(tiny, park_after_s=PARK_S, **device_options) as engine,
+        PortClient(engine.config.engine_name, 0) as client,
+    ):
         expected = client.generate([1, 2, 3], 20).tokens
         awake = [first_token_ms(client) for _ in range(NUM_TURNS)]
         parked = []

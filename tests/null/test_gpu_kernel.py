@@ -36,7 +36,7 @@ from tests.support import ROOT
     [
         ("worker_memory.cuh", "kSharedMemoryBytes", SHARED_MEMORY_BYTES),
         ("worker_memory.cuh", "kWorkerThreads", WORKER_THREADS),
-        ("worker_memory.cuh", "kSquaresColumns", SQUARES_COLUMNS),
+        ("activation_layout.cuh", "kSquaresColumns", SQUARES_COLUMNS),
         ("attention_math.cuh", "kSplitPages", SPLIT_PAGES),
         ("portable/attention_math.cuh", "kSplitPages", SPLIT_PAGES),
         ("portable/gemm.cuh", "kComputeThreads", PORTABLE_THREADS),

@@ -1,6 +1,7 @@
 // device/gemm_wide.cuh in a kernel of its own: real rings and producers, a grid barrier after every op, plain f32 output; and the sums that it must
-// equal to the last bit. -DTILE_ROWS=32, 48, ... as packed. -DSTORE=0: no output (its time alone). Launched by tests/gpu/gemm_wide_runner.py.
+// equal to the last bit. -DTILE_ROWS=32, 48, ... as packed. -DSTORE=0: no output (its time alone). -DBK_PAIRED=1: clusters of two. Launched by tests/gpu/gemm_wide_runner.py.
 // Test: pytest -m gpu tests/gpu/test_gemm_wide.py      Timing: tools/bench_gemm_wide.py
+#include <gemm_epilogues.cuh>
 #include <gemm_wide.cuh>
 
 using namespace blinkimp;
@@ -11,24 +12,25 @@ using namespace blinkimp;
 
 namespace {
 
-constexpr u32 kWeightRing = kScratchOffset == 0 ? kScratchBytes : 0;
-
-BK_INLINE u32 fragment_row_of(u32 half) { return (thread_idx() % 128) / 32 * 16 + (thread_idx() % 32) / 4 + 8 * half; }
-BK_INLINE u32 fragment_column_of(u32 block) { return 8 * block + (thread_idx() % 4) * 2; }
-
 struct PlainEpilogue {
   f32* output;  // [num_rows, num_columns]
   u32 num_rows;
   u32 num_columns;
+  static constexpr bool kPrefetchesRows = false;
 
-  template <int kTileRows, int kColumns>
-  BK_INLINE void finish_wide(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2]) const {
+  template <int kColumns, bool kWide>
+  BK_INLINE NothingPrefetched prefetch(u32, u32) const {
+    return NothingPrefetched{};
+  }
+
+  template <int kColumns, bool kWide>
+  BK_INLINE void finish(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const NothingPrefetched&, const f32*) const {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
-      const u32 row = row_begin + fragment_row_of(half);
+      const u32 row = row_begin + fragment_row(half);
 #pragma unroll
       for (u32 block = 0; block < kColumns / 8; block++) {
-        const u32 column = column_begin + fragment_column_of(block);
+        const u32 column = column_begin + fragment_column(block);
         const float2 values{d[block * 4 + half * 2], d[block * 4 + half * 2 + 1]};
         const bool stored = STORE || values.x == 12345.678f;  // without stores the products must still look needed
         if (stored && row < num_rows && column < num_columns) *reinterpret_cast<float2*>(output + static_cast<u64>(row) * num_columns + column) = values;
@@ -39,8 +41,9 @@ struct PlainEpilogue {
 
 BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
   fence_proxy_async();
-  named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0 releases them
+  named_barrier_sync<1, kComputeThreads>();  // all threads' stores before thread 0 releases them, all threads done with the cursors
   if (is_first_thread()) {
+    worker_shared(worker_memory()).compute.cursors = worker_shared(worker_memory()).next_cursors;
     red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);
     wait_grid(params, num_barriers);
   }
@@ -49,12 +52,21 @@ BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
 
 }  // namespace
 
-// All ops of the program, on the same input. times: u64 [num_ops + 1], ns, written by CTA 0.
-extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(const __grid_constant__ EngineParams params, u32 num_rows, const u8* input, f32* output, u64* times) {
+#if BK_PAIRED
+#define TEST_CLUSTER __cluster_dims__(2, 1, 1)
+#else
+#define TEST_CLUSTER
+#endif
+
+// All ops of the program, on the same input. times: u64 [num_ops + 1], ns, written by CTA 0. CTAs from params.num_workers on do nothing, as the
+// director's. ops_follow: the ops' weights follow each other in the rings, or each begins as after attention.
+extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(const __grid_constant__ EngineParams params, u32 num_rows, u32 ops_follow, const u8* input, f32* output, u64* times) {
   u8* memory = worker_memory();
   WorkerShared& shared = worker_shared(memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   if (threadIdx.x == 0) {
+    init_pair(shared.pair);
+    shared.compute = ComputeState{};
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);
@@ -68,13 +80,15 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
   for (u32 i = threadIdx.x; i < kSharedOffset / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};
   fence_proxy_async();
   __syncthreads();  // mbarriers and zeroes before any role uses them
+  if (kPaired) cluster_sync();  // the partner's too
+  const bool works = blockIdx.x < params.num_workers;
   if (threadIdx.x >= kComputeThreads) {
     set_registers_down<56>();
     RingCursor cursor{0, 1};
-    if (threadIdx.x == kComputeThreads) {
-      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, memory + kWeightRing, shared, cursor);
+    if (works && threadIdx.x == kComputeThreads) {
+      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, i && ops_follow, memory + kRingOffset, shared, cursor);
     }
-    if (threadIdx.x == kComputeThreads + 32) {
+    if (works && threadIdx.x == kComputeThreads + 32) {
       for (u32 i = 0; i < params.num_ops; i++) {
         wait_grid(params, i);  // as if the op before had made the input
         fence_proxy_async();
@@ -83,16 +97,16 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
     }
   } else {
     set_registers_up<224>();
-    ConsumerCursors cursors{};
     const bool keeps_time = is_first_thread() && cta_idx() == 0;
     if (keeps_time) times[0] = device_clock_ns();
-    for (u32 i = 0; i < params.num_ops; i++) {
+    for (u32 i = 0; works && i < uniform(params.num_ops); i++) {
       const PlainEpilogue epilogue{output, num_rows, ops[i].out_features};
-      cursors = run_gemm_wide<TILE_ROWS>(params, ops[i], num_rows, memory + kWeightRing, memory + kScratchOffset, shared, cursors, epilogue);
+      run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), i && ops_follow, memory, shared, epilogue);
       test_barrier(params, i + 1);
       if (keeps_time) times[i + 1] = device_clock_ns();
     }
   }
+  if (kPaired) cluster_sync();  // hazard: the partner's last arrivals at this CTA's mbarriers
 }
 
 // The sums by definition: one accumulator, wgmma k16 steps in increasing k, each awaited. One warpgroup a CTA, for one packed tile and 64 rows.
@@ -111,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(128, 1) gemm_chain(const u8* weight
     for (u32 i = threadIdx.x; i < sizeof(input_tile) / 16; i += 128) reinterpret_cast<uint4*>(input_tile)[i] = inputs[i];
     fence_proxy_async();
     __syncthreads();  // both tiles are complete
-    const u64 a = wgmma_descriptor(shared_address(input_tile));
-    const u64 b = wgmma_descriptor(shared_address(weight_tile));
+    const u64 a = wgmma_descriptor(shared_address(input_tile), 1024);
+    const u64 b = wgmma_descriptor(shared_address(weight_tile), 1024);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) wgmma_m64_k16<TILE_ROWS>(d, a + 2 * k, b + 2 * k, 1);
@@ -122,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(128, 1) gemm_chain(const u8* weight
   }
 #pragma unroll
   for (u32 i = 0; i < TILE_ROWS / 2; i++) {
-    const u32 row = row_tile * kRowTile + fragment_row_of(i / 2 % 2);
-    const u32 column = tile_idx * TILE_ROWS + fragment_column_of(i / 4) + i % 2;
+    const u32 row = row_tile * kRowTile + fragment_row(i / 2 % 2);
+    const u32 column = tile_idx * TILE_ROWS + fragment_column(i / 4) + i % 2;
     if (row < num_rows && column < out_features) output[static_cast<u64>(row) * out_features + column] = d[i];
   }
 }

@@ -1,0 +1,89 @@
+// The row scales of an op that normalises its input: 1 / rms of its rows, summed up by two warps while the products run. GPU only.
+//
+// RMSNorm is a factor per row, so it can enter after the product: the op before leaves the sums of squares of every 32 hidden columns
+// (kWsSquares), the scale warps (10 and 11) add them up in a fixed order, the epilogue multiplies. A buffer holds the rows of an item; a CTA
+// whose next item has the same rows goes on with the buffer it has. Writers and readers step through the items alike.
+// Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
+#pragma once
+#include <worker_memory.cuh>
+
+namespace blinkimp {
+
+// The work of one GEMM op of at most 64 rows: an item is a weight tile, CTA c takes c, c + num_workers, ... All roles iterate the same way.
+struct GemmShape {
+  u32 num_rows;
+  u32 num_slices;
+  u32 num_items;  // weight tiles; none without rows
+  u32 tile_rows;
+  u32 input_rows;  // of a tile of the tiled input
+};
+
+BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
+  return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
+}
+
+// The epilogues' side. Both warpgroups hold a reader; kNoRow is no group yet.
+struct ScaleReader {
+  RingCursor cursor;
+  u32 group;
+
+  BK_INLINE void enter(WorkerShared& shared, u32 next_group) {
+    if (group != kNoRow && group != next_group) give_back(shared);
+    group = next_group;
+  }
+  BK_INLINE const f32* wait(const EngineParams& params, WorkerShared& shared) const {
+    wait_mbarrier_warp(params, &shared.scales_full[cursor.stage], cursor.phase, kSiteScales);
+    return shared.row_scale[cursor.stage];
+  }
+  BK_INLINE void leave(WorkerShared& shared) {
+    if (group != kNoRow) give_back(shared);
+  }
+
+ private:
+  BK_INLINE void give_back(WorkerShared& shared) {
+    // The warpgroup's last reader of the buffer may be a slower warp than the one that arrives: each warp arrives for itself.
+    __syncwarp();
+    if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_empty[cursor.stage]);
+    cursor.advance(kScaleBuffers);
+  }
+};
+
+// One warp's rows of a buffer, four at a time so that their loads are in flight together. Rows past the last repeat it: fewer conditions, fewer
+// registers.
+BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u32 num_rows, u32 warp, f32* row_scale) {
+  constexpr u32 kRowsAtOnce = 4;
+  const u32 lane = thread_idx() % 32;
+  const u32 num_pairs = params.dims.hidden / kSquaresColumns / 2;
+  const float2* pairs = reinterpret_cast<const float2*>(squares);
+#pragma unroll 1
+  for (u32 first = warp * kRowsAtOnce; first < num_rows; first += kScaleWarps * kRowsAtOnce) {
+    f32 sums[kRowsAtOnce] = {};
+#pragma unroll 1
+    for (u32 pair = lane; pair < num_pairs; pair += 64) {
+#pragma unroll
+      for (u32 i = 0; i < kRowsAtOnce; i++) {
+        const float2* row = pairs + min(first + i, num_rows - 1) * num_pairs;
+        const float2 low = load_l2(row + pair);
+        const float2 high = pair + 32 < num_pairs ? load_l2(row + pair + 32) : float2{0.0f, 0.0f};
+        sums[i] += (low.x + low.y) + (high.x + high.y);
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < kRowsAtOnce; i++) {
+      for (u32 distance = 16; distance; distance /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+      if (lane == 0) row_scale[min(first + i, num_rows - 1)] = rsqrtf(sums[i] / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
+    }
+  }
+}
+
+// The scale warps' side of one op of at most 64 rows, after the grid barrier that completes `squares`: one buffer for all items.
+BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares, const GemmShape& shape, u32 warp, WorkerShared& shared, RingCursor& cursor) {
+  if (cta_idx() >= shape.num_items) return;
+  wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
+  sum_row_scales(params, squares, shape.num_rows, warp, shared.row_scale[cursor.stage]);
+  __syncwarp();
+  if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
+  cursor.advance(kScaleBuffers);
+}
+
+}  // namespace blinkimp
