@@ -108,7 +108,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
       patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return scratch + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim> + uniform(run.query_offset); };
+  const auto query_tile = [&]() { return scratch + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
 
   const auto release_stage = [&](u32 stage) {
     mbarrier_arrive_count(&shared.weights_empty[stage], is_elected() ? (run.kind == kRunNarrow ? 2 : 1) : 0);  // the only reader of a narrow page
@@ -205,8 +205,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   }
 }
 
-// The warp of a warpgroup that finds its runs: one that has no rows of a decode row's tile, while the first warp works on the run before.
-BK_INLINE bool is_scout_warp() { return thread_idx() % kWarpgroupThreads >= kWarpgroupThreads - 32; }
+// The thread of a warpgroup that finds its runs: of a warp that has no rows of a decode row's tile, while the first warp works on the run before.
 BK_INLINE bool is_scout() { return thread_idx() % kWarpgroupThreads == kWarpgroupThreads - 32; }
 
 // All compute threads, before attend(). Needs the plan, but nothing that the step computes: call it before the wait for the QKV op.
@@ -225,7 +224,7 @@ BK_INLINE void prepare_attention(const EngineParams& params, const Op& op, const
     const u32 warpgroup = compute_warpgroup();
     state.walks[warpgroup] = schedule_of(attention, op.window).narrow[warpgroup];
     state.wide_walks[warpgroup] = WideWalk{0, 0, 0};
-    next_run<kHeadDim>(params, attention, state, 0, warpgroup);
+    next_run<kHeadDim>(params, attention, state, state.runs[warpgroup][0], warpgroup);
   }
 }
 
@@ -246,8 +245,8 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
   // Turns go on from item to item: given anew for each, a warpgroup 1 that is ahead would give the same turn twice.
   if (warpgroup == 1) barrier_arrive(kTurnBarrier, 2 * kWarpgroupThreads);  // warpgroup 0 has the first
 #pragma unroll 1
-  for (u32 slot = 0, is_first = 1;; slot ^= 1) {
-    warpgroup_sync();  // the run is written, and a narrow one's queries if it is not the first; hazard: a slow warp still reads the other slot
+  for (u32 slot = 0;; slot ^= 1) {
+    warpgroup_sync();  // the run is written; hazard: a slow warp still reads the query tile of the one before
     const AttentionRun& run = state.runs[warpgroup][slot];
     const u32 kind = uniform(run.kind);
     if (kind != kRunNarrow) {
@@ -255,23 +254,12 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
       others = 0;
     }
     if (kind == kRunEnd) break;
-    u8* query_tile = shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>;
-    if (is_first || kind == kRunWide) {
-      issue_queries<kHeadDim>(params, run, query_tile, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
-      land_queries();
-      warpgroup_sync();  // the query tile is whole
-    }
-    is_first = 0;
-    if (uniform(is_scout_warp())) {  // nobody reads the other slot any more
-      if (is_scout()) next_run<kHeadDim>(params, attention, state, slot ^ 1, warpgroup);
-      __syncwarp();  // the run is written
-      const AttentionRun& next = state.runs[warpgroup][slot ^ 1];
-      if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, query_tile, thread_idx() % 32, 32);
-    }
+    load_queries<kHeadDim>(params, run, shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>);
+    warpgroup_sync();  // the query tile is whole; nobody reads the other slot any more
+    if (is_scout()) next_run<kHeadDim>(params, attention, state, state.runs[warpgroup][slot ^ 1], warpgroup);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
     if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
-    land_queries();
   }
   if (warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
   return keys;

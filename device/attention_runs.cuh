@@ -8,13 +8,6 @@ namespace blinkimp {
 
 constexpr u32 kNoPatchPage = 0xffffffffu;
 
-// Places in a query tile of 64 rows, bytes, by the slot of a narrow run: its query rows, and its row's new key and value until the last page is
-// there. In rows that the other run does not use; wgmma reads 64 rows from the first on and nobody the products of the rest.
-constexpr u32 kNarrowQueryBytes = kNarrowRows * kKvBlockDims * 2;
-constexpr u32 kNewRowOffset = 2 * kNarrowQueryBytes;
-constexpr u32 kNewRowBytes = 512;
-static_assert(kNewRowOffset + 2 * kNewRowBytes <= kKvBlockBytes, "within the tile's first block");
-
 // The pages that hold a key which some row between the two positions must not see: page >= mask_from or < mask_until.
 BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_position, u32 window) {
   run.mask_from = (first_position + 1) / kPageTokens;
@@ -35,11 +28,10 @@ BK_INLINE void set_plain_pages(AttentionRun& run) {
 // The next run of a warpgroup, by one thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
 // there on, and wgmma's descriptors then leave the uniform registers.
 template <int kHeadDim>
-__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, u32 slot, u32 warpgroup) {
+__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, AttentionRun& run, u32 warpgroup) {
   const Op& op = *state.op;
   const PlanSeq* seqs = plan_seqs(params, state.plan);
   const u32 num_kv_heads = params.dims.num_kv_heads;
-  AttentionRun& run = state.runs[warpgroup][slot];
   run.group = attention.group;
   run.window = op.window;
   if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {
@@ -53,8 +45,6 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.position_begin = walk.position;
     run.packed_begin = 0;
     run.num_packed = attention.group;
-    run.query_offset = slot * kNarrowQueryBytes;
-    run.new_row_offset = kNewRowOffset + slot * kNewRowBytes;
     run.page_begin = walk.page;
     run.page_end = walk.page + num_pages;
     run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
@@ -82,7 +72,6 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   }
   const PlanSeq& seq = seqs[item.seq_idx];
   run.kind = kRunWide;
-  run.query_offset = 0;
   run.kv_head = item.kv_head;
   run.row_begin = seq.row_begin;
   run.position_begin = seq.position_begin;
