@@ -76,7 +76,8 @@ BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, Ring
 // ---- A run -------------------------------------------------------------------------------------------------------
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
 template <int kHeadDim, class Store>
-BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, u8* shared_memory, WorkerShared& shared, RingCursor& keys, u32& others, const Store& store) {
+BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, WorkerShared& shared, RingCursor& keys, u32& others, const Store& store) {
+  const AttentionRun& run = attention_state<kHeadDim>(shared_memory).runs[uniform(compute_warpgroup())];
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
   const u32 scratch = shared_address(shared_memory + kScratchOffset);
   const u32 ring = shared_address(shared_memory + kRingOffset);
@@ -205,39 +206,27 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   }
 }
 
-// The thread of a warpgroup that finds its runs: of a warp that has no rows of a decode row's tile, while the first warp works on the run before.
-BK_INLINE bool is_scout() { return thread_idx() % kWarpgroupThreads == kWarpgroupThreads - 32; }
-
-// All compute threads, before attend(). Needs the plan, but nothing that the step computes: call it before the wait for the QKV op.
-// step: counts as the planning warp's steps do. op, plan: must stay where they are until the op's end.
-template <int kHeadDim>
-BK_INLINE void prepare_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, AttentionShared& attention) {
+// All compute threads; the op's inputs are visible to them. `step`: parity of the schedule. keys: the ring's place; returns where it is after
+// the op, equal in all threads.
+template <int kHeadDim, class Store>
+BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor keys, const Store& store) {
   static_assert(kAttentionScratchBytes<kHeadDim> <= kScratchBytes, "the query tiles");
+  static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
   wait_schedule(params, attention, step);
   AttentionState& state = attention_state<kHeadDim>(shared_memory);
+  if (is_elected()) {
+    state.walks[compute_warpgroup()] = schedule_of(attention, op.window).narrow[compute_warpgroup()];
+    state.wide_walks[compute_warpgroup()] = WideWalk{0, 0, 0};
+  }
   if (is_first_thread()) {
     state.op = &op;
     state.plan = plan;
   }
   named_barrier_sync<1, kComputeThreads>();  // op and plan are written
-  if (is_scout()) {
-    const u32 warpgroup = compute_warpgroup();
-    state.walks[warpgroup] = schedule_of(attention, op.window).narrow[warpgroup];
-    state.wide_walks[warpgroup] = WideWalk{0, 0, 0};
-    next_run<kHeadDim>(params, attention, state, state.runs[warpgroup][0], warpgroup);
-  }
-}
-
-// All compute threads, after prepare_attention(); the op's inputs are visible to them. keys: the ring's place; returns where it is after the
-// op, equal in all threads.
-template <int kHeadDim, class Store>
-BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor keys, const Store& store) {
-  static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
-  AttentionState& state = attention_state<kHeadDim>(shared_memory);
   keys = RingCursor{uniform(keys.stage), uniform(keys.phase)};
   const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
-  u32 others = uniform(schedule_of(attention, state.op->window).narrow[1 - warpgroup].num_pages);
+  u32 others = uniform(schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages);
   if (warpgroup == 1 && others) {
     advance_by(keys, kPageStages<kHeadDim>);
     others--;
@@ -245,9 +234,11 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
   // Turns go on from item to item: given anew for each, a warpgroup 1 that is ahead would give the same turn twice.
   if (warpgroup == 1) barrier_arrive(kTurnBarrier, 2 * kWarpgroupThreads);  // warpgroup 0 has the first
 #pragma unroll 1
-  for (u32 slot = 0;; slot ^= 1) {
-    warpgroup_sync();  // the run is written; hazard: a slow warp still reads the query tile of the one before
-    const AttentionRun& run = state.runs[warpgroup][slot];
+  for (;;) {
+    warpgroup_sync();  // hazard: a slow warp still reads the run, or its query tile
+    if (is_elected()) next_run<kHeadDim>(params, attention, state, warpgroup);
+    warpgroup_sync();  // the run is written
+    const AttentionRun& run = state.runs[warpgroup];
     const u32 kind = uniform(run.kind);
     if (kind != kRunNarrow) {
       advance_by(keys, others * kPageStages<kHeadDim>);  // the other warpgroup's last pages
@@ -255,10 +246,9 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
     }
     if (kind == kRunEnd) break;
     load_queries<kHeadDim>(params, run, shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>);
-    warpgroup_sync();  // the query tile is whole; nobody reads the other slot any more
-    if (is_scout()) next_run<kHeadDim>(params, attention, state, state.runs[warpgroup][slot ^ 1], warpgroup);
+    warpgroup_sync();  // the query tile is whole
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
-    if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
+    if (uniform(run.num_packed)) compute_run<kHeadDim>(params, shared_memory, shared, keys, others, store);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
   }
   if (warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over

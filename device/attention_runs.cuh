@@ -25,13 +25,14 @@ BK_INLINE void set_plain_pages(AttentionRun& run) {
   run.num_plain = end > run.plain_begin ? end - run.plain_begin : 0;
 }
 
-// The next run of a warpgroup, by one thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
+// The next run of a warpgroup, by its first thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
 // there on, and wgmma's descriptors then leave the uniform registers.
 template <int kHeadDim>
-__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, AttentionRun& run, u32 warpgroup) {
+__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, u32 warpgroup) {
   const Op& op = *state.op;
   const PlanSeq* seqs = plan_seqs(params, state.plan);
   const u32 num_kv_heads = params.dims.num_kv_heads;
+  AttentionRun& run = state.runs[warpgroup];
   run.group = attention.group;
   run.window = op.window;
   if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {

@@ -105,10 +105,10 @@ struct AttentionShared {
 struct AttentionState {
   const Op* op;             // as the next one: writer thread 0, before a barrier at the op's start
   const StepPlan* plan;     // of the step
-  NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its scout (attention.cuh)
+  NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its first thread
   WideWalk wide_walks[2];   // likewise
   u32 messages[2];          // [warpgroup] writer: its first thread, between two of its barriers
-  AttentionRun runs[2][2];  // [warpgroup][slot] the run and the next one; writer: its scout, while nobody reads that slot
+  AttentionRun runs[2];     // [warpgroup] likewise
 };
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
