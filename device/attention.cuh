@@ -98,12 +98,9 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   SoftmaxState softmax;
   softmax.reset();
 
-  const u32 plain_begin = uniform(run.plain_begin);
-  const u32 num_plain = uniform(run.num_plain);
-  const bool takes_turns = uniform(run.kind) == kRunWide;
-  const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {  // for its keys; for both tiles where they must be patched
+  const auto wait_page = [&](const RingCursor& at, u32 page) {  // for its keys; for both tiles where they must be patched
     wait_stage(params, shared, at);
-    if (!is_plain && uniform(page == run.patch_page)) {
+    if (uniform(page == run.patch_page)) {
       const RingCursor values = values_of<kHeadDim>(at);
       wait_stage(params, shared, values);
       patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
@@ -116,7 +113,7 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   };
 
   u32 page = uniform(run.page_begin);
-  wait_page(keys, page, false);
+  wait_page(keys, page);
   wgmma_fence();
   issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
   wgmma_commit();
@@ -124,22 +121,21 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
 #pragma unroll 1
   for (bool starts_split = true, is_last = false; !is_last;) {
-    const bool is_plain = page - plain_begin < num_plain;  // then nothing below is looked up in shared memory, which takes its time
     // Scores of this page to weights; the outputs so far are of the pages before it.
     if (has_rows) {
-      if (!is_plain && uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
+      if (uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
       f32 factors[2];
       softmax_block(scores, scale, softmax, weights, factors);
       if (!starts_split) rescale_outputs(outputs, factors);
     }
 
     // Outputs of this page and scores of the next: the tensor cores run through, while the other warpgroup computes its weights.
-    is_last = !is_plain && uniform(page + 1 == run.page_end);
-    const bool in_turn = is_plain ? takes_turns : uniform(page >= run.order_begin && page < run.order_end) != 0;
+    is_last = uniform(page + 1 == run.page_end);
+    const bool in_turn = uniform(page >= run.order_begin && page < run.order_end);
     const RingCursor values = values_of<kHeadDim>(keys);
     next_page<kHeadDim>(keys, others);
     wait_stage(params, shared, values);
-    if (!is_last) wait_page(keys, page + 1, is_plain);
+    if (!is_last) wait_page(keys, page + 1);
     if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
     const u32 values_address = ring + uniform(values.stage) * kWeightStageBytes + kValuesOffset;
     if (is_last) {

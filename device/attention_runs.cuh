@@ -14,17 +14,6 @@ BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_po
   run.mask_until = (first_visible_key(last_position, window) + kPageTokens - 1) / kPageTokens;
 }
 
-// Finds the pages that need nothing special; the rest of the run is written.
-BK_INLINE void set_plain_pages(AttentionRun& run) {
-  const bool is_wide = run.kind == kRunWide;
-  const u32 begin = is_wide && run.order_begin > run.mask_until ? run.order_begin : run.mask_until;
-  u32 end = min(run.mask_from, run.page_end - 1);
-  if (is_wide) end = min(end, run.order_end);
-  if (run.patch_page != kNoPatchPage) end = min(end, run.patch_page == 0 ? 0 : run.patch_page - 1);
-  run.plain_begin = begin > run.page_begin ? begin : run.page_begin;
-  run.num_plain = end > run.plain_begin ? end - run.plain_begin : 0;
-}
-
 // The next run of a warpgroup, by its first thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
 // there on, and wgmma's descriptors then leave the uniform registers.
 template <int kHeadDim>
@@ -56,7 +45,6 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
       run.patch_page = unit_end - 1;
       run.patch_source = reinterpret_cast<u64>(kv_tile<kHeadDim>(params, op.layer, walk.last_page_id, walk.kv_head));
     }
-    set_plain_pages(run);
     run.first_split = walk.page / kSplitPages - unit_begin / kSplitPages;
     run.unit_idx = walk.seq_idx * num_kv_heads + walk.kv_head;
     run.item_begin = walk.item_idx - run.first_split;
@@ -104,7 +92,6 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   if (run.order_end < run.order_begin) run.order_end = run.order_begin;
   run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPatchPage;
   run.first_split = 0;
-  if (run.num_packed) set_plain_pages(run);
 }
 
 }  // namespace blinkimp

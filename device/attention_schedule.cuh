@@ -77,8 +77,6 @@ struct AttentionRun {
   u32 order_end;
   u32 mask_from;       // pages >= mask_from or < mask_until hold keys that some row must not see
   u32 mask_until;
-  u32 plain_begin;     // pages [plain_begin, plain_begin + num_plain): no mask, neither patched nor before the patched one, not the last,
-  u32 num_plain;       // and all in turn if wide, none if narrow
   u32 key_end;         // keys at and after it do not exist
   u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
   u64 patch_source;    // narrow: K tile of patch_page in the cache

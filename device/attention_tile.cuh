@@ -47,7 +47,7 @@ BK_INLINE void load_queries(const EngineParams& params, const AttentionRun& run,
     *reinterpret_cast<uint4*>(tile + kv_byte_offset(idx / kChunks, idx % kChunks * 8)) = chunk;
   }
   if (has_new) *reinterpret_cast<uint4*>(tile + kNewRowOffset + thread * 16) = new_chunk;
-  fence_proxy_async_shared();  // written by ordinary stores, read by wgmma
+  fence_proxy_async();  // written by ordinary stores, read by wgmma
 }
 
 // The page that the context ends in, in shared memory: puts in the new key and value of a decode row (the page was fetched before they were
@@ -63,7 +63,7 @@ BK_INLINE void patch_page(const AttentionRun& run, const u8* queries, u8* keys, 
   for (u32 idx = (run.key_end - 1) % kPageTokens * kChunks + kChunks + thread; idx < kPageTokens * kChunks; idx += kWarpgroupThreads) {
     *reinterpret_cast<uint4*>(values + kv_byte_offset(idx / kChunks, idx % kChunks * 8)) = uint4{0, 0, 0, 0};
   }
-  fence_proxy_async_shared();  // written by ordinary stores, read by wgmma
+  fence_proxy_async();  // written by ordinary stores, read by wgmma
   warpgroup_sync();     // the rows are whole before any warp's wgmma reads them
 }
 
