@@ -5,7 +5,7 @@
     python tools/bench_load.py --gb 2 --folder /tmp --keep --json load.json
 
 Writes a checkpoint of the Llama-3-8B shape with random weights (as many layers as --gb holds, in shards of up to 5 GB), reads it once so that
-it is in the page cache, then takes the time of --repeats loads. Test: pytest tests/null/test_bench_load.py
+it is in the page cache, then takes the time of --repeats loads. Test: pytest tests/null/test_bench_load_tool.py
 """
 
 from __future__ import annotations

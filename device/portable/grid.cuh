@@ -17,6 +17,9 @@ BK_INLINE u32* grid_word(const EngineParams& params, u32 word_idx) { return rein
 // Grid barriers an op ends with: one per phase.
 BK_INLINE u32 phases_of(u32 kind) { return kind == kOpAttention ? 2 : 1; }
 
+// No step leaves a phase out here.
+BK_INLINE u32 saved_phases(const StepPlan&) { return 0; }
+
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
 // Out of line: its addresses would take registers from the loops around each wait.
 __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {

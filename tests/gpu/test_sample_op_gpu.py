@@ -14,7 +14,7 @@ import pytest
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
-from blinkimp.host.gpu_memory import LM_HEAD_TILE_ROWS
+from blinkimp.host.gpu_memory import LOGIT_PART_COLUMNS
 from blinkimp.host.sampling_memory import sampling_table_bytes
 from tests.gpu.gpu_harness import DeviceArray, KernelRunner, compile_kernel
 from tests.sampling_reference import PROMPT_BIT, Edits, NativeSampler, Params
@@ -23,7 +23,7 @@ VOCAB = 128_256
 MAX_BATCH = 256
 NUM_PROMPT, NUM_OUTPUTS = 100, 28  # tokens of each request when its first sample is drawn
 MAX_CONTEXT = 256
-NUM_TILES = -(-VOCAB // LM_HEAD_TILE_ROWS)
+NUM_TILES = -(-VOCAB // LOGIT_PART_COLUMNS)
 SHARED_BYTES = 64 << 10
 WS_LOGITS, WS_LOGIT_BEST = 6, 10  # enum Workspace of device/worker_memory.cuh
 REQUEST_WORDS = np.dtype(
@@ -177,13 +177,13 @@ def _sizes() -> Any:
 
 def best_of_tiles(logits: np.ndarray) -> np.ndarray:
     """[rows, NUM_TILES] best_code() of device/sampling_window.cuh: ordered key, then the complement of the id."""
-    padded = np.full((len(logits), NUM_TILES * LM_HEAD_TILE_ROWS), -np.inf, np.float32)
+    padded = np.full((len(logits), NUM_TILES * LOGIT_PART_COLUMNS), -np.inf, np.float32)
     padded[:, :VOCAB] = logits + np.float32(0)
-    tiles = padded.reshape(len(logits), NUM_TILES, LM_HEAD_TILE_ROWS)
+    tiles = padded.reshape(len(logits), NUM_TILES, LOGIT_PART_COLUMNS)
     place = tiles.argmax(axis=2)  # the first of equals
     bits = np.take_along_axis(tiles, place[:, :, None], axis=2)[:, :, 0].copy().view(np.uint32)
     keys = np.where(bits >> 31 != 0, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
-    ids = (place + np.arange(NUM_TILES) * LM_HEAD_TILE_ROWS).astype(np.uint64)
+    ids = (place + np.arange(NUM_TILES) * LOGIT_PART_COLUMNS).astype(np.uint64)
     return np.ascontiguousarray(keys << np.uint64(32) | (np.uint64(0xFFFFFFFF) - ids))
 
 

@@ -1,6 +1,6 @@
 """tools/bench_load.py on a tiny shape: a checkpoint in shards that loads, figures that add up, nothing left behind.
 
-Run: pytest tests/null/test_bench_load.py
+Run: pytest tests/null/test_bench_load_tool.py
 """
 
 from __future__ import annotations

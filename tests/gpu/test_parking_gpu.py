@@ -1,6 +1,6 @@
 """Parking on the GPU: the kernel leaves, is launched again, and goes on; what that costs the first token.
 
-Run: pytest -m gpu tests/gpu/test_parking.py -rP     (prints delays, and power where NVML tells it)
+Run: pytest -m gpu tests/gpu/test_parking_gpu.py -rP     (prints delays, and power where NVML tells it)
 """
 
 from __future__ import annotations
