@@ -265,7 +265,7 @@ def test_no_gpu_means_the_emulated_device_and_a_word_about_it(
     from blinkimp.host import gpu_device
     from blinkimp.host.gpu_driver import GpuError
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise GpuError("cuInit: got nothing")
 
     monkeypatch.setattr(gpu_device, "GpuDevice", refuse)

@@ -169,7 +169,8 @@ def test_trace_of_a_running_engine(tmp_path: Path) -> None:
         begins, dones = times[..., 0], times[..., 1]
         assert (begins <= dones).all() and (dones[:-1] <= begins[1:]).all(), "ops of a worker follow each other"
         start = int(starts["time_ns"][int(sampled[-1]["step"])])
-        assert (times >= start).all()
+        # The start is stamped by the thread that hands the plan over, when it has done so: another may have begun by then.
+        assert (times >= start - 50_000_000).all()
         with pytest.raises(ValueError, match="expected OP_TIMES"):
             reader.op_times(starts[0])
 
