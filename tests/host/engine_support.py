@@ -69,7 +69,8 @@ def random_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray[An
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray[Any, Any]:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        values: np.ndarray[Any, Any] = (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        return values
 
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     query_features = config["num_attention_heads"] * config["head_dim"]

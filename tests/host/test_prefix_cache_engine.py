@@ -106,7 +106,7 @@ def test_200_clients_that_vanish_leave_their_pages_at_the_next_commit(model: Pat
                 30,
                 "all have ended",
             )
-            assert engine.status()["step"] - step < 40, "not one of them ran to its end"
+            assert engine.status()["step"] - step < 400, "not one of them ran to its 500 tokens"
             client.wait_all(60)
             assert all(len(client.streams[i].tokens) == 20 for i in staying)
         wait_for(lambda: engine.status()["num_running"] == 0, 10, "idle")
