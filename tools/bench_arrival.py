@@ -5,8 +5,8 @@
 
 For each chunk size (prefill_chunk_tokens) an engine with random weights: `batch` streams decode; once each has some tokens, one prompt is
 submitted. Steady: the median gap between tokens before the arrival; worst: the longest gap that touches the time from the newcomer's ACK to its
-first token. All by the device's clock (device_ns of completion entries); the client's worst gap and the newcomer's time to its first token stand
-beside it. Test: pytest tests/host/test_bench_arrival.py
+first token. All by the device's clock (device_ns of completion entries); the client's worst gap, the newcomer's time to its first token and the
+number of steps that the streams made meanwhile stand beside it. Test: pytest tests/host/test_bench_arrival.py
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def gaps_of(streams: Times, newcomer: Times) -> dict[str, Any]:
         "steady_tpot_ms": round(steady_ms, 4),
         "worst_gap_ms": round(worst_ms, 4),
         "ratio": round(worst_ms / steady_ms, 3),
+        "num_steps_beside": int(is_beside.sum(axis=1).max()),  # of any stream: a token comes from each step
         "median_gap_beside_ms": round(float(np.median(device_gaps[is_beside])) / 1e6, 4),
         "steady_tpot_after_ms": round(float(np.median(device_gaps[is_after])) / 1e6, 4) if is_after.any() else None,
         "client_worst_gap_ms": round(float(client_gaps[is_beside].max()) / 1e6, 4),
