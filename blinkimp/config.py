@@ -103,7 +103,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=4096, le=1 << 32, extra={"power_of_two": True}, description="request bodies of a queue pair")
     ] = 8 << 20
     num_requests: Annotated[int, Meta(ge=1, le=65535, description="entries of the request table")] = 4096
-    max_batch: Annotated[int, Meta(ge=0, le=256, description="requests in one step")] = 0
+    max_batch: Annotated[int, Meta(ge=0, le=512, description="requests in one step; a GPU takes 256 at most")] = 0
     max_step_tokens: Annotated[
         int, Meta(ge=0, le=ring_abi.MAX_STEP_TOKENS, description="tokens (rows) in one step")
     ] = 0

@@ -20,9 +20,14 @@
 
 namespace blinkimp {
 
-constexpr u32 kMaxBatch = 256;       // bound of EngineParams.max_batch: the running list and the staged completions are sized by it
-constexpr u32 kMaxStaged = 1024;     // completions between two publishes
-constexpr u32 kMaxStagedByPoll = kMaxStaged - 2 * kMaxBatch;  // a commit always finds room for TOKEN and FINISH of a full batch
+// Bound of EngineParams.max_batch: the running list and the staged completions are sized by it.
+#if BK_GPU
+constexpr u32 kMaxBatch = 256;       // kMaxSeqs of attention_schedule.cuh
+#else
+constexpr u32 kMaxBatch = 512;
+#endif
+constexpr u32 kMaxStagedByPoll = 512;
+constexpr u32 kMaxStaged = kMaxStagedByPoll + 2 * kMaxBatch;  // between two publishes: a commit always finds room for TOKEN and FINISH of a full batch
 constexpr u32 kStepCredit = 2;       // completions that one request may need in one step: TOKEN and FINISH. TOP: step_credit()
 constexpr u32 kNoQueuePair = 0xffffffff;
 constexpr u32 kNumLevels = 16;       // of priority, for those that wait (waiting.cuh)
@@ -88,7 +93,7 @@ ABI_SIZE(QueuePairState, 240);
 // from kStagedTopShift on say which TOPs follow it; the publish writes those from where the sampling op left them, and clears the bits.
 constexpr u32 kStagedTopShift = 16;      // 5 bits: how many
 constexpr u32 kStagedTopStepShift = 21;  // 1 bit: of an odd step
-constexpr u32 kStagedTopRowShift = 24;   // 8 bits: sampled row
+constexpr u32 kStagedTopRowShift = 22;   // 10 bits: sampled row
 
 struct StagedCompletion {
   CompletionEntry entry;

@@ -128,7 +128,7 @@ ABI_SIZE(SampleResult, 8);
 
 // ---- The engine --------------------------------------------------------------------------------------------------
 constexpr u32 kRequestBytes = 512;              // one entry of the request table (device/request_table.cuh)
-constexpr u32 kDirectorStateBytes = 64 * 1024;  // director state (device/director.cuh)
+constexpr u32 kDirectorStateBytes = 96 * 1024;  // director state (device/director.cuh)
 constexpr u32 kGridWordsBytes = 4096;           // barrier and hand-off words of the persistent kernel
 constexpr u32 kNumWorkspaces = 16;
 

@@ -27,7 +27,8 @@ DEFAULT_MAX_BATCH: Final[dict[DeviceKind, int]] = {"gpu": 256, "emulated": 64}
 # Rows of one step. A step is the wait of every running request for a newcomer's prompt: large enough to fill tensor cores on a
 # GPU, about 50 ms of CPU time for a 10 M parameter model on the emulated device.
 DEFAULT_STEP_TOKENS: Final[dict[DeviceKind, int]] = {"gpu": 2048, "emulated": 128}
-MAX_BATCH: Final = 256  # kMaxBatch of device/director_state.cuh: its running list has so many places
+# kMaxBatch of device/director_state.cuh: its running list has so many places.
+MAX_BATCH: Final[dict[DeviceKind, int]] = {"gpu": 256, "emulated": 512}
 MAX_REQUESTS: Final = 0xFFFF  # and its counters are packed into 16 bits (director.cuh)
 PAGE_TABLE_BYTES: Final = 4 + 4  # of free_pages and page_owners, for each page
 # Of device/prefix_layout.cuh: sizeof(CachedPage), kPrefixWays, kMinPrefixSets, kLruPagesPerPage, sizeof(PrefixLink)
@@ -192,7 +193,9 @@ def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -
         MAX_REQUESTS,
         "num_queue_pairs and the director's limit",
     )
-    _require("max_batch", max_batch, 1, min(MAX_BATCH, config.num_requests), "num_requests and the director's limit")
+    _require(
+        "max_batch", max_batch, 1, min(MAX_BATCH[kind], config.num_requests), "num_requests and the director's limit"
+    )
     _require("max_step_tokens", max_step_tokens, max_batch, abi.MAX_STEP_TOKENS, "max_batch and the step limit")
     _require("prefill_chunk_tokens", prefill_chunk_tokens, 1, max_step_tokens, "max_step_tokens")
     sizes = EngineSizes(

@@ -114,7 +114,7 @@ def test_sampled_token_outside_the_vocabulary_is_a_fault() -> None:
     ("name", "value", "condition"),
     [
         ("num_queue_pairs", 0, 1), ("num_queue_pairs", 33, 1), ("num_requests", 0, 2), ("num_requests", 1 << 16, 2),
-        ("max_batch", 257, 3), ("max_step_tokens", 7, 4), ("max_step_tokens", 8193, 4), ("prefill_chunk_tokens", 0, 5),
+        ("max_batch", 513, 3), ("max_step_tokens", 7, 4), ("max_step_tokens", 8193, 4), ("prefill_chunk_tokens", 0, 5),
         ("max_context", 1, 6), ("max_pages_per_request", 15, 6), ("num_pages", 0, 7), ("max_requests_per_queue_pair", 0, 9),
     ],
 )  # fmt: skip

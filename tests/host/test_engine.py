@@ -247,7 +247,7 @@ def test_device_that_cannot_load_says_why_and_leaves_nothing(tiny: Path) -> None
 
 def test_sizes_that_do_not_fit_are_refused(tiny: Path) -> None:
     with pytest.raises(MemoryPlanError, match="max_batch"):
-        Engine(engine_config(tiny, max_batch=300))
+        Engine(engine_config(tiny, max_batch=600))
 
 
 def test_engine_that_is_not_started_has_no_status(tiny: Path) -> None:

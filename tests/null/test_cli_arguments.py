@@ -49,7 +49,7 @@ def test_flags_win_over_environment_and_file(tmp_path: Path, monkeypatch: pytest
 def test_a_bad_flag_value_is_reported_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--max-batch", "lots"]) == 1
     message = capsys.readouterr().err
-    assert "max_batch (flag --max-batch): got 'lots', expected an integer from 0 to 256" in message
+    assert "max_batch (flag --max-batch): got 'lots', expected an integer from 0 to 512" in message
     with pytest.raises(ConfigError):
         config_of(parse("serve", "--device", "tpu"))
 

@@ -42,7 +42,7 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
             {"max_batch": "many"},
             {},
             "",
-            r"max_batch \(flag --max-batch\): got 'many', expected an integer from 0 to 256",
+            r"max_batch \(flag --max-batch\): got 'many', expected an integer from 0 to 512",
         ),
         ({}, {"BLINKIMP_MAX_BATCH": "-1"}, "", r"environment variable BLINKIMP_MAX_BATCH\): got '-1'"),
         ({}, {}, 'max_batch = "8"', None),

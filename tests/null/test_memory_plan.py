@@ -109,7 +109,8 @@ def test_model_larger_than_memory_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings_", "named"),
     [
-        ({"max_batch": 512, "num_requests": 256}, "max_batch"),
+        ({"max_batch": 256, "num_requests": 128}, "max_batch"),
+        ({"max_batch": 257}, "max_batch"),
         ({"max_batch": 64, "max_step_tokens": 32}, "max_step_tokens"),
         ({"max_step_tokens": 64, "max_batch": 8, "prefill_chunk_tokens": 65}, "prefill_chunk_tokens"),
         ({"num_requests": 2, "num_queue_pairs": 4}, "num_requests"),
@@ -123,10 +124,16 @@ def test_contradictions_are_named(settings_: dict[str, int], named: str) -> None
         plan(Config(**settings_), llama(), 139 * GIB)  # type: ignore[arg-type]  # ints only
 
 
+def test_the_emulated_device_takes_larger_batches_than_a_gpu() -> None:
+    assert plan(Config(max_batch=512), llama(), 139 * GIB, kind="emulated").sizes.max_batch == 512
+    with pytest.raises(MemoryPlanError, match="max_batch is 513; expected 1 to 512"):
+        plan(Config(max_batch=513), llama(), 139 * GIB, kind="emulated")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     available=st.integers(1 << 20, 1 << 38),
-    max_batch=st.integers(0, 300),
+    max_batch=st.integers(0, 600),
     num_requests=st.integers(1, 8192),
     max_context=st.integers(0, 4096),
     fraction=st.floats(0.05, 1.0),
