@@ -1,7 +1,8 @@
 """From records to figures: TTFT, TPOT, ITL, E2EL, throughput, goodput. BENCH.md defines each one; the tests check them on scripted delays.
 
 Each latency exists twice: from the time a request was sent (vLLM's definition, vLLM's keys), and from the time it was meant to be sent (keys
-with `_intended`), which a client that falls behind, or a cap on concurrency, cannot make look better (coordinated omission).
+with `_intended`), which a client that falls behind, or a cap on concurrency, cannot make look better (coordinated omission). Keys with `_floor`
+count requests that were cut off at the load's end too, by how long they had waited: a server that does not finish cannot look better by that.
 Called by blinkimp/bench/runner.py and sweep.py. Test: pytest tests/null/test_bench_metrics.py
 """
 
@@ -32,6 +33,9 @@ class Samples:
     e2el: NDArray[np.float64]
     ttft_intended: NDArray[np.float64]
     e2el_intended: NDArray[np.float64]
+    ttft_floor: NDArray[np.float64]  # these two: of the requests that were cut off as well
+    tpot_floor: NDArray[np.float64]
+    client_queue_time: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,20 @@ def tpot_ms(record: Record) -> float | None:
     return (record.chunk_ns[-1] - record.chunk_ns[0]) / 1e6 / (record.num_output_tokens - 1)
 
 
-def samples_of(completed: Sequence[Record]) -> Samples:
+def tpot_floor_ms(record: Record) -> float | None:
+    """The same of a request that was cut off, as if its next token had come at that moment: it took at least so long a token."""
+    if record.is_complete:
+        return tpot_ms(record)
+    if not record.chunk_ns:
+        return None
+    return (record.ended_ns - record.chunk_ns[0]) / 1e6 / sum(record.chunk_tokens)
+
+
+def samples_of(completed: Sequence[Record], cut: Sequence[Record] = ()) -> Samples:
     def ms(values: list[int]) -> NDArray[np.float64]:
         return np.array(values, np.float64) / 1e6
 
+    known = [*completed, *cut]
     gaps = [np.diff(np.array(record.chunk_ns, np.int64)) for record in completed]
     tpots = [value for record in completed if (value := tpot_ms(record)) is not None]
     return Samples(
@@ -76,6 +90,9 @@ def samples_of(completed: Sequence[Record]) -> Samples:
         e2el=ms([record.chunk_ns[-1] - record.sent_ns for record in completed]),
         ttft_intended=ms([record.chunk_ns[0] - record.intended_ns for record in completed]),
         e2el_intended=ms([record.chunk_ns[-1] - record.intended_ns for record in completed]),
+        ttft_floor=ms([(record.chunk_ns or [record.ended_ns])[0] - record.intended_ns for record in known]),
+        tpot_floor=np.array([value for record in known if (value := tpot_floor_ms(record)) is not None], np.float64),
+        client_queue_time=ms([record.sent_ns - record.intended_ns for record in completed]),
     )
 
 
@@ -113,14 +130,15 @@ def parse_slos(texts: Sequence[str]) -> dict[str, float]:
     return slos
 
 
-def num_good(completed: Sequence[Record], slos: Mapping[str, float]) -> int:
-    """Completed requests that met every limit, counted from when they were meant to be sent."""
+def num_good(completed: Sequence[Record], slos: Mapping[str, float], *, from_intended: bool) -> int:
+    """Completed requests that met every limit, counted from when they were meant to be sent, or from when they were sent."""
 
     def is_good(record: Record) -> bool:
+        begin_ns = record.intended_ns if from_intended else record.sent_ns
         got = {
-            "ttft": (record.chunk_ns[0] - record.intended_ns) / 1e6,
+            "ttft": (record.chunk_ns[0] - begin_ns) / 1e6,
             "tpot": tpot_ms(record) or 0.0,
-            "e2el": (record.chunk_ns[-1] - record.intended_ns) / 1e6,
+            "e2el": (record.chunk_ns[-1] - begin_ns) / 1e6,
         }
         return all(got[name] <= limit_ms for name, limit_ms in slos.items())
 
@@ -128,17 +146,15 @@ def num_good(completed: Sequence[Record], slos: Mapping[str, float]) -> int:
 
 
 def peak_rates(completed: Sequence[Record], begin_ns: int) -> tuple[float, int]:
-    """(most tokens in one second, most requests at a time in one second), by whole seconds from the begin."""
+    """(most tokens in a whole second from the begin, most requests that ran at one moment)."""
     if not completed:
         return 0.0, 0
     at_s = np.concatenate([np.array(record.chunk_ns, np.int64) - begin_ns for record in completed]) // 1_000_000_000
     tokens = np.concatenate([np.array(record.chunk_tokens, np.int64) for record in completed])
     per_second = np.bincount(np.maximum(at_s, 0), weights=tokens)
-    running = np.zeros(len(per_second) + 1, np.int64)
-    for record in completed:
-        first = max(0, (record.sent_ns - begin_ns) // 1_000_000_000)
-        running[first : (record.ended_ns - begin_ns) // 1_000_000_000 + 1] += 1
-    return float(per_second.max()), int(running.max())
+    # An end before a begin at the same moment, as vLLM counts: the intervals are half-open.
+    edges = sorted([(record.sent_ns, 1) for record in completed] + [(record.ended_ns, -1) for record in completed])
+    return float(per_second.max()), int(np.cumsum([change for _, change in edges]).max())
 
 
 def tokens_between(records: Sequence[Record], begin_ns: int, end_ns: int) -> int:
@@ -154,7 +170,8 @@ def tokens_between(records: Sequence[Record], begin_ns: int, end_ns: int) -> int
 def figures_of(all_records: Sequence[Record], window: Window, slos: Mapping[str, float]) -> dict[str, Any]:
     """vLLM's `bench serve` keys, and this tool's own beside them."""
     completed, duration_s = window.completed, max(window.duration_s, 1e-9)
-    samples = samples_of(completed)
+    cut = [record for record in window.records if record.is_cut]
+    samples = samples_of(completed, cut)
     total_input = sum(record.input_len for record in completed)
     total_output = sum(record.num_output_tokens for record in completed)
     most_tokens, most_requests = peak_rates(completed, window.begin_ns)
@@ -165,7 +182,7 @@ def figures_of(all_records: Sequence[Record], window: Window, slos: Mapping[str,
         "total_input_tokens": total_input,
         "total_output_tokens": total_output,
         "request_throughput": len(completed) / duration_s,
-        "request_goodput": num_good(completed, slos) / duration_s if slos else None,
+        "request_goodput": num_good(completed, slos, from_intended=False) / duration_s if slos else None,
         "output_throughput": total_output / duration_s,
         "total_token_throughput": (total_input + total_output) / duration_s,
         "max_output_tokens_per_s": most_tokens,
@@ -173,19 +190,22 @@ def figures_of(all_records: Sequence[Record], window: Window, slos: Mapping[str,
     }
     for name in METRICS:
         figures |= summary_of(name, getattr(samples, name))
-    for name in ("ttft", "e2el"):
-        figures |= summary_of(f"{name}_intended", getattr(samples, f"{name}_intended"))
+    for name in ("ttft_intended", "e2el_intended", "ttft_floor", "tpot_floor", "client_queue_time"):
+        figures |= summary_of(name, getattr(samples, name))
+    good = num_good(completed, slos, from_intended=True) if slos else None
     sending_s = (window.end_ns - window.begin_ns) / 1e9
     arrived = tokens_between(all_records, window.begin_ns, window.end_ns)
     late_ms = [(record.sent_ns - record.intended_ns) / 1e6 for record in window.records if record.sent_ns]
     return figures | {
         "sending_duration": sending_s,
         "steady_output_throughput": arrived / sending_s if sending_s > 0 else 0.0,
-        "good_requests": num_good(completed, slos) if slos else None,
+        "request_goodput_intended": None if good is None else good / duration_s,
+        "good_requests": good,
         "slos_ms": dict(slos),
         "p99_send_delay_ms": float(np.percentile(late_ms, 99)) if late_ms else 0.0,
         "max_send_delay_ms": max(late_ms, default=0.0),
         "num_not_counted": len(all_records) - len(window.records),
+        "num_cut": len(cut),
     }
 
 
@@ -197,6 +217,8 @@ def details_of(window: Window) -> dict[str, Any]:
         "output_lens": [record.num_output_tokens for record in records],
         "ttfts": [(record.chunk_ns[0] - record.sent_ns) / 1e9 if record.chunk_ns else 0.0 for record in records],
         "itls": [(np.diff(np.array(record.chunk_ns, np.int64)) / 1e9).tolist() for record in records],
+        "latencies": [(record.chunk_ns[-1] - record.sent_ns) / 1e9 if record.chunk_ns else 0.0 for record in records],
+        "queue_times": [(record.sent_ns - record.intended_ns) / 1e9 if record.sent_ns else 0.0 for record in records],
         "start_times": [record.sent_ns / 1e9 for record in records],
         "intended_times": [record.intended_ns / 1e9 for record in records],
         "errors": [record.error for record in records],
@@ -208,7 +230,13 @@ def inferencex_keys(figures: Mapping[str, Any], *, num_gpus: int, **facts: Any) 
     total, output = figures["total_token_throughput"] / num_gpus, figures["output_throughput"] / num_gpus
     keys: dict[str, Any] = {
         **facts,
+        "is_multinode": False,
+        "disagg": False,
+        "spec_decoding": "none",
         "tp": num_gpus,
+        "pp": 1,
+        "dcp_size": 1,
+        "pcp_size": 1,
         "ep": 1,
         "dp_attention": "false",
         "tput_per_gpu": total,
@@ -221,3 +249,23 @@ def inferencex_keys(figures: Mapping[str, Any], *, num_gpus: int, **facts: Any) 
             if name.removesuffix("_ms").endswith("_tpot"):
                 keys[name.removesuffix("_ms").replace("tpot", "intvty")] = 1e3 / value if value > 0 else 0.0
     return keys
+
+
+def inferencex_power_keys(records: Sequence[Record], energy_j: float | None, power_w: float | None) -> dict[str, Any]:
+    """InferenceX's keys of power measured over the whole run, nothing subtracted; without a measurement it says so, and gives none."""
+    keys: dict[str, Any] = {"power_metric_schema_version": 2, "power_valid": int(energy_j is not None)}
+    if energy_j is None:
+        return keys
+    completed = [record for record in records if record.is_complete]
+    inputs, outputs = (sum(getattr(r, name) for r in completed) for name in ("input_len", "num_output_tokens"))
+    counts = {
+        "successful_query": len(completed),
+        "input_token": inputs,
+        "output_token": outputs,
+        "total_token": inputs + outputs,
+    }
+    return (
+        keys
+        | {"avg_power_w": power_w, "avg_total_gpu_power_w": power_w, "total_gpu_energy_j": round(energy_j, 3)}
+        | {f"joules_per_{what}": round(energy_j / number, 6) for what, number in counts.items() if number}
+    )

@@ -32,7 +32,13 @@ def table_of(report: Mapping[str, Any]) -> str:
     if report["slos_ms"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slos_ms"].items())
         lines.append(
-            f"goodput ({limits}): {report['request_goodput']:.2f} requests/s, {report['good_requests']} requests"
+            f"goodput ({limits}): {report['request_goodput']:.2f} requests/s from sending, "
+            f"{report['request_goodput_intended']:.2f} from the intended time"
+        )
+    if report["num_cut"]:
+        lines.append(
+            f"{report['num_cut']} cut off at the end; with their waiting so far, p99 TTFT is at least "
+            f"{report['p99_ttft_floor_ms']:.3f} ms, p99 TPOT {report['p99_tpot_floor_ms']:.3f} ms"
         )
     lines.append(
         f"sent later than intended: p99 {report['p99_send_delay_ms']:.3f} ms, at most {report['max_send_delay_ms']:.3f} ms"
@@ -40,7 +46,11 @@ def table_of(report: Mapping[str, Any]) -> str:
     energy = report["gpu_energy"]
     if energy["j_per_token"] is not None:
         above = energy["j_per_token_above_idle"]
-        idle = "" if above is None else f", {above:.4f} with the idle GPU's share subtracted"
+        idle = (
+            ""
+            if above is None
+            else f", {above:.4f} without the {energy['idle_w']:.0f} W of idling ({energy['idle_source']})"
+        )
         lines.append(f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle}")
     lines += [f"failed {number} times: {words}" for words, number in report["error_counts"].items()]
     return "\n".join(lines)

@@ -21,14 +21,15 @@ from typing import Any, Final, Protocol
 from blinkimp import __version__
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions, LoadPlan, make_plan
-from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys
+from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys, inferencex_power_keys
 from blinkimp.bench.openai_backend import OpenAiBackend
 from blinkimp.bench.record import Record
 from blinkimp.bench.zmq_backend import ZmqBackend
-from blinkimp.host.power import PowerMeter, PowerSource, per_token
+from blinkimp.host.power import PowerMeter, PowerSource, idle_power_w, per_token
 
 SPIN_NS: Final = 1_000_000  # asyncio's timers are a millisecond coarse: the last one is spun away
 OPEN_TIMEOUT_S: Final = 10.0
+IDLE_S: Final = 2.0  # how long the server's power is looked at before the load, where no idle power is given
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
@@ -185,6 +186,7 @@ class LoadRun:
         now_ns = time.monotonic_ns()
         for record in self.records:
             if not record.is_ended:
+                record.is_cut = True
                 record.end(now_ns, error=f"unfinished {timeout_s:g} s after the load's end")
 
 
@@ -220,7 +222,9 @@ async def run_load(
     idle_w: float | None = None,
     details: bool = False,
 ) -> dict[str, Any]:
-    """The report of one load: vLLM's keys, this tool's own, energy, and InferenceX's under `inferencex`."""
+    """The report of one load: vLLM's keys, this tool's own, energy, and InferenceX's under `inferencex`.
+
+    idle_w is subtracted for one of the two energy figures; None: the GPU's power before the load, with the server running, is measured."""
     runs: list[LoadRun] = []
     backend = make_backend(target, lambda record: runs[0].on_end(record))
     try:
@@ -229,6 +233,9 @@ async def run_load(
         check_fits(plan, backend.max_context)
         run = LoadRun(plan, backend, progress)
         runs.append(run)
+        idle_source = "given" if idle_w is not None else "measured right before the load"
+        if idle_w is None:
+            idle_w = await asyncio.to_thread(idle_power_w, source, IDLE_S)
         gc.collect()
         gc.disable()  # a collection in the middle of a load is a late token that the server did not cause
         try:
@@ -255,7 +262,11 @@ async def run_load(
         "framework": target.label or backend.name,
         "hw": "cpu" if source is None else source.name,
         "precision": "bf16",
+        "image": f"blinkimp {__version__}",
+        "infmax_model_prefix": backend.model,
         "conc": concurrency or 0,
+        "isl": options.input_len if options.trace is None else int(plan.input_lens.mean()),
+        "osl": options.output_len if options.trace is None else int(plan.output_lens.mean()),
     }
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
@@ -269,15 +280,30 @@ async def run_load(
         "burstiness": options.burstiness,
         "max_concurrency": concurrency,
         **figures,
+        **(queue_inclusive(figures) if options.rate is not None and concurrency is not None else {}),
         "gpu_energy": {
             **per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
+            "idle_w": idle_w,
+            "idle_source": idle_source if source is not None else None,
             "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
         },
         "load": {key: str(value) if key == "trace" and value else value for key, value in vars(options).items()},
         "blinkimp_version": __version__,
-        "inferencex": inferencex_keys(figures, num_gpus=target.num_gpus, **facts),
+        "inferencex": {
+            **inferencex_keys(figures, num_gpus=target.num_gpus, **facts),
+            **inferencex_power_keys(run.records, energy_j, meter.power_w(begin_ns, end_ns)),
+        },
         "error_counts": counts([record.error for record in window.records if record.error]),
         **(details_of(window) if details else {}),
+    }
+
+
+def queue_inclusive(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's keys for latency that counts what a cap on concurrency held back; the same as `_intended`, by the name it has there."""
+    return {
+        key.replace("e2el_intended", "e2el_including_client_queue"): value
+        for key, value in figures.items()
+        if "e2el_intended" in key
     }
 
 

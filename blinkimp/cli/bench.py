@@ -92,7 +92,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         "--idle-w",
         type=float,
         metavar="W",
-        help="an idle GPU's power, to be subtracted (tools/power_idle.py measures it)",
+        help="an idle GPU's power, to be subtracted (default: what it draws right before the load)",
     )
     target.add_argument("--label", default="", help="names the engine in reports")
 

@@ -1,11 +1,12 @@
 """Interference as a process group of its own: threads of one kind of work on given CPUs, until it is told to stop.
 
     with Interference("stream", num_threads=16, cpus={2, 3}) as burner: ...      in the lab
-    burner.units                                                                 per second, once it has ended
+    burner.units_per_s                                                           by kind, once it has ended
     python -m blinkimp.lab.burner stream 16 2,3                                  the process itself; ends with its stdin
 
 Kinds are the loops of burn_loops.py, and real programs: bz2 (compression, one stream a thread), compile (g++ of a generated file, over and over),
-stress-ng where it is installed. Called by blinkimp/lab/interference.py. Test: pytest tests/host/test_lab_burners.py
+stress-ng where it is installed. `stream+bz2` is a mixture: threads take turns. Called by blinkimp/lab/interference.py and evidence.py.
+Test: pytest tests/host/test_lab_burners.py
 """
 
 from __future__ import annotations
@@ -38,19 +39,26 @@ BZ2_BLOCK_BYTES: Final = 900_000
 
 
 def missing_program(kind: str) -> str | None:
-    """Why a kind cannot run here, or None."""
+    """Why a kind or a mixture cannot run here, or None."""
     programs = {"compile": "g++", "stress-ng": "stress-ng"}
-    if kind in programs and shutil.which(programs[kind]) is None:
-        return f"{programs[kind]} is not installed"
+    for part in kind.split("+"):
+        if part in programs and shutil.which(programs[part]) is None:
+            return f"{programs[part]} is not installed"
     return None
+
+
+def is_kind(text: str) -> bool:
+    """One of KINDS, or several joined by `+`; stress-ng is a mixture already and stands alone."""
+    parts = text.split("+")
+    return set(parts) <= set(KINDS) and (len(parts) == 1 or "stress-ng" not in parts)
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------
 class Counter:
     """Units of work of one thread; its only writer."""
 
-    def __init__(self) -> None:
-        self.units = 0
+    def __init__(self, kind: str) -> None:
+        self.kind, self.units = kind, 0
         self.has_begun = threading.Event()
 
 
@@ -126,20 +134,23 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     os.sched_setaffinity(0, cpus)
     folder = Path(tempfile.mkdtemp(prefix="blinkimp-burner-"))
 
-    def make(idx: int) -> Callable[[], int]:
-        if kind in LOOPS:
-            return loop_worker(kind, idx, num_threads)
-        if kind == "bz2":
-            return bz2_worker(idx)
-        return compile_worker(folder, idx) if kind == "compile" else stress_ng_worker(num_threads)
+    parts = kind.split("+")
 
-    counters = [Counter() for _ in range(1 if kind == "stress-ng" else num_threads)]
-    if kind in LOOPS:
-        make(0)()  # compiled once, before the threads
+    def make(idx: int, part: str) -> Callable[[], int]:
+        if part in LOOPS:
+            return loop_worker(part, idx, num_threads)
+        if part == "bz2":
+            return bz2_worker(idx)
+        return compile_worker(folder, idx) if part == "compile" else stress_ng_worker(num_threads)
+
+    counters = [Counter(parts[idx % len(parts)]) for idx in range(1 if kind == "stress-ng" else num_threads)]
+    for part in parts:
+        if part in LOOPS:
+            make(0, part)()  # compiled once, before the threads
 
     def work(idx: int, counter: Counter) -> None:
-        step = make(idx)
-        if kind in LOOPS:
+        step = make(idx, counter.kind)
+        if counter.kind in LOOPS:
             step()  # touches its buffers: from `ready` on the work is what its name says
         counter.has_begun.set()
         while True:
@@ -153,7 +164,8 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     print("ready", flush=True)
     sys.stdin.buffer.read()
     seconds = time.monotonic() - began
-    print(json.dumps({"units": sum(counter.units for counter in counters), "seconds": seconds}), flush=True)
+    units = {part: sum(counter.units for counter in counters if counter.kind == part) for part in parts}
+    print(json.dumps({"units": units, "seconds": seconds}), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
 
@@ -163,15 +175,15 @@ class Interference:
     """Runs while inside `with`; num_threads 0 is none at all."""
 
     def __init__(self, kind: str, num_threads: int, cpus: set[int]) -> None:
-        if kind not in KINDS or num_threads < 0 or not cpus:
+        if not is_kind(kind) or num_threads < 0 or not cpus:
             raise LoadError(
-                f"interference: got kind {kind!r}, {num_threads} threads, CPUs {sorted(cpus)}; expected one of {', '.join(KINDS)}, "
-                "0 or more, at least one"
+                f"interference: got kind {kind!r}, {num_threads} threads, CPUs {sorted(cpus)}; expected one of {', '.join(KINDS)} "
+                "(or several joined by +, without stress-ng), 0 or more, at least one"
             )
         if num_threads and (why := missing_program(kind)) is not None:
             raise LoadError(f"interference {kind}: {why}; install it, or leave the kind out")
         self.kind, self.num_threads, self.cpus = kind, num_threads, cpus
-        self.units_per_s: float | None = None
+        self.units_per_s: dict[str, float] | None = None  # by kind
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -207,7 +219,7 @@ class Interference:
         try:
             said, _ = self._process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
             done = json.loads(said)
-            self.units_per_s = done["units"] / done["seconds"]
+            self.units_per_s = {part: units / done["seconds"] for part, units in done["units"].items()}
         except (subprocess.TimeoutExpired, ValueError):
             self._kill()
             self._process.wait()

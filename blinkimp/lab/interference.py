@@ -19,7 +19,7 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Progress, run_load
 from blinkimp.host.power import PowerSource
-from blinkimp.lab.burner import KINDS, Interference, missing_program
+from blinkimp.lab.burner import KINDS, Interference, is_kind, missing_program
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine
 from blinkimp.lab.host_monitor import difference, set_affinity, snapshot
 from blinkimp.lab.store import Store, key_of
@@ -69,8 +69,10 @@ def usable_kinds(kinds: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Those whose programs are here; the others are named."""
     usable = []
     for kind in kinds:
-        if kind not in KINDS:
-            raise LoadError(f"kind of interference: got {kind!r}, expected some of {', '.join(KINDS)}")
+        if not is_kind(kind):
+            raise LoadError(
+                f"kind of interference: got {kind!r}, expected some of {', '.join(KINDS)}, or a mixture such as stream+bz2"
+            )
         why = missing_program(kind)
         if why is None:
             usable.append(kind)

@@ -13,7 +13,9 @@ import pytest
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.report import table_of
 from blinkimp.bench.runner import Target, run_load
+from blinkimp.host.power import Reading
 from tests.scripted_server import Script, scripted_server
 
 KINDS = ["http", "zmq"]
@@ -74,6 +76,9 @@ def test_a_stall_of_the_server_is_not_omitted() -> None:
     assert got["median_ttft_ms"] < 100  # only those two that ran into it show it
     assert got["p90_ttft_intended_ms"] > 300 and got["max_send_delay_ms"] > 300
     assert got["good_requests"] < 40
+    assert got["request_goodput"] > got["request_goodput_intended"]
+    assert got["p99_e2el_including_client_queue_ms"] == got["p99_e2el_intended_ms"] > got["p99_e2el_ms"]
+    assert got["p90_client_queue_time_ms"] > 300
 
 
 def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
@@ -81,6 +86,33 @@ def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
     got = load("zmq", script, LoadOptions(rate=50, num_requests=50, input_len=4, output_len=2))
     assert got["max_send_delay_ms"] < 250 and got["max_concurrent_requests"] > 10
     assert got["p99_ttft_ms"] > 400 and got["p99_ttft_intended_ms"] == pytest.approx(got["p99_ttft_ms"], abs=50)
+
+
+class SteadyGpu:
+    """A power source that draws 300 W always."""
+
+    name, driver = "steady", "1"
+
+    def read(self) -> Reading:
+        return Reading(300.0, None, 1500, 2600)
+
+
+def test_energy_stands_beside_throughput_with_idling_subtracted_and_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the 300 W are idling's, so that nothing is left above it; half of them, if the user says 150."""
+    monkeypatch.setattr("blinkimp.bench.runner.IDLE_S", 0.3)
+    options = LoadOptions(concurrency=2, duration_s=0.5, input_len=4, output_len=3)
+    got = load("zmq", Script(first_ms=5, gap_ms=1), options, source=SteadyGpu())
+    energy, keys = got["gpu_energy"], got["inferencex"]
+    assert energy["power_w"] == 300 and energy["idle_w"] == 300 and energy["sm_clock_mhz"] == 1500
+    assert energy["j_per_token"] > 0 and energy["j_per_token_above_idle"] == pytest.approx(0, abs=1e-6)
+    assert keys["power_valid"] == 1 and keys["joules_per_output_token"] == pytest.approx(
+        energy["j_per_token"], rel=0.01
+    )
+    assert "without the 300 W of idling (measured right before the load)" in table_of(got)
+    got = load("zmq", Script(first_ms=5, gap_ms=1), options, source=SteadyGpu(), idle_w=150.0)
+    energy = got["gpu_energy"]
+    assert energy["j_per_token_above_idle"] == pytest.approx(energy["j_per_token"] / 2, rel=0.01)
+    assert energy["idle_source"] == "given"
 
 
 def test_a_load_is_many_clients_to_a_server() -> None:
@@ -99,7 +131,8 @@ def test_warm_up_requests_are_sent_and_not_counted() -> None:
 
 def test_what_does_not_end_has_failed() -> None:
     got = load("http", Script(first_ms=5000), LoadOptions(concurrency=2, num_requests=2, output_len=1), drain_s=0.3)
-    assert got["failed"] == 2 and "unfinished" in next(iter(got["error_counts"]))
+    assert got["failed"] == got["num_cut"] == 2 and "unfinished" in next(iter(got["error_counts"]))
+    assert got["median_ttft_floor_ms"] >= 300 and "2 cut off at the end" in table_of(got)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "http://127.0.0.1:1"])

@@ -58,11 +58,20 @@ def test_a_kind_uses_its_cpu_and_nothing_is_left_of_it(kind: str) -> None:
             if has_compiled and kind == "compile":
                 break
         assert has_compiled and (kind == "compile" or cpu_s(pid) >= before + 0.5)
-    assert burner.units_per_s is not None and (burner.units_per_s > 0 or kind == "compile")
+    assert burner.units_per_s is not None and (burner.units_per_s[kind] > 0 or kind == "compile")
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in tree) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [command for pid, command in tree_of(pid).items() if pid in tree]
+
+
+def test_threads_of_a_mixture_take_turns() -> None:
+    with Interference("arithmetic+syscall", 2, os.sched_getaffinity(0)) as burner:
+        time.sleep(0.3)  # each step is some milliseconds
+    assert burner.units_per_s is not None and set(burner.units_per_s) == {"arithmetic", "syscall"}
+    for kind in ("arithmetic+noise", "stress-ng+bz2", ""):
+        with pytest.raises(LoadError, match="joined by"):
+            Interference(kind, 1, {0})
 
 
 def test_no_threads_are_no_process() -> None:

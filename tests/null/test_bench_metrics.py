@@ -8,7 +8,15 @@ from __future__ import annotations
 import pytest
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys, parse_slos, percentile_word
+from blinkimp.bench.metrics import (
+    Window,
+    details_of,
+    figures_of,
+    inferencex_keys,
+    inferencex_power_keys,
+    parse_slos,
+    percentile_word,
+)
 from blinkimp.bench.record import Record
 
 MS = 1_000_000
@@ -72,7 +80,7 @@ def test_warm_up_failures_and_the_window() -> None:
     assert (got["completed"], got["failed"], got["num_not_counted"]) == (2, 1, 1)
     assert got["duration"] == pytest.approx(0.7) and got["request_throughput"] == pytest.approx(2 / 0.7)
     assert got["steady_output_throughput"] == 7  # 3 + 2 + 2 within the second of sending
-    assert got["max_concurrent_requests"] == 2
+    assert got["max_concurrent_requests"] == 1
 
 
 def test_an_output_without_tokens_is_a_failure() -> None:
@@ -80,7 +88,26 @@ def test_an_output_without_tokens_is_a_failure() -> None:
     assert not empty.is_complete and empty.error == "ended without output"
 
 
-def test_goodput_counts_from_the_intended_time() -> None:
+def test_requests_that_were_cut_off_count_by_how_long_they_had_waited() -> None:
+    """Cut at 1 s: one without a token, one with four of them since 200 ms; a refused one tells nothing about latency."""
+    done = record(0, 0, [(100, 1), (110, 1)])
+    silent, slow = record(0, 0, []), record(0, 100, [(200, 4)])
+    for one in (silent, slow):
+        one.ended_ns, one.error, one.is_cut = 1000 * MS, "unfinished", True
+    records = [done, silent, slow, record(0, 0, [], error="status 503")]
+    got = figures_of(records, Window.of(records, 0, 1000 * MS), {})
+    assert (got["completed"], got["failed"], got["num_cut"]) == (1, 3, 2)
+    assert got["mean_ttft_intended_ms"] == 100 and got["mean_ttft_floor_ms"] == pytest.approx((100 + 1000 + 200) / 3)
+    assert got["mean_tpot_ms"] == 10 and got["mean_tpot_floor_ms"] == pytest.approx((10 + 800 / 4) / 2)
+
+
+def test_requests_at_a_time_are_counted_at_moments_not_in_seconds() -> None:
+    """One ends where the next begins: never two at a time, though four ran within the second."""
+    records = [record(at, at, [(at + 100, 1)]) for at in (0, 100, 200, 300)]
+    assert figures_of(records, Window.of(records, 0, 1000 * MS), {})["max_concurrent_requests"] == 1
+
+
+def test_goodput_is_reported_from_sending_and_from_the_intended_time() -> None:
     """All three take 100 ms from sending; the second was sent 80 ms late and misses 150 ms."""
     records = [
         record(0, 0, [(100, 1), (110, 1)]),
@@ -90,7 +117,9 @@ def test_goodput_counts_from_the_intended_time() -> None:
     window = Window.of(records, 0, 1000 * MS)
     assert figures_of(records, window, {"ttft": 150})["good_requests"] == 2
     assert figures_of(records, window, {"ttft": 150, "tpot": 20})["good_requests"] == 1
-    assert figures_of(records, window, {"e2el": 1000})["request_goodput"] == pytest.approx(3 / 0.19)
+    got = figures_of(records, window, {"ttft": 150})
+    assert got["request_goodput"] == pytest.approx(3 / 0.19)  # vLLM's definition: from sending
+    assert got["request_goodput_intended"] == pytest.approx(2 / 0.19)
 
 
 @pytest.mark.parametrize("text", ["ttft", "ttft:fast", "ttft:-1", "itl:5", "x:1"])
@@ -110,7 +139,17 @@ def test_inferencex_keys_are_seconds_per_gpu_and_interactivity() -> None:
     assert keys["input_tput_per_gpu"] + keys["output_tput_per_gpu"] == pytest.approx(keys["tput_per_gpu"])
 
 
+def test_inferencex_power_is_told_or_said_to_be_missing() -> None:
+    records = [record(0, 0, [(100, 1), (120, 1)])]
+    assert inferencex_power_keys(records, None, None) == {"power_metric_schema_version": 2, "power_valid": 0}
+    keys = inferencex_power_keys(records, 60.0, 500.0)
+    assert keys["power_valid"] == 1 and keys["avg_power_w"] == 500 and keys["total_gpu_energy_j"] == 60
+    assert (keys["joules_per_output_token"], keys["joules_per_total_token"]) == (30, 5)
+    assert (keys["joules_per_input_token"], keys["joules_per_successful_query"]) == (6, 60)
+
+
 def test_details_are_vllms_lists() -> None:
     got = details_of(Window.of([record(0, 10, [(100, 1), (120, 1)]), record(5, 5, [], error="x")], 0, 1000 * MS))
     assert got["ttfts"] == [0.09, 0.0] and got["itls"] == [[0.02], []] and got["errors"] == ["", "x"]
     assert got["input_lens"] == [10, 10] and got["output_lens"] == [2, 0]
+    assert got["latencies"] == [0.11, 0.0] and got["queue_times"] == [0.01, 0.0]
