@@ -426,7 +426,8 @@ ENGINE_HEADER: Final = _struct(
         "num_queue_pairs": ("<u4", 12),
         "engine_id": ("<u8", 16),
         "host_pid": ("<u8", 24),
-        "reserved": (("<u8", (12,)), 32),
+        "num_restarts": ("<u8", 32),
+        "reserved": (("<u8", (11,)), 40),
     },
 )
 CONTROL_LINE: Final = _struct(

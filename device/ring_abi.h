@@ -285,7 +285,8 @@ struct EngineHeader {  // written by the host before launch
   u32 num_queue_pairs;
   u64 engine_id;
   u64 host_pid;
-  u64 reserved[12];
+  u64 num_restarts;     // engines of this name that faulted before, under the same supervisor
+  u64 reserved[11];
 };
 ABI_SIZE(EngineHeader, 128);
 
