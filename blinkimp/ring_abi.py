@@ -251,6 +251,18 @@ TRACE_PARKED: Final = 13
 TRACE_RESUMED: Final = 14
 
 
+TRACE_RECEIVED: Final = 64
+TRACE_CLAIMED: Final = 65
+TRACE_COMMITTED: Final = 66
+TRACE_FIRST_DRAINED: Final = 67
+TRACE_STREAMED: Final = 68
+TRACE_FINISH_DRAINED: Final = 69
+TRACE_ENDED: Final = 70
+TRACE_CANCEL_ASKED: Final = 71
+TRACE_DRAINED: Final = 72
+TRACE_RINGS: Final = 96
+TRACE_BATCH: Final = 97
+TRACE_PAGES: Final = 98
 class TraceKind(enum.IntEnum):
     STEP_START = TRACE_STEP_START
     STEP_END = TRACE_STEP_END
@@ -268,6 +280,18 @@ class TraceKind(enum.IntEnum):
     RESUMED = TRACE_RESUMED
 
 
+    RECEIVED = TRACE_RECEIVED
+    CLAIMED = TRACE_CLAIMED
+    COMMITTED = TRACE_COMMITTED
+    FIRST_DRAINED = TRACE_FIRST_DRAINED
+    STREAMED = TRACE_STREAMED
+    FINISH_DRAINED = TRACE_FINISH_DRAINED
+    ENDED = TRACE_ENDED
+    CANCEL_ASKED = TRACE_CANCEL_ASKED
+    DRAINED = TRACE_DRAINED
+    RINGS = TRACE_RINGS
+    BATCH = TRACE_BATCH
+    PAGES = TRACE_PAGES
 # ---- Structs
 SUBMISSION_ENTRY: Final = _struct(
     64,
@@ -648,7 +672,9 @@ TRACE_HEADER: Final = _struct(
         "num_ops": ("<u4", 56),
         "num_workers": ("<u4", 60),
         "op_times_offset": ("<u8", 64),
-        "reserved": (("<u8", (7,)), 72),
+        "info_offset": ("<u8", 72),
+        "info_bytes": ("<u8", 80),
+        "reserved": (("<u8", (5,)), 88),
     },
 )
 TRACE_LINE: Final = _struct(

@@ -1,6 +1,7 @@
-// The trace of one engine: a ring of events in shared memory of its own, written by the device, read by anyone who maps it.
+// The trace of one engine: rings of events in shared memory of their own, written by the device and by each ingress, read by anyone who maps them.
 //
-// Region: TraceRegion, events at header.events_offset, op times at header.op_times_offset. The ring is a flight recorder: the writer never
+// Region: TraceRegion, events at header.events_offset, op times at header.op_times_offset. Each ingress has a region of the same form, in the
+// host's time, without op times. The ring is a flight recorder: the writer never
 // waits and overwrites the oldest; a reader that is too slow knows how many events it lost, by producer_pos (host/trace_reader.py).
 // Data only; tools/gen_abi.py mirrors this file. The writer is device/trace.cuh. Test: pytest tests/compile/test_ring_abi.py
 #pragma once
@@ -28,6 +29,20 @@ enum TraceKind : u32 {  // argument; step and request_id are valid where they ma
   kTraceOpTimes = 12,    // op times of the step stand in slot `argument`
   kTraceParked = 13,     // the kernel left for lack of work
   kTraceResumed = 14,    // and was launched again
+  // Of an ingress, in the ring of its queue pair, by the host's clock (nic_shim/ingress_trace.py). request_id as on the submission ring.
+  kTraceReceived = 64,       // the client's request was there: prompt tokens | max_tokens << 32
+  kTraceClaimed = 65,        // it is about to be written to the submission ring: 1 = again, after an engine was lost
+  kTraceCommitted = 66,      // it stands there
+  kTraceFirstDrained = 67,   // its first token was read from the completion ring
+  kTraceStreamed = 68,       // and handed to the client's connection
+  kTraceFinishDrained = 69,  // its end was read: 1 = an error, 0 = FINISH
+  kTraceEnded = 70,          // all of it was handed to the client's connection: output tokens
+  kTraceCancelAsked = 71,    // the client cancelled it, or has gone
+  kTraceDrained = 72,        // a look at the completion ring that found something: requests with news | unfinished requests << 32
+  // Sampled by `blinkimp trace record`, by the host's clock (blinkimp/trace/recorder.py).
+  kTraceRings = 96,          // entries that the director has not taken yet | completions that the ingress has not read yet << 32
+  kTraceBatch = 97,          // running requests | waiting ones << 32
+  kTracePages = 98,          // KV pages in use | unreferenced ones of the prefix cache << 32
 };
 
 struct TraceEvent {
@@ -55,7 +70,9 @@ struct TraceHeader {  // written by the host before the launch, then constant
   u32 num_ops;
   u32 num_workers;
   u64 op_times_offset;
-  u64 reserved[7];
+  u64 info_offset;       // JSON: the engine's configuration, the model, names of ops; 0 = none (an ingress's)
+  u64 info_bytes;
+  u64 reserved[5];
 };
 ABI_SIZE(TraceHeader, 128);
 

@@ -1,4 +1,5 @@
-"""The trace's shared memory: `/dev/shm/blinkimp.<engine>.trace`, made by the engine host where `trace_events` is not 0.
+"""The trace's shared memory: `/dev/shm/blinkimp.<engine>.trace` and, for each ingress, `.trace.qp<i>`, made by the engine host where
+`trace_events` is not 0.
 
 The layout is that of device/trace_abi.h. Called by host/shared_memory.py, host/engine.py; fill_trace() by the devices.
 Test: pytest tests/host/test_trace.py
@@ -17,13 +18,14 @@ from blinkimp import ring_abi as abi
 
 @dataclass(frozen=True)
 class TraceGeometry:
-    """num_events: a power of two. op_period 0: no op times."""
+    """num_events: a power of two. op_period 0: no op times. info: JSON that describes the engine (host/trace_info.py)."""
 
     num_events: int
     op_period: int = 0
     num_op_slots: int = 0
     num_ops: int = 0
     num_workers: int = 0
+    info: bytes = b""
 
     def __post_init__(self) -> None:
         if self.num_events < abi.LEAST_TRACE_EVENTS or self.num_events & (self.num_events - 1):
@@ -47,9 +49,12 @@ class TraceGeometry:
         return self.num_ops * self.num_workers * 2 * 8
 
     @property
+    def info_offset(self) -> int:
+        return self.op_times_offset + (self.num_op_slots * self.slot_bytes if self.op_period else 0)
+
+    @property
     def region_bytes(self) -> int:
-        num_bytes = self.op_times_offset + (self.num_op_slots * self.slot_bytes if self.op_period else 0)
-        return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        return -(-(self.info_offset + len(self.info)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def header(self, engine_id: int, num_queue_pairs: int) -> np.ndarray[tuple[int], np.dtype[np.void]]:
         """[1] TRACE_HEADER"""
@@ -60,7 +65,12 @@ class TraceGeometry:
             header[name] = getattr(self, name)
         for name in ("op_period", "num_op_slots", "num_ops", "num_workers"):
             header[name] = getattr(self, name) if self.op_period else 0
+        if self.info:
+            header["info_offset"], header["info_bytes"] = self.info_offset, len(self.info)
         return header
+
+
+INGRESS_TRACE = TraceGeometry(abi.LEAST_TRACE_EVENTS)  # some ten events a request: seconds of the busiest ingress
 
 
 class TraceMemory(Protocol):
