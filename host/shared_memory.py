@@ -1,8 +1,8 @@
 """POSIX shared memory of one engine: the engine page, one region per queue pair, and the lock that says it lives.
 
-Names in /dev/shm: `blinkimp.<engine>.engine`, `.qp<i>`, `.lock`, and `.trace` where there is one. The engine host creates
-them (`create_engine_regions`); the ingress, the emulated device and the command line open them (`open_queue_pair`,
-`open_engine_page`, `open_trace`). The layout is that of device/ring_abi.h.
+Names in /dev/shm: `blinkimp.<engine>.engine`, `.qp<i>`, `.metrics`, `.lock`, and `.trace` where there is one. The engine host
+creates them (`create_engine_regions`); the ingress, the emulated device and the command line open them (`open_queue_pair`,
+`open_engine_page`, `open_metrics`, `open_trace`). The layout is that of device/ring_abi.h; that of the metrics, host/metrics_memory.py.
 Test: pytest tests/null/test_shared_memory.py
 
 Invariants
@@ -13,15 +13,12 @@ I2  Regions are created and removed only under the engine's lock (host/engine_lo
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import mmap
 import os
 import re
 import secrets
-import stat
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +32,8 @@ from blinkimp.host.engine_lock import (
     check_engine_name,
     engine_is_alive,
 )
+from blinkimp.host.metrics_memory import HEADER_BYTES, LAYOUT, MAGIC, About, MetricsGeometry, header_words
+from blinkimp.host.shared_region import Region, create_region, open_region
 from blinkimp.host.trace_memory import TraceGeometry
 
 __all__ = [
@@ -48,7 +47,9 @@ __all__ = [
     "create_engine_regions",
     "engine_is_alive",
     "engine_page_name",
+    "metrics_name",
     "open_engine_page",
+    "open_metrics",
     "open_queue_pair",
     "open_trace",
     "queue_pair_name",
@@ -64,6 +65,10 @@ def engine_page_name(engine_name: str) -> str:
 
 def queue_pair_name(engine_name: str, queue_pair_idx: int) -> str:
     return f"blinkimp.{check_engine_name(engine_name)}.qp{queue_pair_idx}"
+
+
+def metrics_name(engine_name: str) -> str:
+    return f"blinkimp.{check_engine_name(engine_name)}.metrics"
 
 
 def trace_name(engine_name: str) -> str:
@@ -106,37 +111,6 @@ class QueuePairGeometry:
         return _align(self.arena_offset + self.arena_bytes, mmap.PAGESIZE)
 
 
-class Region:
-    """One mapped shared memory object. `.buffer` is a memoryview of all of it, `.address` where it lies in this process."""
-
-    def __init__(self, name: str, mapping: mmap.mmap, *, writable: bool) -> None:
-        self.name = name
-        self.region_bytes = len(mapping)
-        self.writable = writable
-        self._mapping: mmap.mmap | None = mapping
-        self.buffer = memoryview(mapping)
-        self.address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
-
-    def view(self, dtype: np.dtype[Any], offset_bytes: int = 0) -> np.ndarray[Any, Any]:
-        """A one-element array over `dtype` at `offset_bytes`; reads and writes go straight to the shared memory."""
-        return np.frombuffer(self.buffer, dtype=dtype, count=1, offset=offset_bytes)
-
-    def close(self) -> None:
-        """Unmaps, or, where an array still looks at it, leaves that to the array's end."""
-        if self._mapping is None:
-            return
-        mapping, self._mapping = self._mapping, None
-        with contextlib.suppress(BufferError):  # an array is alive; the mapping goes with the last of them
-            self.buffer.release()
-            mapping.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class EngineRegions:
     """Everything one engine shares, held by its host. `unlink()` takes the names away; maps of others stay valid."""
 
@@ -147,12 +121,14 @@ class EngineRegions:
         self.engine_page: Region  # set last by create_engine_regions
         self.queue_pairs: list[Region] = []
         self.trace: Region | None = None
+        self.metrics: Region | None = None
 
     def unlink(self) -> None:
         """Removes the names (engine page first, so that nobody attaches half-way), unmaps, and gives the lock back."""
         _remove_regions(self.engine_name)
-        for region in [*self.queue_pairs, *([self.trace] if self.trace is not None else [])]:
-            region.close()
+        for region in (*self.queue_pairs, self.trace, self.metrics):
+            if region is not None:
+                region.close()
         if hasattr(self, "engine_page"):  # absent when creation failed half-way
             self.engine_page.close()
         self.lock.release()
@@ -169,8 +145,9 @@ def create_engine_regions(
     constraint_slot_bytes: int = 0,
     trace: TraceGeometry | None = None,
     engine_id: int | None = None,
+    about: About | None = None,
 ) -> EngineRegions:
-    """Creates the engine page, the queue pairs and the trace. A live engine of this name is refused; what dead ones left is removed."""
+    """Creates the engine page, the queue pairs, the metrics and the trace. A live engine of this name is refused; what dead ones left is removed."""
     if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
         raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
     regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), EngineLock(engine_name))
@@ -183,27 +160,30 @@ def create_engine_regions(
             header["num_constraint_slots"] = num_constraint_slots
             header["constraint_slot_bytes"] = constraint_slot_bytes
             name = queue_pair_name(engine_name, queue_pair_idx)
-            regions.queue_pairs.append(_create_region(name, geometry.region_bytes, header))
+            regions.queue_pairs.append(create_region(name, geometry.region_bytes, header))
+        metrics = MetricsGeometry(num_queue_pairs)
+        metrics_header = metrics.header(regions.engine_id, about or About(max_context=max_context))
+        regions.metrics = create_region(metrics_name(engine_name), metrics.region_bytes, metrics_header)
         if trace is not None:
             header = trace.header(regions.engine_id, num_queue_pairs)
-            regions.trace = _create_region(trace_name(engine_name), trace.region_bytes, header)
+            regions.trace = create_region(trace_name(engine_name), trace.region_bytes, header)
         header = np.zeros(1, dtype=abi.ENGINE_HEADER)
         header["magic"] = abi.ENGINE_PAGE_MAGIC
         header["abi_version"] = abi.ABI_VERSION
         header["num_queue_pairs"] = num_queue_pairs
         header["engine_id"] = regions.engine_id
         header["host_pid"] = os.getpid()
-        regions.engine_page = _create_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, header)
+        regions.engine_page = create_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, header)
     except BaseException:
         regions.unlink()
         raise
     return regions
 
 
-def open_queue_pair(engine_name: str, queue_pair_idx: int) -> Region:
-    """Maps one queue pair, writable, after checking every word of its header."""
+def open_queue_pair(engine_name: str, queue_pair_idx: int, *, writable: bool = True) -> Region:
+    """Maps one queue pair, after checking every word of its header. Not writable: to look at it (`blinkimp top`)."""
     name = queue_pair_name(engine_name, queue_pair_idx)
-    region = _open_region(name, abi.QUEUE_PAIR.itemsize, writable=True)
+    region = open_region(name, abi.QUEUE_PAIR.itemsize, writable=writable)
     try:
         _check_queue_pair_header(region, queue_pair_idx)
     except BaseException:
@@ -214,7 +194,7 @@ def open_queue_pair(engine_name: str, queue_pair_idx: int) -> Region:
 
 def open_engine_page(engine_name: str, *, writable: bool = False) -> Region:
     """Maps the engine page; only the host and the device ask for it writable."""
-    region = _open_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, writable=writable)
+    region = open_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, writable=writable)
     header = region.view(abi.ENGINE_HEADER)[0]
     try:
         _expect(region.name, "magic", int(header["magic"]), abi.ENGINE_PAGE_MAGIC)
@@ -227,10 +207,24 @@ def open_engine_page(engine_name: str, *, writable: bool = False) -> Region:
     return region
 
 
+def open_metrics(engine_name: str, *, writable: bool = False) -> Region:
+    """Maps the metrics; an ingress asks for them writable, and writes to its own slot only."""
+    region = open_region(metrics_name(engine_name), HEADER_BYTES, writable=writable)
+    try:
+        words = header_words(region)
+        _expect(region.name, "magic", words["magic"], MAGIC)
+        _expect(region.name, "layout", words["layout"], LAYOUT)
+        _expect(region.name, "region size", region.region_bytes, MetricsGeometry(words["num_slots"]).region_bytes)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
 def open_trace(engine_name: str, *, writable: bool = False) -> Region:
     """Maps the trace; only the device asks for it writable."""
     try:
-        region = _open_region(trace_name(engine_name), abi.TRACE_REGION.itemsize, writable=writable)
+        region = open_region(trace_name(engine_name), abi.TRACE_REGION.itemsize, writable=writable)
     except EngineNotFoundError:
         raise EngineNotFoundError(
             f"{SHM_DIR / trace_name(engine_name)} does not exist; expected an engine that runs with trace_events > 0; "
@@ -301,63 +295,6 @@ def _expect(name: str, what: str, got: int, expected: int) -> None:
         )
 
 
-def _create_region(name: str, region_bytes: int, header: np.ndarray[Any, Any]) -> Region:
-    temporary = SHM_DIR / f"{name}.new-{os.getpid()}-{secrets.token_hex(4)}"
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            # Reserves the memory now: a full /dev/shm would otherwise kill whoever first touches a page (SIGBUS).
-            os.posix_fallocate(fd, 0, region_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            free = os.statvfs(SHM_DIR)
-            raise SharedMemoryError(
-                f"{SHM_DIR} is full: {name} needs {region_bytes} bytes, {free.f_bavail * free.f_frsize} are free; "
-                "give the container more (--shm-size), or lower num_queue_pairs, arena_bytes or num_completions"
-            ) from error
-        mapping = mmap.mmap(fd, region_bytes)
-        header_bytes = header.tobytes()
-        mapping[: len(header_bytes)] = header_bytes
-        os.rename(temporary, SHM_DIR / name)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-    return Region(name, mapping, writable=True)
-
-
-def _open_region(name: str, least_bytes: int, *, writable: bool) -> Region:
-    path = SHM_DIR / name
-    try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise EngineNotFoundError(
-            f"{path} does not exist; expected an engine of that name to run; start `blinkimp serve`"
-        ) from None
-    except OSError as error:
-        raise SharedMemoryError(
-            f"cannot open {path}: {error.strerror}; expected a file of user {os.geteuid()}; run as the engine's user"
-        ) from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise SharedMemoryError(
-                f"{path} has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}; "
-                f"expected owner {os.geteuid()} and mode -rw-------; it was not made by an engine of this user: remove it"
-            )
-        if status.st_size < least_bytes:
-            raise SharedMemoryError(
-                f"{path} has {status.st_size} bytes, expected at least {least_bytes}; restart the engine"
-            )
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        mapping = mmap.mmap(fd, status.st_size, flags=mmap.MAP_SHARED, prot=protection)
-    finally:
-        os.close(fd)
-    return Region(name, mapping, writable=writable)
-
-
 def remove_dead_engines() -> list[str]:
     """Removes what killed hosts of this user left, whatever their names: memory that nobody else would ever free. Returns the names."""
     removed = []
@@ -379,7 +316,7 @@ def _remove_regions(engine_name: str) -> None:
     """Takes away the names of this engine's regions, half-made ones too. Only under the engine's lock (I2)."""
     engine_page = engine_page_name(engine_name)
     (SHM_DIR / engine_page).unlink(missing_ok=True)
-    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|trace|qp\d+)(\.new-.*)?")
+    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|trace|metrics|qp\d+)(\.new-.*)?")
     for path in SHM_DIR.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -170,7 +170,7 @@ def test_what_a_killed_engine_of_another_name_left_is_removed_and_the_living_are
     assert killed.returncode == -signal.SIGKILL  # after it had made its regions
     regions = create(engine_name)
     assert not list(shm.SHM_DIR.glob(f"blinkimp.{engine_name}-dead.*"))
-    assert len(list(shm.SHM_DIR.glob(f"blinkimp.{engine_name}-living.*"))) == 4
+    assert len(list(shm.SHM_DIR.glob(f"blinkimp.{engine_name}-living.*"))) == 5
     regions.unlink()
     living.unlink()
 
