@@ -6,7 +6,7 @@
 How: the child asks the kernel for SIGKILL at its parent's death (PR_SET_PDEATHSIG) before it runs anything else. That signal is
 tied to the *thread* that made the child, so each child is made by a thread of its own that lives as long as the child and waits
 for it. A session of its own keeps the terminal's Ctrl-C away from it: stopping the tree in order is the host's business.
-Called by host/emulated_device.py, host/supervisor.py. Test: pytest tests/host/test_child_process.py
+Called by host/emulated_device.py, host/engine_slot.py, host/supervisor.py. Test: pytest tests/host/test_child_process.py
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class ChildProcess:
         *,
         stdin: bytes = b"",
         on_line: Callable[[bytes], None] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """`stdin` is all the child can read. `on_line`: called with each line of its stdout, on a thread; else stdout is ours."""
+        """`stdin` is all the child can read. `on_line`: called with each line of its stdout, on a thread; else stdout is ours.
+        `pass_fds`: descriptors that the child has too, under the same numbers."""
         self.name = name
         # -P: what lies in the working directory must not replace a module.
         launcher = [sys.executable, "-P", "-m", "blinkimp.host.child_process"]
         self._command = [*launcher, str(os.getpid()), module, *arguments]
-        self._stdin, self._on_line = stdin, on_line
+        self._stdin, self._on_line, self._pass_fds = stdin, on_line, tuple(pass_fds)
         self._process: subprocess.Popen[bytes] | None = None
         self._start_error: OSError | None = None
         self._started = threading.Event()
@@ -104,6 +106,7 @@ class ChildProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if self._on_line else None,
                 start_new_session=True,
+                pass_fds=self._pass_fds,
                 env=_environment(),
             )
         except OSError as error:

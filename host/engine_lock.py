@@ -1,7 +1,9 @@
 """The lock that says an engine of some name lives, and the rules for engine names.
 
 The lock is an flock on `/dev/shm/blinkimp.<engine>.lock`, held by the host for its whole life. The kernel drops it when the host
-dies, however it dies, so "is the engine of this name alive" needs no process ids and no timeouts. Used by host/shared_memory.py.
+dies, however it dies, so "is the engine of this name alive" needs no process ids and no timeouts. A supervisor holds it for as long as
+it keeps an engine of that name up, and hands its descriptor down to each engine process: the lock is free when both are gone.
+Used by host/shared_memory.py, host/supervisor.py, host/engine_process.py.
 Test: pytest tests/null/test_shared_memory.py
 """
 
@@ -41,10 +43,31 @@ def check_engine_name(engine_name: str) -> str:
 class EngineLock:
     """Exclusive right to an engine name. Closing the file, or dying, gives it back."""
 
-    def __init__(self, engine_name: str) -> None:
+    def __init__(self, engine_name: str, *, inherited_fd: int | None = None) -> None:
+        """`inherited_fd`: the descriptor of a parent's lock, which is then held by both."""
         self.engine_name = check_engine_name(engine_name)
         self._path = SHM_DIR / f"blinkimp.{engine_name}.lock"
-        self._fd: int | None = self._acquire()
+        self._is_inherited = inherited_fd is not None
+        self._fd: int | None = self._acquire() if inherited_fd is None else self._inherit(inherited_fd)
+
+    @property
+    def fd(self) -> int:
+        """To be passed to a child process."""
+        assert self._fd is not None, "only before release()"
+        return self._fd
+
+    def _inherit(self, fd: int) -> int:
+        try:
+            same = os.fstat(fd).st_ino == os.stat(self._path, follow_symlinks=False).st_ino
+        except OSError:
+            same = False
+        if not same:
+            raise SharedMemoryError(
+                f"descriptor {fd} is not the lock of engine {self.engine_name!r}; expected an open {self._path}; "
+                "start the engine by `blinkimp serve`"
+            )
+        os.set_inheritable(fd, False)  # a device's process must not keep the name when its host is gone
+        return fd
 
     def _acquire(self) -> int:
         # Others hold the lock for a moment only to look (engine_is_alive) or to tidy up after the dead (remove_dead_engines).
@@ -83,7 +106,8 @@ class EngineLock:
     def release(self) -> None:
         if self._fd is None:
             return
-        self._path.unlink(missing_ok=True)  # while still held: nobody can lock an inode that is about to lose its name
+        if not self._is_inherited:
+            self._path.unlink(missing_ok=True)  # while still held: nobody can lock an inode that is about to lose its name
         os.close(self._fd)
         self._fd = None
 

@@ -39,12 +39,14 @@ from blinkimp.host.trace_memory import TraceGeometry
 __all__ = [
     "SHM_DIR",
     "EngineAlreadyRunningError",
+    "EngineLock",
     "EngineNotFoundError",
     "EngineRegions",
     "QueuePairGeometry",
     "Region",
     "SharedMemoryError",
     "create_engine_regions",
+    "discard_regions",
     "engine_is_alive",
     "engine_page_name",
     "metrics_name",
@@ -145,12 +147,15 @@ def create_engine_regions(
     constraint_slot_bytes: int = 0,
     trace: TraceGeometry | None = None,
     engine_id: int | None = None,
+    lock: EngineLock | None = None,
+    num_restarts: int = 0,
     about: About | None = None,
 ) -> EngineRegions:
-    """Creates the engine page, the queue pairs, the metrics and the trace. A live engine of this name is refused; what dead ones left is removed."""
+    """Creates the engine page, the queue pairs, the metrics and the trace. A live engine of this name is refused; what dead ones left is removed.
+    `lock`: of a supervisor that holds the name already; num_restarts: engines that it had before this one."""
     if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
         raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
-    regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), EngineLock(engine_name))
+    regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), lock or EngineLock(engine_name))
     try:
         _remove_regions(engine_name)
         remove_dead_engines()
@@ -173,6 +178,7 @@ def create_engine_regions(
         header["num_queue_pairs"] = num_queue_pairs
         header["engine_id"] = regions.engine_id
         header["host_pid"] = os.getpid()
+        header["num_restarts"] = num_restarts
         regions.engine_page = create_region(engine_page_name(engine_name), abi.ENGINE_PAGE.itemsize, header)
     except BaseException:
         regions.unlink()
@@ -310,6 +316,11 @@ def remove_dead_engines() -> list[str]:
         lock.release()
         removed.append(engine_name)
     return removed
+
+
+def discard_regions(lock: EngineLock) -> None:
+    """Removes what a dead engine process left, for the supervisor that holds the name."""
+    _remove_regions(lock.engine_name)
 
 
 def _remove_regions(engine_name: str) -> None:
