@@ -41,9 +41,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "embedded"
     )
     load_format: Annotated[
-        Literal["auto", "dummy"],
-        Meta(description="`dummy`: random weights, only config.json is read (for measurements)"),
+        Literal["auto", "dummy", "null"],
+        Meta(
+            description="for measurements: `dummy`: random weights, only config.json is read; `null`: no model, on the emulated device, "
+            "a token of its vocabulary for each running request and step"
+        ),
     ] = "auto"
+    null_step_us: Annotated[
+        int, Meta(ge=0, le=1 << 30, description="with load_format null: from step to step; 0: as fast as it goes")
+    ] = 10_000
     device: Annotated[
         Literal["auto", "gpu", "emulated"],
         Meta(description="`auto`: the GPU where there is one, else the emulated device"),

@@ -198,6 +198,7 @@ OP_PROJECT: Final = 4
 OP_GATE_UP: Final = 5
 OP_LM_HEAD: Final = 6
 OP_SAMPLE: Final = 7
+OP_NULL: Final = 8
 
 
 class OpKind(enum.IntEnum):
@@ -208,6 +209,7 @@ class OpKind(enum.IntEnum):
     GATE_UP = OP_GATE_UP
     LM_HEAD = OP_LM_HEAD
     SAMPLE = OP_SAMPLE
+    NULL = OP_NULL
 
 
 # ---- BufferId
@@ -249,8 +251,6 @@ TRACE_FINISHED: Final = 11
 TRACE_OP_TIMES: Final = 12
 TRACE_PARKED: Final = 13
 TRACE_RESUMED: Final = 14
-
-
 TRACE_RECEIVED: Final = 64
 TRACE_CLAIMED: Final = 65
 TRACE_COMMITTED: Final = 66
@@ -263,6 +263,8 @@ TRACE_DRAINED: Final = 72
 TRACE_RINGS: Final = 96
 TRACE_BATCH: Final = 97
 TRACE_PAGES: Final = 98
+
+
 class TraceKind(enum.IntEnum):
     STEP_START = TRACE_STEP_START
     STEP_END = TRACE_STEP_END
@@ -278,8 +280,6 @@ class TraceKind(enum.IntEnum):
     OP_TIMES = TRACE_OP_TIMES
     PARKED = TRACE_PARKED
     RESUMED = TRACE_RESUMED
-
-
     RECEIVED = TRACE_RECEIVED
     CLAIMED = TRACE_CLAIMED
     COMMITTED = TRACE_COMMITTED
@@ -292,6 +292,8 @@ class TraceKind(enum.IntEnum):
     RINGS = TRACE_RINGS
     BATCH = TRACE_BATCH
     PAGES = TRACE_PAGES
+
+
 # ---- Structs
 SUBMISSION_ENTRY: Final = _struct(
     64,
@@ -535,7 +537,8 @@ OP: Final = _struct(
         "next_norm": ("<u8", 80),
         "tile_rows": ("<u4", 88),
         "num_tiles": ("<u4", 92),
-        "reserved": (("<u8", (4,)), 96),
+        "step_ns": ("<u8", 96),
+        "reserved": (("<u8", (3,)), 104),
     },
 )
 MODEL_DIMS: Final = _struct(

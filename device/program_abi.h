@@ -30,6 +30,7 @@ enum OpKind : u32 {
   kOpGateUp = 5,     // act = silu(n(h) @ gate^T) * (n(h) @ up^T); weight rows interleave in groups of 8: 8 gate, 8 up, ...
   kOpLmHead = 6,     // logits = n(h) @ weight^T, for the rows to sample only
   kOpSample = 7,     // token and logprob of each logits row, under the request's SamplingParams
+  kOpNull = 8,       // instead of a model, emulated device only: tokens from a table, and the step takes step_ns (emu/null_op.cpp)
 };
 
 enum BufferId : u32 {  // the activations an op reads (Op.input); layouts belong to the interpreter
@@ -50,7 +51,7 @@ struct Op {
   u32 out_features;   // QKV: (num_heads + 2 * num_kv_heads) * head_dim, rows q then k then v. GATE_UP: 2 * intermediate
   u32 input;          // BufferId
   u32 window;         // ATTENTION: sliding window in tokens, 0 = none
-  u64 weight;         // EMBED: [vocab, hidden] row-major always
+  u64 weight;         // EMBED: [vocab, hidden] row-major always. NULL: u32 [out_features] token ids
   u64 bias;           // [out_features] f32, or 0
   u64 norm;           // [hidden] f32: gain of the RMSNorm before this op, or 0
   u64 q_norm;         // [head_dim] f32, or 0
@@ -59,7 +60,8 @@ struct Op {
   u64 next_norm;      // [hidden] f32: gain of the RMSNorm that reads this op's output (EMBED, PROJECT)
   u32 tile_rows;      // packed layout: weight rows per tile, a multiple of 8
   u32 num_tiles;      // packed layout: ceil(out_features / tile_rows); rows past out_features are zero
-  u64 reserved[4];
+  u64 step_ns;        // NULL: from one step's end to the next; 0 = as fast as it goes
+  u64 reserved[3];
 };
 ABI_SIZE(Op, 128);
 ABI_AT(Op, weight, 32);

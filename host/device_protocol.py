@@ -34,7 +34,8 @@ class Launch:
 
     model_folder: Path
     model: ModelConfig
-    load_format: Literal["auto", "dummy"]
+    load_format: Literal["auto", "dummy", "null"]
+    null_step_ns: int  # of load_format null: from step to step
     compute: DType
     kv_dtype: DType
     sizes: EngineSizes

@@ -61,6 +61,7 @@ class EmulatedDevice:
             engine_name=launch.regions.engine_name,
             model_folder=str(launch.model_folder),
             load_format=launch.load_format,
+            null_step_ns=launch.null_step_ns,
             compute=int(launch.compute),
             kv_dtype=int(launch.kv_dtype),
             sizes=launch.sizes,

@@ -46,7 +46,7 @@ class Order(msgspec.Struct, frozen=True):
 
     engine_name: str
     model_folder: str
-    load_format: Literal["auto", "dummy"]
+    load_format: Literal["auto", "dummy", "null"]
     compute: int  # DType
     kv_dtype: int  # DType
     sizes: EngineSizes
@@ -55,6 +55,7 @@ class Order(msgspec.Struct, frozen=True):
     spin_budget_ns: int
     parked_after_ns: int = 0
     has_trace: bool = False
+    null_step_ns: int = 0
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -157,6 +158,7 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
         max_context=order.sizes.max_context,
         kv_dtype=DType(order.kv_dtype),
         load_format=order.load_format,
+        null_step_ns=order.null_step_ns,
         progress=lambda done, total: emit(Event(stage="weights", done=done, total=total)),
     )
     memory = DeviceMemory()

@@ -14,9 +14,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+
+import msgspec
 
 from blinkimp import ring_abi as abi
 from blinkimp.config import Config, cache_folder, model_folder
@@ -28,6 +31,7 @@ from blinkimp.host.memory_plan import MemoryPlan, plan_memory
 from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
+from blinkimp.host.trace_info import engine_info
 from blinkimp.host.trace_memory import TraceGeometry
 from blinkimp.host.tuning import write_tuning
 from blinkimp.host.watchdog import Watchdog
@@ -49,6 +53,12 @@ class EngineFaultError(RuntimeError):
 
 def choose_device(config: Config) -> Device:
     """The device that config.device asks for. auto: a usable GPU, else the emulated device, and why, on stderr."""
+    if config.load_format == "null" and config.device == "gpu":
+        raise DeviceError(
+            "load_format=null runs no model: got device=gpu, expected the emulated one; use device=emulated"
+        )
+    if config.load_format == "null":
+        return EmulatedDevice(config.num_threads or 1)  # others would only wait for the first
     if config.device == "emulated":
         return EmulatedDevice(config.num_threads)
     try:
@@ -71,6 +81,8 @@ def resolve_compute(config: Config, folder: Path, device: Device) -> DType:
             raise DeviceError(
                 "compute_dtype is f32, but the GPU computes in bf16; use compute_dtype=bf16 or auto, or device=emulated"
             )
+        return DType.BF16
+    if config.load_format == "null":
         return DType.BF16
     if config.compute_dtype != "auto":
         return DType.F32 if config.compute_dtype == "f32" else DType.BF16
@@ -214,24 +226,28 @@ class Engine:
         config = self.config
         if config.trace_events == 0:
             return None
+        num_ops = num_program_ops(self.model, config.load_format)
+        info = engine_info(config, self.model, self.device.describe(), asdict(self.plan.sizes), num_ops)
         if config.trace_op_period == 0:
-            return TraceGeometry(config.trace_events)
+            return TraceGeometry(config.trace_events, info=info)
         return TraceGeometry(
             config.trace_events,
             op_period=config.trace_op_period,
             num_op_slots=NUM_TRACED_STEPS,
-            num_ops=num_program_ops(self.model),
+            num_ops=num_ops,
             num_workers=self.device.num_workers,
+            info=info,
         )
 
     def _plan(self) -> MemoryPlan:
         item_bytes = 2 if self.compute == DType.BF16 else 4
+        runs_model = self.config.load_format != "null"  # without one no sampler walks a constraint's automaton
         return plan_memory(
-            self.config,
+            self.config if runs_model else msgspec.structs.replace(self.config, constraint_slots=0),
             self.model,
             kind=self.device.kind,
             kv_dtype=self.compute,
-            weight_bytes=num_weight_elements(self.model) * item_bytes,
+            weight_bytes=num_weight_elements(self.model) * item_bytes if runs_model else 0,
             available_bytes=self.device.memory_available_bytes(),
             workspace_bytes=lambda sizes: self.device.workspace_bytes(self.model, sizes),
         )
@@ -241,6 +257,7 @@ class Engine:
             model_folder=self.folder,
             model=self.model,
             load_format=self.config.load_format,
+            null_step_ns=self.config.null_step_us * 1000,
             compute=self.compute,
             kv_dtype=self.compute,
             sizes=self.plan.sizes,

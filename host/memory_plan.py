@@ -211,7 +211,10 @@ def _sizes_without_pages(config: Config, model: ModelConfig, kind: DeviceKind) -
         num_pages=0,
         prefix_cache_enabled=int(config.prefix_cache),
         num_constraint_slots=config.constraint_slots,
-        constraint_slot_bytes=constraint_slot_bytes_of(config.constraint_slot_bytes, kind, model.vocab),
+        # Without slots 0, which is how an ingress knows that it has to refuse constraints.
+        constraint_slot_bytes=constraint_slot_bytes_of(config.constraint_slot_bytes, kind, model.vocab)
+        if config.constraint_slots
+        else 0,
     )
     return _with_context(sizes, max_context)
 

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from blinkimp.host.checkpoint import Checkpoint, read_eos_ids, read_model_config
 from blinkimp.host.dummy_weights import DummyWeights
 from blinkimp.host.model_config import ModelConfig, refusal
+from blinkimp.host.null_program import null_ops, null_tokens
 from blinkimp.host.rope import rope_table
 from blinkimp.host.weights import MatrixSource, PlacedMatrix, Tensor, WeightTarget
 from blinkimp.ring_abi import MAX_EOS_IDS, MODEL_DIMS, OP, BufferId, DType, OpKind
 
 Compute = Literal["auto", "f32", "bf16"]
-LoadFormat = Literal["auto", "dummy"]
+LoadFormat = Literal["auto", "dummy", "null"]
 Progress = Callable[[int, int], None]  # bytes of weights placed, bytes of weights in all
 
 
@@ -41,6 +42,7 @@ class Model:
     compute: DType
     weight_bytes: int
     target: WeightTarget
+    null_tokens: NDArray[np.uint32] | None = None  # of a null program: its table
 
 
 class TensorProvider(Protocol):
@@ -59,6 +61,7 @@ def load_model(
     max_context: int | None = None,
     kv_dtype: DType | None = None,
     load_format: LoadFormat = "auto",
+    null_step_ns: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Model:
@@ -66,20 +69,24 @@ def load_model(
 
     compute "auto": bf16 for BF16 and F16 checkpoints, f32 for F32 ones. kv_dtype: that of compute unless given. max_context:
     the model's max_position_embeddings unless given. load_format "dummy" needs only config.json; the weights come from a
-    generator seeded with `seed`.
+    generator seeded with `seed`. "null": no model at all (host/null_program.py), a step each null_step_ns.
     Raises UnsupportedModelError (a ValueError) for what cannot be served.
     """
     folder = Path(path)
     config = read_model_config(folder)
     eos_ids = read_eos_ids(folder, config.vocab)
-    provider: Checkpoint | DummyWeights = DummyWeights(seed) if load_format == "dummy" else Checkpoint(folder)
-    compute_dtype = provider.compute_dtype if compute == "auto" else DType.F32 if compute == "f32" else DType.BF16
     if max_context is None:
         max_context = config.max_positions
     if not 0 < max_context <= config.max_positions:
         raise refusal("max_context", max_context, f"1 to max_position_embeddings ({config.max_positions})")
     if len(eos_ids) > MAX_EOS_IDS:
         raise refusal("number of EOS ids", len(eos_ids), f"at most {MAX_EOS_IDS}")
+    if load_format == "null":
+        dims = model_dims(config, DType.BF16, DType.BF16 if kv_dtype is None else kv_dtype, eos_ids)
+        table = null_tokens(folder, config.vocab, eos_ids)
+        return Model(config, dims, null_ops(table, null_step_ns), eos_ids, max_context, DType.BF16, 0, target, table)
+    provider: Checkpoint | DummyWeights = DummyWeights(seed) if load_format == "dummy" else Checkpoint(folder)
+    compute_dtype = provider.compute_dtype if compute == "auto" else DType.F32 if compute == "f32" else DType.BF16
     builder = ProgramBuilder(config, provider, target, compute_dtype, max_context, progress)
     BUILDERS[config.architecture](builder)
     provider.finish()
@@ -101,9 +108,9 @@ def model_dims(config: ModelConfig, compute: DType, kv_dtype: DType, eos_ids: tu
     return dims
 
 
-def num_program_ops(config: ModelConfig) -> int:
+def num_program_ops(config: ModelConfig, load_format: LoadFormat = "auto") -> int:
     """Of the program that load_model() builds: embedding, five ops a layer, LM head, sampling."""
-    return 5 * config.num_layers + 3
+    return 1 if load_format == "null" else 5 * config.num_layers + 3
 
 
 def num_weight_elements(config: ModelConfig) -> int:

@@ -12,13 +12,23 @@
 namespace blinkimp {
 namespace {
 
+const char* null_op_error(const EngineParams& params, const Op& op) {
+  if (params.num_ops != 1) return "a null program has no other op";
+  if (op.weight == 0 || op.out_features < kMaxTopLogprobs) return "fewer tokens than may be asked for as alternatives";
+  const u32* table = reinterpret_cast<const u32*>(op.weight);
+  for (u32 i = 0; i < op.out_features; ++i)
+    if (table[i] >= params.dims.vocab) return "a token beyond the vocabulary";
+  return nullptr;
+}
+
 // What is wrong with an op, or nullptr.
 const char* op_error(const EngineParams& params, const Op& op) {
   const ModelDims& dims = params.dims;
   const u32 query_features = dims.num_heads * dims.head_dim;
   const u32 qkv_features = query_features + 2 * dims.num_kv_heads * dims.head_dim;
   const bool has_weight = op.kind != kOpAttention && op.kind != kOpSample;
-  if (op.kind < kOpEmbed || op.kind > kOpSample) return "unknown kind";
+  if (op.kind < kOpEmbed || op.kind > kOpNull) return "unknown kind";
+  if (op.kind == kOpNull) return null_op_error(params, op);
   if (op.kind != kOpEmbed && op.kind != kOpLmHead && op.kind != kOpSample && op.layer >= dims.num_layers) return "layer beyond num_layers";
   if (has_weight && op.weight == 0) return "no weight";
   if (has_weight && op.weight_layout != 0) return "packed weights: the CPU reads weight_layout 0 (row-major)";

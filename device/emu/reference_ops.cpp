@@ -210,6 +210,7 @@ bool run_op(const OpContext& context) {
     case kOpGateUp: run_gate_up(context); return true;
     case kOpLmHead: run_lm_head(context); return true;
     case kOpSample: run_sample(context); return true;
+    case kOpNull: run_null(context); return true;
     default: return false;
   }
 }

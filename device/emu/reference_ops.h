@@ -71,5 +71,6 @@ inline u64 kv_tile_address(const EngineParams& params, u32 layer, u32 page_idx, 
 }
 
 void run_attention(const OpContext& context);
+void run_null(const OpContext& context);
 
 }  // namespace blinkimp
