@@ -1,6 +1,6 @@
 """POSIX shared memory of one engine: the engine page, one region per queue pair, and the lock that says it lives.
 
-Names in /dev/shm: `blinkimp.<engine>.engine`, `.qp<i>`, `.metrics`, `.lock`, and `.trace` where there is one. The engine host
+Names in /dev/shm: `blinkimp.<engine>.engine`, `.qp<i>`, `.metrics`, `.lock`, and `.trace`, `.trace.qp<i>` where there is one. The engine host
 creates them (`create_engine_regions`); the ingress, the emulated device and the command line open them (`open_queue_pair`,
 `open_engine_page`, `open_metrics`, `open_trace`). The layout is that of device/ring_abi.h; that of the metrics, host/metrics_memory.py.
 Test: pytest tests/null/test_shared_memory.py
@@ -34,7 +34,7 @@ from blinkimp.host.engine_lock import (
 )
 from blinkimp.host.metrics_memory import HEADER_BYTES, LAYOUT, MAGIC, About, MetricsGeometry, header_words
 from blinkimp.host.shared_region import Region, create_region, open_region
-from blinkimp.host.trace_memory import TraceGeometry
+from blinkimp.host.trace_memory import INGRESS_TRACE, TraceGeometry
 
 __all__ = [
     "SHM_DIR",
@@ -51,6 +51,7 @@ __all__ = [
     "engine_page_name",
     "metrics_name",
     "open_engine_page",
+    "open_ingress_trace",
     "open_metrics",
     "open_queue_pair",
     "open_trace",
@@ -75,6 +76,10 @@ def metrics_name(engine_name: str) -> str:
 
 def trace_name(engine_name: str) -> str:
     return f"blinkimp.{check_engine_name(engine_name)}.trace"
+
+
+def ingress_trace_name(engine_name: str, queue_pair_idx: int) -> str:
+    return f"{trace_name(engine_name)}.qp{queue_pair_idx}"
 
 
 def _align(num_bytes: int, alignment_bytes: int) -> int:
@@ -124,11 +129,12 @@ class EngineRegions:
         self.queue_pairs: list[Region] = []
         self.trace: Region | None = None
         self.metrics: Region | None = None
+        self.ingress_traces: list[Region] = []  # one a queue pair, where there is a trace
 
     def unlink(self) -> None:
         """Removes the names (engine page first, so that nobody attaches half-way), unmaps, and gives the lock back."""
         _remove_regions(self.engine_name)
-        for region in (*self.queue_pairs, self.trace, self.metrics):
+        for region in (*self.queue_pairs, *self.ingress_traces, self.trace, self.metrics):
             if region is not None:
                 region.close()
         if hasattr(self, "engine_page"):  # absent when creation failed half-way
@@ -172,6 +178,11 @@ def create_engine_regions(
         if trace is not None:
             header = trace.header(regions.engine_id, num_queue_pairs)
             regions.trace = create_region(trace_name(engine_name), trace.region_bytes, header)
+            regions.trace.buffer[trace.info_offset : trace.info_offset + len(trace.info)] = trace.info
+            header = INGRESS_TRACE.header(regions.engine_id, num_queue_pairs)
+            for queue_pair_idx in range(num_queue_pairs):
+                name = ingress_trace_name(engine_name, queue_pair_idx)
+                regions.ingress_traces.append(create_region(name, INGRESS_TRACE.region_bytes, header))
         header = np.zeros(1, dtype=abi.ENGINE_HEADER)
         header["magic"] = abi.ENGINE_PAGE_MAGIC
         header["abi_version"] = abi.ABI_VERSION
@@ -236,6 +247,16 @@ def open_trace(engine_name: str, *, writable: bool = False) -> Region:
             f"{SHM_DIR / trace_name(engine_name)} does not exist; expected an engine that runs with trace_events > 0; "
             f"start it with `--trace-events {abi.LEAST_TRACE_EVENTS * 16}`"
         ) from None
+    return _checked_trace(region)
+
+
+def open_ingress_trace(engine_name: str, queue_pair_idx: int, *, writable: bool = False) -> Region:
+    """Maps an ingress's trace; only that ingress asks for it writable. Raises EngineNotFoundError where nothing is traced."""
+    name = ingress_trace_name(engine_name, queue_pair_idx)
+    return _checked_trace(open_region(name, abi.TRACE_REGION.itemsize, writable=writable))
+
+
+def _checked_trace(region: Region) -> Region:
     header = region.view(abi.TRACE_HEADER)[0]
     try:
         _expect(region.name, "magic", int(header["magic"]), abi.TRACE_MAGIC)
@@ -327,7 +348,7 @@ def _remove_regions(engine_name: str) -> None:
     """Takes away the names of this engine's regions, half-made ones too. Only under the engine's lock (I2)."""
     engine_page = engine_page_name(engine_name)
     (SHM_DIR / engine_page).unlink(missing_ok=True)
-    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|trace|metrics|qp\d+)(\.new-.*)?")
+    ours = re.compile(rf"blinkimp\.{engine_name}\.(engine|trace(\.qp\d+)?|metrics|qp\d+)(\.new-.*)?")
     for path in SHM_DIR.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)
