@@ -275,7 +275,7 @@ class FakeDirector:
         vocab_size: int = 4096,
         script: Sequence[int] = DEFAULT_SCRIPT,
         eos_ids: Sequence[int] = (),
-        ingress_timeout_s: float = 1.0,
+        ingress_timeout_s: float = 3600.0,  # a test that wants an ingress dropped for its silence says so
         step_s: float = 0.0005,
     ) -> None:
         self.regions: EngineRegions = create_engine_regions(
@@ -291,6 +291,7 @@ class FakeDirector:
         self.status = np.frombuffer(self.regions.engine_page.buffer, abi.ENGINE_PAGE, 1)["status"]
         self.step_s = step_s
         self.paused = False  # polls and publishes go on, the model stands still
+        self.num_allowed_steps = 0  # that bring tokens, while paused: set by the test, counted down by the loop
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -300,9 +301,11 @@ class FakeDirector:
         num_tokens = 0
         for queue_pair in self.queue_pairs:
             queue_pair.poll()
-            if not self.paused:
+            if not self.paused or self.num_allowed_steps:
                 num_tokens += queue_pair.step()
             queue_pair.publish()
+        if num_tokens and self.num_allowed_steps:
+            self.num_allowed_steps -= 1
         self.status["heartbeat"] += 1
         self.status["device_ns"] = time.monotonic_ns()
         self.status["output_tokens"] += num_tokens

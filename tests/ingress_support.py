@@ -33,7 +33,7 @@ from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import ServerMessage, decode_server_messages
 from tests.fake_director import FakeDirector, FakeQueuePair
-from tests.support import python_path
+from tests.support import PATIENCE_S, python_path
 
 EOS_ID = 1
 TEXT = "naïve café 😀 👨‍👩‍👧 日本語 — done. "  # what the scripted model says, over and over
@@ -95,14 +95,29 @@ def serve(
             yield Served(director, ingress, endpoint, tokenizer, script)
         finally:
             ingress.stop()
-            assert ingress.join(10), "the ingress's loop does not end"
+            assert ingress.join(PATIENCE_S), "the ingress's loop does not end"
+
+
+def hold_after_first_tokens(served: Served, begin: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+    """Streams of one client, each of which has said a token; the model stands still until director.paused is taken back.
+
+    So whatever the test does next happens while they run, on a machine however slow."""
+    director, queue_pair = served.director, served.director.queue_pairs[0]
+    num_running = len(queue_pair.running)
+    director.paused = True
+    streams = begin()
+    wait_until(lambda: len(queue_pair.running) == num_running + len(streams), "all of them run")
+    director.num_allowed_steps = 1
+    for stream in streams:
+        next(stream)
+    return streams
 
 
 def expected_ids(served: Served, num_prompt_tokens: int, num_tokens: int) -> list[int]:
     return [served.script[(num_prompt_tokens + i) % len(served.script)] for i in range(num_tokens)]
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
@@ -131,7 +146,7 @@ class RawClient:
     def send_message(self, message: Any) -> None:
         self.send(msgspec.msgpack.encode(message))
 
-    def receive(self, timeout_s: float = 5.0) -> list[ServerMessage]:
+    def receive(self, timeout_s: float = PATIENCE_S) -> list[ServerMessage]:
         if not self.socket.poll(int(timeout_s * 1000)):
             raise TimeoutError("no frame from the server")
         return decode_server_messages(self.socket.recv())

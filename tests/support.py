@@ -1,4 +1,4 @@
-"""What several test files share: the repository's root, and scripts under tools/ loaded as modules."""
+"""What several test files share: the repository's root, how long they wait for what must come, and scripts under tools/ loaded as modules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
+# How long a test waits for what must come. No assertion about speed: only a test that fails waits this long, on a machine however slow.
+PATIENCE_S = 60.0
 
 
 def python_path() -> str:

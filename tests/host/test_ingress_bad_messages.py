@@ -19,8 +19,10 @@ from tests.ingress_support import (
     RawClient,
     Served,
     encoded,
+    hold_after_first_tokens,
     serve,
 )
+from tests.support import PATIENCE_S
 
 LIMITS = IngressLimits(max_message_bytes=1 << 18, max_prompt_bytes=100_000, max_requests_per_client=8, max_requests=20)
 
@@ -33,7 +35,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def client(served: Served) -> Iterator[Client]:
-    with Client(served.endpoint, timeout_s=10) as connected:
+    with Client(served.endpoint, timeout_s=PATIENCE_S) as connected:
         yield connected
 
 
@@ -63,7 +65,7 @@ def client(served: Served) -> Iterator[Client]:
         ([encoded(delivered_ids=[5] * 17)], "bad_message"),
         ([os.urandom(1 << 21)], "too_large"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",  # megabytes of frames are no name
 )
 def test_bad_message_gets_an_explanation_and_the_server_lives(served: Served, frames: list[bytes], code: str) -> None:
     with RawClient(served.endpoint) as raw:
@@ -87,20 +89,24 @@ def test_ten_megabyte_blobs(tmp_path: Path) -> None:
 
 
 def test_frame_beyond_the_hard_limit_closes_only_that_connection(served: Served, client: Client) -> None:
-    stream = client.submit("x", max_tokens=500)
+    (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=500)])
     with RawClient(served.endpoint) as raw:
         raw.send(bytes(5 << 20))  # the limit is 16 x 256 KiB
         with pytest.raises(TimeoutError):
             raw.receive(0.3)
+    served.director.paused = False
     assert stream.result().num_output_tokens == 500
 
 
 def test_duplicate_id_leaves_the_first_request_alone(served: Served) -> None:
+    served.director.paused = True  # the first still runs when the others come
     with RawClient(served.endpoint) as raw:
         raw.send(encoded(sampling={"max_tokens": 300}))
         raw.send(encoded())
         raw.send(encoded(sampling={"top_p": 9}))  # bad, and its id is in use: not the end of it either
-        messages = raw.receive_until(lambda message: isinstance(message, Finish))
+        messages = raw.receive_until(lambda message: isinstance(message, Error) and message.code == "bad_sampling")
+        served.director.paused = False
+        messages += raw.receive_until(lambda message: isinstance(message, Finish))
         errors = [message for message in messages if isinstance(message, Error)]
         assert [(error.code, error.final) for error in errors] == [("duplicate_id", False), ("bad_sampling", False)]
         (finish,) = (message for message in messages if isinstance(message, Finish))
@@ -133,12 +139,12 @@ def test_limits_of_a_client_and_of_the_server(served: Served) -> None:
 def test_a_defect_on_one_message_harms_nobody_else(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = client.submit("x", max_tokens=300)
-    next(stream)
+    (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=300)])
     with RawClient(served.endpoint) as raw, monkeypatch.context() as patch:
         patch.setattr(served.ingress.handler, "_submit", lambda *_: 1 / 0)
         raw.send(encoded())
         (error,) = raw.receive()
         assert isinstance(error, Error) and error.code == "internal_error"
+    served.director.paused = False
     assert stream.result().num_output_tokens == 300
     assert client.stats().ingress["failures"] == 1
