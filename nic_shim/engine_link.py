@@ -26,8 +26,10 @@ from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.nic_shim.constraint_slots import ConstraintSlots
 from blinkimp.nic_shim.engine_watch import EngineWatch
+from blinkimp.nic_shim.ingress_trace import open_ingress_trace_writer
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
+from blinkimp.nic_shim.request_metrics import RequestMetrics
 from blinkimp.protocol import MAX_QUOTED_CHARS, ErrorCode
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
@@ -60,8 +62,10 @@ class EngineLink:
         self.eos_ids = frozenset(eos_ids)
         self.loss_timeout_s = loss_timeout_s
         self.counters = LinkCounters()
+        self.metrics = RequestMetrics(engine_name, queue_pair_idx)
         self.watch = EngineWatch(engine_name)
         self.port = QueuePairPort.open(engine_name, queue_pair_idx)
+        self.trace = open_ingress_trace_writer(engine_name, queue_pair_idx)  # None: the engine keeps none
         self._waiting: deque[LiveRequest] = deque()
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
@@ -87,6 +91,9 @@ class EngineLink:
     def close(self) -> None:
         self.port.close()
         self.watch.close()
+        self.metrics.close()
+        if self.trace is not None:
+            self.trace.close()
 
     @property
     def is_attached(self) -> bool:
@@ -104,6 +111,7 @@ class EngineLink:
     # ---- Requests --------------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
         """Takes the request; it goes to the ring as soon as there is room. Call pump() afterwards."""
+        request.observer = self.metrics.ended
         reason = request.reason_to_stop(self.eos_ids)
         if reason:
             request.finish(reason)
@@ -120,6 +128,8 @@ class EngineLink:
         elif request in self._waiting or request in self._blocked:
             (self._waiting if request in self._waiting else self._blocked).remove(request)
             request.finish(abi.FINISH_CANCELLED)
+        if self.trace is not None:
+            self.trace.cancelled(request)
 
     def pump(self) -> list[LiveRequest]:
         """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
@@ -141,6 +151,7 @@ class EngineLink:
                 if not self._took(status):
                     break
             ring_id = self._next_ring_id
+            claimed_ns = time.monotonic_ns() if self.trace is not None else 0
             status = self.port.try_submit(
                 ring_id,
                 request.ring_prompt(),
@@ -165,6 +176,8 @@ class EngineLink:
             request.ring_id = ring_id
             request.num_resumed = len(request.output_ids)
             self._on_ring[ring_id] = request
+            if self.trace is not None:
+                self.trace.committed(request, claimed_ns)
             if slot is not None:
                 self.slots.hold(ring_id, slot)
         return ended
@@ -211,6 +224,11 @@ class EngineLink:
                         self._break(request, index)
                     else:
                         self.counters.tokens += 1
+                        if request.last_token_ns:
+                            self.metrics.gaps_ns.append(device_ns - request.last_token_ns)
+                        else:
+                            self.metrics.first_token(request)
+                        request.last_token_ns = device_ns
                         request.push_token(token, logprob, device_ns)
                         if request.is_stopped:
                             self._end_here(request, device_ns)
@@ -236,6 +254,8 @@ class EngineLink:
                     self._leave_ring(ring_id)
                     _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
+        if self.trace is not None:
+            self.trace.drained(touched, self.num_live)
         return touched
 
     def _end_here(self, request: LiveRequest, device_ns: int) -> None:
@@ -267,9 +287,12 @@ class EngineLink:
         now = time.monotonic()
         self.port.renew_lease(LEASE_S)
         self.watch.look()
+        self.metrics.publish(now, self.counters, len(self._waiting) + len(self._blocked))
         if self._attached and self.port.state != PortStatus.OK:
             self._attached = False
         ended = [] if self._attached else self._attach_again(now)
+        if self.trace is not None:
+            self.trace.drained(ended, self.num_live)
         if self._attached and not self.watch.is_lost:
             self._lost_since = None
             return ended
@@ -277,6 +300,8 @@ class EngineLink:
         self._look_for_new_engine(now)
         if now - self._lost_since > self.loss_timeout_s:
             ended += self._give_up(now - self._lost_since)
+            if self.trace is not None:
+                self.trace.drained(ended, self.num_live)
         return ended
 
     def _attach_again(self, now: float) -> list[LiveRequest]:
@@ -307,6 +332,10 @@ class EngineLink:
             return
         self.port.close()
         self.port = port
+        self.metrics.reopen()
+        if self.trace is not None:
+            self.trace.close()
+        self.trace = open_ingress_trace_writer(self.engine_name, self.queue_pair_idx)
         self.port.start_heartbeat(lease_s=LEASE_S)
         self._attached = self._asked = False
 

@@ -95,6 +95,8 @@ class EngineThread:
                 touched.update(self.link.poll())
                 touched.update(dict.fromkeys(self.link.keep_attached()))
                 self._hand_over(touched)
+                if self.link.trace is not None:
+                    self.link.trace.handed_over()
                 num_turns += 1
                 if num_turns % MEMORY_CHECK_TURNS == 0:
                     self._check_memory()

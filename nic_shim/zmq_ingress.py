@@ -153,6 +153,8 @@ class ZmqIngress:
                 self.sessions.touch(self.link.pump())
                 self.sessions.touch(self.link.poll())
                 self.sessions.flush()
+                if self.link.trace is not None:
+                    self.link.trace.handed_over()
                 self.sessions.touch(self.link.keep_attached())
                 now = time.monotonic()
                 if now >= housekeeping_at:

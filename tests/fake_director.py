@@ -22,6 +22,7 @@ import numpy as np
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, Region, create_engine_regions
+from blinkimp.host.trace_memory import TraceGeometry
 
 DEFAULT_SCRIPT = tuple(range(40, 120))
 
@@ -277,6 +278,7 @@ class FakeDirector:
         eos_ids: Sequence[int] = (),
         ingress_timeout_s: float = 3600.0,  # a test that wants an ingress dropped for its silence says so
         step_s: float = 0.0005,
+        trace: TraceGeometry | None = None,
     ) -> None:
         self.regions: EngineRegions = create_engine_regions(
             engine_name,
@@ -284,6 +286,7 @@ class FakeDirector:
             geometry=geometry or QueuePairGeometry(num_submissions=256, num_completions=4096, arena_bytes=1 << 20),
             max_context=max_context,
             vocab_size=vocab_size,
+            trace=trace,
         )
         self.queue_pairs = [
             FakeQueuePair(region, script, eos_ids, ingress_timeout_s) for region in self.regions.queue_pairs
