@@ -17,6 +17,7 @@ import hashlib
 import secrets
 import time
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.queue_pair import sampling_record
+from blinkimp.nic_shim.request_metrics import Siblings
 from blinkimp.nic_shim.stop_strings import StopMatcher
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
 from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
@@ -70,7 +72,14 @@ class LiveRequest:
         self.accepted_ns = 0  # device clock, as the next two
         self.started_ns = 0
         self.first_token_ns = 0
+        self.last_token_ns = 0  # device clock; of this life, 0 before its first token
+        self.first_seen_ns = 0  # this machine's clock, as received_ns and the next
+        self.ended_ns = 0
         self.num_cached_tokens = 0
+        # ---- For who counts (nic_shim/request_metrics.py)
+        self.log_id = str(submit.id)
+        self.siblings: Siblings | None = None
+        self.observer: Callable[[LiveRequest], None] | None = None  # called once, when `end` is set
 
     @property
     def max_tokens(self) -> int:
@@ -204,6 +213,7 @@ class LiveRequest:
         stop: str | int | None = self.stop_matcher.matched if self.stop_matcher is not None else None
         if stop is None and reason == abi.FINISH_STOP_ID:
             stop = self.output_ids[-1]
+        self.ended_ns = time.monotonic_ns()
         self.end = Finish(
             id=self.client_id,
             reason="stop" if isinstance(stop, str) else FINISH_REASONS.get(reason, f"unknown_{reason}"),
@@ -213,17 +223,22 @@ class LiveRequest:
             accepted_ns=self.accepted_ns,
             first_token_ns=self.first_token_ns,
             finished_ns=device_ns,
-            ingress_ns=time.monotonic_ns() - self.received_ns,
+            ingress_ns=self.ended_ns - self.received_ns,
             started_ns=self.started_ns,
             num_cached_tokens=self.num_cached_tokens,
             stop=stop,
         )
+        if self.observer is not None:
+            self.observer(self)
 
     def fail(self, code: ErrorCode, what: str, got: str, expected: str, remedy: str) -> None:
         self.fail_with(Error(self.client_id, code, what, got, expected, remedy, final=True))
 
     def fail_with(self, error: Error) -> None:
+        self.ended_ns = time.monotonic_ns()
         self.end = error
+        if self.observer is not None:
+            self.observer(self)
 
     @property
     def num_whole(self) -> int:
