@@ -31,6 +31,7 @@ MAX_TOP_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 512
 ARENA_ALIGN_BYTES: Final = 64
 NO_REQUEST: Final = 0xFFFFFFFF
+MOST_EPOCHS_AHEAD: Final = 1073741824
 COMMIT_PARITY_MASK: Final = 0x1
 COMMIT_KIND_SHIFT: Final = 8
 COMMIT_REASON_SHIFT: Final = 16
@@ -507,6 +508,13 @@ STATUS_LINES: Final = _struct(
         "reserved": (("<u8", (4,)), 224),
     },
 )
+STEP_COUNTS: Final = _struct(
+    128,
+    {
+        "by_rows": (("<u8", (15,)), 0),
+        "num_rows": ("<u8", 120),
+    },
+)
 ENGINE_PAGE: Final = _struct(
     1024,
     {
@@ -514,7 +522,9 @@ ENGINE_PAGE: Final = _struct(
         "control": (CONTROL_LINE, 128),
         "status": (STATUS_LINES, 256),
         "fault": (FAULT_RECORD, 512),
-        "reserved": (("<u8", (56,)), 576),
+        "reserved0": (("<u8", (8,)), 576),
+        "step_counts": (STEP_COUNTS, 640),
+        "reserved": (("<u8", (32,)), 768),
     },
 )
 OP: Final = _struct(

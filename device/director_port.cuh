@@ -7,7 +7,8 @@
 // before it waits for the first, and an entry that was read once is kept (has_entry) until it is taken.
 //
 // Invariants (asserted by tests, the last two by director_check_integrity):
-//   D1  director.epoch answers the highest epoch the ingress asked for; it is odd only while its heartbeat moves.
+//   D1  director.epoch answers the highest epoch the ingress asked for, unless that is nonsense (ring_abi.h); it is odd only while the
+//       ingress's heartbeat moves.
 //   D2  an entry is taken only after its commit word was read with acquire order, once, and in the order of positions.
 //   D3  submission and arena positions are stored after the entry and body below them were copied.
 //   D4  a completion's commit word is written after the rest of it, and only over an entry that the ingress has read (C1).
@@ -107,7 +108,7 @@ BK_INLINE bool look_at_queue_pair(const EngineParams& params, QueuePairState& qu
   const bool attached = is_attached(queue_pair);
   const u32 commit_word = attached && !queue_pair.has_entry ? read_commit_word(queue_pair) : 0;
   queue_pair.event = kEventNone;
-  if (epoch > queue_pair.epoch) {  // D1; lower is what a dropped ingress left behind
+  if (epoch - queue_pair.epoch - 1 < kMostEpochsAhead) {  // D1; lower (it wraps) is what a dropped ingress left behind
     queue_pair.asked_epoch = epoch;
     queue_pair.event = (epoch & 1) ? kEventAttach : kEventDetach;
     return false;

@@ -165,10 +165,10 @@ struct IngressPort {
     const u64 owner = ld_acquire_sys(&mine.owner_pid);
     const bool still_mine = epoch != 0 && owner == owner_pid && owner == pid && ld_relaxed_sys(&mine.epoch) == epoch;
     if (!still_mine) {
-      // Relaxed: the heartbeat orders nothing, only its age counts. A heartbeat from the future is a fresh one.
+      // Relaxed: the heartbeat orders nothing, only its age counts. One from far in the future is nonsense, and as good as an old one.
       const u64 heartbeat = ld_relaxed_sys(&mine.heartbeat_ns);
       const u64 now_ns = device_clock_ns();
-      const u64 age_ns = now_ns > heartbeat ? now_ns - heartbeat : 0;
+      const u64 age_ns = now_ns > heartbeat ? now_ns - heartbeat : heartbeat - now_ns;
       const u64 patience_ns = owner == dead_pid && kDeadOwnerGraceNs < heartbeat_timeout_ns ? kDeadOwnerGraceNs : heartbeat_timeout_ns;
       if (owner != 0 && age_ns <= patience_ns) return kPortBusy;
       // The heartbeat first, where the place is another's: a rival that looks after our CAS must not find the old, stale one.
@@ -180,7 +180,7 @@ struct IngressPort {
     // Relaxed: owner_pid orders the former owner's epoch; the director's is only needed to be passed over (I6).
     const u64 asked = ld_relaxed_sys(&mine.epoch);
     const u64 answered = ld_relaxed_sys(&queue_pair->director.epoch);
-    epoch = ((asked > answered ? asked : answered) + 1) | 1;
+    epoch = ((asked - answered < kMostEpochsAhead ? asked : answered) + 1) | 1;  // lower wraps; nonsense is passed over
     st_relaxed_sys(&mine.heartbeat_ns, device_clock_ns());
     // Release pairs with the director's acquire of ingress.epoch: the heartbeat is fresh when the director starts to watch it.
     st_release_sys(&mine.epoch, epoch);

@@ -33,6 +33,7 @@ constexpr u32 kMaxTopLogprobs = 20;        // alternatives reported with each to
 constexpr u32 kMaxLogitBias = 512;         // biased ids of one request
 constexpr u32 kArenaAlignBytes = 64;       // every request body starts at a multiple of this
 constexpr u32 kNoRequest = 0xffffffff;     // "no request" in index words
+constexpr u32 kMostEpochsAhead = 1u << 30;  // of an attach, see IngressLine
 
 // ---- Commit words ------------------------------------------------------------------------------------------------
 // The first word of every ring entry, written last, with release order.
@@ -213,7 +214,8 @@ ABI_AT(QueuePairHeader, arena_bytes, 40);
 ABI_AT(QueuePairHeader, engine_id, 72);
 
 // Attach epochs: odd = an ingress is attached, even = none. The ingress asks by storing ingress.epoch, the director answers
-// by storing the same value to director.epoch together with the positions from which to go on.
+// by storing the same value to director.epoch together with the positions from which to go on. An epoch that is more than kMostEpochsAhead
+// ahead of the answered one is nonsense that a broken ingress wrote: both sides pass over it, or the queue pair could never be used again.
 struct IngressLine {             // writer: the ingress that owns the queue pair; reader: the director
   u64 owner_pid;                 // 0 = free; taken by compare-and-swap
   u64 epoch;
@@ -339,16 +341,25 @@ struct StatusLines {  // writer: the director; reader: anyone
 };
 ABI_SIZE(StatusLines, 256);
 
+struct StepCounts {         // writer: the director; reader: anyone. They only grow
+  u64 by_rows[15];          // steps of 1 row, of 2, of 3 or 4, of 5 to 8, and so on: entry i of at most 2^i
+  u64 num_rows;             // of all steps
+};
+ABI_SIZE(StepCounts, 128);
+
 struct EnginePage {
   EngineHeader header;
   ControlLine control;
   StatusLines status;
   FaultRecord fault;
-  u64 reserved[56];
+  u64 reserved0[8];
+  StepCounts step_counts;
+  u64 reserved[32];
 };
 ABI_SIZE(EnginePage, 1024);
 ABI_AT(EnginePage, control, 128);
 ABI_AT(EnginePage, status, 256);
 ABI_AT(EnginePage, fault, 512);
+ABI_AT(EnginePage, step_counts, 640);
 
 }  // namespace blinkimp

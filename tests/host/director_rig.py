@@ -2,7 +2,8 @@
 
 The ingress here is single-threaded and may misbehave on purpose (malformed entries, no reading, no heartbeat); the real one is
 nic_shim/queue_pair.py. Two libraries run the same tests: "single" is what the emulated device runs, "lanes" runs every call on four lanes,
-each a thread, as a warp does (tests/host/lanes/lanes.cuh).
+each a thread, as a warp does (tests/host/lanes/lanes.cuh). A third, "sanitized", has AddressSanitizer and UBSan in it, for processes that
+preload their runtimes (tools/fuzz_ring.py).
 Used by tests/host/test_director_*.py, test_ring_director.py. Longer than 400 lines because the rig and its ingress share one memory map.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,25 +30,18 @@ from tests.support import ROOT
 EOS_ID = 2
 VOCAB = 512
 NUM_PRIOR_OUTPUTS_AT = 300  # byte in a Request
-LANE_FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-g",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-    "-DBK_TEST_LANES",
-]
+HARNESS_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
+KIND_FLAGS = {
+    "lanes": ["-DBK_TEST_LANES", f"-I{ROOT / 'tests/host/lanes'}"],  # before device/: its lanes.cuh is the one to be found
+    "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+}
 Sampler = Callable[[int, int], int]  # (request id, output position) -> token
 
 
 @functools.cache
 def library(kind: str) -> ctypes.CDLL:
-    """kind: "single" or "lanes"."""
-    opened = native.load() if kind == "single" else ctypes.CDLL(str(_build_lanes()))
+    """kind: "single", or one of KIND_FLAGS."""
+    opened = native.load() if kind == "single" else ctypes.CDLL(str(build_harness(kind)))
     params, plan = ctypes.c_void_p, ctypes.c_void_p
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     out = ctypes.c_void_p
@@ -80,17 +75,17 @@ def library(kind: str) -> ctypes.CDLL:
     return opened
 
 
-def _build_lanes() -> Path:
-    """The harness alone, on threads as lanes. Built once per change of the sources."""
-    output = ROOT / "build" / "tests" / "director_lanes.so"
+def build_harness(kind: str) -> Path:
+    """The harness alone, with KIND_FLAGS. Built once per change of the sources."""
+    output = ROOT / "build" / "tests" / f"director_{kind}.so"
     sources = [*(ROOT / "device").glob("*.cuh"), *(ROOT / "device").glob("*.h"), ROOT / "tests/host/lanes/lanes.cuh"]
     harness = ROOT / "device" / "emu" / "director_harness.cpp"
     newest = max(path.stat().st_mtime for path in [*sources, harness])
     if not output.exists() or output.stat().st_mtime < newest:
         output.parent.mkdir(parents=True, exist_ok=True)
-        fresh = output.with_suffix(".tmp")
-        includes = [f"-I{ROOT / 'tests/host/lanes'}", f"-I{ROOT / 'device'}"]
-        subprocess.run(["g++", *LANE_FLAGS, *includes, str(harness), "-o", str(fresh)], check=True)
+        fresh = output.with_suffix(f".{os.getpid()}.tmp")
+        command = ["g++", *HARNESS_FLAGS, *KIND_FLAGS[kind], f"-I{ROOT / 'device'}", str(harness), "-o", str(fresh)]
+        subprocess.run(command, check=True)
         fresh.replace(output)
     return output
 

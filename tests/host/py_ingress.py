@@ -65,7 +65,8 @@ class PyIngress:
 
     # ---- Attach --------------------------------------------------------------------------------------------------
     def ask_attach(self) -> None:
-        self.epoch = (max(int(self.words["ingress"]["epoch"]), int(self.words["director"]["epoch"])) + 1) | 1
+        asked, answered = int(self.words["ingress"]["epoch"]), int(self.words["director"]["epoch"])
+        self.epoch = ((asked if 0 <= asked - answered < abi.MOST_EPOCHS_AHEAD else answered) + 1) | 1
         self.words["ingress"]["epoch"] = self.epoch
         self.beat()
 
