@@ -241,6 +241,9 @@ BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const Step
       others = 0;
     }
     if (kind == kRunEnd) break;
+    // Both warpgroups are done with the narrow pages: one that had fewer is up to six pages ahead, and would take an older phase of its stage for the
+    // one it wants (I1 of attention_producer.cuh).
+    if (kind == kRunWide && uniform(state.wide_walks[warpgroup].round) == 1) named_barrier_sync<1, kComputeThreads>();
     load_queries<kHeadDim>(params, run, shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>);
     warpgroup_sync();  // the query tile is whole
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));

@@ -120,6 +120,18 @@ def test_units_shared_by_many_warpgroups(run: RunStep, num_ctas: int) -> None:
     check_step(run, make_step(rng, shape, shares), num_ctas)
 
 
+def test_a_chunk_after_unequal_decode_rows(run: RunStep) -> None:
+    """Cuts are rounded up to splits: here one warpgroup has six pages, more stages than the ring has, and the other one none. When it comes to the
+    chunk, the ring is a lap behind."""
+    rng = np.random.default_rng(10)
+    shape = Shape(1, 1, 128)
+    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in (30, 60, 250)]
+    shares += [Share(random_sequence(rng, shape, 328, 2.0), 200, 328)]
+    step = make_step(rng, shape, shares)
+    for _ in range(20):  # each in another order of warps and copies
+        check_step(run, step, num_ctas=1)
+
+
 @pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(3, 1, 128), Shape(2, 1, 64, 90)], ids=str)
 def test_chunking_and_batch_do_not_change_a_bit(run: RunStep, shape: Shape) -> None:
     rng = np.random.default_rng(6)

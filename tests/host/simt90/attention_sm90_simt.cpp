@@ -61,6 +61,7 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
   *grid_word(params, kGridWordArrivals) = params.num_workers - 1;
   RingCursor produced{first_stage, 1};
   RingCursor consumed{};
+  simt::machine.when_stuck = simt90::land_a_copy;
   simt::machine.run(kWorkerThreads, 0, [&] {
     if (thread_idx() < kComputeThreads) {
       if (is_first_thread()) {
@@ -73,12 +74,12 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
     } else if (thread_idx() == kComputeThreads) {
       // The narrow pages are not to wait for this barrier: they are produced before it, unless the ring is full.
       produce_attention<kHeadDim>(params, op, plan, 0, shared_memory, shared, attention, produced, 1);
-      simt90::land_all_copies();
     } else if (thread_idx() / 32 == 10) {
       find_windows(params, attention);
       plan_attention(params, plan, attention);
     }
   });
+  if (!simt90::copies.empty()) simt::fail("bulk copies that nobody waited for", simt90::copies.size(), 0);
   if (consumed.stage != produced.stage || consumed.phase == produced.phase) simt::fail("ring stage of the consumers at the op's end", consumed.stage, produced.stage);
   for (const auto& [address, barrier] : simt90::barriers) {
     if (barrier.num_pending != barrier.num_expected || barrier.num_bytes != 0) simt::fail("mbarrier left in the middle of a phase", barrier.num_pending, barrier.num_expected);

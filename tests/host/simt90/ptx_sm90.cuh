@@ -1,8 +1,7 @@
 // Stands in for device/ptx_sm90.cuh in the CPU emulation of a Hopper CTA: mbarriers, bulk copies, wgmma's control, barriers.
 //
-// A bulk copy reads its source when it is issued, and lands either at once or, by chance, when a thread first waits for its
-// barrier or cannot go on: code
-// that reads early or refills early sees wrong bytes. A wgmma reads its operands and writes its accumulators when the warpgroup waits for it;
+// A bulk copy reads its source when it is issued, and lands by chance: at once, or when all threads wait, one by one in any order. Code that reads early or refills early sees wrong bytes, and so does code that asks for a phase two ahead of
+// the one in progress: a barrier knows phases by their parity, and says that it is over. A wgmma reads its operands and writes its accumulators when the warpgroup waits for it;
 // until then the accumulators are NaN: code that touches either early computes wrong results.
 // Used by tests/host/simt90. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
@@ -70,24 +69,14 @@ inline void land(const Copy& copy) {
   complete(barrier);
 }
 
-inline void land_all_copies() {
-  while (!copies.empty()) {
-    const Copy copy = copies.back();
-    copies.pop_back();
-    land(copy);
-  }
-}
-
-inline void land_copies_of(u64* barrier) {
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].barrier == barrier) {
-      const Copy copy = copies[i];
-      copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
-      land(copy);
-    } else {
-      ++i;
-    }
-  }
+// Any one of the copies on their way. False: there is none.
+inline bool land_a_copy() {
+  if (copies.empty()) return false;
+  const auto place = copies.begin() + static_cast<std::ptrdiff_t>(simt::machine.random() % copies.size());
+  const Copy copy = *place;
+  copies.erase(place);
+  land(copy);
+  return true;
 }
 
 }  // namespace simt90
@@ -116,12 +105,7 @@ BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
 }
 BK_INLINE bool mbarrier_try_wait(u64* barrier, u32 parity) {
   simt90::Barrier& state = simt90::barriers.at(barrier);
-  simt90::land_copies_of(barrier);
-  while ((state.phases.generation & 1) == parity) {
-    simt90::land_all_copies();  // others may already wait for them
-    if ((state.phases.generation & 1) == parity) simt::machine.wait(state.phases);
-    simt90::land_copies_of(barrier);
-  }
+  while ((state.phases.generation & 1) == parity) simt::machine.wait(state.phases);
   return true;
 }
 
