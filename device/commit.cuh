@@ -171,6 +171,18 @@ BK_INLINE void remove_ended(const EngineParams& params, const Lanes& lanes, Dire
   }
 }
 
+// Lane 0. One more step of so many rows. Nobody waits for these stores.
+BK_INLINE void count_step(const EngineParams& params, DirectorState& state, u32 num_rows) {
+  StepCounts& counts = state.step_counts;
+  StepCounts& page = engine_page(params).step_counts;
+  u32 i = 0;
+  while (i + 1 < sizeof(counts.by_rows) / sizeof(u64) && 1u << i < num_rows) ++i;
+  counts.by_rows[i] += 1;
+  counts.num_rows += num_rows;
+  st_relaxed_sys(&page.by_rows[i], counts.by_rows[i]);  // relaxed: readers take each word for itself
+  st_relaxed_sys(&page.num_rows, counts.num_rows);
+}
+
 // ---- The whole ---------------------------------------------------------------------------------------------------
 // All lanes. After the workers: `plan` is the one that director_plan filled, EngineParams.sampled holds its sampled rows.
 BK_NOINLINE void director_commit(const EngineParams& params, const Lanes& lanes, const StepPlan* plan) {
@@ -180,6 +192,7 @@ BK_NOINLINE void director_commit(const EngineParams& params, const Lanes& lanes,
     return;
   }
   const u32 num_seqs = plan->num_seqs;
+  const u32 num_rows = plan->num_rows;
   if (state.num_staged + num_seqs * kStepCredit > kMaxStaged) publish_completions(params, lanes, state);  // the caller never published
   const bool has_next = state.next_plan != kNextNone;
   u32 num_staged = state.num_staged;
@@ -249,6 +262,7 @@ BK_NOINLINE void director_commit(const EngineParams& params, const Lanes& lanes,
     }
     state.status.prompt_tokens += num_prompt_rows;
     state.status.output_tokens += num_outputs;
+    count_step(params, state, num_rows);
   }
   lanes.sync();  // hazard: ends use the credit and the staging that lane 0 just set
   if (num_finished + num_deferred > 0) remove_ended(params, lanes, state, has_next);

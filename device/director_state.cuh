@@ -143,6 +143,7 @@ struct DirectorState {
   TraceWriter trace;
   PageAllocator pages;
   StatusLines status;            // num_running, num_waiting, num_finishing and all counters live here; publish copies it
+  StepCounts step_counts;        // stored to the engine page as they change
   RequestTable table;
   QueuePairState queue_pairs[kMaxQueuePairs];  // the first num_queue_pairs are open
   WaitingQueue waiting[kMaxQueuePairs][kNumLevels];  // by queue pair and level, 0 first

@@ -46,6 +46,21 @@ def test_prefill_goes_in_chunks_and_only_the_last_one_samples(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_steps_are_counted_by_their_rows(kind: str) -> None:
+    rig = attached(kind, max_step_tokens=64, prefill_chunk_tokens=64)
+    expected, num_rows = [0] * 15, 0
+    for request_id, num_prompt in enumerate([1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64]):
+        assert rig.ingresses[0].submit(request_id + 1, [7] * num_prompt, 2)
+        assert [sum(seq.num_rows for seq in one_plan(rig)) for _ in range(2)] == [num_prompt, 1]
+        expected[(num_prompt - 1).bit_length()] += 1
+        expected[0] += 1
+        num_rows += num_prompt + 1
+    counts = rig.engine_page[0]["step_counts"]
+    assert (counts["by_rows"].tolist(), int(counts["num_rows"])) == (expected, num_rows)
+    assert sum(expected) == rig.engine_status("step")
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
 def test_decode_rows_come_first_and_prefill_fills_the_budget(kind: str) -> None:
     rig = attached(kind, max_step_tokens=40, prefill_chunk_tokens=32)
     ingress = rig.ingresses[0]
