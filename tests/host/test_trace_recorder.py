@@ -1,0 +1,124 @@
+"""A recording of a running engine: what is in the file, that the clocks' error is a bound, and what becomes of one that was cut off.
+
+Run: pytest tests/host/test_trace_recorder.py
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blinkimp.host.shared_memory import EngineNotFoundError
+from blinkimp.host.trace_reader import events_of, high_half, low_half
+from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
+from blinkimp.trace.clock import is_ping
+from blinkimp.trace.file import EVENTS_OFFSET, Metadata, TraceFile
+from blinkimp.trace.recorder import FIRST_PINGS, LAST_PINGS, Recorder
+from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[Callable[[], Metadata]]:
+    """Runs on a thread until what is yielded is called, which gives its metadata."""
+    stop = threading.Event()
+    found: list[Metadata] = []
+    thread = threading.Thread(target=lambda: found.append(recorder.run(60.0, should_stop=stop.is_set)))
+    thread.start()
+
+    def end() -> Metadata:
+        stop.set()
+        thread.join(30)
+        assert found, "the recorder did not end"
+        return found[0]
+
+    try:
+        yield end
+    finally:
+        stop.set()
+        thread.join(30)
+
+
+def test_a_recording_has_it_all(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    options: dict[str, Any] = {"trace_events": LEAST_TRACE_EVENTS, "trace_op_period": 4, "num_threads": 2}
+    path = tmp_path / "run.trace"
+    with running_engine(tmp_path, **options) as engine:
+        name = engine.config.engine_name
+        with Recorder(name, path) as recorder, PortClient(name, 0) as client, recording(recorder) as end:
+            assert recorder.has_pings
+            expected = [client.generate([1, 2, 3 + i], 20).tokens for i in range(8)]
+            metadata = end()
+    trace = TraceFile(path)
+    events = trace.events
+    assert trace.is_complete and metadata.ended_by == "interrupt" and len(events) == recorder.writer.num_events
+    assert (trace.metadata.lost.device, trace.metadata.lost.ingress) == (0, 0)
+    tokens = high_half(events_of(events, TraceKind.TOKEN)["argument"]).tolist()
+    assert tokens == [token for stream in expected for token in stream]
+    assert trace.metadata.num_pings >= FIRST_PINGS + LAST_PINGS
+    # The emulated device has the host's clock: the truth is an offset of 0.
+    answered = is_ping(events_of(events, TraceKind.FIRST_DRAINED)["request_id"])
+    assert answered.sum() > 0 and trace.clock.is_known
+    device_ns = events_of(events, TraceKind.POLLED)["time_ns"]
+    assert np.abs(trace.clock.to_host(device_ns) - device_ns.astype(np.int64)).max() <= trace.clock.error_ns + 1
+    # Samples: the batch was seen running and, at the end, empty; the pages with it.
+    batch = events_of(events, TraceKind.BATCH)
+    assert low_half(batch["argument"]).max() == 1 and low_half(batch["argument"])[-1] == 0
+    assert len(events_of(events, TraceKind.PAGES)) and len(events_of(events, TraceKind.RINGS)) >= 2
+    # Op times of every fourth step, with names.
+    info = trace.metadata.engine
+    assert info.engine_name == name and info.config["trace_op_period"] == 4 and info.model["num_layers"] == 2
+    assert len(info.op_names) == 13 and trace.op_kinds()[:3] == ["embed", "qkv", "attention"]
+    sampled = events_of(events, TraceKind.OP_TIMES)["step"].tolist()
+    assert trace.op_samples["step"].tolist() == sampled and len(sampled) >= 8 * 20 // 4 - 1
+    times = trace.op_samples["times"]
+    assert times.shape[1:] == (13, 2, 2) and (times[..., 0] <= times[..., 1]).all() and (times > 0).all()
+    assert (times.max(axis=(1, 2, 3)) <= trace.op_samples["time_ns"]).all()
+
+
+def test_a_recording_that_was_cut_off_can_be_read(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    path = tmp_path / "cut.trace"
+    with running_engine(tmp_path, trace_events=LEAST_TRACE_EVENTS) as engine:
+        name = engine.config.engine_name
+        with Recorder(name, path) as recorder, PortClient(name, 0) as client, recording(recorder) as end:
+            client.generate([1, 2, 3], 20)
+            end()
+        whole = TraceFile(path)
+    num_bytes = EVENTS_OFFSET + 32 * len(whole.events)
+    content = bytearray(path.read_bytes()[: num_bytes + 7])  # half an event more
+    content[whole.header.dtype.fields["is_complete"][1]] = 0
+    path.write_bytes(content)
+    cut = TraceFile(path)
+    assert not cut.is_complete and "cut off" in cut.metadata.ended_by
+    assert cut.events.tobytes() == whole.events.tobytes()
+    assert cut.clock.record == whole.clock.record
+
+
+def test_the_end_of_the_engine_ends_the_recording(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    path = tmp_path / "end.trace"
+    with running_engine(tmp_path, trace_events=LEAST_TRACE_EVENTS) as engine:
+        recorder = Recorder(engine.config.engine_name, path, pings=False)
+        with PortClient(engine.config.engine_name, 1) as client:
+            client.generate([4, 5], 3)
+    with recorder:
+        assert recorder.run(60.0).ended_by == "the engine has ended"
+    trace = TraceFile(path)
+    assert len(events_of(trace.events, TraceKind.TOKEN)) == 3
+    assert not trace.clock.is_known, "neither pings nor an ingress that traces"
+
+
+def test_an_engine_without_a_trace_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    with (
+        running_engine(tmp_path) as engine,
+        pytest.raises(EngineNotFoundError, match="--trace-events"),
+    ):
+        Recorder(engine.config.engine_name, tmp_path / "none.trace")
+    assert not (tmp_path / "none.trace").exists()
