@@ -114,7 +114,9 @@ BK_INLINE void evict_pages(const EngineParams& params, const Lanes& lanes, PageA
     const u32 page = pos < end ? lru_page(params, pos) : kNoPage;
     const u32 rank = num_evicted + lanes.exclusive_sum(page != kNoPage ? 1 : 0);
     const bool goes = page != kNoPage && rank < num_wanted;
+    lanes.sync();  // hazard: a page that was found again stands in the ring twice; lru_page() of its old place reads what goes below
     if (goes) forget_page(params, page, num_free + rank);
+    lanes.sync();  // hazard: the same, of an old place that the next turn looks at
     num_evicted += lanes.sum(goes ? 1 : 0);
     const u32 num_from_first_kept = lanes.max(page != kNoPage && !goes ? lanes.count - lanes.id : 0);
     const u64 num_left = end - begin;
