@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from tests.ingress_support import (
     Served,
     end_process,
     engine_name,
+    hold_after_first_tokens,
     serve,
     start_process,
     wait_until,
     write_byte_tokenizer,
 )
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 
 @pytest.fixture
@@ -39,63 +39,64 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def client(served: Served) -> Iterator[Client]:
-    with Client(served.endpoint, timeout_s=10) as connected:
+    with Client(served.endpoint, timeout_s=PATIENCE_S) as connected:
         yield connected
 
 
 def test_drain_finishes_what_runs_and_refuses_the_rest(served: Served, client: Client) -> None:
-    stream = client.submit("x", max_tokens=500)
-    next(stream)
-    served.ingress.drain(20)
+    (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=500)])
+    served.ingress.drain(PATIENCE_S)
     wait_until(lambda: served.ingress.handler.is_draining, "draining")
     with pytest.raises(RequestRefusedError) as caught:
         client.generate("y")
     assert caught.value.code == "draining"
     assert client.health().status == "draining"
+    served.director.paused = False
     assert stream.result().num_output_tokens == 500
-    assert served.ingress.join(5)
+    assert served.ingress.join(PATIENCE_S)
 
 
 def test_drain_is_bounded(served: Served, client: Client) -> None:
-    served.director.step_s = 0.05
-    stream = client.submit("x", max_tokens=2000)
-    next(stream)
-    started = time.monotonic()
+    (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=2000)])
     served.ingress.drain(0.2)
-    completion = stream.result()
-    assert completion.finish_reason == "cancelled" and completion.num_output_tokens < 2000
-    assert served.ingress.join(5) and time.monotonic() - started < 4
+    completion = stream.result()  # it would never end by itself
+    assert completion.finish_reason == "cancelled" and completion.num_output_tokens == 1
+    assert served.ingress.join(PATIENCE_S)
 
 
 def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) -> None:
     tokenizer = write_byte_tokenizer(tmp_path)
-    with FakeDirector(
-        engine_name(), num_queue_pairs=2, vocab_size=258, ingress_timeout_s=0.5, step_s=0.002
-    ) as director:
+    with FakeDirector(engine_name(), num_queue_pairs=2, vocab_size=258, ingress_timeout_s=2) as director:
         first, first_endpoint = start_process(director.regions.engine_name, tokenizer, 0)
         second, second_endpoint = start_process(director.regions.engine_name, tokenizer, 1)
         try:
-            with Client(first_endpoint, timeout_s=20) as doomed, Client(second_endpoint, timeout_s=20) as client:
-                lost = doomed.submit("x", max_tokens=2000)
+            with (
+                Client(first_endpoint, timeout_s=PATIENCE_S) as doomed,
+                Client(second_endpoint, timeout_s=PATIENCE_S) as client,
+            ):
+                director.paused = True  # neither ends before it is told to
+                lost = doomed.submit("x", max_tokens=400)
                 stream = client.submit("x", max_tokens=400)
+                wait_until(lambda: all(pair.running for pair in director.queue_pairs), "both run")
+                director.num_allowed_steps = 1
                 next(lost), next(stream)
                 first.kill()
                 first.wait()
-                killed_at = time.monotonic()
-                wait_until(lambda: not director.queue_pairs[0].running, "the dead one's requests are gone", 2)
-                assert time.monotonic() - killed_at < 2
+                wait_until(lambda: not director.queue_pairs[0].running, "the dead one's requests are gone")
+                assert director.queue_pairs[1].running, "the other one's are not"
                 second.send_signal(signal.SIGTERM)
+                director.paused = False
                 assert stream.result().num_output_tokens == 400  # untouched, and finished during the drain
-                assert second.wait(10) == 0
+                assert second.wait(PATIENCE_S) == 0
                 # A new process takes the dead one's place, and the client's request goes on where it stopped.
                 third, third_endpoint = start_process(
                     director.regions.engine_name, tokenizer, 0, "--bind", first_endpoint
                 )
                 try:
                     assert third_endpoint == first_endpoint
-                    assert lost.result().num_output_tokens == 2000
+                    assert lost.result().num_output_tokens == 400
                     third.terminate()
-                    assert third.wait(10) == 0
+                    assert third.wait(PATIENCE_S) == 0
                 finally:
                     end_process(third)
         finally:
@@ -118,7 +119,7 @@ def test_process_says_what_is_wrong(tmp_path: Path, flags: list[str], complaint:
         command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", director.regions.engine_name]
         command += ["--tokenizer", str(tokenizer), "--bind", "tcp://127.0.0.1:*", *flags]
         environment = {**os.environ, "PYTHONPATH": python_path()}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
