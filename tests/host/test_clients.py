@@ -8,33 +8,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import zmq
 
-from blinkimp.async_client import AsyncClient
+from blinkimp.async_client import AsyncClient, AsyncTokenStream
 from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
-from tests.ingress_support import Served, expected_ids, serve
+from tests.ingress_support import Served, expected_ids, hold_after_first_tokens, serve, wait_until
+from tests.support import PATIENCE_S
 
 Result = TypeVar("Result")
 
 
 def with_async_client(served: Served, use: Callable[[AsyncClient], Awaitable[Result]]) -> Result:
     async def run() -> Result:
-        async with AsyncClient(served.endpoint, timeout_s=10) as client:
+        async with AsyncClient(served.endpoint, timeout_s=PATIENCE_S) as client:
             return await use(client)
 
     return asyncio.run(run())
 
 
+async def first_tokens(served: Served, streams: Sequence[AsyncTokenStream]) -> None:
+    """Of all streams that there are, of a model that stands still: it is let go for one step."""
+    while len(served.director.queue_pairs[0].running) != len(streams):
+        await asyncio.sleep(0.005)
+    served.director.num_allowed_steps = 1
+    for stream in streams:
+        await anext(aiter(stream))
+
+
 def restart_ingress(served: Served) -> ZmqIngress:
     """Ends the ingress without a drain, as a crash would, and starts another at the same endpoint."""
     served.ingress.stop()
-    assert served.ingress.join(10)
+    assert served.ingress.join(PATIENCE_S)
     served.ingress = ZmqIngress(
         served.director.regions.engine_name, 0, served.endpoint, served.tokenizer, eos_ids=served.ingress.link.eos_ids
     )
@@ -44,7 +54,7 @@ def restart_ingress(served: Served) -> ZmqIngress:
 
 # ---- Sync ------------------------------------------------------------------------------------------------------------
 def test_iteration_over_chunks_text_and_tokens(tmp_path: Path) -> None:
-    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=10) as client:
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
         assert list(client.submit("x", max_tokens=50).tokens()) == expected_ids(served, 1, 50)
         stream = client.submit("x", max_tokens=50)
         text = "".join(stream.text_pieces())
@@ -53,15 +63,14 @@ def test_iteration_over_chunks_text_and_tokens(tmp_path: Path) -> None:
 
 
 def test_deadline_cancels(tmp_path: Path) -> None:
-    with serve(tmp_path, step_s=0.01) as served, Client(served.endpoint, timeout_s=10) as client:
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
+        served.director.paused = True  # it would never end by itself
         started = time.monotonic()
         with pytest.raises(ServerTimeoutError, match="of 2000 tokens at its deadline"):
             client.generate("x", max_tokens=2000, deadline_s=0.2)
-        assert 0.2 <= time.monotonic() - started < 1.0
-        deadline = time.monotonic() + 5
-        while served.director.queue_pairs[0].running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert time.monotonic() - started >= 0.2
+        wait_until(lambda: not served.director.queue_pairs[0].running, "it is cancelled in the engine")
+        served.director.paused = False
         assert client.generate("x", max_tokens=2).num_output_tokens == 2  # the client is still good
 
 
@@ -89,8 +98,8 @@ def test_server_of_another_protocol_is_noticed() -> None:
 def test_client_waits_for_a_server_that_starts_later(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         served.ingress.stop()
-        assert served.ingress.join(10)
-        with Client(served.endpoint, timeout_s=10) as client:
+        assert served.ingress.join(PATIENCE_S)
+        with Client(served.endpoint, timeout_s=PATIENCE_S) as client:
             stream = client.submit("x", max_tokens=20)
             time.sleep(0.2)
             restart_ingress(served)
@@ -98,11 +107,12 @@ def test_client_waits_for_a_server_that_starts_later(tmp_path: Path) -> None:
 
 
 def test_streams_outlive_a_restarted_server(tmp_path: Path) -> None:
-    with serve(tmp_path, step_s=0.002) as served, Client(served.endpoint, timeout_s=20) as client:
-        streams = [client.submit([7] * number, max_tokens=400, temperature=0) for number in (1, 2, 3)]
-        for stream in streams:
-            next(stream)
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
+        streams = hold_after_first_tokens(
+            served, lambda: [client.submit([7] * number, max_tokens=400, temperature=0) for number in (1, 2, 3)]
+        )
         restart_ingress(served)
+        served.director.paused = False
         for number, stream in zip((1, 2, 3), streams, strict=True):
             completion = stream.result()
             assert completion.token_ids == expected_ids(served, number, 400)
@@ -132,21 +142,19 @@ def test_async_streams_run_together(tmp_path: Path) -> None:
 
 
 def test_async_cancel_deadline_and_early_exit(tmp_path: Path) -> None:
-    with serve(tmp_path, step_s=0.005) as served:
+    with serve(tmp_path) as served:
+        served.director.paused = True  # none of them ends by itself
 
         async def use(client: AsyncClient) -> None:
             stream = client.submit("x", max_tokens=2000)
-            await anext(aiter(stream))
+            await first_tokens(served, [stream])
             stream.cancel()
             assert (await stream.result()).finish_reason == "cancelled"
             with pytest.raises(ServerTimeoutError, match="at its deadline"):
                 await client.generate("x", max_tokens=2000, deadline_s=0.1)
             async with client.submit("x", max_tokens=2000) as left_early:
-                await anext(aiter(left_early))
-            deadline = time.monotonic() + 5
-            while served.director.queue_pairs[0].running:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.01)
+                await first_tokens(served, [left_early])
+            await asyncio.to_thread(wait_until, lambda: not served.director.queue_pairs[0].running, "all are cancelled")
             with pytest.raises(RequestRefusedError) as caught:
                 await client.generate("x", max_tokens=5000)
             assert caught.value.code == "prompt_too_long"
@@ -157,27 +165,31 @@ def test_async_cancel_deadline_and_early_exit(tmp_path: Path) -> None:
 
 
 def test_async_task_cancellation_leaves_the_client_good(tmp_path: Path) -> None:
-    with serve(tmp_path, step_s=0.005) as served:
+    with serve(tmp_path) as served:
+        served.director.paused = True
 
         async def use(client: AsyncClient) -> None:
             task = asyncio.create_task(client.generate("x", max_tokens=2000))
-            await asyncio.sleep(0.05)
+            while not served.director.queue_pairs[0].running:
+                await asyncio.sleep(0.005)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            served.director.paused = False
             assert (await client.generate("x", max_tokens=2)).num_output_tokens == 2
 
         with_async_client(served, use)
 
 
 def test_async_streams_outlive_a_restarted_server(tmp_path: Path) -> None:
-    with serve(tmp_path, step_s=0.002) as served:
+    with serve(tmp_path) as served:
+        served.director.paused = True
 
         async def use(client: AsyncClient) -> None:
             streams = [client.submit([7] * number, max_tokens=400, temperature=0) for number in (1, 2)]
-            for stream in streams:
-                await anext(aiter(stream))
+            await first_tokens(served, streams)
             await asyncio.to_thread(restart_ingress, served)
+            served.director.paused = False
             for number, stream in zip((1, 2), streams, strict=True):
                 assert (await stream.result()).token_ids == expected_ids(served, number, 400)
 
