@@ -60,6 +60,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="of the GPU; `auto`: `hopper` on compute capability 9.0, `portable` (8.0 and newer) elsewhere"
         ),
     ] = "auto"
+    orchestrator: Annotated[
+        Literal["gpu", "cpu", "cpu-ahead"],
+        Meta(
+            description="who schedules: the device, or a thread of the host that launches each step (to measure what that costs); "
+            "`cpu-ahead`: a step early"
+        ),
+    ] = "gpu"
     compute_dtype: Annotated[
         Literal["auto", "f32", "bf16"], Meta(description="of GEMM inputs and KV pages; the GPU computes in bf16")
     ] = "auto"

@@ -9,7 +9,6 @@ Test: pytest tests/host/test_engine.py
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import signal
 import sys
@@ -23,11 +22,13 @@ import numpy as np
 
 from blinkimp import native
 from blinkimp import ring_abi as abi
+from blinkimp.host.host_memory import DeviceMemory, fill_sizes
 from blinkimp.host.memory_plan import EngineSizes, plan_bytes_of, prefix_cache_bytes_of
 from blinkimp.host.parking import PARKED_LOOK_S, Doorbell
 from blinkimp.host.program import Model, load_model
 from blinkimp.host.sampling_memory import sampling_table_bytes
 from blinkimp.host.shared_memory import Region, open_engine_page, open_queue_pair, open_trace
+from blinkimp.host.step_channel import StepChannel
 from blinkimp.host.trace_memory import fill_trace
 from blinkimp.host.weights import HostTarget
 from blinkimp.ring_abi import DType
@@ -38,7 +39,6 @@ IDLE_SLEEP_NS: Final = 500_000
 EXIT_STOPPED, EXIT_NOT_STARTED, EXIT_FAULTED = 0, 2, 3
 _RUN_NO_THREADS: Final = 2  # bk_emulated_device_run
 _RUN_PARKED: Final = 3
-ALIGN_BYTES: Final = 64
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -56,6 +56,7 @@ class Order(msgspec.Struct, frozen=True):
     parked_after_ns: int = 0
     has_trace: bool = False
     null_step_ns: int = 0
+    channel_fd: int = -1  # of the StepChannel through which the host launches each step; -1: the director is here
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,22 +66,8 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     done: int = 0
     total: int = 0
     error: str = ""
-
-
-class DeviceMemory:
-    """Zeroed memory that the operating system hands out page by page, as it is touched; kept until this object goes."""
-
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray[Any, Any]] = []
-
-    def allocate(self, num_bytes: int) -> int:
-        array = np.zeros(num_bytes + ALIGN_BYTES, dtype=np.uint8)
-        self._arrays.append(array)
-        return -(-int(array.ctypes.data) // ALIGN_BYTES) * ALIGN_BYTES
-
-    def keep(self, array: np.ndarray[Any, Any]) -> int:
-        self._arrays.append(array)
-        return int(array.ctypes.data)
+    dims: bytes = b""  # stage "loaded", for a host that schedules: MODEL_DIMS, and the ops of the program
+    num_ops: int = 0
 
 
 def library() -> ctypes.CDLL:
@@ -100,14 +87,6 @@ def workspace_bytes(params: np.ndarray[Any, Any]) -> list[int]:
     num_bytes = (ctypes.c_uint64 * abi.NUM_WORKSPACES)()
     library().bk_emulated_workspace_bytes(params.ctypes.data, num_bytes)
     return list(num_bytes)
-
-
-def fill_sizes(params: np.ndarray[Any, Any], sizes: EngineSizes, dims: np.ndarray[Any, Any], num_threads: int) -> None:
-    """The counts of EngineParams: all that workspace_bytes() needs."""
-    for name, value in dataclasses.asdict(sizes).items():
-        params[name] = value
-    params["dims"] = dims
-    params["num_workers"] = num_threads or len(os.sched_getaffinity(0))
 
 
 def build_params(
@@ -169,11 +148,19 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
         trace = open_trace(order.engine_name, writable=True)
         fill_trace(trace, trace.address, params)
     check_params(params)
+    if order.channel_fd >= 0:
+        emit(Event(stage="loaded", dims=model.dims.tobytes(), num_ops=len(model.ops)))
+        return exit_status(StepChannel.open(order.channel_fd, order.sizes).run_device(params), params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
     doorbell = Doorbell(engine_page, queue_pairs)
     while (outcome := library().bk_emulated_device_run(params.ctypes.data)) == _RUN_PARKED:
         while not doorbell.rings():
             time.sleep(PARKED_LOOK_S)
+    return exit_status(outcome, params)
+
+
+def exit_status(outcome: int, params: np.ndarray[Any, Any]) -> int:
+    """Of what bk_emulated_device_run or bk_step_device_run returned."""
     if outcome == _RUN_NO_THREADS:
         num_threads = int(params["num_workers"][0])
         raise RuntimeError(f"the system refused {num_threads} worker threads; lower num_threads, or raise `ulimit -u`")

@@ -58,20 +58,20 @@ def choose_device(config: Config) -> Device:
             "load_format=null runs no model: got device=gpu, expected the emulated one; use device=emulated"
         )
     if config.load_format == "null":
-        return EmulatedDevice(config.num_threads or 1)  # others would only wait for the first
+        return EmulatedDevice(config.num_threads or 1, config.orchestrator)  # others would only wait for the first
     if config.device == "emulated":
-        return EmulatedDevice(config.num_threads)
+        return EmulatedDevice(config.num_threads, config.orchestrator)
     try:
         from blinkimp.host.gpu_device import GpuDevice
 
-        return GpuDevice(kernel=config.kernel)
+        return GpuDevice(kernel=config.kernel, orchestrator=config.orchestrator)
     except (ImportError, RuntimeError) as error:  # no cuda-python; GpuError: no driver, no GPU, or not one we run on
         if config.device == "gpu":
             raise DeviceError(
                 f"device=gpu, but no GPU can be used: {error}; use device=emulated, or see `blinkimp doctor`"
             ) from error
         _log.warning("no GPU can be used (%s): running on the emulated device, on the CPU", error)
-        return EmulatedDevice(config.num_threads)
+        return EmulatedDevice(config.num_threads, config.orchestrator)
 
 
 def resolve_compute(config: Config, folder: Path, device: Device) -> DType:

@@ -1,6 +1,7 @@
 """The GPU as a device: compiles and loads the persistent kernel, places the weights, registers the queue pairs, launches once.
 
-After start() nothing of this process is on the path of a token: it may be stopped, or busy, and the kernel serves on.
+After start() nothing of this process is on the path of a token: it may be stopped, or busy, and the kernel serves on. With orchestrator = cpu
+it is the other way round, to measure what that costs: a thread of this process launches each step (host/gpu_orchestrator.py).
 Implements host/device_protocol.py. Called by host/engine.py. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 """
 
@@ -13,11 +14,14 @@ from typing import Any, Final
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.compile_cache import CompiledKernel, get_kernel
+from blinkimp.host.cpu_orchestrator import OrchestratorKind, check_combination
 from blinkimp.host.device_protocol import DeviceError, Launch, Progress
 from blinkimp.host.gpu_driver import GpuContext, GpuError
 from blinkimp.host.gpu_kernel import (
+    BEGIN_STEP_NAME,
     KERNEL_NAME,
     PACK_SOURCE,
+    STEP_SOURCE,
     KernelChoice,
     KernelChoiceError,
     KernelShape,
@@ -25,6 +29,7 @@ from blinkimp.host.gpu_kernel import (
     kernel_shape,
 )
 from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
+from blinkimp.host.gpu_orchestrator import GpuOrchestrator
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import DeviceKind, EngineSizes
 from blinkimp.host.model_config import ModelConfig
@@ -45,7 +50,9 @@ class GpuDevice:
 
     kind: DeviceKind = "gpu"
 
-    def __init__(self, device_idx: int = 0, kernel: KernelChoice = "auto") -> None:
+    def __init__(
+        self, device_idx: int = 0, kernel: KernelChoice = "auto", orchestrator: OrchestratorKind = "gpu"
+    ) -> None:
         self._context = GpuContext(device_idx)
         properties = self._context.properties
         try:
@@ -58,6 +65,8 @@ class GpuDevice:
         self._page: Any = None
         self._error: str | None = None
         self._model: Model | None = None
+        self._orchestrator_kind = orchestrator
+        self._orchestrator: GpuOrchestrator | None = None  # where this process launches each step
 
     @property
     def num_workers(self) -> int:
@@ -68,7 +77,10 @@ class GpuDevice:
         properties = self._context.properties
         version = properties.driver_version
         cuda = f"{version // 1000}.{version % 1000 // 10}"
-        return f"{properties.name}, {self._kernel_kind} kernel, {self.num_workers} worker SMs, driver for CUDA {cuda}"
+        scheduled = (
+            "" if self._orchestrator_kind == "gpu" else f", scheduled by this process ({self._orchestrator_kind})"
+        )
+        return f"{properties.name}, {self._kernel_kind} kernel, {self.num_workers} worker SMs, driver for CUDA {cuda}{scheduled}"
 
     def memory_available_bytes(self) -> int:
         self._context.make_current()
@@ -78,6 +90,12 @@ class GpuDevice:
         return sum(workspace_sizes(model, sizes))
 
     def start(self, launch: Launch, progress: Progress | None = None) -> None:
+        check_combination(self._orchestrator_kind, launch)
+        if self._orchestrator_kind != "gpu" and launch.traces_ops:
+            raise DeviceError(
+                "trace_op_period is not 0, expected 0 with orchestrator=cpu: events would have the host's clock, op times the GPU's; "
+                "set trace_op_period to 0"
+            )
         self._context.make_current()
         try:
             shape = kernel_shape(launch.model, self.num_workers, self._kernel_kind, self._context.properties.arch)
@@ -97,6 +115,8 @@ class GpuDevice:
             time.sleep(0.001)
 
     def is_alive(self) -> bool:
+        if self._orchestrator is not None:
+            return self._orchestrator.is_alive()
         if self._stream is None or self._error is not None:
             return False
         self._context.make_current()
@@ -118,13 +138,15 @@ class GpuDevice:
         self._relaunch()
 
     def fault(self) -> str | None:
-        return self._error
+        return self._error if self._orchestrator is None else self._orchestrator.fault()
 
     def stop(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
         while self.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
         ended = not self.is_alive()
+        if not ended and self._orchestrator is not None:
+            self._orchestrator.abandon()
         if not ended:
             _log.warning(
                 "the persistent kernel did not stop within %g s; its context goes with this process", timeout_s
@@ -132,7 +154,7 @@ class GpuDevice:
             return False  # freeing memory under a running kernel would wait for it, for ever
         self._context.make_current()
         self._context.close()
-        self._stream = None
+        self._stream = self._orchestrator = None
         return True
 
     # ---- Inside ------------------------------------------------------------------------------------------------------
@@ -149,6 +171,8 @@ class GpuDevice:
         kernel = get_kernel(shape.source, launch.cache_dir, arch, defines)
         if progress is not None:
             progress("compile", 2, 2)
+        if self._orchestrator_kind != "gpu":
+            self._begin_step = get_kernel(STEP_SOURCE, launch.cache_dir, arch)
         source = "loaded from the cache" if kernel.from_cache else "compiled"
         _log.info("persistent kernel %s in %.2f s", source, kernel.load_ns / 1e9)
         return kernel
@@ -189,6 +213,19 @@ class GpuDevice:
             address = context.register_host(regions.trace.address, regions.trace.region_bytes)
             fill_trace(regions.trace, address, params)
         function = context.load_kernel(kernel.cubin, KERNEL_NAME, shape.shared_memory_bytes)
+        if self._orchestrator_kind != "gpu":
+            context.synchronize()
+            self._orchestrator = GpuOrchestrator(
+                context,
+                launch,
+                model,
+                params,
+                step=function,
+                begin_step=context.load_kernel(self._begin_step.cubin, BEGIN_STEP_NAME),
+                shape=shape,
+                ahead=self._orchestrator_kind == "cpu-ahead",
+            )
+            return
         self._stream = context.create_stream()
         self._page = regions.engine_page.view(abi.ENGINE_PAGE)
 

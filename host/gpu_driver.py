@@ -97,6 +97,11 @@ class GpuContext:
         self._modules: list[Any] = []
         self.stream = check(driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)), "cuStreamCreate")
 
+    @property
+    def handle(self) -> int:
+        """The CUcontext, for native code."""
+        return int(self._context)
+
     def make_current(self) -> None:
         """For a thread other than the one that made the context."""
         check(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")

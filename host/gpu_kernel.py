@@ -24,6 +24,8 @@ KERNEL_SOURCE: Final = "persistent_kernel.cu"
 PORTABLE_SOURCE: Final = "portable/portable_kernel.cu"
 KERNEL_NAME: Final = "persistent_kernel"  # of both
 PACK_SOURCE: Final = "pack_weights.cu"
+STEP_SOURCE: Final = "step_kernel.cu"  # where the host schedules: before each step
+BEGIN_STEP_NAME: Final = "begin_step"
 WORKER_THREADS: Final = 384
 PORTABLE_THREADS: Final = 256  # kComputeThreads of device/portable/gemm.cuh
 # kSharedMemoryBytes of device/worker_memory.cuh, which asserts it; a test compares the two.

@@ -7,7 +7,8 @@
 // publishing, as on the GPU: Pulse does it, from a thread of its own.
 // Called by host/emulated_process.py, in a process of its own, with EngineParams over that process's memory.
 // Test: pytest tests/host/test_engine.py
-#include <emu/reference_ops.h>
+#include <emu/idle_backoff.h>
+#include <emu/worker_threads.h>
 
 #include <parking.cuh>
 
@@ -16,68 +17,11 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 namespace blinkimp {
 namespace {
 
-// An idle director goes on looking for this long before it sleeps between looks: the answer to a token often brings the next request.
-constexpr u64 kIdleSpinNs = 50'000;
-constexpr u32 kFirstSleepNs = 20'000;
 constexpr u64 kPulseNs = 50'000'000;
-
-// Threads 1 .. num_workers - 1 of the interpreter; thread 0 is the director's own.
-class WorkerThreads {
- public:
-  explicit WorkerThreads(const EngineParams& params) : params_(params), barrier_(params.num_workers) {
-    try {
-      for (u32 thread_idx = 1; thread_idx < params.num_workers; ++thread_idx) {
-        threads_.emplace_back([this, thread_idx] { work(thread_idx); });
-      }
-    } catch (...) {
-      leave();  // those that could be made
-      throw;
-    }
-  }
-
-  ~WorkerThreads() { leave(); }
-
-  WorkerThreads(const WorkerThreads&) = delete;
-  WorkerThreads& operator=(const WorkerThreads&) = delete;
-
-  // The others set out.
-  void start(const StepPlan& plan) {
-    plan_ = &plan;
-    steps_.advance();  // hands plan_ over: pairs with wait_for() in work()
-  }
-
-  // The caller's share of the step that was started. The last op's barrier has let everybody through when it returns, so the plan may be
-  // written again.
-  void finish() { run_program(params_, *plan_, 0, barrier_); }
-
- private:
-  void leave() {
-    plan_ = nullptr;
-    steps_.advance();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  void work(u32 thread_idx) {
-    u64 spin_ns = kMostSpinNs;
-    for (u64 step = 1;; ++step) {
-      steps_.wait_for(step, &spin_ns);  // asleep in the kernel while the engine is idle
-      const StepPlan* plan = plan_;
-      if (plan == nullptr) return;
-      run_program(params_, *plan, thread_idx, barrier_);
-    }
-  }
-
-  const EngineParams& params_;
-  ThreadBarrier barrier_;
-  GenerationWord steps_;            // writer: the director's thread; readers: the others
-  const StepPlan* plan_ = nullptr;  // of the step that runs; null: leave
-  std::vector<std::thread> threads_;
-};
 
 // Polls and publishes during a step: heartbeats, answers to pings, acknowledgements. A prompt of thousands of tokens takes seconds here.
 // I1  director_ is held by whoever calls the director: the loop's thread, except while the workers run; then this one, for a moment.
@@ -130,32 +74,6 @@ class Pulse {
   bool step_runs_ = false;             // under director_
   bool stops_ = false;                 // under director_
   std::thread thread_;                 // last: it uses all of the above
-};
-
-// Spins for a moment, then sleeps, each time twice as long, up to idle_sleep_ns.
-class IdleBackoff {
- public:
-  explicit IdleBackoff(u32 idle_sleep_ns) : idle_sleep_ns_(idle_sleep_ns) {}
-
-  void was_busy() {
-    busy_until_ns_ = device_clock_ns() + kIdleSpinNs;
-    next_sleep_ns_ = kFirstSleepNs;
-  }
-
-  void wait() {
-    if (device_clock_ns() < busy_until_ns_) {
-      pause_cpu();
-      return;
-    }
-    if (next_sleep_ns_ > idle_sleep_ns_) next_sleep_ns_ = idle_sleep_ns_;
-    sleep_ns(next_sleep_ns_);
-    next_sleep_ns_ *= 2;
-  }
-
- private:
-  const u32 idle_sleep_ns_;
-  u32 next_sleep_ns_ = kFirstSleepNs;
-  u64 busy_until_ns_ = 0;
 };
 
 }  // namespace

@@ -12,7 +12,14 @@ import pytest
 from blinkimp.config import Config, model_folder
 from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile import DEFAULT_ARCH, DEVICE_DIR, compile_cubin
-from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, PORTABLE_SOURCE, WORKER_THREADS, kernel_shape
+from blinkimp.host.gpu_kernel import (
+    KERNEL_SOURCE,
+    PACK_SOURCE,
+    PORTABLE_SOURCE,
+    STEP_SOURCE,
+    WORKER_THREADS,
+    kernel_shape,
+)
 from blinkimp.host.model_config import ModelConfig, parse_config
 
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
@@ -65,7 +72,7 @@ def assert_fits(source: str, defines: Mapping[str, str], num_threads: int, arch:
 
 def test_every_kernel_is_covered_here() -> None:
     sources = {str(path.relative_to(DEVICE_DIR)) for path in DEVICE_DIR.rglob("*.cu")}
-    assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE}
+    assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE}
 
 
 # A compilation takes a minute: head dimensions 64 and 128 here, the kernel with norms of the heads by `blinkimp compile`.
@@ -85,3 +92,8 @@ def test_portable_kernel_compiles_without_spills(arch: str, model: str) -> None:
 
 def test_weight_packing_compiles_without_spills() -> None:
     assert_fits(PACK_SOURCE, {}, 256)
+
+
+@pytest.mark.parametrize("arch", [DEFAULT_ARCH, "sm_80"])
+def test_the_start_of_a_launched_step_compiles_without_spills(arch: str) -> None:
+    assert_fits(STEP_SOURCE, {}, 1024, arch)  # kBeginThreads of device/emu/orchestrator_cuda.cpp

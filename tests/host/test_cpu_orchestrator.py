@@ -1,0 +1,124 @@
+"""A host that schedules (orchestrator = cpu, cpu-ahead) says the same as a device that schedules itself, on the emulated device.
+
+Every test runs the same requests with the director on the device and in the host: tokens, logprobs, alternatives and ends must be equal, which
+they are only if the device's tables are what the director's are whenever a step runs. Run: pytest tests/host/test_cpu_orchestrator.py
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.queue_pair import PortStatus
+from tests.host.engine_support import (
+    PortClient,
+    Stream,
+    assert_all_pages_are_back,
+    make_tiny_checkpoint,
+    running_engine,
+    wait_for,
+)
+from tests.host.sampling_jobs import Job, digits_table, random_job, table_of_dfa
+
+IN_THE_HOST = ("cpu", "cpu-ahead")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=3)
+
+
+def answers(client: PortClient, jobs: list[Job]) -> list[Stream]:
+    """Of all of them side by side."""
+    ids = [job.submit(client) for job in jobs]
+    client.wait_all(60)
+    return [client.streams[request_id] for request_id in ids]
+
+
+def mixed_jobs() -> list[Job]:
+    """All that can be asked for, prompts longer than a chunk, and a constraint in every third."""
+    rng = random.Random(23)
+    jobs = [random_job(rng, longest_prompt=200) for _ in range(45)]
+    for job in jobs[::3]:
+        job.table, job.slot, job.min_tokens, job.stop_ids = digits_table(), 1, 0, ()
+    return jobs
+
+
+def long_jobs() -> list[Job]:
+    """More than the pages can hold at once, most with penalties: they are preempted, and their counts are made anew."""
+    rng = random.Random(5)
+    jobs = [random_job(rng, longest_prompt=60) for _ in range(16)]
+    for i, job in enumerate(jobs):
+        job.max_tokens, job.stop_ids, job.ignore_eos = 110, (), True
+        job.repetition_penalty = 1.2 if i % 4 else 1.0
+        if i % 5 == 0:
+            job.table, job.slot, job.min_tokens, job.ignore_eos = digits_table(), 0, 0, False
+    return jobs
+
+
+def run_jobs(tiny: Path, jobs: list[Job], orchestrator: str, **options: Any) -> tuple[list[Stream], dict[str, int]]:
+    with running_engine(tiny, orchestrator=orchestrator, **options) as engine:
+        with PortClient(engine.config.engine_name, 0) as client:
+            for slot in {job.slot for job in jobs if job.slot is not None}:
+                assert client.port.load_constraint(slot, digits_table().data) == PortStatus.OK
+            streams = answers(client, jobs)
+            wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+            status = engine.status()
+        assert_all_pages_are_back(status)
+        return streams, status
+
+
+def test_every_kind_of_request_gets_the_same_answer(tiny: Path) -> None:
+    jobs, options = mixed_jobs(), {"prefill_chunk_tokens": 48, "max_batch": 12}
+    expected, _ = run_jobs(tiny, jobs, "gpu", **options)
+    assert sum(len(stream.tokens) for stream in expected) > 400 and any(any(stream.tops) for stream in expected)
+    for orchestrator in IN_THE_HOST:
+        assert run_jobs(tiny, jobs, orchestrator, **options)[0] == expected, orchestrator
+
+
+def test_preempted_requests_get_the_same_answer(tiny: Path) -> None:
+    jobs = long_jobs()
+    options = {"num_pages": 9, "max_context": 256, "max_batch": 8, "prefix_cache": False}
+    expected, _ = run_jobs(tiny, jobs, "gpu", **options)
+    for orchestrator in IN_THE_HOST:
+        streams, status = run_jobs(tiny, jobs, orchestrator, **options)
+        assert streams == expected, orchestrator
+        assert status["preemptions"] >= 3, orchestrator
+
+
+@pytest.mark.parametrize("orchestrator", IN_THE_HOST)
+def test_pages_of_the_prefix_cache_are_found(tiny: Path, orchestrator: str) -> None:
+    shared = [3 + i % 200 for i in range(200)]
+    prompts = [[*shared, 10 + i, 20 + i] for i in range(6)]
+    with (
+        running_engine(tiny, orchestrator=orchestrator) as engine,
+        PortClient(engine.config.engine_name, 0) as client,
+    ):
+        expected = [
+            client.generate(prompt, 20, flags=int(abi.RequestBodyFlags.NO_PREFIX_CACHE)).tokens for prompt in prompts
+        ]
+        num_before = engine.status()["prompt_tokens"]
+        assert [client.generate(prompt, 20).tokens for prompt in prompts] == expected
+        num_computed = engine.status()["prompt_tokens"] - num_before
+        assert num_computed < 3 * len(prompts[0]), (
+            f"{num_computed} prompt tokens were computed for six prompts that begin alike"
+        )
+
+
+def test_a_constraint_that_is_loaded_again_is_the_new_one(tiny: Path) -> None:
+    """A slot is sent to the device when a request that uses it is admitted, and only where it has changed."""
+    with running_engine(tiny, orchestrator="cpu") as engine, PortClient(engine.config.engine_name, 0) as client:
+        table, only_a = digits_table(), table_of_dfa(lambda state, text: state if text == "a" else None, 1, set())
+        job = Job([5, 6, 7], 6, table=table, slot=2)
+        assert client.port.load_constraint(2, table.data) == PortStatus.OK
+        first = answers(client, [job])[0]
+        assert client.port.load_constraint(2, only_a.data) == PortStatus.OK
+        second = answers(client, [job])[0]
+        assert client.port.load_constraint(2, table.data) == PortStatus.OK
+        third = answers(client, [job])[0]
+        assert third.tokens == first.tokens != second.tokens
+        assert second.tokens == [ord("a")] * 6
