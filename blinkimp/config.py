@@ -144,6 +144,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_timeout_s: Annotated[
         float, Meta(ge=0, le=86400, description="SIGTERM: how long running requests may take to finish")
     ] = 30.0
+    stall_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0, le=86400, description="a device without a heartbeat for so long hangs; 0: 10 s (GPU), 30 s (emulated)"
+        ),
+    ] = 0.0
+    max_restarts: Annotated[
+        int, Meta(ge=0, le=1000, description="engines that are started anew after faults, within 10 minutes; 0: none")
+    ] = 3
+    recovery_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0, le=86400, description="requests wait for so long for an engine that is started anew, then they fail"
+        ),
+    ] = 300.0
     park_after_s: Annotated[
         float,
         Meta(ge=0, le=86400, description="idle for so long, the kernel leaves the GPU until it is wanted; 0: never"),

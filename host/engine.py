@@ -27,20 +27,22 @@ from blinkimp.host.checkpoint import Checkpoint, read_model_config
 from blinkimp.host.device_protocol import DEFAULT_SPIN_BUDGET_NS, Device, DeviceError, Launch, Progress
 from blinkimp.host.dummy_weights import DummyWeights
 from blinkimp.host.emulated_device import EmulatedDevice
+from blinkimp.host.fault_report import ADVICE, FaultReport, make_fault_report
 from blinkimp.host.memory_plan import MemoryPlan, plan_memory
 from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.program import num_program_ops, num_weight_elements
-from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
+from blinkimp.host.shared_memory import EngineLock, EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.trace_info import engine_info
 from blinkimp.host.trace_memory import TraceGeometry
 from blinkimp.host.tuning import write_tuning
-from blinkimp.host.watchdog import Watchdog
+from blinkimp.host.watchdog import Verdict, Watchdog
 from blinkimp.ring_abi import DType, EngineCommand, EngineState
 
 _log = logging.getLogger(__name__)
 
-# Without a heartbeat for this long a device hangs. A step of the emulated device may take seconds with a large model.
-STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 60.0}
+# Without a heartbeat for this long a device hangs (config: stall_timeout_s). Both devices beat during a step too, however long it is; the
+# emulated one shares its CPUs with whatever else runs there. The GPU's is longer than any wait inside a step, which ends in a fault record.
+STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 30.0}
 STOP_TIMEOUT_S: Final = 10.0  # from COMMAND_STOP to the device's end
 NUM_TRACED_STEPS: Final = 16  # steps whose op times the trace keeps
 ABANDON_TIMEOUT_S: Final = 1.0  # the same for a device that has not begun: it may be loading for minutes
@@ -48,7 +50,11 @@ _POLL_S: Final = 0.002
 
 
 class EngineFaultError(RuntimeError):
-    """The device died, hangs, or reported a fault."""
+    """The device died, hangs, or reported a fault. verdict: of the watchdog, None where the engine is not started."""
+
+    def __init__(self, message: str, verdict: Verdict | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 def choose_device(config: Config) -> Device:
@@ -93,8 +99,19 @@ def resolve_compute(config: Config, folder: Path, device: Device) -> DType:
 class Engine:
     """One engine of this process. start() or `with`; stop() is idempotent."""
 
-    def __init__(self, config: Config, *, device: Device | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: Device | None = None,
+        progress: Progress | None = None,
+        lock: EngineLock | None = None,
+        num_restarts: int = 0,
+    ) -> None:
+        """lock: of a supervisor that holds the engine's name already. num_restarts: engines that it had before this one."""
         self.config = config
+        self.num_restarts = num_restarts
+        self._lock = lock
         self.device = device or choose_device(config)
         self.folder = model_folder(config)
         self.model = read_model_config(self.folder)
@@ -121,6 +138,8 @@ class Engine:
             num_constraint_slots=sizes.num_constraint_slots,
             constraint_slot_bytes=sizes.constraint_slot_bytes,
             trace=self._trace_geometry(),
+            lock=self._lock,
+            num_restarts=self.num_restarts,
         )
         self._page = self._regions.engine_page.view(abi.ENGINE_PAGE)
         started_at = time.monotonic()
@@ -131,7 +150,8 @@ class Engine:
             self.device.stop(ABANDON_TIMEOUT_S)
             self._release()
             raise
-        self._watchdog = Watchdog(self._regions.engine_page, self.device, STALL_TIMEOUT_S[self.device.kind])
+        stall_timeout_s = config.stall_timeout_s or STALL_TIMEOUT_S[self.device.kind]
+        self._watchdog = Watchdog(self._regions.engine_page, self.device, stall_timeout_s)
         if config.park_after_s > 0 and self.device.kind == "gpu":
             doorbell = Doorbell(self._regions.engine_page, self._regions.queue_pairs)
             self._wake = WakeThread(doorbell, self.device.resume)
@@ -139,9 +159,12 @@ class Engine:
 
     def check(self) -> None:
         """Raises EngineFaultError when the device is dead, hangs, or has faulted."""
-        report = self._watchdog.check() if self._watchdog is not None else "the engine is not started"
-        if report is not None:
-            raise EngineFaultError(f"engine {self.config.engine_name}: {report}")
+        if self._watchdog is None:
+            raise EngineFaultError(f"engine {self.config.engine_name} is not started; expected start() before check()")
+        verdict = self._watchdog.check()
+        if verdict is not None:
+            text = f"engine {self.config.engine_name}: {verdict.text}; restart the engine; {ADVICE[verdict.symptom]}"
+            raise EngineFaultError(text, verdict)
 
     def drain(self, timeout_s: float, should_give_up: Callable[[], bool] = lambda: False) -> bool:
         """No new requests from now on; waits until the others have ended and are published. False: some have not, by then."""
@@ -202,6 +225,25 @@ class Engine:
         words = {"max_running": max_running, "step_tokens": step_tokens}
         words |= {"prefill_chunk_tokens": prefill_chunk_tokens, "aging_ms": aging_ms}
         return write_tuning(self._page, timeout_s, **words)
+
+    def fault_report(self, verdict: Verdict) -> FaultReport:
+        """All that is known of a fault that check() raised."""
+        return make_fault_report(
+            verdict,
+            self._page,
+            engine_name=self.config.engine_name,
+            model=str(self.folder),
+            device=self.device.describe(),
+            num_restarts=self.num_restarts,
+        )
+
+    def abandon(self) -> None:
+        """After a fault: ends the device by force. The shared memory stays as it is, for whoever looks; this process must end next."""
+        self._is_halted = True
+        try:
+            self.device.stop(0.0)
+        except RuntimeError as error:  # a context that is lost refuses every call; it goes with the process
+            _log.debug("the device could not be stopped: %s", error)
 
     # ---- What it is doing --------------------------------------------------------------------------------------------
     def status(self) -> dict[str, int]:

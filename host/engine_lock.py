@@ -107,7 +107,8 @@ class EngineLock:
         if self._fd is None:
             return
         if not self._is_inherited:
-            self._path.unlink(missing_ok=True)  # while still held: nobody can lock an inode that is about to lose its name
+            # While still held: nobody can lock an inode that is about to lose its name.
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = None
 

@@ -1,15 +1,17 @@
-"""The process tree of `blinkimp serve`: the engine in this process, its device, and the ingress processes.
+"""The process tree of `blinkimp serve`: the engine's process, its device, and the ingress processes.
 
     python -m blinkimp.host.supervisor [--config FILE]      configuration also from BLINKIMP_* variables
 
-    supervisor (this) -- engine host: watches the device's heartbeat, touches no token
-      |- emulated device          only without a GPU
+    supervisor (this) -- holds the engine's name, touches no GPU and no token
+      |- engine                    host/engine_process.py: loads, launches, watches the device; started anew after a fault
+      |    |- emulated device      only without a GPU
       |- ingress 0 .. num_ingress - 1 (ZeroMQ), and one for HTTP where `http` says so: one queue pair each; a dead one is started anew
 
-SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most), ingresses flush, exit 0. A second
-signal stops at once. SIGSTOP stops only this process: device and ingresses go on. If this process dies, the others die with it.
-Exit status: 0 drained, 1 the engine could not start or has faulted.
-Called by blinkimp/cli and tests. Test: pytest tests/host/test_faults.py
+After a fault the ingresses live on: they submit what is unfinished again to the next engine, with the tokens that clients have already.
+SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most, through a fault and a restart if need be),
+ingresses flush, exit 0. A second signal stops at once. SIGSTOP stops only this process: engine, device and ingresses go on. If this
+process dies, the others die with it. Exit status: 0 drained, 1 the engine could not start, or has faulted too often (max_restarts).
+Called by blinkimp/cli and tests. Test: pytest tests/null/test_supervisor.py tests/host/test_server.py tests/host/test_recovery.py
 """
 
 from __future__ import annotations
@@ -26,19 +28,18 @@ from typing import Final
 from blinkimp.config import Config, ConfigError, load_config, model_folder
 from blinkimp.host.child_process import ChildProcess
 from blinkimp.host.device_protocol import Progress
-from blinkimp.host.engine import Engine, EngineFaultError
+from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
+from blinkimp.host.engine_slot import EngineSlot, Phase
+from blinkimp.host.shared_memory import discard_regions, remove_dead_engines
 
 _log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
 WATCH_PERIOD_S: Final = 0.1
 INGRESS_FLUSH_S: Final = 5.0  # from the engine's end to the ingress's
+CANCEL_GRACE_S: Final = 2.0  # an ingress whose drain timed out tells its clients so
 FIRST_BACKOFF_S: Final = 0.1  # before a dead ingress is started anew; doubles each time
 MAX_BACKOFF_S: Final = 10.0
 HEALTHY_S: Final = 30.0  # an ingress that lived for so long starts again with the first back-off
-
-
-class StartInterrupted(BaseException):
-    """A signal came while the engine was loading: there is nothing to drain. Like KeyboardInterrupt, not an Exception."""
 
 
 class IngressSlot:
@@ -50,7 +51,8 @@ class IngressSlot:
         # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
         drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
         self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
-        self._arguments += ["--log-level", config.log_level, *arguments]
+        self._arguments += ["--loss-timeout-s", str(config.recovery_timeout_s), "--log-level", config.log_level]
+        self._arguments += arguments
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
         self._is_ending = False
@@ -89,80 +91,79 @@ class IngressSlot:
 
 
 class Supervisor:
-    """Runs one server until a signal or a fault."""
+    """Runs one server until a signal, or faults that no restart helps against."""
 
     def __init__(self, config: Config, progress: Progress | None = None) -> None:
         self._config = config
         self._progress = progress
         self._num_signals = 0
-        self._is_starting = True
         self._ingresses: list[IngressSlot] = []
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        engine = None
         try:
-            engine = Engine(self._config, progress=self._progress)
-            engine.start()
-            self._is_starting = False
-            return self._serve(engine)
-        except StartInterrupted:
-            _log.info("stopped by a signal before the engine ran")
-            return 0
-        except EngineFaultError as error:
-            _log.error("%s", error)
-        except (RuntimeError, ValueError, OSError) as error:
-            # Refusals are of these types (device, driver, compiler, shared memory, checkpoint, sizes), and say what to do.
-            _log.error("the engine could not %s: %s", "start" if self._is_starting else "go on", error)
-            _log.debug("where", exc_info=True)
+            lock = EngineLock(self._config.engine_name)
+        except SharedMemoryError as error:
+            _log.error("the engine could not start: %s", error)
+            return 1
+        remove_dead_engines()
+        engine = EngineSlot(self._config, lock, self._progress)
+        try:
+            self._serve(engine)
         finally:
-            self._is_starting = False  # from here on a signal interrupts nothing
             for slot in self._ingresses:
                 slot.ask_to_end()
-            if engine is not None:
-                engine.halt()
-            self._end_ingresses()  # after the engine: what it ended at its stop is still delivered
-            if engine is not None:
-                engine.stop()
-        return 1
+            engine.kill()
+            # After the engine: what it ended at its stop is still delivered. Without the lock: they see that none is coming any more.
+            discard_regions(lock)
+            lock.release()
+            self._end_ingresses()
+        return 1 if engine.phase == Phase.FAILED else 0
 
-    def _serve(self, engine: Engine) -> int:
-        self._ingresses = ingress_slots(self._config)
+    def _serve(self, engine: EngineSlot) -> None:
         while self._num_signals == 0:
-            engine.check()
-            for slot in self._ingresses:
-                slot.look()
+            phase = engine.look()
+            if phase in (Phase.ENDED, Phase.FAILED):
+                return
+            if phase == Phase.RUNNING:
+                self._ingresses = self._ingresses or ingress_slots(self._config)
+                for slot in self._ingresses:
+                    slot.look()
             time.sleep(WATCH_PERIOD_S)
         self._shut_down(engine)
-        return 0
 
-    def _shut_down(self, engine: Engine) -> None:
-        status = engine.status()
-        num_requests = status["num_running"] + status["num_waiting"] + status["num_finishing"]
-        timeout_s = self._config.drain_timeout_s
-        _log.info("draining: %d requests have %g s to finish; another signal stops at once", num_requests, timeout_s)
+    def _shut_down(self, engine: EngineSlot) -> None:
+        """Until the engine has ended. One that faults meanwhile is started again for what the ingresses have not finished."""
+        deadline = time.monotonic() + self._config.drain_timeout_s
         for slot in self._ingresses:  # from now on they refuse requests themselves, and end when theirs are delivered
             slot.ask_to_end()
-        if engine.drain(timeout_s, should_give_up=lambda: self._num_signals > 1):
-            _log.info("drained")
+        if not engine.is_recovering:
+            engine.ask_to_end()
         else:
-            _log.warning("requests were still running when the drain ended; they finish with reason `draining`")
+            _log.info("draining while the engine is started again: requests have %g s", self._config.drain_timeout_s)
+        num_signals = 1
+        while engine.look() not in (Phase.ENDED, Phase.FAILED):
+            if self._num_signals > num_signals:
+                num_signals = self._num_signals
+                engine.ask_to_end()
+            is_over = time.monotonic() > deadline or not any(slot.child.is_alive() for slot in self._ingresses)
+            if is_over and not engine.is_ending:
+                engine.ask_to_end()
+            time.sleep(WATCH_PERIOD_S)
 
     def _end_ingresses(self) -> None:
         slots, self._ingresses = self._ingresses, []
-        deadline = time.monotonic() + INGRESS_FLUSH_S
+        deadline = time.monotonic() + INGRESS_FLUSH_S + CANCEL_GRACE_S
         for slot in slots:
             if slot.child.wait(max(0.0, deadline - time.monotonic())):
                 continue
-            _log.warning("ingress %d did not end within %g s and is killed", slot.idx, INGRESS_FLUSH_S)
+            _log.warning("ingress %d did not end within %g s and is killed", slot.idx, INGRESS_FLUSH_S + CANCEL_GRACE_S)
             slot.child.send_signal(signal.SIGKILL)
             slot.child.wait()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._num_signals += 1
-        if self._is_starting:
-            raise StartInterrupted
 
 
 def ingress_slots(config: Config) -> list[IngressSlot]:

@@ -1,7 +1,7 @@
 """Sees that the device lives: its process or kernel, its heartbeat, its fault record; and puts what it sees into words.
 
     watchdog = Watchdog(engine_page, device, stall_timeout_s=5)
-    report = watchdog.check()      # several times a second; None while all is well
+    verdict = watchdog.check()     # several times a second; None while all is well
 
 The host only looks. A device that is slow, or a host that was stopped for an hour (SIGSTOP), is no fault: only time in which
 the watchdog itself was looking counts. Called by host/engine.py. Test: pytest tests/host/test_faults.py tests/null/test_watchdog.py
@@ -9,17 +9,19 @@ the watchdog itself was looking counts. Called by host/engine.py. Test: pytest t
 
 from __future__ import annotations
 
+import enum
 import functools
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import blinkimp
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import Region
-from blinkimp.ring_abi import EngineState, FaultCode
+from blinkimp.ring_abi import EngineState, FaultCode, OpKind
 
 MAX_LOOK_GAP_S: Final = 0.5  # a longer gap between two looks counts as this much: the host itself stood still
 
@@ -28,6 +30,24 @@ _FAULT_MEANINGS: Final = {
     FaultCode.INTEGRITY: "an integrity check failed",
     FaultCode.BAD_PROGRAM: "an op that the interpreter does not know",
 }
+
+
+class Symptom(enum.StrEnum):
+    """How a fault shows."""
+
+    FAULT_RECORD = "fault_record"  # the device says so itself
+    HEARTBEAT_STALL = "heartbeat_stall"  # it hangs
+    DEVICE_DEATH = "device_death"  # its process has ended, or its kernel has left, without a word
+    CUDA_ERROR = "cuda_error"  # the driver says so: the context is lost, and the process that owns it with it
+    HOST_DEATH = "host_death"  # the engine's own process has ended (host/engine_slot.py sees that)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong, and in words for the operator."""
+
+    symptom: Symptom
+    text: str
 
 
 class WatchedDevice(Protocol):
@@ -46,6 +66,11 @@ def fault_site_names() -> dict[int, str]:
     return {int(number): name for name, number in sites}
 
 
+def state_name(state: int) -> str:
+    """Of a word that a broken device may have written."""
+    return {one.value: one.name for one in EngineState}.get(state, f"unknown ({state})")
+
+
 def describe_fault(record: Any) -> str:
     """A FaultRecord (one numpy record) in words."""
     code, site = int(record["code"]), int(record["site"])
@@ -57,9 +82,18 @@ def describe_fault(record: Any) -> str:
     site_name = fault_site_names().get(site, "unknown site")
     return (
         f"{meaning} at {site_name} (site {site}), block {int(record['block_idx'])} thread {int(record['thread_idx'])}, "
-        f"step {int(record['step'])}: expected {int(record['expected']):#x}, seen {int(record['seen']):#x}, "
+        f"step {int(record['step'])}{op_words(record)}: expected {int(record['expected']):#x}, seen {int(record['seen']):#x}, "
         f"device time {int(record['device_ns'])} ns"
     )
+
+
+def op_words(record: Any) -> str:
+    """Which op of the program it was, where the site tells."""
+    if fault_site_names().get(int(record["site"])) != "kSiteEmulatedOp":
+        return ""
+    kinds = {one.value: one.name for one in OpKind}
+    op_idx, kind = int(record["expected"]), int(record["seen"])
+    return f", op {op_idx} ({kinds.get(kind, f'unknown kind {kind}')})"
 
 
 class Watchdog:
@@ -80,21 +114,26 @@ class Watchdog:
         self._looked_at = clock()
         self._stalled_s = 0.0
 
-    def check(self) -> str | None:
-        """What is wrong, for the operator, or None."""
+    def check(self) -> Verdict | None:
+        """What is wrong, or None. The first of fault record, death and stall: it is the best explanation."""
         status = self._page["status"][0]
         state = int(status["state"])
         # A record is whole once its code is not 0: the device writes the code last, in release order.
         if state == EngineState.FAULTED or int(self._page["fault"]["code"][0]):
-            return f"the device reported a fault: {describe_fault(self._page['fault'][0])}; restart the engine and report this line"
+            text = f"the device reported a fault: {describe_fault(self._page['fault'][0])}"
+            return Verdict(Symptom.FAULT_RECORD, text)
         if not self._device.is_alive():
             if state == EngineState.STOPPED:
                 return None
             reason = self._device.fault() or "the device ended without a word"
-            return f"{reason}; the last state was {EngineState(state).name}, step {int(status['step'])}; restart the engine"
+            symptom = Symptom.CUDA_ERROR if "CUDA_ERROR_" in reason else Symptom.DEVICE_DEATH
+            return Verdict(
+                symptom,
+                f"{reason}; the last state was {state_name(state)}, step {int(status['step'])}",
+            )
         return self._check_heartbeat(int(status["heartbeat"]), state, int(status["step"]))
 
-    def _check_heartbeat(self, heartbeat: int, state: int, step: int) -> str | None:
+    def _check_heartbeat(self, heartbeat: int, state: int, step: int) -> Verdict | None:
         now = self._clock()
         gap_s, self._looked_at = min(now - self._looked_at, MAX_LOOK_GAP_S), now
         if heartbeat != self._heartbeat or state in (EngineState.STOPPED, EngineState.PARKED):
@@ -103,8 +142,8 @@ class Watchdog:
         self._stalled_s += gap_s
         if self._stalled_s < self._stall_timeout_s:
             return None
-        return (
+        return Verdict(
+            Symptom.HEARTBEAT_STALL,
             f"the device's heartbeat stands at {heartbeat} for {self._stalled_s:.1f} s, expected a change within "
-            f"{self._stall_timeout_s:g} s; state {EngineState(state).name}, step {step}: it hangs without a fault record; "
-            "restart the engine"
+            f"{self._stall_timeout_s:g} s; state {state_name(state)}, step {step}: it hangs without a fault record",
         )

@@ -7,9 +7,11 @@ Problem   The director drops an ingress that it takes for dead, and an engine ma
 Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
           again, with the output it already has at the end of its prompt.
 Hazard    A FINISH may be lost with the epoch while its last token was read: reason_to_stop() finds that before a resubmission.
+Hazard    A request that no engine survives must not be submitted for ever: crash_suspects.py.
 
 Invariants
-I1  A request is in exactly one place: waiting (in order), on the ring (_on_ring has its ring_id), or ended.
+I1  A request is in exactly one place: waiting (in order; behind other suspects or for a constraint slot too), on the ring (_on_ring has its
+    ring_id), or ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
     ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
@@ -23,8 +25,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from blinkimp import ring_abi as abi
-from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.host.shared_memory import SharedMemoryError, engine_is_alive
 from blinkimp.nic_shim.constraint_slots import ConstraintSlots
+from blinkimp.nic_shim.crash_suspects import CrashSuspects
 from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.ingress_trace import open_ingress_trace_writer
 from blinkimp.nic_shim.live_request import LiveRequest
@@ -48,6 +51,8 @@ class LinkCounters:
     arena_full: int = 0
     stray_completions: int = 0  # I2
     broken_sequences: int = 0  # I3
+    engine_losses: int = 0  # another engine took the place of one that had not stopped in order
+    crash_failures: int = 0  # requests that failed because engines crashed with them
     tokens: int = 0
 
 
@@ -79,6 +84,9 @@ class EngineLink:
         self._retry_at = 0.0
         self._reopen_at = 0.0
         self._lost_since: float | None = None
+        self._suspects = CrashSuspects()
+        self.is_ending = False  # set by the ingress, any thread: no engine is waited for that nobody starts
+        self._was_orphaned = self._no_engine_comes = False
 
     # ---- Attach ----------------------------------------------------------------------------------------------------
     def attach(self, timeout_s: float) -> None:
@@ -101,7 +109,7 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
-        return len(self._waiting) + len(self._blocked) + len(self._on_ring)
+        return len(self._waiting) + len(self._blocked) + len(self._suspects) + len(self._on_ring)
 
     @property
     def has_work(self) -> bool:
@@ -123,17 +131,23 @@ class EngineLink:
         request.cancelled = True
         if request.end is not None:
             return
-        if request.ring_id in self._on_ring:
+        if request.ring_id not in self._on_ring:
+            if self._stops_waiting(request):
+                request.finish(abi.FINISH_CANCELLED)
+        elif self._lost_since is not None:  # nobody is there to say FINISH
+            self._end_unheard(request, abi.FINISH_CANCELLED)
+        else:
             self._cancels.append(request.ring_id)
-        elif request in self._waiting or request in self._blocked:
-            (self._waiting if request in self._waiting else self._blocked).remove(request)
-            request.finish(abi.FINISH_CANCELLED)
         if self.trace is not None:
             self.trace.cancelled(request)
 
     def pump(self) -> list[LiveRequest]:
         """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
         ended: list[LiveRequest] = []
+        if self._lost_since is not None:  # a dead engine's ring takes nothing that would be run
+            return ended
+        if self._suspects and (suspect := self._suspects.next()) is not None:
+            self._waiting.appendleft(suspect)
         while self._attached and self._cancels:
             ring_id = self._cancels[0]
             runs = ring_id in self._on_ring or ring_id in self._abandoned
@@ -142,6 +156,9 @@ class EngineLink:
             self._cancels.popleft()
         while self._attached and self._waiting:
             request = self._waiting[0]
+            if request.num_crashes and self._suspects.hold(request):
+                self._waiting.popleft()
+                continue
             slot = None
             if request.constraint is not None:
                 if self.slots.is_blocked(self.port, request.constraint):
@@ -291,18 +308,51 @@ class EngineLink:
         if self._attached and self.port.state != PortStatus.OK:
             self._attached = False
         ended = [] if self._attached else self._attach_again(now)
+        is_lost = not self._attached or self.watch.is_lost
+        self._lost_since = (self._lost_since or now) if is_lost else None
+        # A parked engine would not be heard dying; what waits behind other suspects has nobody else to watch over its time.
+        if now >= self._reopen_at and (is_lost or self._suspects or self.watch.state == abi.EngineState.PARKED):
+            ended += self._look_around(now)
+        if self._lost_since is not None and (now - self._lost_since > self.loss_timeout_s or self._no_engine_comes):
+            ended += self._give_up(now - self._lost_since)
         if self.trace is not None:
             self.trace.drained(ended, self.num_live)
-        if self._attached and not self.watch.is_lost:
-            self._lost_since = None
-            return ended
-        self._lost_since = self._lost_since or now
-        self._look_for_new_engine(now)
-        if now - self._lost_since > self.loss_timeout_s:
-            ended += self._give_up(now - self._lost_since)
-            if self.trace is not None:
-                self.trace.drained(ended, self.num_live)
         return ended
+
+    def _look_around(self, now: float) -> list[LiveRequest]:
+        """Several times a second while no engine answers."""
+        self._reopen_at = now + REOPEN_PERIOD_S
+        overdue = [request for request in self._unfinished() if request.is_overdue()]
+        for request in overdue:  # where an engine runs, it watches over their time
+            self._end_unheard(request, abi.FINISH_TIMEOUT)
+        # Only at the second look: what an engine said last was read in between.
+        is_orphaned = self.is_ending and not engine_is_alive(self.engine_name)
+        self._no_engine_comes, self._was_orphaned = is_orphaned and self._was_orphaned, is_orphaned
+        return overdue + self._look_for_new_engine()
+
+    def _unfinished(self) -> list[LiveRequest]:
+        return [*self._on_ring.values(), *self._waiting, *self._blocked, *self._suspects]
+
+    def _stops_waiting(self, request: LiveRequest) -> bool:
+        """Takes it from wherever it waits."""
+        places: tuple[deque[LiveRequest] | list[LiveRequest] | CrashSuspects, ...]
+        places = (self._waiting, self._blocked, self._suspects)
+        for place in places:
+            if request in place:
+                place.remove(request)
+                return True
+        return False
+
+    def _end_unheard(self, request: LiveRequest, reason: int) -> None:
+        """Ends a request without the engine, which is told if it comes back (I2)."""
+        if request.ring_id in self._on_ring:
+            del self._on_ring[request.ring_id]
+            self._abandoned.add(request.ring_id)
+            self._cancels.append(request.ring_id)
+        else:
+            self._stops_waiting(request)
+        request.drop_partial()
+        request.finish(request.reason_to_stop(self.eos_ids) or reason)
 
     def _attach_again(self, now: float) -> list[LiveRequest]:
         if self._asked:
@@ -318,18 +368,23 @@ class EngineLink:
             self._asked = self.port.try_attach() == PortStatus.OK
         return []
 
-    def _look_for_new_engine(self, now: float) -> None:
-        """An engine started anew has new regions under the old names: take its queue pair in place of ours."""
-        if now < self._reopen_at:
-            return
-        self._reopen_at = now + REOPEN_PERIOD_S
+    def _look_for_new_engine(self) -> list[LiveRequest]:
+        """An engine started anew has new regions under the old names: take its queue pair in place of ours. Returns requests that it
+        must not be given (crash_suspects.py)."""
         try:
             port = QueuePairPort.open(self.engine_name, self.queue_pair_idx)
         except (SharedMemoryError, QueuePairError):
-            return
+            return []
+        last_state, last = self.watch.state, self.watch.counters()
         if port.engine_id == self.port.engine_id or not self.watch.reopen():
             port.close()
-            return
+            return []
+        guilty = []
+        if last_state != abi.EngineState.STOPPED:
+            self.counters.engine_losses += 1
+            guilty = self._suspects.note_crash(
+                self._on_ring.values(), last.get("num_running", 0) + last.get("num_waiting", 0)
+            )
         self.port.close()
         self.port = port
         self.metrics.reopen()
@@ -338,6 +393,17 @@ class EngineLink:
         self.trace = open_ingress_trace_writer(self.engine_name, self.queue_pair_idx)
         self.port.start_heartbeat(lease_s=LEASE_S)
         self._attached = self._asked = False
+        for request in guilty:
+            del self._on_ring[request.ring_id]
+            self.counters.crash_failures += 1
+            request.fail(
+                "engine_error",
+                "the engine crashed each time it ran this request",
+                f"{request.num_crashes} crashes, the last at output token {request.crash_position}",
+                "an answer",
+                "do not submit it again as it is; report it with the fault file that the server's log names",
+            )
+        return guilty
 
     def _resubmit(self) -> list[LiveRequest]:
         """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
@@ -361,7 +427,8 @@ class EngineLink:
         return ended
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
-        ended = [*self._on_ring.values(), *self._waiting, *self._blocked]
+        ended = self._unfinished()
+        self._suspects.release()
         self._on_ring.clear()
         self._waiting.clear()
         self._blocked.clear()

@@ -49,7 +49,7 @@ class EngineWatch:
     def look(self) -> None:
         """Notes whether the heart has beaten. To be called several times a second."""
         heartbeat = int(self._page["status"]["heartbeat"]) if self._page is not None else self._heartbeat
-        if heartbeat != self._heartbeat:
+        if heartbeat != self._heartbeat or self.state == abi.EngineState.PARKED:  # a parked heart need not beat
             self._heartbeat = heartbeat
             self._heartbeat_changed_at = time.monotonic()
 
@@ -73,6 +73,11 @@ class EngineWatch:
             abi.EngineState.STOPPED,
             abi.EngineState.FAULTED,
         )
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines of this name that faulted before this one, under the same supervisor."""
+        return int(self._page["header"]["num_restarts"]) if self._page is not None else 0
 
     def counters(self) -> dict[str, int]:
         """StatusLines, by name."""

@@ -201,7 +201,7 @@ class HttpIngress:
     def _on_signal(self) -> None:
         self._num_signals += 1
         if self._num_signals == 1:
-            self._api.is_draining = True
+            self._api.is_draining = self._link.is_ending = True
             self._drainer = asyncio.get_running_loop().create_task(self._drain())
         else:
             self._server.should_exit = self._server.force_exit = True

@@ -59,6 +59,9 @@ class LiveRequest:
         # ---- In the engine (nic_shim/engine_link.py)
         self.ring_id = 0  # request_id on the ring, another for each submission; 0 = not on the ring
         self.num_resumed = 0  # output tokens that the current submission carries in its prompt
+        self.num_crashes = 0  # nic_shim/crash_suspects.py, as the next two
+        self.num_crashes_alone = 0
+        self.crash_position = 0  # output tokens at the last crash
         # ---- Output
         self.output_ids = array("I", submit.delivered_ids)
         self.num_sent = len(submit.delivered_ids)
@@ -143,6 +146,9 @@ class LiveRequest:
         if self.timeout_s is None:
             return 0
         return max(1, int(self.timeout_s * 1e9) - (time.monotonic_ns() - self.received_ns))
+
+    def is_overdue(self) -> bool:
+        return self.timeout_s is not None and time.monotonic_ns() - self.received_ns > self.timeout_s * 1e9
 
     def reason_to_stop(self, eos_ids: frozenset[int]) -> int:
         """The FinishReason that the tokens so far call for, or 0: a FINISH may have been lost with an engine."""

@@ -209,7 +209,7 @@ class ZmqIngress:
 
     def _is_drained(self, now: float, deadline: float) -> bool:
         if not self.handler.is_draining:
-            self.handler.is_draining = True
+            self.handler.is_draining = self.link.is_ending = True
             log.info("draining: %d unfinished requests", self.sessions.num_requests)
         if self.sessions.is_idle and not self.link.has_work:
             return True

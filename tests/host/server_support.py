@@ -6,6 +6,7 @@ Test: pytest tests/host/test_server.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -75,6 +76,15 @@ class ServerProcess:
             record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
         return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
 
+    @property
+    def pids(self) -> dict[int, str]:
+        """Process ids of everything below the supervisor, with their command lines."""
+        return tree_of(self.process.pid)
+
+    def pid_of(self, module: str) -> int:
+        """The process that runs blinkimp.<module>; 0 where there is none."""
+        return next((pid for pid, command in self.pids.items() if f"blinkimp.{module}" in command), 0)
+
     def ingress_pid(self, idx: int) -> int:
         """The process that owns queue pair idx."""
         with open_queue_pair(self.config.engine_name, idx) as region:
@@ -105,6 +115,17 @@ class ServerProcess:
         self.process.stderr.close()
         for path in SHM_DIR.glob(f"blinkimp.{self.config.engine_name}.*"):
             path.unlink()  # of a server that was killed
+
+
+def tree_of(pid: int) -> dict[int, str]:
+    """Command lines of a process's descendants, itself not included; of those that end meanwhile, perhaps."""
+    found: dict[int, str] = {}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                found |= tree_of(child)
+    return found
 
 
 class Streams:
@@ -156,15 +177,19 @@ def streams_through_an_ingress_finish_while_the_supervisor_is_stopped(
     with ServerProcess(folder, **options) as server:
         streams = Streams(server.endpoints[0], num_streams, max_tokens)
         streams.wait_begun()
-        os.kill(server.process.pid, signal.SIGSTOP)
+        hosts = (server.process.pid, server.pid_of("host.engine_process"))
+        for pid in hosts:
+            os.kill(pid, signal.SIGSTOP)
         results = streams.join()
-        assert process_state(server.process.pid) == "T", "the supervisor ran in between"
+        assert [process_state(pid) for pid in hosts] == ["T", "T"], "supervisor or engine host ran in between"
         assert len(results) == num_streams
         assert all(len(tokens) == max_tokens and reason == "length" for tokens, reason in results)
         assert len({tuple(tokens) for tokens, _ in results}) == 1, "one prompt, greedy: one answer"
-        os.kill(server.process.pid, signal.SIGCONT)
+        for pid in hosts:
+            os.kill(pid, signal.SIGCONT)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
+        assert not any("fault" in line for line in server.log), "standing still is no fault"
 
 
 def sigterm_finishes_running_streams_and_refuses_new_ones(

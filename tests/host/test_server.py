@@ -20,11 +20,6 @@ from tests.host.server_support import (
 )
 
 
-def child_pids(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 def test_32_streams_through_an_ingress_finish_while_the_supervisor_is_stopped(tmp_path: Path) -> None:
     streams_through_an_ingress_finish_while_the_supervisor_is_stopped(tmp_path, 32, 48)
 
@@ -77,7 +72,7 @@ def test_signal_during_loading_ends_the_server_at_once(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path, **shape, num_key_value_heads=4, head_dim=128, config_only=True)
     with ServerProcess(tmp_path, tmp_path, load_format="dummy", wait=False) as server:
         server.wait_for_log("emulated device")
-        wait_for(lambda: len(child_pids(server.process.pid)) == 1, 10, "the device loads")
+        wait_for(lambda: server.pid_of("host.emulated_process"), 10, "the device loads")
         begin = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
@@ -95,21 +90,20 @@ def test_broken_checkpoint_ends_the_server_with_what_is_wrong(tmp_path: Path) ->
         assert "could not start" in log and "model.safetensors" in log and "Traceback" not in log
 
 
-def test_killed_device_ends_the_server_with_a_clear_error(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path) as server:
-        pids = child_pids(server.process.pid)
-        device_pid = next(pid for pid in pids if "emulated_process" in Path(f"/proc/{pid}/cmdline").read_text())
-        os.kill(device_pid, signal.SIGKILL)
+def test_killed_device_ends_a_server_without_restarts_with_a_clear_error(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, max_restarts=0, cache_dir=str(tmp_path)) as server:
+        os.kill(server.pid_of("host.emulated_process"), signal.SIGKILL)
         assert server.wait(30) == 1
         log = "".join(server.log)
-        assert "emulated device" in log and "SIGKILL" in log and "restart the engine" in log
+        assert "emulated device" in log and "SIGKILL" in log and "max_restarts is 0" in log and "dmesg" in log
+        assert len(list((tmp_path / "faults").glob("*.json"))) == 1
         assert not engine_is_alive(server.config.engine_name)
 
 
 def test_killed_supervisor_takes_its_tree_with_it(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, num_ingress=2) as server:
-        pids = child_pids(server.process.pid)
-        assert len(pids) == 3, "device and two ingresses"
+        pids = list(server.pids)
+        assert len(pids) == 4, "engine host, device and two ingresses"
         server.process.kill()
         server.wait(10)
         wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), 5, "all of the tree are gone")

@@ -10,7 +10,7 @@ import pytest
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
-from blinkimp.host.watchdog import Watchdog, describe_fault, fault_site_names
+from blinkimp.host.watchdog import Symptom, Verdict, Watchdog, describe_fault, fault_site_names
 
 
 class FakeDevice:
@@ -45,13 +45,13 @@ class Bench:
     def beat(self) -> None:
         self.page["status"]["heartbeat"] += 1
 
-    def look_for(self, duration_s: float, *, beating: bool) -> str | None:
+    def look_for(self, duration_s: float, *, beating: bool) -> Verdict | None:
         for _ in range(round(duration_s / 0.1)):
             self.clock.now += 0.1
             if beating:
                 self.beat()
-            if report := self.watchdog.check():
-                return report
+            if verdict := self.watchdog.check():
+                return verdict
         return None
 
 
@@ -75,8 +75,9 @@ def test_beating_heart_is_well(bench: Bench) -> None:
 def test_heart_that_stands_still_is_reported_after_the_timeout(bench: Bench) -> None:
     bench.look_for(1, beating=True)
     assert bench.look_for(1.8, beating=False) is None
-    report = bench.look_for(1.0, beating=False)
-    assert report is not None and "heartbeat stands" in report and "RUNNING" in report
+    verdict = bench.look_for(1.0, beating=False)
+    assert verdict is not None and verdict.symptom == Symptom.HEARTBEAT_STALL
+    assert "heartbeat stands" in verdict.text and "RUNNING" in verdict.text
 
 
 def test_host_that_was_stopped_for_an_hour_blames_nobody(bench: Bench) -> None:
@@ -92,10 +93,10 @@ def test_fault_record_is_decoded_with_the_name_of_its_site(bench: Bench) -> None
     fault = bench.page["fault"]
     fault["site"], fault["expected"], fault["seen"], fault["step"] = site, 0x10, 0x11, 42
     fault["code"] = abi.FaultCode.INTEGRITY
-    report = bench.watchdog.check()
-    assert report is not None
+    verdict = bench.watchdog.check()
+    assert verdict is not None and verdict.symptom == Symptom.FAULT_RECORD
     for part in ("INTEGRITY", name, "expected 0x10", "seen 0x11", "step 42"):
-        assert part in report
+        assert part in verdict.text
 
 
 def test_unknown_codes_and_sites_are_shown_as_numbers(bench: Bench) -> None:
@@ -112,8 +113,35 @@ def test_fault_sites_are_those_of_the_header() -> None:
 
 def test_dead_device_is_reported_with_its_reason(bench: Bench) -> None:
     bench.device.alive, bench.device.reason = False, "emulated device (process 7) was killed by SIGKILL"
-    report = bench.watchdog.check()
-    assert report is not None and "killed by SIGKILL" in report and "RUNNING" in report
+    verdict = bench.watchdog.check()
+    assert verdict is not None and verdict.symptom == Symptom.DEVICE_DEATH
+    assert "killed by SIGKILL" in verdict.text and "RUNNING" in verdict.text
+
+
+def test_lost_context_is_told_from_a_dead_process(bench: Bench) -> None:
+    bench.device.alive, bench.device.reason = (
+        False,
+        "cuStreamQuery: got CUDA_ERROR_LAUNCH_FAILED, expected CUDA_SUCCESS",
+    )
+    verdict = bench.watchdog.check()
+    assert verdict is not None and verdict.symptom == Symptom.CUDA_ERROR and "LAUNCH_FAILED" in verdict.text
+
+
+def test_record_of_a_fault_explains_more_than_the_death_it_led_to(bench: Bench) -> None:
+    bench.page["fault"]["code"], bench.page["fault"]["site"] = abi.FaultCode.SPIN_EXPIRED, 100
+    bench.device.alive, bench.device.reason = (
+        False,
+        "cuStreamQuery: got CUDA_ERROR_LAUNCH_FAILED, expected CUDA_SUCCESS",
+    )
+    verdict = bench.watchdog.check()
+    assert verdict is not None and verdict.symptom == Symptom.FAULT_RECORD and "kSiteGridBarrier" in verdict.text
+
+
+def test_state_word_of_a_broken_device_harms_nobody(bench: Bench) -> None:
+    bench.page["status"]["state"] = 99
+    bench.device.alive = False
+    verdict = bench.watchdog.check()
+    assert verdict is not None and "unknown (99)" in verdict.text
 
 
 def test_device_that_stopped_in_order_is_no_fault(bench: Bench) -> None:
