@@ -1,4 +1,4 @@
-"""`blinkimp lab`: sweeps over loads, interference on the host's CPU, and reports of both.
+"""`blinkimp lab`: sweeps over loads, interference on the host's CPU, reports of both, and the evidence (cli/evidence.py).
 
 Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_lab_sweep.py tests/host/test_lab_interference.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.cli.bench import add_target_flags, target_of
+from blinkimp.cli.evidence import add_evidence_parser, run_evidence_part
 from blinkimp.cli.options import new_parser
 
 IDLE_S: Final = 2.0  # how long an idle GPU's power is looked at
@@ -21,6 +22,7 @@ examples:
   blinkimp lab interference --folder results/noise --loads r8:512x128 c16:1k1k --threads 16,32,64 --reserved-cpus 2 \\
       --engine persistent tcp://127.0.0.1:5601 'blinkimp serve --model ~/llama --bind tcp://127.0.0.1:5601' \\
       --engine vllm http://127.0.0.1:8000 'python3 -m vllm.entrypoints.cli.main serve ~/llama --port 8000'
+  blinkimp lab evidence --resume evidence --plan                                    the whole comparison; lab evidence --help
   blinkimp lab report --folder results/sweep results/noise --out report.html        one file, opens offline; report.md: Markdown and SVG
 
 what happens: every cell (a load on an engine, with or without interference) is measured by the client of `blinkimp bench` and written to the
@@ -42,7 +44,9 @@ def words(text: str) -> list[str]:
 
 
 def add_parser(subparsers: Any, summary: str) -> None:
-    parser = new_parser(subparsers, "lab", summary, EPILOG, usage="(sweep | interference | report) [options]")
+    parser = new_parser(
+        subparsers, "lab", summary, EPILOG, usage="(sweep | interference | evidence | report) [options]"
+    )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp lab")
     sweep = parts.add_parser("sweep", help="throughput and latency over concurrency and rates")
     add_target_flags(sweep)
@@ -71,11 +75,14 @@ def add_parser(subparsers: Any, summary: str) -> None:
         "--intensities", type=numbers, help="threads per contested CPU (default 0.5,1,2; none with --threads)"
     )
     noise.add_argument("--threads", type=whole_numbers, default=[], help="threads outright")
-    noise.add_argument("--placements", type=words, default=["reserved"], help="reserved, sharing, or both")
+    noise.add_argument(
+        "--placements", type=words, default=["reserved", "sharing"], help="reserved, sharing, or both (default)"
+    )
     noise.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress (default 2)")
     noise.add_argument("--duration", type=float, default=30.0, metavar="S", help="of each load")
     noise.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each load, not counted")
     noise.add_argument("--start-timeout", type=float, default=600.0, metavar="S", help="until an engine must answer")
+    add_evidence_parser(parts, numbers, whole_numbers, words)
     report = parts.add_parser("report", help="tables and plots of what was measured")
     for part in (sweep, noise):
         part.add_argument(
@@ -101,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.cli.terminal import set_up_logging
 
     set_up_logging("warning")
+    if options.part == "evidence":
+        return run_evidence_part(options)
     if options.part == "report":
         from blinkimp.lab.report import write_report
         from blinkimp.lab.store import Store

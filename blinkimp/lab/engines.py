@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -62,6 +63,7 @@ class EngineSpec:
     name: str
     address: str
     command: str | None = None
+    vocab_size: int | None = None  # of prompts, where the server does not tell
 
     @classmethod
     def of(cls, words: Sequence[str]) -> EngineSpec:
@@ -70,7 +72,7 @@ class EngineSpec:
                 f"engine: got {list(words)}, expected NAME ADDRESS [COMMAND], such as persistent tcp://127.0.0.1:5601 "
                 "'blinkimp serve --bind tcp://127.0.0.1:5601'"
             )
-        return cls(*words)
+        return cls(words[0], words[1], words[2] if len(words) == 3 else None)
 
     def target(self, *, num_gpus: int = 1, vocab_size: int | None = None) -> Target:
         is_http = self.address.startswith("http")
@@ -78,26 +80,30 @@ class EngineSpec:
             connect=None if is_http else self.address,
             url=self.address if is_http else None,
             num_gpus=num_gpus,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size or self.vocab_size,
             label=self.name,
         )
 
 
 class RunningEngine:
-    """Up while inside `with`."""
+    """Up while inside `with`. log: a file for what it says, which goes to this process's output otherwise."""
 
-    def __init__(self, spec: EngineSpec, timeout_s: float) -> None:
-        self.spec, self._timeout_s = spec, timeout_s
+    def __init__(self, spec: EngineSpec, timeout_s: float, log: Path | None = None) -> None:
+        self.spec, self._timeout_s, self._log = spec, timeout_s, log
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         if self.spec.command is not None:
-            try:
-                self._process = subprocess.Popen(shlex.split(self.spec.command), start_new_session=True)
-            except OSError as error:
-                raise LoadError(
-                    f"engine {self.spec.name}: {error}; expected a command that can be run; check it"
-                ) from error
+            with contextlib.ExitStack() as stack:
+                output = None if self._log is None else stack.enter_context(self._log.open("ab"))
+                try:
+                    self._process = subprocess.Popen(
+                        shlex.split(self.spec.command), start_new_session=True, stdout=output, stderr=output
+                    )
+                except OSError as error:
+                    raise LoadError(
+                        f"engine {self.spec.name}: {error}; expected a command that can be run; check it"
+                    ) from error
         try:
             self._wait_until_it_answers()
         except BaseException:
@@ -109,6 +115,15 @@ class RunningEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that was started, which leads a process group of its own."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     @property
     def processes(self) -> dict[int, str]:
@@ -127,10 +142,10 @@ class RunningEngine:
                 asyncio.run(probe(self.spec.target()))
                 return
             except LoadError as error:
-                if self._process is not None and self._process.poll() is not None:
+                if self._process is not None and self.has_ended:
                     raise LoadError(
                         f"engine {self.spec.name}: its command ended with status {self._process.returncode}, expected it to serve; "
-                        "its messages stand above"
+                        f"its messages stand {'above' if self._log is None else f'in {self._log}'}"
                     ) from error
                 if time.monotonic() > deadline:
                     raise LoadError(

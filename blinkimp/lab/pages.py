@@ -1,6 +1,6 @@
 """Sections of a lab report, and the two pages that are made of them: an HTML file that opens offline, and Markdown with its plots beside it.
 
-Called by blinkimp/lab/report.py and interference_report.py. Test: pytest tests/null/test_lab_report.py
+Called by blinkimp/lab/report.py, interference_report.py and evidence_report.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ th:first-child, td:first-child { text-align: left }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, plots, and a table under them."""
+    """A heading, words, plots, and a table under them (none without headings)."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[object]]
     plots: Sequence[Plot] = field(default_factory=list)
+    words: Sequence[str] = ()  # paragraphs
 
 
 def text_of(value: object) -> str:
@@ -60,7 +61,9 @@ def _html_section(section: Section) -> str:
 
     plots = f'<div class="plots">{"".join(plot.svg for plot in section.plots)}</div>' if section.plots else ""
     rows = "".join(cells("td", row) for row in section.rows)
-    return f"<h2>{html.escape(section.title)}</h2>{plots}<table>{cells('th', section.headings)}{rows}</table>"
+    table = f"<table>{cells('th', section.headings)}{rows}</table>" if section.headings else ""
+    words = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in section.words)
+    return f"<h2>{html.escape(section.title)}</h2>{words}{plots}{table}"
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
@@ -70,11 +73,15 @@ def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
     lines = [f"# {title}"]
     for number, section in enumerate(sections, 1):
         lines += ["", f"## {section.title}", ""]
+        for paragraph in section.words:
+            lines += [paragraph, ""]
         for plot in section.plots:
             folder.mkdir(exist_ok=True)
             name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', plot.title.lower()).strip('-')}.svg"
             (folder / name).write_text(plot.svg + "\n")
             lines.append(f"![{plot.title}]({folder.name}/{name})")
+        if not section.headings:
+            continue
         rows = [section.headings, ["---"] * len(section.headings), *section.rows]
         lines += ["", *("| " + " | ".join(text_of(value).replace("|", "\\|") for value in row) + " |" for row in rows)]
     path.write_text("\n".join(lines) + "\n")

@@ -2,7 +2,7 @@
 
     store = Store(folder); if store.get(key) is None: store.put(key, measure())
 
-A file is written whole or not at all. Called by blinkimp/lab/sweep.py, interference.py and report.py. Test: pytest tests/null/test_lab.py
+A file is written whole or not at all. Called by the other modules of blinkimp/lab. Test: pytest tests/null/test_lab.py
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ class Store:
 
     def put(self, key: str, cell: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(cell, indent=1) + "\n")
-        temporary.replace(path)
+        write_json(self._path(key), cell)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Every cell that is there, by key."""
@@ -47,6 +44,13 @@ class Store:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def key_of(*words: object) -> str:

@@ -1,0 +1,349 @@
+"""One command for the whole evidence: engines behind the same client, loads, interference, placements; in calls of limited length, resumable.
+
+    run_evidence(Setup(...), Path("evidence"), budget_s=540)        and the same again, until nothing is missing
+
+The folder holds grid.json (what is wanted), cells/ (a JSON each, written when measured), calls.json (machine, versions, starts of engines) and
+logs/ of the engines. Every engine serves a model of the same shape; ours over HTTP and over ZeroMQ at once, so that one start serves both.
+Order and estimates: evidence_plan.py; tables: evidence_report.py. Called by blinkimp/cli/evidence.py. Test: pytest tests/host/test_evidence.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import platform
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from blinkimp import __version__
+from blinkimp.bench.errors import LoadError
+from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.runner import Progress, run_load
+from blinkimp.host.power import PowerSource, idle_power_w
+from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine, placement_of
+from blinkimp.lab.evidence_plan import (
+    CLOSED_DRAIN_S,
+    OPEN_DRAIN_S,
+    EvidenceCell,
+    EvidenceGrid,
+    cells_of,
+    estimate_s,
+    next_action,
+)
+from blinkimp.lab.host_monitor import read_text, set_affinity
+from blinkimp.lab.interference import CellPlan, Grid, measure
+from blinkimp.lab.store import Store, write_json
+
+IDLE_S: Final = 2.0
+WARM_UP_S: Final = 4.0  # of load on a new engine, not counted: lazily made parts of it, and clocks
+WARM_UP_USERS: Final = 8
+QUIET_S: Final = 2.0  # after requests that were cut off, before the server is asked whether it is done with them
+QUIET_TIMEOUT_S: Final = 60.0
+MIN_DRAIN_S: Final = 5.0
+MIN_START_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a call needs besides the folder. Commands may hold {model}, {port} (HTTP) and {zmq_port}."""
+
+    grid: EvidenceGrid
+    commands: Mapping[str, str]  # by engine
+    model: str
+    vocab_size: int
+    source: PowerSource | None = None
+    commit: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the machine, for calls.json
+
+
+# ---- State in the folder ---------------------------------------------------------------------------------------------
+class Calls:
+    """calls.json: what each call ran on, and how long engines took to start; written after every change."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "calls.json"
+        self.all: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        self.all.append({**facts, "starts": [], "cells": []})
+        self._save()
+
+    def add_start(self, engine: str, seconds: float) -> None:
+        self.all[-1]["starts"].append({"engine": engine, "seconds": round(seconds, 1)})
+        self._save()
+
+    def add_cell(self, key: str, seconds: float) -> None:
+        self.all[-1]["cells"].append({"key": key, "seconds": round(seconds, 1)})
+        self._save()
+
+    def start_s(self, engine: str, default_s: float) -> float:
+        """The longest start seen on this machine, else a guess."""
+        here = [call for call in self.all if call["host"] == self.all[-1]["host"]] if self.all else []
+        seen = [start["seconds"] for call in here for start in call["starts"] if start["engine"] == engine]
+        return max(seen, default=default_s)
+
+    def _save(self) -> None:
+        write_json(self._path, self.all)
+
+
+def write_grid(folder: Path, grid: EvidenceGrid) -> None:
+    """Raises LoadError where the folder has cells of another grid: they would not be comparable."""
+    path, words = folder / "grid.json", json.loads(json.dumps(grid.to_json()))
+    if path.exists():
+        before = json.loads(path.read_text())
+        scenarios = ("open_scenario", "closed_scenario")
+        fixed = ("interference", "seconds", "warmup_s", "num_cpus", "num_reserved", "seed", *scenarios)
+        changed = [f"{name} {before[name]} -> {words[name]}" for name in fixed if before[name] != words[name]]
+        if changed:
+            raise LoadError(
+                f"{folder}: its cells were measured otherwise: {', '.join(changed)}; expected the same; give the same options, or another folder"
+            )
+        words = merged(before, words)
+    write_json(path, words)
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What has ever been wanted of a folder: a call for some engines or loads does not forget the others."""
+    names = {engine["name"] for engine in now["engines"]}
+    result = {**now, "engines": [e for e in before["engines"] if e["name"] not in names] + now["engines"]}
+    for name in ("rates", "users", "threads"):
+        result[name] = sorted({*before[name], *now[name]})
+    result["placements"] = list(dict.fromkeys([*before["placements"], *now["placements"]]))
+    return result
+
+
+def read_grid(folder: Path) -> EvidenceGrid:
+    try:
+        return EvidenceGrid.from_json(json.loads((folder / "grid.json").read_text()))
+    except OSError as error:
+        raise LoadError(
+            f"{folder}/grid.json: {error.strerror}; expected a folder of `blinkimp lab evidence`; check --resume"
+        ) from error
+
+
+def start_time(pid: int) -> str:
+    """Of a process, in ticks since boot; empty when it is gone. Tells it from a later one with its id."""
+    text = read_text(Path(f"/proc/{pid}/stat"))
+    return text.rpartition(")")[2].split()[19] if text else ""
+
+
+def end_leftover(folder: Path, say: Callable[[str], None]) -> None:
+    """An engine of a call that was killed still holds the GPU."""
+    path = folder / "engine.json"
+    if not path.exists():
+        return
+    left = json.loads(path.read_text())
+    if left["host"] == socket.gethostname() and left["started"] and start_time(left["pid"]) == left["started"]:
+        say(f"ending engine {left['engine']}, which a call before has left behind")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(left["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + QUIET_TIMEOUT_S
+        while start_time(left["pid"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    path.unlink()
+
+
+# ---- A call ----------------------------------------------------------------------------------------------------------
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Call:
+    """One call: engines come and go, cells are measured, until the budget or the cells are used up."""
+
+    def __init__(
+        self, setup: Setup, folder: Path, budget_s: float, say: Callable[[str], None], progress: Progress
+    ) -> None:
+        self.setup, self.grid, self.folder = setup, setup.grid, folder
+        self.store, self.calls = Store(folder / "cells"), Calls(folder)
+        self.num_failed = 0
+        self._deadline = time.monotonic() + budget_s
+        self._say, self._progress = say, progress
+        self._cpus = os.sched_getaffinity(0)
+        self._placements = {
+            name: placement_of(name, self.grid.num_reserved, self._cpus) for name in self.grid.placements
+        }
+        self._done: set[str] = set()  # of this call: a cell that fails is not tried twice in it
+        self._broken: set[str] = set()  # engines that did not start, or died, in this call
+        self._idle_w: float | None = None
+
+    @property
+    def left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def missing(self) -> list[EvidenceCell]:
+        return [
+            cell
+            for cell in cells_of(self.grid)
+            if cell.key not in self._done and cell.engine not in self._broken and self.store.get(cell.key) is None
+        ]
+
+    def run(self) -> None:
+        self._idle_w = idle_power_w(self.setup.source, IDLE_S)  # before any engine is there
+        begun = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "cpus": len(self._cpus),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "blinkimp": __version__,
+            "commit": self.setup.commit,
+            "gpu": None if self.setup.source is None else self.setup.source.name,
+            "driver": None if self.setup.source is None else self.setup.source.driver,
+            "idle_gpu_w": self._idle_w,
+            "commands": dict(self.setup.commands),
+            **self.setup.facts,
+        }
+        self.calls.begin(begun)
+        try:
+            while (engine := self._next(None).engine) is not None:
+                set_affinity(os.getpid(), self._cpus)  # an engine starts on all CPUs: loading is not what is measured
+                self._serve(engine)
+        finally:
+            set_affinity(os.getpid(), self._cpus)
+
+    def _next(self, running: str | None) -> Any:
+        return next_action(
+            self.missing(),
+            running,
+            self.left_s,
+            lambda cell: estimate_s(self.grid, cell),
+            lambda name: self.calls.start_s(name, self.grid.engine(name).start_s),
+        )
+
+    def _serve(self, name: str) -> None:
+        """One engine's life: start, warm up, cells."""
+        ports = {"{port}": str(free_port()), "{zmq_port}": str(free_port()), "{model}": self.setup.model}
+        command = self.setup.commands[name]
+        for word, value in ports.items():
+            command = command.replace(word, value)
+        addresses = {"http": f"http://127.0.0.1:{ports['{port}']}", "zmq": f"tcp://127.0.0.1:{ports['{zmq_port}']}"}
+        transports = self.grid.engine(name).transports
+        specs = {t: EngineSpec(name, addresses[t], command, self.setup.vocab_size) for t in transports}
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._say(f"{self.left_s:.0f} s left; starting {name}: {command}")
+        began = time.monotonic()
+        try:
+            with RunningEngine(specs[transports[0]], max(MIN_START_S, self.left_s), log) as running:
+                assert running.pid is not None
+                words = {"engine": name, "pid": running.pid, "started": start_time(running.pid)}
+                write_json(self.folder / "engine.json", {**words, "host": socket.gethostname()})
+                for spec in specs.values():
+                    self._warm_up(spec)
+                self.calls.add_start(name, time.monotonic() - began)
+                self._say(f"{name} is up after {time.monotonic() - began:.0f} s")
+                while (cell := self._next(name).cell) is not None:
+                    self._measure(cell, specs[cell.transport], running)
+                    if running.has_ended:
+                        raise LoadError(f"engine {name} has ended in the middle of it; its messages stand in {log}")
+        except LoadError as error:
+            self._broken.add(name)
+            self.num_failed += 1
+            self._say(f"{name}: {error}\n{tail(log)}")
+        finally:
+            (self.folder / "engine.json").unlink(missing_ok=True)
+
+    def _warm_up(self, spec: EngineSpec) -> None:
+        scenario = self.grid.open_scenario
+        options = LoadOptions(
+            concurrency=WARM_UP_USERS,
+            duration_s=min(WARM_UP_S, self.grid.seconds),
+            input_len=scenario.input_len,
+            output_len=scenario.output_len,
+            seed=self.grid.seed + 1,
+        )
+        asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S))
+
+    def _measure(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> None:
+        began = time.monotonic()
+        placement = self._placements[cell.placement]
+        running.pin(placement)
+        set_affinity(os.getpid(), set(placement.reserved))
+        self._progress("cells", len(cells_of(self.grid)) - len(self.missing()), len(cells_of(self.grid)))
+        drain_s = OPEN_DRAIN_S if cell.point.rate is not None else CLOSED_DRAIN_S
+        sending_s = self.grid.seconds + self.grid.warmup_s
+        plan = CellPlan(spec, placement, self.grid.interference if cell.threads else "none", cell.threads, cell.point)
+        measured = measure(
+            plan,
+            running,
+            loads_by_duration(self.grid, placement),
+            self.setup.source,
+            self._idle_w,
+            max(MIN_DRAIN_S, min(drain_s, self.left_s - sending_s)),
+            self._progress,
+        )
+        seconds = time.monotonic() - began
+        measured |= {
+            "kind": "evidence",
+            "transport": cell.transport,
+            "tier": cell.tier,
+            "wall_s": round(seconds, 2),
+            "call": len(self.calls.all) - 1,
+        }
+        self.store.put(cell.key, measured)
+        self.calls.add_cell(cell.key, seconds)
+        self._done.add(cell.key)
+        self.num_failed += "error" in measured
+        self._say(f"{self.left_s:5.0f} s left  {cell.label}: {words_of(measured)}")
+        if "error" in measured or measured["report"]["num_cut"]:
+            self._wait_until_quiet(spec)
+
+    def _wait_until_quiet(self, spec: EngineSpec) -> None:
+        """What was cut off must be off the engine before the next cell: a short request's answer says so."""
+        time.sleep(QUIET_S)
+        options = LoadOptions(concurrency=1, num_requests=1, input_len=8, output_len=2, seed=self.grid.seed + 2)
+        report = asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S, idle_w=0.0))
+        if not report["completed"]:
+            raise LoadError(f"engine {spec.name}: no answer to a short request within {QUIET_TIMEOUT_S:g} s")
+
+
+def loads_by_duration(grid: EvidenceGrid, placement: Placement) -> Grid:
+    """What measure() takes the length of a load from."""
+    return Grid([placement], [], [], [], [], grid.seconds + grid.warmup_s, grid.warmup_s, grid.seed)
+
+
+def words_of(cell: Mapping[str, Any]) -> str:
+    if "error" in cell:
+        return f"failed: {cell['error']}"
+    report = cell["report"]
+    return (
+        f"TTFT p50 {report['median_ttft_floor_ms']:.1f} p99 {report['p99_ttft_floor_ms']:.1f} ms, TPOT p99 {report['p99_tpot_floor_ms']:.2f} ms, "
+        f"{report['steady_output_throughput']:.0f} tokens/s, {report['completed']} completed, {report['failed']} not; {cell['wall_s']:.0f} s"
+    )
+
+
+def tail(path: Path, num_lines: int = 15) -> str:
+    return "\n".join(f"  | {line}" for line in read_text(path).splitlines()[-num_lines:])
+
+
+def run_evidence(
+    setup: Setup,
+    folder: Path,
+    *,
+    budget_s: float,
+    say: Callable[[str], None] = print,
+    progress: Progress = lambda *_: None,
+) -> tuple[int, Sequence[EvidenceCell]]:
+    """One call. Returns how many failed, and what is missing still."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_grid(folder, setup.grid)
+    end_leftover(folder, say)
+    call = Call(setup, folder, budget_s, say, progress)
+    num_all, num_missing = len(cells_of(setup.grid)), len(call.missing())
+    say(f"{num_all} cells, {num_all - num_missing} of them measured before; {budget_s:g} s for this call")
+    if num_missing:
+        call.run()
+    left = [cell for cell in cells_of(setup.grid) if call.store.get(cell.key) is None]
+    say(f"{num_all - len(left)} of {num_all} cells measured; {'all done' if not left else 'the same command goes on'}")
+    return call.num_failed, left

@@ -1,0 +1,125 @@
+"""`blinkimp lab evidence`: calls that go on where another stopped or was killed, engines that fail, and our engine over both transports.
+
+Run: pytest tests/host/test_evidence.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blinkimp.cli import main
+from blinkimp.lab.evidence import start_time
+from tests.support import python_path
+
+# An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.
+SERVER = """
+import asyncio, sys
+from tests.scripted_server import Script, serve_http
+
+async def main():
+    script = Script(first_ms=2, gap_ms=1)
+    server = await asyncio.start_server(lambda r, w: serve_http(script, r, w), "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+LOADS = ["--rates", "40", "--users", "2", "--open-lengths", "8x3", "--closed-lengths", "8x3", "--device", "emulated"]
+LENGTH = ["--seconds", "0.3", "--warmup", "0.1", "--threads", "0", "--placements", "sharing", "--model", "embedded"]
+
+
+@pytest.fixture(autouse=True)
+def _python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path())
+
+
+def scripted(tmp_path: Path) -> list[str]:
+    (tmp_path / "server.py").write_text(SERVER)
+    return ["--engines", "vllm", "--vllm-command", f"{sys.executable} {tmp_path}/server.py {{port}}"]
+
+
+def cells_in(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.cell.json")}
+
+
+def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kill -9 after the first cell: its engine is left behind; the next call ends it, and measures only what is missing."""
+    folder = tmp_path / "evidence"
+    flags = ["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, "--rates", "20,40,60", *scripted(tmp_path)]
+    call = subprocess.Popen([sys.executable, "-m", "blinkimp", *flags], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / "cells").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    call.kill()
+    call.wait()
+    left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
+    assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 4
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "ending engine vllm" in said and f"4 cells, {len(before)} of them measured before" in said
+    assert start_time(left["pid"]) != left["started"] and not (folder / "engine.json").exists()
+    after = cells_in(folder)
+    assert len(after) == 4 and before.items() <= after.items()
+    assert main(flags) == 0
+    assert "4 of 4 cells measured; all done" in capsys.readouterr().out and cells_in(folder) == after
+    calls = json.loads((folder / "calls.json").read_text())
+    assert len(calls) == 2 and [start["engine"] for start in calls[1]["starts"]] == ["vllm"]
+    report = tmp_path / "RESULTS.md"
+    assert main(["lab", "evidence", "--resume", str(folder), "--report", str(report)]) == 0
+    assert "4 of 4 cells were measured" in report.read_text()
+
+
+def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence"
+    flags = ["--resume", str(folder), *LOADS, *LENGTH, "--seconds", "60", *scripted(tmp_path)]
+    call = subprocess.Popen(
+        [sys.executable, "-m", "blinkimp", "lab", "evidence", *flags], stdout=subprocess.PIPE, text=True
+    )
+    assert call.stdout is not None
+    while "is up" not in call.stdout.readline():
+        pass
+    left = json.loads((folder / "engine.json").read_text())
+    call.send_signal(signal.SIGTERM)
+    assert call.wait(60) == 128 + signal.SIGTERM
+    call.stdout.close()
+    assert start_time(left["pid"]) != left["started"]
+
+
+def test_an_engine_that_does_not_start_leaves_the_others_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours cannot start with such a flag; the peer is measured all the same, and the call says that something failed."""
+    folder = tmp_path / "evidence"
+    flags = ["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *scripted(tmp_path)]
+    assert main([*flags, "--engines", "persistent,vllm", "--serve-flags=--nothing-of-the-kind"]) == 1
+    said = capsys.readouterr().out
+    assert "persistent: its command ended with status 2" in said.replace("engine persistent: its", "persistent: its")
+    assert "unrecognized arguments: --nothing-of-the-kind" in said  # the end of its log
+    assert len(cells_in(folder)) == 2
+
+
+def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["lab", "evidence", "--resume", str(tmp_path / "evidence"), *LOADS, *LENGTH, *scripted(tmp_path)]
+    assert main([*flags, "--budget-s", "1"]) == 0  # nothing fits
+    assert main([*flags, "--seconds", "5"]) == 1
+    assert "seconds 0.3 -> 5.0; expected the same" in capsys.readouterr().err
+
+
+def test_our_engine_is_measured_over_both_transports(tmp_path: Path) -> None:
+    folder, own_cpus = tmp_path / "evidence", os.sched_getaffinity(0)
+    flags = ["--engines", "persistent", "--serve-flags=--num-threads=1"]
+    assert main(["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *flags, "--users", ""]) == 0
+    assert os.sched_getaffinity(0) == own_cpus
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
+    assert {(cell["transport"], cell["report"]["backend"]) for cell in cells} == {
+        ("http", "openai"),
+        ("zmq", "blinkimp-zmq"),
+    }
+    for cell in cells:
+        assert cell["report"]["completed"] > 0 and cell["report"]["failed"] == 0
+        assert cell["host"]["processes"] and cell["tier"] <= 4 and cell["wall_s"] > 0.4

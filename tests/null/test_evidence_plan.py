@@ -1,0 +1,222 @@
+"""blinkimp/lab/evidence_plan.py: what is wanted and in which order, what is done with the time that is left, and the made-up model.
+
+Run: pytest tests/null/test_evidence_plan.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from blinkimp.bench.errors import LoadError
+from blinkimp.cli import evidence as cli
+from blinkimp.cli import lab, main
+from blinkimp.lab.evidence import merged
+from blinkimp.lab.evidence_plan import (
+    STOP_S,
+    EngineFacts,
+    EvidenceCell,
+    EvidenceGrid,
+    cells_of,
+    estimate_s,
+    next_action,
+    simulate,
+)
+from blinkimp.lab.shape_model import LLAMA_3_8B, write_model
+from blinkimp.lab.sweep import Point, parse_scenario
+
+ENGINES = (
+    EngineFacts("persistent", ("http", "zmq"), 75.0, False),
+    EngineFacts("cpu", ("http", "zmq"), 75.0, True),
+    EngineFacts("vllm", ("http",), 110.0, True),
+)
+
+
+def grid_of(**changes: Any) -> EvidenceGrid:
+    wanted: dict[str, Any] = {
+        "engines": ENGINES,
+        "rates": (2.0, 4.0, 8.0, 16.0, 32.0),
+        "open_scenario": parse_scenario("512x128"),
+        "users": (4, 16, 64, 128),
+        "closed_scenario": parse_scenario("1k1k"),
+        "threads": (0, 16, 32, 64),
+        "placements": ("reserved", "sharing"),
+        "interference": "stream+bz2",
+        "seconds": 20.0,
+        "warmup_s": 2.0,
+        "num_cpus": 16,
+        "num_reserved": 2,
+    }
+    return EvidenceGrid(**{**wanted, **changes})
+
+
+def cell_at(engine: str = "persistent", tier: int = 1, threads: int = 0) -> EvidenceCell:
+    return EvidenceCell(engine, "http", "reserved", threads, Point(parse_scenario("512x128"), rate=float(tier)), tier)
+
+
+# ---- What is wanted --------------------------------------------------------------------------------------------------
+def test_every_load_is_wanted_at_every_level_over_http_with_reserved_cpus() -> None:
+    grid = grid_of()
+    cells = cells_of(grid)
+    assert len({cell.key for cell in cells}) == len(cells)
+    for engine in ENGINES:
+        core = [c for c in cells if (c.engine, c.transport, c.placement) == (engine.name, "http", "reserved")]
+        assert {(c.point, c.threads) for c in core} == {(p, n) for p in grid.points for n in grid.threads}
+        sharing = {c.point for c in cells if (c.engine, c.transport, c.placement) == (engine.name, "http", "sharing")}
+        assert sharing == set(grid.points)
+    over_zmq = [cell for cell in cells if cell.transport == "zmq"]
+    assert {cell.point for cell in over_zmq} == set(grid.points) and {c.engine for c in over_zmq} == {
+        "persistent",
+        "cpu",
+    }
+
+
+def test_the_most_important_cells_come_first_and_rounds_stay_together() -> None:
+    cells = cells_of(grid_of())
+    first = cells[:4]
+    assert [cell.label for cell in first] == [
+        f"persistent over http, reserved, 512x128, rate 8, {threads} threads" for threads in (0, 64, 16, 32)
+    ]
+    rounds = [cell.round for cell in cells]
+    assert rounds == sorted(rounds) and set(rounds) == {1, 2, 3}
+    for number in (1, 2, 3):  # an engine's cells of a round are one stretch: one start
+        engines = [cell.engine for cell in cells if cell.round == number]
+        assert engines == sorted(engines, key=[engine.name for engine in ENGINES].index)
+
+
+def test_a_grid_survives_its_file() -> None:
+    grid = grid_of()
+    assert EvidenceGrid.from_json(json.loads(json.dumps(grid.to_json()))) == grid
+
+
+def test_a_call_for_less_does_not_forget_what_was_wanted() -> None:
+    before = json.loads(json.dumps(grid_of().to_json()))
+    less = grid_of(engines=ENGINES[:1], rates=(64.0,), users=(), threads=(0, 8), placements=("sharing",))
+    both = EvidenceGrid.from_json(merged(before, json.loads(json.dumps(less.to_json()))))
+    assert {engine.name for engine in both.engines} == {"persistent", "cpu", "vllm"}
+    assert both.rates == (2.0, 4.0, 8.0, 16.0, 32.0, 64.0) and both.users == (4, 16, 64, 128)
+    assert both.threads == (0, 8, 16, 32, 64) and both.placements == ("reserved", "sharing")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"threads": (16, 0)}, {"threads": (1,)}, {"rates": (), "users": ()}, {"engines": ()}]
+)
+def test_a_grid_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="expected"):
+        grid_of(**changes)
+
+
+# ---- What is done with the time --------------------------------------------------------------------------------------
+def act(missing: list[EvidenceCell], running: str | None, left_s: float) -> tuple[str | None, EvidenceCell | None]:
+    """A cell takes 30 s, a start 100 s."""
+    action = next_action(missing, running, left_s, lambda cell: 30.0, lambda engine: 100.0)
+    return action.engine, action.cell
+
+
+def test_an_engine_starts_only_where_a_cell_of_it_fits_too() -> None:
+    one = cell_at()
+    assert act([one], None, 130 + STOP_S) == ("persistent", None)
+    assert act([one], None, 129 + STOP_S) == (None, None)
+    assert act([], None, 1e6) == (None, None)
+
+
+def test_an_engine_finishes_its_round_before_another_starts() -> None:
+    mine, other, later = cell_at(tier=2), cell_at("vllm", tier=1), cell_at(tier=3)
+    assert act([other, mine, later], "persistent", 1e6) == (None, mine)
+    assert act([other, later], "persistent", 1e6) == ("vllm", None)
+
+
+def test_where_no_other_engine_fits_the_running_one_goes_on() -> None:
+    other, later = cell_at("vllm", tier=1), cell_at(tier=3)
+    assert act([other, later], "persistent", 100.0) == (None, later)
+    assert act([other, later], "persistent", 30.0) == (None, None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(200, 2000), st.integers(0, 225))
+def test_a_plan_measures_everything_once_and_keeps_to_its_budget(budget_s: int, num_there: int) -> None:
+    grid = grid_of()
+    missing = cells_of(grid)[num_there:]
+    calls = simulate(grid, missing, float(budget_s))
+    measured = [line.rpartition("  ")[2] for lines in calls for line in lines if "tier" in line]
+    assert sorted(measured) == sorted(cell.label for cell in missing)
+    labels = {cell.label: cell for cell in missing}
+    for lines in calls:
+        assert "start" in lines[0]
+        if "tier" in lines[-1]:
+            begun_s = float(lines[-1].split()[0])
+            assert begun_s + estimate_s(grid, labels[lines[-1].rpartition("  ")[2]]) <= budget_s + 1  # rounded
+
+
+def test_a_budget_without_room_for_a_cell_is_refused() -> None:
+    with pytest.raises(LoadError, match="raise --budget-s"):
+        simulate(grid_of(), cells_of(grid_of()), 60.0)
+
+
+def test_interference_makes_cells_longer_where_a_cpu_is_on_the_path() -> None:
+    grid, point = grid_of(), Point(parse_scenario("1k1k"), concurrency=64)
+
+    def seconds(engine: str, threads: int) -> float:
+        return estimate_s(grid, EvidenceCell(engine, "http", "reserved", threads, point, 1))
+
+    assert seconds("vllm", 64) > seconds("vllm", 0) + 20 and seconds("persistent", 64) < seconds("persistent", 0) + 10
+
+
+# ---- The command's own part ------------------------------------------------------------------------------------------
+def options_of(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_evidence_parser(parser.add_subparsers(), lab.numbers, lab.whole_numbers, lab.words)
+    return parser.parse_args(["evidence", "--resume", "x", *words])
+
+
+def test_our_engines_differ_in_the_orchestrator_alone() -> None:
+    options = options_of()
+    persistent, cpu = (cli.serve_command(options, name, "dummy") for name in ("persistent", "cpu"))
+    assert cpu.replace("evidence-cpu", "evidence-persistent") == f"{persistent} --orchestrator cpu"
+    for word in ("{model}", "{port}", "{zmq_port}", "--prefix-cache false"):
+        assert word in persistent
+    assert "--http" not in cli.serve_command(options_of("--transports", "zmq"), "cpu", "dummy")
+
+
+def test_the_plan_is_printed_without_anything_being_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "evidence"
+    assert main(["lab", "evidence", "--resume", str(folder), "--plan", "--cpus", "16"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("call 1\n      0 s  start persistent (75 s)\n") and "tier 1 (round 1): 12 of 12" in said
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--engines", "sglang"], "some of persistent, cpu, vllm"),
+        (["--placements", "nowhere"], "some of reserved, sharing"),
+        (["--transports", "udp"], "some of http, zmq"),
+        (["--interference", "noise"], "for kinds"),
+        (["--engines", "vllm"], "--vllm-command"),
+        (["--cpus", "16"], "it is for --plan"),
+    ],
+)
+def test_what_cannot_be_run_is_explained(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lab", "evidence", "--resume", str(tmp_path / "x"), "--reserved-cpus", "1", *flags]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_made_up_model_streams_a_word_for_every_id(tmp_path: Path) -> None:
+    config = {**LLAMA_3_8B, "vocab_size": 600, "bos_token_id": 598, "eos_token_id": 599}
+    write_model(tmp_path, config)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size(with_added_tokens=True) == 600
+    assert tokenizer.decode([300, 597]) == " t300 t597" and tokenizer.token_to_id("<|end|>") == 599
+    assert tokenizer.decode(tokenizer.encode("any text, ü too").ids) == "any text, ü too"
+    assert json.loads((tmp_path / "config.json").read_text()) == config
