@@ -25,7 +25,7 @@ from blinkimp.host.shared_memory import open_engine_page
 from tests.fake_director import FakeDirector
 from tests.host.engine_support import running_engine
 from tests.ingress_support import TEXT, engine_name, wait_until, write_byte_tokenizer
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 MODEL = "test-model"
 EMBEDDED = model_folder(Config())
@@ -63,7 +63,12 @@ class HttpServer:
         return int(self.url.rpartition(":")[2])
 
     def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 60
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout_s: float = PATIENCE_S,
     ) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
@@ -93,7 +98,7 @@ class HttpServer:
             record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
         return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
 
-    def wait_until_idle(self, timeout_s: float = 20.0) -> dict[str, int]:
+    def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> dict[str, int]:
         """Until nothing runs in the engine; every page is then free or cached."""
 
         def is_idle() -> bool:
@@ -114,7 +119,7 @@ def http_ingress(
     """The ingress of an engine that runs; it must end well when it is told to."""
     command = [sys.executable, "-m", "blinkimp.nic_shim.http_ingress", "--engine", name, "--model-folder", str(folder)]
     command += ["--queue-pair", str(queue_pair_idx), "--bind", "127.0.0.1:0", "--model-name", MODEL]
-    command += ["--drain-timeout", "5", *flags]
+    command += ["--drain-timeout", "30", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
@@ -125,11 +130,11 @@ def http_ingress(
     reader.start()
     try:
         ready = process.stdout.readline().split()
-        assert ready and ready[0] == "ready", (ready, process.wait(10), log)
+        assert ready and ready[0] == "ready", (ready, process.wait(PATIENCE_S), log)
         yield HttpServer(name, ready[1], process, log)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0, log
+            assert process.wait(PATIENCE_S) == 0, log
         assert not any("Traceback" in line for line in log), "".join(log)
     except BaseException:
         print("".join(log))

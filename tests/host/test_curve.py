@@ -11,10 +11,13 @@ import pytest
 
 from blinkimp.client import Client, ServerTimeoutError
 from blinkimp.nic_shim.curve import CurveError, CurveServer, client_security, make_keys
+from blinkimp.nic_shim.message_handler import IngressLimits
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from blinkimp.protocol import Error, Finish
 from tests.fake_director import FakeDirector
-from tests.ingress_support import engine_name, write_byte_tokenizer
+from tests.ingress_support import RawClient, encoded, engine_name, wait_until, write_byte_tokenizer
+from tests.support import PATIENCE_S
 
 
 def test_only_clients_of_the_list_are_served(tmp_path: Path) -> None:
@@ -32,7 +35,9 @@ def test_only_clients_of_the_list_are_served(tmp_path: Path) -> None:
         ingress = ZmqIngress(director.regions.engine_name, 0, "tcp://127.0.0.1:*", tokenizer, curve=curve)
         endpoint = ingress.start()
         try:
-            with Client(endpoint, timeout_s=10, security=client_security(public["server"], secret["friend"])) as client:
+            with Client(
+                endpoint, timeout_s=PATIENCE_S, security=client_security(public["server"], secret["friend"])
+            ) as client:
                 assert client.generate([5, 6], max_tokens=4).num_output_tokens == 4
             for security in (client_security(public["server"], secret["stranger"]), None):
                 with Client(endpoint, timeout_s=1.5, security=security) as client, pytest.raises(ServerTimeoutError):
@@ -40,7 +45,54 @@ def test_only_clients_of_the_list_are_served(tmp_path: Path) -> None:
             assert len(director.queue_pairs[0].seen) == 1
         finally:
             ingress.stop()
-            assert ingress.join(10)
+            assert ingress.join(PATIENCE_S)
+
+
+def test_limits_are_a_keys_over_all_its_connections(tmp_path: Path) -> None:
+    names = ("server", "greedy", "other")
+    keys = {name: make_keys(tmp_path, name) for name in names}
+    allowed = tmp_path / "clients"
+    allowed.write_bytes(b"".join(keys[name][1].read_bytes() for name in names[1:]))
+    security = {name: client_security(keys["server"][1], keys[name][0]) for name in names[1:]}
+    tokenizer = Tokenizer(write_byte_tokenizer(tmp_path))
+    limits = IngressLimits(max_outstanding=6, max_requests_per_client=4, max_requests_per_s=1, burst_requests=9)
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        director.paused = True
+        curve = CurveServer(keys["server"][0], allowed)
+        ingress = ZmqIngress(
+            director.regions.engine_name, 0, "tcp://127.0.0.1:*", tokenizer, curve=curve, limits=limits
+        )
+        endpoint = ingress.start()
+        try:
+            with (
+                RawClient(endpoint, security=security["greedy"]) as first,
+                RawClient(endpoint, security=security["greedy"]) as second,
+                RawClient(endpoint, security=security["other"]) as other,
+            ):
+                for idx in range(3):
+                    first.send(encoded(id=idx))
+                    second.send(encoded(id=idx))
+                wait_until(lambda: ingress.sessions.num_requests == 6, "the key has what it may have")
+                for raw in (first, second):
+                    raw.send(encoded(id=7))
+                    (error,) = raw.receive()
+                    assert isinstance(error, Error) and error.code == "too_many_requests"
+                    assert error.what == "too many unfinished requests of this key" and error.final
+                other.send(encoded(id=1))
+                wait_until(lambda: ingress.sessions.num_requests == 7, "another key is not in debt")
+                director.paused = False
+                first.receive_until(lambda message: isinstance(message, Finish))
+                # 8 of the burst of 9 are gone, and every second brings one back.
+                errors: list[Error] = []
+                for idx in range(100, 112):
+                    second.send(encoded(id=idx, prompt=""))
+                while len(errors) < 12:
+                    errors += [message for message in second.receive() if isinstance(message, Error)]
+                assert errors[-1].what == "too many requests a second" and errors[-1].code == "too_many_requests"
+                assert errors[-1].expected == "no request for 1 s"
+        finally:
+            ingress.stop()
+            assert ingress.join(PATIENCE_S)
 
 
 def test_bad_keys_are_refused(tmp_path: Path) -> None:
