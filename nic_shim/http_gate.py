@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from blinkimp.nic_shim.http_errors import HttpError
+from blinkimp.nic_shim.quotas import RateLimiter
 
 KEY_VARIABLE: Final = "BLINKIMP_API_KEY"
 ANYBODY: Final = b""  # the caller where no keys are asked for
@@ -37,20 +37,14 @@ class GateLimits:
     burst_requests: int = 1000  # that may come at once
 
 
-@dataclass
-class _Caller:
-    num_outstanding: int = 0
-    num_tokens: float = 0.0  # of the token bucket
-    filled_at: float = 0.0
-
-
 class Gate:
     """Admits requests."""
 
     def __init__(self, keys: Sequence[str], limits: GateLimits) -> None:
         self._digests = [_digest(key) for key in keys]
         self._limits = limits
-        self._callers: dict[bytes, _Caller] = {}
+        self._rate = RateLimiter(limits.max_requests_per_s, limits.burst_requests)
+        self._outstanding: dict[bytes, int] = {}  # choices that run, by caller
         self.num_outstanding = 0  # of all callers
         self.num_refused = 0
 
@@ -77,15 +71,9 @@ class Gate:
 
     def count_request(self, caller: bytes) -> None:
         """Raises HttpError 429 where the caller asks too often."""
-        limits, now = self._limits, time.monotonic()
-        state = self._callers.get(caller)
-        if state is None:
-            state = self._callers[caller] = _Caller(0, limits.burst_requests, now)
-        filled = state.num_tokens + (now - state.filled_at) * limits.max_requests_per_s
-        state.num_tokens, state.filled_at = min(limits.burst_requests, filled), now
-        if state.num_tokens < 1.0:
+        limits, wait_s = self._limits, self._rate.wait_s(caller)
+        if wait_s:
             self.num_refused += 1
-            wait_s = max(1, round((1.0 - state.num_tokens) / limits.max_requests_per_s))
             raise HttpError(
                 429,
                 f"too many requests a second: got more than {limits.max_requests_per_s:g} with bursts of {limits.burst_requests}, "
@@ -93,25 +81,23 @@ class Gate:
                 code="rate_limit_exceeded",
                 retry_after_s=wait_s,
             )
-        state.num_tokens -= 1.0
 
     def enter(self, caller: bytes, num_choices: int) -> None:
         """Counts choices that begin to run; leave() must follow. Raises HttpError 429."""
-        state = self._callers.setdefault(caller, _Caller())
-        limit = self._limits.max_outstanding
-        if state.num_outstanding + num_choices > limit:
+        num_running, limit = self._outstanding.get(caller, 0), self._limits.max_outstanding
+        if num_running + num_choices > limit:
             self.num_refused += 1
             raise HttpError(
                 429,
-                f"too many choices at once: got {state.num_outstanding} running and {num_choices} new, expected at most {limit}; "
+                f"too many choices at once: got {num_running} running and {num_choices} new, expected at most {limit}; "
                 "wait for some to finish, or raise --max-outstanding",
                 code="rate_limit_exceeded",
             )
-        state.num_outstanding += num_choices
+        self._outstanding[caller] = num_running + num_choices
         self.num_outstanding += num_choices
 
     def leave(self, caller: bytes, num_choices: int) -> None:
-        self._callers[caller].num_outstanding -= num_choices
+        self._outstanding[caller] -= num_choices
         self.num_outstanding -= num_choices
 
 

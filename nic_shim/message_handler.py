@@ -21,6 +21,7 @@ from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokeni
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.quotas import RateLimiter
 from blinkimp.nic_shim.sessions import Session, SessionTable
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
 from blinkimp.protocol import (
@@ -48,13 +49,18 @@ MAX_INLINE_PROMPT_BYTES = (
 
 @dataclass(frozen=True)
 class IngressLimits:
-    """What one ingress grants. All on by default; `python -m blinkimp.nic_shim.zmq_ingress --help` has the flags."""
+    """What one ingress grants. All on by default; `python -m blinkimp.nic_shim.zmq_ingress --help` has the flags.
+
+    A caller is a CURVE key, or a connection where the socket is plain."""
 
     max_message_bytes: int = 1 << 20
     max_prompt_bytes: int = 512 << 10  # of a prompt given as text
     max_memory_bytes: int = 4 << 30  # resident memory of the ingress
     max_clients: int = 1024  # that have requests or unread replies
     max_requests_per_client: int = 256  # unfinished, or finished and not read
+    max_outstanding: int = 1024  # unfinished requests of one caller, over all its connections
+    max_requests_per_s: int = 500  # of one caller
+    burst_requests: int = 1000  # of one caller, at once
     max_requests: int = 4096
     stall_timeout_s: float = 60.0  # a client that reads nothing for longer is dropped
     loss_timeout_s: float = 60.0  # without an engine for longer, its requests fail
@@ -86,6 +92,7 @@ class MessageHandler:
         self._sessions = sessions
         self._tokenizer = tokenizer
         self._limits = limits
+        self._rate = RateLimiter(limits.max_requests_per_s, limits.burst_requests)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
         self._tokenised: deque[tuple[LiveRequest, npt.NDArray[np.uint32] | Exception]] = deque()
         self.num_tokenising = 0
@@ -98,10 +105,10 @@ class MessageHandler:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # ---- Messages --------------------------------------------------------------------------------------------------
-    def handle(self, identity: bytes, frames: list[bytes]) -> None:
-        """One message: all frames after the identity."""
+    def handle(self, identity: bytes, frames: list[bytes], caller: bytes | None = None) -> None:
+        """One message: all frames after the identity. caller: the CURVE key it came with."""
         self.counters.messages += 1
-        session = self._sessions.open(identity)
+        session = self._sessions.open(identity, caller or identity)
         try:
             self._handle(session, frames)
         except Exception:  # a defect: it must not take the other clients' streams with it
@@ -260,6 +267,18 @@ class MessageHandler:
                 "submit to another server, or again after the restart",
                 final=True,
             )
+        wait_s = self._rate.wait_s(session.caller)
+        if wait_s:
+            return _error(
+                submit.id,
+                "too_many_requests",
+                "too many requests a second",
+                f"more than {limits.max_requests_per_s} a second, beyond a burst of {limits.burst_requests}",
+                f"no request for {wait_s} s",
+                "slow down, or raise the ingress's --max-requests-per-s and --burst-requests",
+                final=True,
+            )
+        num_of_caller = self._sessions.num_requests_of(session.caller)
         quotas: tuple[tuple[ErrorCode, str, int, str], ...] = (
             (
                 "too_many_requests",
@@ -267,6 +286,7 @@ class MessageHandler:
                 len(session.requests),
                 "max_requests_per_client",
             ),
+            ("too_many_requests", "unfinished requests of this key", num_of_caller, "max_outstanding"),
             ("busy", "unfinished requests of the server", self._sessions.num_requests, "max_requests"),
             ("busy", "clients with unfinished requests", len(self._sessions.sessions) - 1, "max_clients"),
         )

@@ -8,7 +8,8 @@ I1  A client that stops reading costs: the frames that ZeroMQ holds for it (SEND
     replies, and 8 bytes plus text for each token of its requests, of which it may have max_requests_per_client. Nothing of
     its output is lost while it stays within stall_timeout_s.
 I2  What one client is owed is sent in order; tokens that arrived between two sends share a message.
-I3  A client that is gone (EHOSTUNREACH), or that reads nothing for stall_timeout_s, has its requests cancelled.
+I3  A client that is gone (EHOSTUNREACH), or that reads nothing for stall_timeout_s, has its requests cancelled. A connection that closes
+    makes us look for who is gone at once, also among those who are owed nothing at the moment.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class SessionCounters:
 class Session:
     """One client."""
 
-    def __init__(self, identity: bytes) -> None:
+    def __init__(self, identity: bytes, caller: bytes) -> None:
         self.identity = identity
+        self.caller = caller  # whose quotas count: its CURVE key, else the connection itself
         self.requests: dict[int, LiveRequest] = {}  # by the client's id; until their end is in a frame
         self.dirty: dict[LiveRequest, None] = {}  # requests with something to send
         self.control: deque[ServerMessage] = deque()
@@ -95,6 +97,7 @@ class SessionTable:
         self.sessions: dict[bytes, Session] = {}
         self.counters = SessionCounters()
         self.num_requests = 0  # of all sessions
+        self._num_requests_of: dict[bytes, int] = {}  # by caller; none is 0
         self._send = send
         self._cancel = cancel
         self._stall_timeout_s = stall_timeout_s
@@ -105,11 +108,21 @@ class SessionTable:
     def is_idle(self) -> bool:
         return not self.sessions
 
-    def open(self, identity: bytes) -> Session:
+    def open(self, identity: bytes, caller: bytes) -> Session:
         session = self.sessions.get(identity)
         if session is None:
-            session = self.sessions[identity] = Session(identity)
+            session = self.sessions[identity] = Session(identity, caller)
         return session
+
+    def num_requests_of(self, caller: bytes) -> int:
+        return self._num_requests_of.get(caller, 0)
+
+    def _count(self, session: Session, num_more: int) -> None:
+        if num_more:
+            self.num_requests += num_more
+            self._num_requests_of[session.caller] = self.num_requests_of(session.caller) + num_more
+            if not self._num_requests_of[session.caller]:
+                del self._num_requests_of[session.caller]
 
     def settle(self, session: Session) -> None:
         """A session that nothing is owed to, and nothing runs for, goes. (A message need not have an answer.)"""
@@ -118,7 +131,7 @@ class SessionTable:
 
     def add_request(self, session: Session, request: LiveRequest) -> None:
         session.requests[request.client_id] = request
-        self.num_requests += 1
+        self._count(session, 1)
 
     # ---- Owe -------------------------------------------------------------------------------------------------------
     def reply(self, session: Session, message: ServerMessage) -> None:
@@ -149,7 +162,7 @@ class SessionTable:
             if session.frame is None:
                 num_before = len(session.requests)
                 session.frame = session.build_frame()
-                self.num_requests -= num_before - len(session.requests)
+                self._count(session, len(session.requests) - num_before)
             if session.frame is None:
                 break
             result = self._send(session.identity, session.frame)
@@ -178,7 +191,7 @@ class SessionTable:
         """Forgets a client (I3)."""
         for request in session.requests.values():
             self._cancel(request)
-        self.num_requests -= len(session.requests)
+        self._count(session, -len(session.requests))
         session.requests.clear()
         session.dirty.clear()
         session.control.clear()
@@ -187,11 +200,11 @@ class SessionTable:
         self._blocked.pop(session, None)
         self.sessions.pop(session.identity, None)
 
-    def probe(self) -> None:
-        """A sign of life to clients with requests that have not heard from us; it also finds out who is gone."""
+    def probe(self, period_s: float = ALIVE_PERIOD_S) -> None:
+        """A sign of life to clients with requests that have not heard from us for so long; it also finds out who is gone."""
         now = time.monotonic()
         for session in list(self.sessions.values()):
-            if session.requests and session.blocked_since is None and now - session.last_sent_at >= ALIVE_PERIOD_S:
+            if session.requests and session.blocked_since is None and now - session.last_sent_at >= period_s:
                 self.reply(session, AliveReply(unknown_ids=[]))
 
     @property

@@ -47,6 +47,7 @@ MESSAGES_PER_TURN = 256
 BUSY_WAIT_S = 0.002  # longest sleep while requests run; completions and messages end it early
 IDLE_WAIT_MS = 20
 HOUSEKEEPING_PERIOD_S = 0.05
+PROBES_AFTER_CLOSING = 3
 ATTACH_TIMEOUT_S = 10.0
 CANCEL_GRACE_S = 1.0  # after a drain that timed out: for the engine's FINISH, and for clients to read it
 LINGER_MS = 1000  # at the end: for what ZeroMQ still holds
@@ -88,6 +89,8 @@ class ZmqIngress:
         self._cancelled_at: float | None = None  # when the drain ran out of patience
         self._stop = threading.Event()
         self._fd = -1
+        self._closings: zmq.Socket[bytes] | None = None  # tells of connections that have closed
+        self._num_probes = 0  # that are due because of one
 
     def start(self) -> str:
         """Attaches, binds, starts the loop. Returns the endpoint, with the port that a wildcard became."""
@@ -117,6 +120,7 @@ class ZmqIngress:
         if self._curve is not None:
             self._curve.start(self._context)
             self._curve.secure(socket)
+        self._closings = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             socket.bind(self._bind)
         except zmq.ZMQError as error:
@@ -159,7 +163,7 @@ class ZmqIngress:
                 now = time.monotonic()
                 if now >= housekeeping_at:
                     housekeeping_at = now + HOUSEKEEPING_PERIOD_S
-                    self.sessions.probe()
+                    self._look_for_gone_clients()
                     self._check_memory()
                 if self._drain_deadline is not None and self._is_drained(now, self._drain_deadline):
                     break
@@ -173,10 +177,29 @@ class ZmqIngress:
     def _receive(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                if self._curve is None:
+                    identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                    caller = None
+                else:
+                    parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                    identity, *frames = [part.bytes for part in parts]
+                    caller = str(parts[0].get("User-Id")).encode()  # the client's public key, see curve.py
             except zmq.Again:
                 return
-            self.handler.handle(identity, frames)
+            self.handler.handle(identity, frames, caller)
+
+    def _look_for_gone_clients(self) -> None:
+        """The monitor says that a connection closed, not whose: all that have not heard from us since are asked, and asked once more, as
+        the ROUTER socket itself learns of it a little later."""
+        assert self._closings is not None, "opened with the socket"
+        while self._closings.poll(0):
+            self._closings.recv_multipart()
+            self._num_probes = PROBES_AFTER_CLOSING
+        if self._num_probes:
+            self._num_probes -= 1
+            self.sessions.probe(HOUSEKEEPING_PERIOD_S / 2)
+        else:
+            self.sessions.probe()
 
     def _send(self, identity: bytes, frame: bytes) -> SendResult:
         try:
@@ -225,6 +248,9 @@ class ZmqIngress:
         return now - self._cancelled_at > CANCEL_GRACE_S
 
     def _close(self) -> None:
+        if self._closings is not None:
+            self._socket.disable_monitor()
+            self._closings.close()
         self._socket.close()
         if self._curve is not None:
             self._curve.stop()
@@ -263,7 +289,10 @@ def _parser() -> argparse.ArgumentParser:
         "max_prompt_bytes": "characters of a prompt given as text",
         "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
         "max_clients": "clients with requests at once",
-        "max_requests_per_client": "unfinished requests of one client",
+        "max_requests_per_client": "unfinished requests of one connection",
+        "max_outstanding": "unfinished requests of one CURVE key, over all its connections",
+        "max_requests_per_s": "requests a second of one CURVE key; without keys, of one connection",
+        "burst_requests": "requests of one such at once",
         "max_requests": "unfinished requests of this ingress",
     }
     for name, text in integer_limits.items():

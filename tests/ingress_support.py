@@ -32,6 +32,7 @@ from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import ServerMessage, decode_server_messages
+from blinkimp.transport import Security
 from tests.fake_director import FakeDirector, FakeQueuePair
 from tests.support import PATIENCE_S, python_path
 
@@ -132,12 +133,16 @@ def encoded(**fields: Any) -> bytes:
 class RawClient:
     """A DEALER socket that sends what it is told to."""
 
-    def __init__(self, endpoint: str, *, recv_hwm: int = 1000, recv_bytes: int = -1) -> None:
+    def __init__(
+        self, endpoint: str, *, recv_hwm: int = 1000, recv_bytes: int = -1, security: Security | None = None
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, recv_hwm)
         self.socket.setsockopt(zmq.RCVBUF, recv_bytes)
+        if security is not None:
+            security(self.socket)
         self.socket.connect(endpoint)
 
     def send(self, *frames: bytes) -> None:

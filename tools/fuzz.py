@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest  # noqa: E402  (the path above comes first)
+from blinkimp.nic_shim.message_handler import IngressLimits  # noqa: E402
 from blinkimp.nic_shim.tokenizer import Tokenizer  # noqa: E402
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress  # noqa: E402
 from blinkimp.protocol import Error, Sampling, Submit  # noqa: E402
@@ -166,7 +167,8 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
             name = engine.config.engine_name
             with http_ingress(name, model, *limits) as server:
                 fuzz_http(server, num_inputs // 2, rng, counts)
-                ingress = ZmqIngress(name, 1, "tcp://127.0.0.1:*", Tokenizer(model))
+                unlimited = IngressLimits(max_requests_per_s=1_000_000, burst_requests=1_000_000)
+                ingress = ZmqIngress(name, 1, "tcp://127.0.0.1:*", Tokenizer(model), limits=unlimited)
                 endpoint = ingress.start()
                 try:
                     fuzz_zmq(ingress, endpoint, num_inputs - num_inputs // 2, rng, counts)
@@ -175,7 +177,8 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
                     ingress.stop()
                     ingress.join(10)
                 status = server.wait_until_idle()
-                assert b"blinkimp:ingress_num_outstanding 0" in server.get("/metrics").body
+                outstanding = b'blinkimp:ingress_num_outstanding{protocol="http",queue_pair="0"} 0.0'
+                assert outstanding in server.get("/metrics").body
     seconds = round(time.monotonic() - started, 1)
     pages = {
         key: status[key]

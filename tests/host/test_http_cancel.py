@@ -10,6 +10,9 @@ import random
 import socket
 import time
 
+from blinkimp.host.shared_memory import open_trace
+from blinkimp.host.trace_reader import TraceReader
+from tests.host.cancel_support import TRACE_EVENTS, assert_let_go_at_the_next_commit
 from tests.http_support import HttpServer, embedded
 from tests.ingress_support import wait_until
 
@@ -36,7 +39,10 @@ def test_200_clients_that_vanish_leave_no_page_behind() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with embedded(max_batch=32) as (server, _):
+    with (
+        embedded(max_batch=32, trace_events=TRACE_EVENTS) as (server, _),
+        TraceReader(open_trace(server.engine_name)) as trace,
+    ):
         clients = [start(server, idx) for idx in range(NUM_CLIENTS)]
         wait_until(lambda: server.status()["requests_accepted"] == 300, "all choices are accepted", 30)
         assert server.status()["num_pages_used"] > 0
@@ -50,8 +56,10 @@ def test_200_clients_that_vanish_leave_no_page_behind() -> None:
         status = server.wait_until_idle()
         num_ended = sum(value for name, value in status.items() if name.startswith("finished_"))
         assert num_ended == status["requests_accepted"] == 300 and status["finished_cancelled"] > 250
+        assert_let_go_at_the_next_commit(trace, status["finished_cancelled"])
         metrics = server.get("/metrics").body.decode()
-        assert "blinkimp:ingress_num_outstanding 0" in metrics, "no key has to pay for clients that are gone"
+        outstanding = 'blinkimp:ingress_num_outstanding{protocol="http",queue_pair="0"} 0.0'
+        assert outstanding in metrics, "no key has to pay for clients that are gone"
         assert server.complete("x", max_tokens=3)["choices"], "and the next one is served"
 
 
