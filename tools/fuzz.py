@@ -30,10 +30,11 @@ from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest  # noqa:
 from blinkimp.nic_shim.message_handler import IngressLimits  # noqa: E402
 from blinkimp.nic_shim.tokenizer import Tokenizer  # noqa: E402
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress  # noqa: E402
-from blinkimp.protocol import Error, Sampling, Submit  # noqa: E402
+from blinkimp.protocol import Error, Sampling, ServerMessage, Submit  # noqa: E402
 from tests.host.engine_support import make_tiny_checkpoint, running_engine  # noqa: E402
 from tests.http_support import HttpServer, http_ingress  # noqa: E402
 from tests.ingress_support import RawClient, wait_until, write_byte_tokenizer  # noqa: E402
+from tests.support import PATIENCE_S  # noqa: E402
 
 STATUSES = frozenset({200, 400, 404, 405, 413, 422, 429})
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -132,6 +133,13 @@ def fuzz_http(server: HttpServer, num_inputs: int, rng: random.Random, counts: c
 def fuzz_zmq(
     ingress: ZmqIngress, endpoint: str, num_inputs: int, rng: random.Random, counts: collections.Counter[str]
 ) -> None:
+    def take(messages: list[ServerMessage], frames: list[bytes]) -> None:
+        for message in messages:
+            name = f"error {message.code}" if isinstance(message, Error) else type(message).__name__.lower()
+            counts[f"zmq {name}"] += 1
+            if name in ("error internal_error", "error engine_error", "error rejected"):
+                raise SystemExit(f"{frames!r} got {message}")
+
     with RawClient(endpoint) as client:
         for idx in range(num_inputs):
             frames = [zmq_frame(rng, idx + 1)]
@@ -139,18 +147,15 @@ def fuzz_zmq(
                 frames = frames * rng.randint(2, 4)
             client.send(*frames)
             counts["zmq frames"] += 1
-            while client.socket.poll(0 if idx % 64 else 200):
-                for message in client.receive():
-                    name = (
-                        f"zmq error {message.code}"
-                        if isinstance(message, Error)
-                        else f"zmq {type(message).__name__.lower()}"
-                    )
-                    counts[name] += 1
-                    if isinstance(message, Error) and message.code in ("internal_error", "engine_error", "rejected"):
-                        raise SystemExit(f"input {idx}: {frames!r} got {message}")
-                if idx % 64 == 0:
-                    break
+            while client.socket.poll(0):
+                take(client.receive(), frames)
+            while idx % 64 == 0 and ingress.sessions.num_requests > 128:  # or the rest would only be refused
+                take(client.receive(), frames)
+        deadline = time.monotonic() + PATIENCE_S
+        while ingress.sessions.num_requests or client.socket.poll(100):
+            take(client.receive(), [])
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{ingress.sessions.num_requests} requests do not end")
     if ingress.error is not None:
         raise ingress.error
 
