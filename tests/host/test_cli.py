@@ -17,7 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import python_path
+from blinkimp.cli import main
+from blinkimp.config import Config, model_folder
+from blinkimp.host.checkpoint import read_model_config
+from blinkimp.host.compile_cache import CompiledKernel, get_kernel
+from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, kernel_shape
+from tests.support import PATIENCE_S, python_path
 
 SHARED_MEMORY = Path("/dev/shm")
 START_TIMEOUT_S = 60.0
@@ -76,7 +81,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         if process.poll() is None:
             process.terminate()
         try:
-            process.communicate(timeout=30)
+            process.communicate(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()  # its regions stay: the assertion below fails
             process.communicate()
@@ -117,11 +122,11 @@ def test_serve_answers_and_drains_on_sigterm(server: tuple[str, subprocess.Popen
     assert running.stdout is not None
     assert running.stdout.read(1)
     process.send_signal(signal.SIGTERM)
-    _, messages = running.communicate(timeout=60)
+    _, messages = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, messages
     assert "300 tokens;" in messages
     assert "finished: length" in messages
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
     assert "drain" in log
 
@@ -155,25 +160,33 @@ def test_doctor_fails_where_a_gpu_is_asked_for_and_none_is_there() -> None:
     assert "->" in result.stdout
 
 
-def test_compile_prints_times_registers_and_spills(tmp_path: Path) -> None:
-    arguments = ("compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path))
-    first = run(*arguments)
-    assert first.returncode == 0, first.stderr
-    assert "persistent_kernel" in first.stdout
-    assert "compiled now" in first.stdout
-    assert "was in the cache" in run(*arguments, BLINKIMP_EXPECT_CACHED="1").stdout
-    empty = run(
-        "compile",
-        "--arch",
-        "sm_90a",
-        "--num-workers",
-        "131",
-        "--cache-dir",
-        str(tmp_path / "empty"),
-        BLINKIMP_EXPECT_CACHED="1",
+def test_compile_prints_times_registers_and_spills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tests/compile/test_kernels.py compiles the persistent kernel, in a minute; here a small one stands in for it."""
+    asked: list[tuple[str, str, dict[str, str]]] = []
+
+    def get_small_kernel(source: str, folder: Path, arch: str, defines: dict[str, str]) -> CompiledKernel:
+        asked.append((source, arch, defines))
+        return get_kernel(PACK_SOURCE, folder, arch, defines)
+
+    monkeypatch.setattr("blinkimp.cli.compile.get_kernel", get_small_kernel)
+    arguments = ["compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path)]
+    assert main(arguments) == 0
+    shape = kernel_shape(read_model_config(model_folder(Config())), 131, "hopper", "sm_90a")
+    assert (KERNEL_SOURCE, "sm_90a", shape.defines()) in asked and (PACK_SOURCE, "sm_90a", {}) in asked
+    table, _, rest = capsys.readouterr().out.partition(str(tmp_path))
+    assert re.search(r"source +function +registers +stack B +spills B +shared B +compile ms +cached ms", table), table
+    assert re.search(r"^persistent_kernel.cu +pack_weights +\d+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ *$", table, re.MULTILINE), (
+        table
     )
-    assert empty.returncode == 1
-    assert "forbids" in empty.stderr
+    assert "compiled now" in rest and "was in the cache" not in rest
+    monkeypatch.setenv("BLINKIMP_EXPECT_CACHED", "1")
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "was in the cache" in again and "compiled now" not in again
+    assert main([*arguments[:-1], str(tmp_path / "empty")]) == 1
+    assert "forbids" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> None:
