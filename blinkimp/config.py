@@ -86,6 +86,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="HOST:PORT of an HTTP ingress with OpenAI's API, such as 127.0.0.1:8000; empty: none",
         ),
     ] = ""
+    metrics: Annotated[
+        str,
+        Meta(
+            pattern=r"^$|^\S*:[0-9]{1,5}$",
+            description="HOST:PORT of Prometheus metrics for whoever has no HTTP ingress; empty: at /metrics of that one only",
+        ),
+    ] = ""
+    metrics_prefix: Annotated[
+        str,
+        Meta(
+            pattern=r"^([a-zA-Z_][a-zA-Z0-9_]*[:_])?$",
+            description="of metrics that vLLM has too; `vllm:`: its dashboards read them as they are",
+        ),
+    ] = "blinkimp:"
     served_model_name: Annotated[str, Meta(description="what HTTP clients call the model; empty: as `model` says")] = ""
     api_key_file: Annotated[
         str, Meta(description="HTTP: API keys, one a line, mode 600; empty: BLINKIMP_API_KEY, else none is asked for")
@@ -175,6 +189,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str, Meta(description="compiled kernels; empty: $XDG_CACHE_HOME/blinkimp or ~/.cache/blinkimp")
     ] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="to stderr")] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="of every process's lines; `json`: one object a line, METRICS.md")
+    ] = "text"
 
 
 def cache_folder(config: Config) -> Path:

@@ -29,6 +29,7 @@ from blinkimp.host.dummy_weights import DummyWeights
 from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.fault_report import ADVICE, FaultReport, make_fault_report
 from blinkimp.host.memory_plan import MemoryPlan, plan_memory
+from blinkimp.host.metrics_memory import new_about
 from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineLock, EngineRegions, QueuePairGeometry, create_engine_regions
@@ -138,6 +139,14 @@ class Engine:
             num_constraint_slots=sizes.num_constraint_slots,
             constraint_slot_bytes=sizes.constraint_slot_bytes,
             trace=self._trace_geometry(),
+            about=new_about(
+                config.served_model_name or config.model,
+                self.device.kind,
+                max_batch=sizes.max_batch,
+                max_step_tokens=sizes.max_step_tokens,
+                max_context=sizes.max_context,
+                has_prefix_cache=config.prefix_cache,
+            ),
             lock=self._lock,
             num_restarts=self.num_restarts,
         )

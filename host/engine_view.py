@@ -37,6 +37,8 @@ class EngineView:
     status: dict[str, int]  # StatusLines
     control: dict[str, int]  # ControlLine
     fault: dict[str, int]  # FaultRecord; code 0 = none
+    step_counts: list[int]  # StepCounts.by_rows
+    num_step_rows: int
     about: About
     slots: list[list[float]]  # by queue pair; host/metrics_memory.py
     queue_pairs: list[QueuePairView]
@@ -82,6 +84,8 @@ def look(engine_name: str, *, with_queue_pairs: bool = True) -> EngineView:
         _words(record["status"]),
         _words(record["control"]),
         _words(record["fault"]),
+        record["step_counts"]["by_rows"].tolist(),
+        int(record["step_counts"]["num_rows"]),
         about_engine,
         words,
         queue_pairs,

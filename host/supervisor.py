@@ -6,6 +6,7 @@
       |- engine                    host/engine_process.py: loads, launches, watches the device; started anew after a fault
       |    |- emulated device      only without a GPU
       |- ingress 0 .. num_ingress - 1 (ZeroMQ), and one for HTTP where `http` says so: one queue pair each; a dead one is started anew
+      |- metrics                  where `metrics` says so: serves what is in shared memory
 
 After a fault the ingresses live on: they submit what is unfinished again to the next engine, with the tokens that clients have already.
 SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most, through a fault and a restart if need be),
@@ -31,6 +32,7 @@ from blinkimp.host.device_protocol import Progress
 from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
 from blinkimp.host.engine_slot import EngineSlot, Phase
 from blinkimp.host.shared_memory import discard_regions, remove_dead_engines
+from blinkimp.logs import log_event, set_up_logging
 
 _log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
@@ -42,17 +44,14 @@ MAX_BACKOFF_S: Final = 10.0
 HEALTHY_S: Final = 30.0  # an ingress that lived for so long starts again with the first back-off
 
 
-class IngressSlot:
-    """One place for an ingress process, and its queue pair. Starts it again when it dies."""
+class ProcessSlot:
+    """One place for a process that serves. Starts it again when it dies."""
 
-    def __init__(self, config: Config, idx: int, module: str, arguments: list[str]) -> None:
-        self.idx = idx
+    def __init__(self, name: str, config: Config, module: str, arguments: list[str]) -> None:
+        self.name = name
         self._module = module
-        # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
-        drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
-        self._arguments = ["--engine", config.engine_name, "--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
-        self._arguments += ["--loss-timeout-s", str(config.recovery_timeout_s), "--log-level", config.log_level]
-        self._arguments += arguments
+        self._arguments = ["--engine", config.engine_name, "--log-level", config.log_level]
+        self._arguments += ["--log-format", config.log_format, *arguments]
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
         self._is_ending = False
@@ -60,13 +59,15 @@ class IngressSlot:
 
     def _start(self) -> ChildProcess:
         self._started_at = time.monotonic()
-        return ChildProcess(f"ingress {self.idx}", self._module, self._arguments, on_line=self._on_line)
+        return ChildProcess(self.name, self._module, self._arguments, on_line=self._on_line)
 
     def _on_line(self, line: bytes) -> None:
         """`ready ENDPOINT`, on the child's thread."""
         word, _, endpoint = line.decode(errors="replace").strip().partition(" ")
         if word == "ready":
-            _log.info("ingress %d serves on %s", self.idx, endpoint)
+            log_event(
+                _log, logging.INFO, "serving", f"{self.name} serves on {endpoint}", child=self.name, endpoint=endpoint
+            )
 
     def ask_to_end(self) -> None:
         """SIGTERM, once: a second one would make it drop what it has not delivered."""
@@ -82,12 +83,25 @@ class IngressSlot:
         if self._restart_at == 0.0:
             if now - self._started_at > HEALTHY_S:
                 self._backoff_s = FIRST_BACKOFF_S
-            _log.error("%s; it is started again in %g s", self.child.describe_exit(), self._backoff_s)
+            text = f"{self.child.describe_exit()}; it is started again in {self._backoff_s:g} s"
+            log_event(_log, logging.ERROR, "child_died", text, child=self.name)
             self._restart_at = now + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
         elif now >= self._restart_at:
             self._restart_at = 0.0
             self.child = self._start()
+
+
+class IngressSlot(ProcessSlot):
+    """Of an ingress process, and its queue pair."""
+
+    def __init__(self, config: Config, idx: int, module: str, arguments: list[str]) -> None:
+        self.idx = idx
+        # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
+        drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
+        own = ["--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
+        own += ["--loss-timeout-s", str(config.recovery_timeout_s), *arguments]
+        super().__init__(f"ingress {idx}", config, module, own)
 
 
 class Supervisor:
@@ -97,7 +111,7 @@ class Supervisor:
         self._config = config
         self._progress = progress
         self._num_signals = 0
-        self._ingresses: list[IngressSlot] = []
+        self._ingresses: list[ProcessSlot] = []  # and the metrics
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -127,7 +141,7 @@ class Supervisor:
             if phase in (Phase.ENDED, Phase.FAILED):
                 return
             if phase == Phase.RUNNING:
-                self._ingresses = self._ingresses or ingress_slots(self._config)
+                self._ingresses = self._ingresses or [*metrics_slots(self._config), *ingress_slots(self._config)]
                 for slot in self._ingresses:
                     slot.look()
             time.sleep(WATCH_PERIOD_S)
@@ -158,7 +172,7 @@ class Supervisor:
         for slot in slots:
             if slot.child.wait(max(0.0, deadline - time.monotonic())):
                 continue
-            _log.warning("ingress %d did not end within %g s and is killed", slot.idx, INGRESS_FLUSH_S + CANCEL_GRACE_S)
+            _log.warning("%s did not end within %g s and is killed", slot.name, INGRESS_FLUSH_S + CANCEL_GRACE_S)
             slot.child.send_signal(signal.SIGKILL)
             slot.child.wait()
 
@@ -181,8 +195,17 @@ def ingress_slots(config: Config) -> list[IngressSlot]:
         arguments += ["--max-outstanding", str(config.max_outstanding)]
         arguments += ["--max-requests-per-s", str(config.max_requests_per_s)]
         arguments += ["--burst-requests", str(2 * config.max_requests_per_s)]
+        arguments += ["--metrics-prefix", config.metrics_prefix]
         slots.append(IngressSlot(config, config.num_ingress, "blinkimp.nic_shim.http_ingress", arguments))
     return slots
+
+
+def metrics_slots(config: Config) -> list[ProcessSlot]:
+    """Starts the process that serves the metrics, where they have a port of their own."""
+    if not config.metrics:
+        return []
+    arguments = ["--bind", config.metrics, "--metrics-prefix", config.metrics_prefix]
+    return [ProcessSlot("metrics", config, "blinkimp.nic_shim.metrics_server", arguments)]
 
 
 def endpoint_of(bind: str, idx: int) -> str:
@@ -209,7 +232,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"blinkimp: {error}", file=sys.stderr)
         return 1
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging(config.log_level, config.log_format, "host")
     return serve(config)
 
 

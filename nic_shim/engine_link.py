@@ -67,9 +67,9 @@ class EngineLink:
         self.eos_ids = frozenset(eos_ids)
         self.loss_timeout_s = loss_timeout_s
         self.counters = LinkCounters()
-        self.metrics = RequestMetrics(engine_name, queue_pair_idx)
         self.watch = EngineWatch(engine_name)
         self.port = QueuePairPort.open(engine_name, queue_pair_idx)
+        self.metrics = RequestMetrics(engine_name, queue_pair_idx)
         self.trace = open_ingress_trace_writer(engine_name, queue_pair_idx)  # None: the engine keeps none
         self._waiting: deque[LiveRequest] = deque()
         self._cancels: deque[int] = deque()  # ring ids

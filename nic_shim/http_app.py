@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -69,12 +68,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass
 class Api:
-    """The handlers. `metrics_text` gives the body of /metrics."""
+    """The handlers. `render_metrics` gives body and type of /metrics, for an Accept header."""
 
     context: Context
     gate: Gate
     max_body_bytes: int
-    metrics_text: Callable[[], str]
+    render_metrics: Callable[[str | None], tuple[bytes, str]]
     model_root: str
     is_draining: bool = False
 
@@ -200,6 +199,8 @@ class Api:
         exchange = new_exchange(self.context, lambda: self.gate.leave(caller, num_choices))
         try:
             requests = make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
+            for one in requests:  # its time began before its prompt was tokenised
+                one.received_ns = request.state.arrived_ns
         except BaseException:
             exchange.abandon()
             raise
@@ -237,6 +238,7 @@ class Api:
                 "start the server with a larger --max-body-bytes",
                 code="too_large",
             )
+        request.state.arrived_ns = time.monotonic_ns()
         return b"".join(chunks)
 
     # ---- Tokens ----------------------------------------------------------------------------------------------------
@@ -304,8 +306,11 @@ class Api:
     async def version(self, _: Request) -> Response:
         return _json({"version": __version__})
 
-    async def metrics(self, _: Request) -> Response:
-        return Response(self.metrics_text(), media_type="text/plain; version=0.0.4")
+    async def metrics(self, request: Request) -> Response:
+        # On a thread: some milliseconds, for which no stream should wait.
+        render, accept = self.render_metrics, request.headers.get("accept")
+        body, content_type = await asyncio.get_running_loop().run_in_executor(None, render, accept)
+        return Response(body, headers={"content-type": content_type})
 
     async def openapi(self, _: Request) -> Response:
         return Response(self._openapi, media_type="application/json")
@@ -319,17 +324,14 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _request_id(request: Request) -> str:
-    """The client's own X-Request-Id where it is sane, else one of ours."""
-    given = request.headers.get("x-request-id", "")
-    return (
-        given
-        if 0 < len(given) <= 64 and given.isascii() and given.replace("-", "").isalnum()
-        else secrets.token_hex(16)
-    )
+    """As http_request_log.py found or made it."""
+    request_id: str = request.state.request_id
+    return request_id
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
+    request.state.error_code = error.code
     return error.response()
 
 

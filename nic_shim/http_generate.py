@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +27,8 @@ from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
 from blinkimp.nic_shim.http_fields import GenerationDefaults, Prompt
 from blinkimp.nic_shim.http_types import GenerationFields, PromptTokensDetails, Usage
 from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.request_log import log_request
+from blinkimp.nic_shim.request_metrics import Siblings
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
 from blinkimp.protocol import Constraint, Error, Finish, Sampling, Submit, Tokens
@@ -138,6 +139,7 @@ def make_requests(
     requests: list[LiveRequest] = []
     num_choices = body.n or 1
     for prompt_ids in prompts:
+        siblings = Siblings(num_choices, num_choices)
         for copy_idx in range(num_choices):
             # Like vLLM: the copies of a seeded request take the seeds that follow.
             seeded = sampling
@@ -160,6 +162,7 @@ def make_requests(
             request = LiveRequest(submit, exchange)
             request.prompt_ids = prompt_ids
             request.constraint = constraint
+            request.siblings = siblings
             request.start_detokenizer(IncrementalDetokenizer(context.tokenizer, prompt_ids[-16:].tolist()))
             requests.append(request)
     return requests
@@ -198,7 +201,7 @@ class GenerationResponse(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.monotonic()
+        scope["state"]["is_logged"] = True
         self._exchange.start(self._requests, receive)
         try:
             first = await self._exchange.next()
@@ -216,11 +219,9 @@ class GenerationResponse(Response):
             await response(scope, receive, send)
         finally:
             self._exchange.close()
-            usage = usage_of(self._choices)
-            log.info(
-                "%s status=%d choices=%d prompt_tokens=%d output_tokens=%d seconds=%.3f user=%r",
-                self._request_id, self.status_code, len(self._choices), usage.prompt_tokens, usage.completion_tokens,
-                time.monotonic() - started, (self._body.user or "")[:64],
+            log_request(
+                log, self._requests, request_id=self._request_id, transport="http", path=scope["path"], status=self.status_code,
+                stream=bool(self._body.stream), user=(self._body.user or "")[:64] or None,
             )  # fmt: skip
 
     @staticmethod

@@ -29,6 +29,7 @@ import uvicorn
 import uvloop
 
 from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
@@ -39,7 +40,8 @@ from blinkimp.nic_shim.http_exchange import deliver
 from blinkimp.nic_shim.http_fields import read_generation_defaults
 from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
 from blinkimp.nic_shim.http_generate import Context
-from blinkimp.nic_shim.http_metrics import metrics_text
+from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
+from blinkimp.nic_shim.http_request_log import RequestLog
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
@@ -95,6 +97,7 @@ class HttpIngress:
         eos_ids: Sequence[int] | None = None,
         limits: HttpLimits | None = None,
         drain_timeout_s: float = 30.0,
+        metrics_prefix: str = DEFAULT_PREFIX,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._bind = parse_bind(bind)
@@ -114,6 +117,10 @@ class HttpIngress:
             eos_ids=tuple(self._tokenizer.eos_ids if eos_ids is None else eos_ids),
             loss_timeout_s=self._limits.loss_timeout_s,
         )
+        self._link.metrics.is_http = True
+        self._link.metrics.num_refused = lambda: self._gate.num_refused
+        self._link.metrics.num_outstanding = lambda: self._gate.num_outstanding
+        self._metrics = Metrics(engine_name, prefix=metrics_prefix, model_name=self._model_names[0])
         self._failure: BaseException | None = None
         self._num_signals = 0
         if self._gate.is_open and not is_loopback(self._bind[0]):
@@ -164,11 +171,11 @@ class HttpIngress:
             self._context,
             self._gate,
             limits.max_body_bytes,
-            lambda: metrics_text(self._link, self._gate),
+            self._render_metrics,
             str(self._folder),
         )
         config = uvicorn.Config(
-            self._api.app(),
+            RequestLog(self._api.app(), lambda: self._link.metrics.slot),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -183,7 +190,9 @@ class HttpIngress:
             loop.add_signal_handler(number, self._on_signal)
         engine.start()
         host, port = listener.getsockname()[:2]
-        print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"ready {url}", flush=True)
+        log_event(log, logging.INFO, "ready", url=url, model=self._model_names[0])
         try:
             await self._server.serve(sockets=[listener])
         finally:
@@ -191,7 +200,11 @@ class HttpIngress:
             self._context.compile_pool.shutdown(wait=False, cancel_futures=True)
             self._context.compiler.close()
             await loop.run_in_executor(None, engine.stop)
-            log.info("ended")
+            log_event(log, logging.INFO, "ended")
+
+    def _render_metrics(self, accept: str | None) -> tuple[bytes, str]:
+        self._link.metrics.publish_gauges()
+        return self._metrics.render(accept)
 
     # ---- Ending ----------------------------------------------------------------------------------------------------
     def _on_failure(self, error: BaseException) -> None:
@@ -208,7 +221,7 @@ class HttpIngress:
 
     async def _drain(self) -> None:
         exchanges = self._context.exchanges
-        log.info("draining: %d unfinished requests", len(exchanges))
+        log_event(log, logging.INFO, "draining", num_unfinished=len(exchanges))
         deadline = time.monotonic() + self._drain_timeout_s
         while exchanges and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_S)
@@ -271,7 +284,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--api-key-file", default="", help="one key a line, mode 600; without keys anybody may ask")
     parser.add_argument("--eos-ids", help="comma-separated; default: the checkpoint's")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument(
+        "--metrics-prefix", default=DEFAULT_PREFIX, help="of vLLM's names in /metrics (default %(default)s)"
+    )
+    add_log_flags(parser)
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     texts = {
         "max_body_bytes": "bytes of one request's body; larger ones get 413",
@@ -292,8 +308,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
-    logging.basicConfig(level=arguments.log_level.upper(), format=log_format, stream=sys.stderr)
+    set_up_logging(arguments.log_level, arguments.log_format, f"http ingress {arguments.queue_pair}")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of its start and end, we say
     try:
         limits = HttpLimits(**{name: getattr(arguments, name) for name in HttpLimits.__dataclass_fields__})
         eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
@@ -307,11 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             eos_ids=eos_ids,
             limits=limits,
             drain_timeout_s=arguments.drain_timeout,
+            metrics_prefix=arguments.metrics_prefix,
         ).run()
     except (
         SharedMemoryError, QueuePairError, TokenizerError, ChatTemplateError, ApiKeyError, NativeLibraryError, OSError, ValueError,
     ) as error:  # fmt: skip
-        print(f"blinkimp http ingress: {error}", file=sys.stderr)
+        fail_start("blinkimp http ingress", error, arguments.log_format)
         return 1
 
 

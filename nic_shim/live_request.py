@@ -80,7 +80,6 @@ class LiveRequest:
         self.ended_ns = 0
         self.num_cached_tokens = 0
         # ---- For who counts (nic_shim/request_metrics.py)
-        self.log_id = str(submit.id)
         self.siblings: Siblings | None = None
         self.observer: Callable[[LiveRequest], None] | None = None  # called once, when `end` is set
 

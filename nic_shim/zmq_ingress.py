@@ -26,11 +26,14 @@ from pathlib import Path
 import zmq
 
 from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
+from blinkimp.nic_shim.request_log import log_request
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
 from blinkimp.transport import Security, detect_lost_hosts
@@ -78,6 +81,9 @@ class ZmqIngress:
         )
         self.sessions = SessionTable(self._send, self.link.cancel, stall_timeout_s=limits.stall_timeout_s)
         self.handler = MessageHandler(self.link, self.sessions, tokenizer, limits)
+        self.link.metrics.num_refused = lambda: self.handler.counters.refused
+        self.link.metrics.num_outstanding = lambda: self.sessions.num_requests
+        self.link.metrics.on_end = _log_request
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._bind = bind
@@ -233,7 +239,7 @@ class ZmqIngress:
     def _is_drained(self, now: float, deadline: float) -> bool:
         if not self.handler.is_draining:
             self.handler.is_draining = self.link.is_ending = True
-            log.info("draining: %d unfinished requests", self.sessions.num_requests)
+            log_event(log, logging.INFO, "draining", num_unfinished=self.sessions.num_requests)
         if self.sessions.is_idle and not self.link.has_work:
             return True
         if now <= deadline:
@@ -260,6 +266,12 @@ class ZmqIngress:
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------
+def _log_request(request: LiveRequest) -> None:
+    identity: bytes = request.session.identity
+    request_id = f"{identity.hex()}-{request.client_id}"
+    log_request(log, [request], request_id=request_id, transport="zmq", stream=request.stream)
+
+
 def _parser() -> argparse.ArgumentParser:
     limits = IngressLimits()
     parser = argparse.ArgumentParser(
@@ -282,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
     )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add_log_flags(parser)
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     integer_limits = {
         "max_message_bytes": "bytes of one message; larger ones get an error reply",
@@ -317,8 +329,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    log_format = "%(asctime)s %(name)s %(levelname)s %(message)s"
-    logging.basicConfig(level=arguments.log_level.upper(), format=log_format, stream=sys.stderr)
+    set_up_logging(arguments.log_level, arguments.log_format, f"zmq ingress {arguments.queue_pair}")
     try:
         limits = IngressLimits(
             **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
@@ -340,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         endpoint = ingress.start()
     except (SharedMemoryError, QueuePairError, TokenizerError, NativeLibraryError, OSError, ValueError) as error:
-        print(f"blinkimp ingress: {error}", file=sys.stderr)
+        fail_start("blinkimp ingress", error, arguments.log_format)
         return 1
 
     def on_signal(number: int, _frame: object) -> None:
@@ -352,9 +363,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, on_signal)
     gc.freeze()  # what is here now stays: collections need not walk it again
     print(f"ready {endpoint}", flush=True)
+    log_event(log, logging.INFO, "ready", endpoint=endpoint)
     while not ingress.join(0.5):  # a timeout, so that the main thread runs signal handlers
         pass
-    log.info("ended")
+    log_event(log, logging.INFO, "ended")
     return 0
 
 

@@ -205,7 +205,7 @@ def test_small_endpoints(server: HttpServer) -> None:
     assert server.get("/v1/models/other").status == 404
     assert server.get("/health").json == {"status": "ok"} and server.get("/ready").status == 200
     assert server.get("/version").json == {"version": __version__}
-    assert b"\nblinkimp:engine_num_pages " in server.get("/metrics").body
+    assert b"\nblinkimp:engine_num_pages{" in server.get("/metrics").body
     document = server.get("/openapi.json").json
     assert "/v1/chat/completions" in document["paths"] and "ChatRequest" in document["components"]["schemas"]
     page = server.get("/docs").body.decode()

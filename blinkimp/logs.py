@@ -1,0 +1,126 @@
+"""Log lines of every process, as text or as JSON, on stderr.
+
+    set_up_logging("info", "json", process="http ingress 1")
+    log_event(log, logging.INFO, "request", request_id="42", reason="stop", output_tokens=7)
+
+A line in JSON is one object: time (RFC 3339, UTC), level, logger, process, pid, message; an event also has `event` and its fields, an
+exception `exception`. nic_shim/METRICS.md lists the events and their fields; names do not change their meaning.
+Called by blinkimp/cli/terminal.py, host/supervisor.py and the processes of nic_shim. Test: pytest tests/null/test_logs.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import threading
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import msgspec
+
+LogFormat = Literal["text", "json"]
+TEXT_FORMAT: Final = "%(asctime)s %(name)s %(levelname)s %(message)s"
+_PLAIN: Final = re.compile(r"[\w.,:;/+@%\-]+")
+
+
+def log_event(log: logging.Logger, level: int, event: str, /, message: str = "", **fields: Any) -> None:
+    """One line with fields. In text: `event message field=value ...`."""
+    if log.isEnabledFor(level):
+        log.log(level, message or event, extra={"event": event, "fields": fields}, stacklevel=2)
+
+
+def _plain(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if _PLAIN.fullmatch(text) else msgspec.json.encode(text).decode()
+
+
+class TextFormatter(logging.Formatter):
+    """For people."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        line = super().formatMessage(record)
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        return " ".join([line, *(f"{name}={_plain(value)}" for name, value in fields.items() if value is not None)])
+
+
+class JsonFormatter(logging.Formatter):
+    """For machines: whatever is logged, the line is one valid JSON object."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+        self._encoder = msgspec.json.Encoder(enc_hook=str)
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, Any] = {
+            "time": moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": self._process,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if hasattr(record, "event"):
+            line["event"] = record.event
+            fields: dict[str, Any] = getattr(record, "fields", {})
+            # A field cannot take the place of what every line has.
+            line |= {name if name not in line else f"{name}_": value for name, value in fields.items()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        try:
+            return self._encoder.encode(line).decode()
+        except (UnicodeEncodeError, msgspec.MsgspecError):  # half a surrogate pair in a client's text
+            safe = {name: ascii(value) if isinstance(value, str) else value for name, value in line.items()}
+            return self._encoder.encode(safe).decode()
+
+
+def new_handler(log_format: LogFormat, process: str, text_format: str = TEXT_FORMAT, datefmt: str | None = None) -> Any:
+    handler = logging.StreamHandler(sys.stderr)
+    is_json = log_format == "json"
+    handler.setFormatter(JsonFormatter(process) if is_json else TextFormatter(text_format, datefmt))
+    return handler
+
+
+def set_up_logging(
+    log_level: str, log_format: LogFormat, process: str, *, text_format: str = TEXT_FORMAT, datefmt: str | None = None
+) -> None:
+    """From now on everything that is logged goes to stderr; with JSON, warnings and uncaught exceptions too."""
+    handler = new_handler(log_format, process, text_format, datefmt)
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
+    if log_format == "json":
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_of_thread
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    logging.getLogger("blinkimp").critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_of_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_type is SystemExit or arguments.exc_value is None:
+        return
+    caught = (arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+    name = arguments.thread.name if arguments.thread is not None else "?"
+    logging.getLogger("blinkimp").critical("uncaught exception in thread %s", name, exc_info=caught)
+
+
+def fail_start(program: str, error: object, log_format: LogFormat) -> None:
+    """Why a process could not start: a log line in JSON, plain words for a person."""
+    if log_format == "json":
+        log_event(logging.getLogger("blinkimp"), logging.CRITICAL, "start_failed", str(error), program=program)
+    else:
+        print(f"{program}: {error}", file=sys.stderr)
+
+
+def add_log_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the lines on stderr")

@@ -1,0 +1,53 @@
+"""The log line of a request that has ended: its id, how it ended, its tokens and where its time went.
+
+The same fields over HTTP and ZeroMQ; nic_shim/METRICS.md lists them. Called by nic_shim/http_generate.py and nic_shim/zmq_ingress.py.
+Test: pytest tests/host/test_http_log.py tests/host/test_zmq_log.py
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from blinkimp.logs import log_event
+from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.request_metrics import Times, finished_reason, times_of
+from blinkimp.protocol import Error, Finish
+
+
+def log_request(log: logging.Logger, requests: Sequence[LiveRequest], **fields: Any) -> None:
+    """One line for the choices of one request. `fields` come first: request_id, transport, ..."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    times = [times_of(request) for request in requests if request.end is not None]
+    reasons = {finished_reason(request) if request.end is not None else "abort" for request in requests}
+    ends = [request.end for request in requests]
+    # The prompt of several choices is one prompt: choices of one prompt share the array.
+    prompts = {id(request.prompt_ids): request for request in requests}.values()
+    log_event(
+        log,
+        logging.INFO,
+        "request",
+        **fields,
+        reason=",".join(sorted(reasons)),
+        error=next((end.code for end in ends if isinstance(end, Error)), None),
+        choices=len(requests),
+        prompt_tokens=sum(len(request.prompt_ids) for request in prompts),
+        cached_tokens=sum(request.num_cached_tokens for request in prompts),
+        output_tokens=sum(len(request.output_ids) for request in requests),
+        queue_s=_seconds(times, lambda one: one.queue_s, min),
+        prefill_s=_seconds(times, lambda one: one.prefill_s, min),
+        ttft_s=_seconds(times, lambda one: one.ttft_s, min),
+        decode_s=_seconds(times, lambda one: one.decode_s, max),
+        e2e_s=_seconds(times, lambda one: one.e2e_s, max),
+        seed=next((end.seed for end in ends if isinstance(end, Finish)), None),
+    )
+
+
+def _seconds(
+    times: list[Times], which: Callable[[Times], float | None], of_all: Callable[[Iterable[float]], float]
+) -> float | None:
+    """Of several choices the first to start, and the last to end."""
+    known = [value for value in map(which, times) if value is not None]
+    return round(of_all(known), 6) if known else None
