@@ -35,7 +35,7 @@ from blinkimp.ring_abi import EngineState
 _log = logging.getLogger("blinkimp.host.supervisor")
 
 RESTART_WINDOW_S: Final = 600.0
-BACKOFFS_S: Final = (0.1, 2.0, 10.0)  # before the first restart of the window, the second, all others
+BACKOFFS_S: Final = (0.1, 1.0, 5.0)  # before the first restart of the window, the second, all others
 END_TIMEOUT_S: Final = 15.0  # from the word that it ends to its end; the driver takes seconds to give a GPU back
 
 

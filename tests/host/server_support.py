@@ -58,7 +58,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=read, daemon=True)
         self._reader.start()
         if wait:
-            self.wait_for_log("serves on", self.config.num_ingress)
+            self.wait_for_log("serves on", self.config.num_ingress + bool(self.config.http))
 
     @property
     def endpoints(self) -> list[str]:
@@ -75,6 +75,11 @@ class ServerProcess:
         with open_engine_page(self.config.engine_name) as page:
             record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
         return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+
+    @property
+    def http_port(self) -> int:
+        line = next(line for line in self.log if "serves on http://" in line)
+        return int(line.strip().rpartition(":")[2])
 
     @property
     def pids(self) -> dict[int, str]:

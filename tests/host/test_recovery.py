@@ -1,0 +1,172 @@
+"""A device dies, hangs or reports a fault under streams: clients see a pause, and not one token more, less or other.
+
+Emulated device, whole server. What is broken is broken while the device stands still in the middle of every stream, so that no machine is
+too fast or too slow for it. Test: pytest tests/host/test_recovery.py
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from blinkimp.client import Client, RequestRefusedError
+from blinkimp.host.fault_report import FOLDER_NAME, FaultReport
+from blinkimp.host.shared_memory import SHM_DIR
+from blinkimp.host.watchdog import Symptom
+from tests.host.engine_support import assert_all_pages_are_back, wait_for
+from tests.host.recovery_support import Jobs, find_stop_string, num_restarts, record_fault
+from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
+from tests.support import PATIENCE_S
+
+DEVICE = "host.emulated_process"
+OPTIONS: dict[str, Any] = {"max_restarts": 100, "constraint_slots": 2, "num_queue_pairs": 3}
+
+
+def get(server: ServerProcess, path: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=PATIENCE_S)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def reports(folder: Path) -> list[FaultReport]:
+    files = sorted((folder / FOLDER_NAME).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [msgspec.json.decode(path.read_bytes(), type=FaultReport) for path in files]
+
+
+def left_behind(server: ServerProcess) -> list[str]:
+    return [path.name for path in SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*")]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path, dict[str, Any], str]]:
+    """A server, its cache folder, what the jobs come to when nothing happens, and the stop string of one of them."""
+    folder = tmp_path_factory.mktemp("recovery")
+    with ServerProcess(folder, http="127.0.0.1:0", stall_timeout_s=3.0, cache_dir=str(folder), **OPTIONS) as server:
+        stop = find_stop_string(server)
+        undisturbed = Jobs(server, stop).join()
+        assert undisturbed["stopped"][5] == stop and undisturbed["constrained"][4] in ("length", "eos")
+        yield server, folder, undisturbed, stop
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert left_behind(server) == []
+
+
+def kill_device(server: ServerProcess) -> None:
+    os.kill(server.pid_of(DEVICE), signal.SIGKILL)
+
+
+def begin_and_freeze(server: ServerProcess, stop: str) -> Jobs:
+    """All jobs, each in the middle of its stream, and a device that stands still."""
+    jobs = Jobs(server, stop)
+    jobs.wait_begun()
+    os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
+    assert jobs.num_ended == 0, "every stream must be in its middle"
+    return jobs
+
+
+@pytest.mark.parametrize("symptom", [Symptom.FAULT_RECORD, Symptom.HEARTBEAT_STALL])
+def test_streams_of_a_faulted_device_are_what_they_would_have_been(
+    served: tuple[ServerProcess, Path, dict[str, Any], str], symptom: Symptom
+) -> None:
+    server, folder, undisturbed, stop = served
+    restarts, num_reports = num_restarts(server), len(reports(folder))
+    jobs = begin_and_freeze(server, stop)  # as it is for the second symptom: it hangs
+    if symptom == Symptom.FAULT_RECORD:
+        record_fault(server)
+    assert jobs.join() == undisturbed
+    assert num_restarts(server) > restarts
+    # The first one: on a machine that stands still for seconds, a stall may follow.
+    report = reports(folder)[num_reports]
+    assert report.symptom == symptom and report.engine_name == server.config.engine_name and report.step > 0
+    if symptom == Symptom.FAULT_RECORD:
+        assert report.record is not None and report.record["site_name"] == "kSitePageCount"
+        assert report.record["step"] == 12
+    assert any(report.text in line for line in server.log)
+    wait_for(lambda: server.status()["num_pages_used"] == 0, PATIENCE_S, "every page is free")
+    assert_all_pages_are_back(server.status())
+
+
+def test_dead_device_and_a_fault_while_the_next_one_loads(
+    served: tuple[ServerProcess, Path, dict[str, Any], str],
+) -> None:
+    """In between, the server is live and not ready; what comes then waits, and ends by its deadline or a cancel all the same."""
+    server, folder, undisturbed, stop = served
+    restarts, num_reports = num_restarts(server), len(reports(folder))
+    jobs = begin_and_freeze(server, stop)
+    server.process.send_signal(signal.SIGSTOP)  # nobody starts another engine for now
+    try:
+        kill_device(server)
+        wait_for(lambda: get(server, "/ready")[0] == 503, PATIENCE_S, "the loss is noticed")
+        assert get(server, "/health")[0] == 200
+        with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
+            assert client.health().status in ("engine_lost", "engine_faulted")
+            waiting = client.submit(PROMPT, max_tokens=20, **GREEDY)
+            late = client.submit(PROMPT, max_tokens=20, timeout_s=0.2)
+            cancelled = client.submit(PROMPT, max_tokens=20)
+            cancelled.cancel()
+            assert late.result().finish_reason == "timeout", "its time is over, engine or not"
+            assert cancelled.result().finish_reason == "cancelled"
+            server.process.send_signal(signal.SIGCONT)
+            wait_for(lambda: server.pid_of(DEVICE) != 0, PATIENCE_S, "the next device loads")
+            kill_device(server)
+            assert len(waiting.result().token_ids) == 20
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert jobs.join() == undisturbed
+    wait_for(lambda: get(server, "/ready")[0] == 200, PATIENCE_S, "the server is ready again")
+    assert num_restarts(server) >= restarts + 2
+    assert reports(folder)[num_reports].symptom == Symptom.DEVICE_DEATH
+
+
+def test_sigterm_while_recovering_finishes_the_streams(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, cache_dir=str(tmp_path)) as server:
+        streams = Streams(server.endpoints[0], 4, 400)
+        streams.wait_begun()
+        os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
+        os.kill(server.pid_of("host.engine_process"), signal.SIGKILL)
+        server.wait_for_log("started again")
+        server.process.send_signal(signal.SIGTERM)
+        results = streams.join()
+        assert [(len(tokens), reason) for tokens, reason in results] == [(400, "length")] * 4
+        assert len({tuple(tokens) for tokens, _ in results}) == 1
+        assert server.wait(30) == 0
+        assert any("draining while" in line for line in server.log) and left_behind(server) == []
+        assert [report.symptom for report in reports(tmp_path)] == [Symptom.HOST_DEATH]
+
+
+def test_sigterm_while_recovering_with_nothing_to_finish_ends_at_once(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, cache_dir=str(tmp_path)) as server:
+        kill_device(server)
+        server.wait_for_log("started again")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert left_behind(server) == [] and not any("is back" in line for line in server.log)
+
+
+def test_server_gives_up_when_the_restarts_are_used_up(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, cache_dir=str(tmp_path), max_restarts=1) as server:
+        with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
+            stream = client.submit(PROMPT, max_tokens=1500, **GREEDY)
+            next(stream)
+            kill_device(server)
+            server.wait_for_log("is back")
+            wait_for(lambda: server.status()["num_running"] == 1, PATIENCE_S, "the stream goes on")
+            kill_device(server)
+            with pytest.raises(RequestRefusedError) as caught:
+                stream.result()
+            assert caught.value.code == "engine_lost"
+        assert server.wait(30) == 1
+        assert any("max_restarts is 1 within 10 minutes" in line for line in server.log)
+        assert left_behind(server) == [] and len(reports(tmp_path)) == 2
