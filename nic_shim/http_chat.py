@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from blinkimp.nic_shim.chunk_template import IDS_MARK, TEXT_MARK, ChunkTemplate
 from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
 from blinkimp.nic_shim.http_logprobs import chat_logprobs
 from blinkimp.nic_shim.http_types import (
@@ -57,6 +58,7 @@ class ChatShape:
         self._prompt_ids = prompt_ids
         options = body.stream_options
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
+        self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
 
     def opening(self, choice_idx: int) -> bytes | None:
         choice = ChunkChoice(index=choice_idx, delta=Delta(role="assistant", content=self._echo))
@@ -65,8 +67,17 @@ class ChatShape:
             chunk.prompt_token_ids = self._prompt_ids
         return _encoder.encode(chunk)
 
-    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes | None:
+    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes:
         tokens, finish = merged(messages)
+        if tokens is not None and finish is None and usage is None and not self._body.logprobs:
+            template = self._templates.get(choice_idx)
+            if template is None:
+                marks = Tokens(0, 0, IDS_MARK, [], TEXT_MARK)
+                template = self._templates[choice_idx] = ChunkTemplate(self._encoded(choice_idx, marks, None, None))
+            return template.fill(tokens.text, tokens.token_ids)
+        return self._encoded(choice_idx, tokens, finish, usage)
+
+    def _encoded(self, choice_idx: int, tokens: Tokens | None, finish: Finish | None, usage: Usage | None) -> bytes:
         choice = ChunkChoice(index=choice_idx, delta=Delta())
         if tokens is not None:
             choice.delta.content = tokens.text

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from blinkimp.nic_shim.chunk_template import IDS_MARK, TEXT_MARK, ChunkTemplate
 from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
 from blinkimp.nic_shim.http_logprobs import completion_logprobs
 from blinkimp.nic_shim.http_types import CompletionChoice, CompletionChunk, CompletionReply, CompletionRequest, Usage
@@ -42,6 +43,7 @@ class CompletionShape:
         self._num_chars = [0] * len(echoes)  # of each choice's text so far
         options = body.stream_options
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
+        self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
 
     def opening(self, choice_idx: int) -> bytes | None:
         """With echo a stream begins with the prompt."""
@@ -53,9 +55,18 @@ class CompletionShape:
             choice.token_ids = []
         return self._chunk([choice], None)
 
-    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes | None:
+    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes:
         tokens, finish = merged(messages)
+        if tokens is not None and finish is None and usage is None and self._body.logprobs is None:
+            return self._template(choice_idx).fill(tokens.text, tokens.token_ids)
         return self._chunk([self._choice(choice_idx, tokens, finish)], usage)
+
+    def _template(self, choice_idx: int) -> ChunkTemplate:
+        template = self._templates.get(choice_idx)
+        if template is None:
+            choice = self._choice(choice_idx, Tokens(0, 0, IDS_MARK, [], TEXT_MARK), None)
+            template = self._templates[choice_idx] = ChunkTemplate(self._chunk([choice], None))
+        return template
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunk([], usage)

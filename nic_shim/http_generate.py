@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class ReplyShape(Protocol):
     """Builds the JSON of one API. `messages` are all of one choice: Tokens, and perhaps a Finish at the end."""
 
     def opening(self, choice_idx: int) -> bytes | None: ...
-    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes | None: ...
+    def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes: ...
     def usage_chunk(self, usage: Usage) -> bytes: ...
     def whole(self, choices: list[Choice], usage: Usage) -> bytes: ...
 
@@ -197,6 +197,7 @@ class GenerationResponse(Response):
         self._request_id = request_id
         num_choices = body.n or 1
         self._choices = [Choice(idx // num_choices, len(request.prompt_ids)) for idx, request in enumerate(requests)]
+        self._num_unfinished = 0
         self.status_code = 200
         self.background = None
 
@@ -262,45 +263,51 @@ class GenerationResponse(Response):
         headers = self._reply_headers(b"text/event-stream; charset=utf-8", None)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         pieces = [self._shape.opening(idx) for idx in range(len(self._choices))]
-        await self._send_events([piece for piece in pieces if piece is not None], send)
-        async for pieces in self._events(messages):
-            await self._send_events([piece for piece in pieces if piece is not None], send)
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-    async def _send_events(self, pieces: list[bytes], send: Send) -> None:
-        if pieces:
-            body = b"".join([b"data: " + piece + b"\n\n" for piece in pieces])
+        opening = [piece for piece in pieces if piece is not None]
+        if opening:
+            await send({"type": "http.response.body", "body": event_bytes(opening), "more_body": True})
+        self._num_unfinished = len(self._choices)
+        while True:
+            # One write for all that has come for this connection since the last one.
+            body = event_bytes(self._pieces_of(messages))
+            if self._num_unfinished == 0:
+                break
             await send({"type": "http.response.body", "body": body, "more_body": True})
+            messages = await self._exchange.next()
+        await send({"type": "http.response.body", "body": body + b"data: [DONE]\n\n"})
 
-    async def _events(self, messages: list[Tokens | Finish | Error]) -> AsyncIterator[list[bytes | None]]:
+    def _pieces_of(self, messages: list[Tokens | Finish | Error]) -> list[bytes]:
+        """The chunks of one write. An Error ends the stream: the status line is gone already, so the stream itself says it."""
         options = self._body.stream_options
         with_usage = options is not None and options.continuous_usage_stats
-        num_unfinished = len(self._choices)
-        while True:
-            by_choice: dict[int, list[Tokens | Finish]] = {}
-            for message in messages:
-                if isinstance(message, Error):  # the status line is gone already: the stream itself says it
-                    error = http_error_of(message)
-                    self.status_code = error.status
-                    yield [msgspec.json.encode(error.body())]
-                    return
-                by_choice.setdefault(message.id, []).append(message)
-            pieces: list[bytes | None] = []
-            for idx, own in by_choice.items():
-                choice = self._choices[idx]
-                num_unfinished -= choice.count(own)
-                pieces.append(self._shape.chunk(idx, own, usage_of([choice]) if with_usage else None))
-            if num_unfinished == 0:
-                if options is not None and options.include_usage:
-                    pieces.append(self._shape.usage_chunk(usage_of(self._choices)))
-                yield pieces
-                return
-            yield pieces
-            messages = await self._exchange.next()
+        by_choice: dict[int, list[Tokens | Finish]] = {}
+        for message in messages:
+            if isinstance(message, Error):
+                error = http_error_of(message)
+                self.status_code = error.status
+                self._num_unfinished = 0
+                return [msgspec.json.encode(error.body())]
+            by_choice.setdefault(message.id, []).append(message)
+        pieces: list[bytes] = []
+        for idx, own in by_choice.items():
+            choice = self._choices[idx]
+            self._num_unfinished -= choice.count(own)
+            pieces.append(self._shape.chunk(idx, own, usage_of([choice]) if with_usage else None))
+        if self._num_unfinished == 0 and options is not None and options.include_usage:
+            pieces.append(self._shape.usage_chunk(usage_of(self._choices)))
+        return pieces
+
+
+def event_bytes(pieces: list[bytes]) -> bytes:
+    """Server-sent events."""
+    return b"".join([b"data: %b\n\n" % piece for piece in pieces])
 
 
 def merged(messages: list[Tokens | Finish]) -> tuple[Tokens | None, Finish | None]:
     """Several messages of one choice as one: a client that lags gets its tokens in larger chunks."""
+    if len(messages) == 1:
+        message = messages[0]
+        return (message, None) if isinstance(message, Tokens) else (None, message)
     tokens = [message for message in messages if isinstance(message, Tokens)]
     finish = messages[-1] if isinstance(messages[-1], Finish) else None
     if len(tokens) <= 1:
