@@ -68,13 +68,18 @@ class Orchestrator {
         if (end == kLinkLost) return lost();
         if (end == kLinkBusy || fault_recorded(params_)) break;  // the step is not whole: nothing of it may be committed
         director_note_arrival(params_, lanes_, device_clock_ns());
+        bool is_lost = false;
         if (!is_launched) {
           look(next);
           goes_on = may_start_next() && !every_seq_was_stopped(params_, lanes_, next);
-          if (goes_on && !launch(next)) return lost();
+          is_lost = goes_on && !launch(next);
         }
-        if (goes_on) director_start_next(params_, lanes_, device_clock_ns());
+        if (goes_on && !is_lost) director_start_next(params_, lanes_, device_clock_ns());
         director_commit(params_, lanes_, plan_of_step(params_, step));
+        if (is_lost) {  // this step was whole
+          director_publish(params_, lanes_);
+          return lost();
+        }
       }
       idle.was_busy();
     }

@@ -6,7 +6,6 @@ they are only if the device's tables are what the director's are whenever a step
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
-from tests.host.sampling_jobs import Job, digits_table, random_job, table_of_dfa
+from tests.host.orchestrator_jobs import answers, long_jobs, mixed_jobs
+from tests.host.sampling_jobs import Job, digits_table, table_of_dfa
 
 IN_THE_HOST = ("cpu", "cpu-ahead")
 
@@ -30,34 +30,6 @@ IN_THE_HOST = ("cpu", "cpu-ahead")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=3)
-
-
-def answers(client: PortClient, jobs: list[Job]) -> list[Stream]:
-    """Of all of them side by side."""
-    ids = [job.submit(client) for job in jobs]
-    client.wait_all(60)
-    return [client.streams[request_id] for request_id in ids]
-
-
-def mixed_jobs() -> list[Job]:
-    """All that can be asked for, prompts longer than a chunk, and a constraint in every third."""
-    rng = random.Random(23)
-    jobs = [random_job(rng, longest_prompt=200) for _ in range(45)]
-    for job in jobs[::3]:
-        job.table, job.slot, job.min_tokens, job.stop_ids = digits_table(), 1, 0, ()
-    return jobs
-
-
-def long_jobs() -> list[Job]:
-    """More than the pages can hold at once, most with penalties: they are preempted, and their counts are made anew."""
-    rng = random.Random(5)
-    jobs = [random_job(rng, longest_prompt=60) for _ in range(16)]
-    for i, job in enumerate(jobs):
-        job.max_tokens, job.stop_ids, job.ignore_eos = 110, (), True
-        job.repetition_penalty = 1.2 if i % 4 else 1.0
-        if i % 5 == 0:
-            job.table, job.slot, job.min_tokens, job.ignore_eos = digits_table(), 0, 0, False
-    return jobs
 
 
 def run_jobs(tiny: Path, jobs: list[Job], orchestrator: str, **options: Any) -> tuple[list[Stream], dict[str, int]]:
