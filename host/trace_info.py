@@ -18,8 +18,16 @@ from blinkimp.host.model_config import ModelConfig
 from blinkimp.host.shared_region import Region
 from blinkimp.host.trace_reader import TraceReader
 
-LAYER_OPS: Final = ("qkv", "attention", "attention_out", "gate_up", "down")  # of build_pre_norm_decoder(), host/program.py
-PRIVATE_KEYS: Final = frozenset({"curve_key", "curve_clients", "api_key_file"})  # where secrets lie is nobody's business
+LAYER_OPS: Final = (
+    "qkv",
+    "attention",
+    "attention_out",
+    "gate_up",
+    "down",
+)  # of build_pre_norm_decoder(), host/program.py
+PRIVATE_KEYS: Final = frozenset(
+    {"curve_key", "curve_clients", "api_key_file"}
+)  # where secrets lie is nobody's business
 
 
 class EngineInfo(msgspec.Struct):

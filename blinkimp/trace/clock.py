@@ -148,7 +148,7 @@ def align(bounds: Bounds) -> Clock:
         (begin + round(at), float(least + most) / 2, float(most - least) / 2)
         for at, least, most in zip(edges[known], low[known], high[known], strict=True)
     ]
-    return Clock(ClockRecord(base, knots, *num_bounds, slack_ns))
+    return Clock(ClockRecord(base, knots, num_bounds[0], num_bounds[1], slack_ns))
 
 
 def _tightest(

@@ -113,7 +113,7 @@ class TraceFileWriter:
 
     def append(self, events: NDArray[np.void]) -> None:
         assert events.dtype == abi.TRACE_EVENT, events.dtype
-        self._file.write(memoryview(np.ascontiguousarray(events)).cast("B"))
+        self._file.write(np.ascontiguousarray(events).data.cast("B"))
         self.num_events += len(events)
 
     def append_op_sample(self, step: int, time_ns: int, times: NDArray[np.uint64]) -> None:

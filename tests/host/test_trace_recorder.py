@@ -18,7 +18,7 @@ from blinkimp.host.shared_memory import EngineNotFoundError
 from blinkimp.host.trace_reader import events_of, high_half, low_half
 from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
 from blinkimp.trace.clock import is_ping
-from blinkimp.trace.file import EVENTS_OFFSET, Metadata, TraceFile
+from blinkimp.trace.file import EVENTS_OFFSET, FILE_HEADER, Metadata, TraceFile
 from blinkimp.trace.recorder import FIRST_PINGS, LAST_PINGS, Recorder
 from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine
 
@@ -92,7 +92,7 @@ def test_a_recording_that_was_cut_off_can_be_read(tmp_path: Path) -> None:
         whole = TraceFile(path)
     num_bytes = EVENTS_OFFSET + 32 * len(whole.events)
     content = bytearray(path.read_bytes()[: num_bytes + 7])  # half an event more
-    content[whole.header.dtype.fields["is_complete"][1]] = 0
+    content[FILE_HEADER.fields["is_complete"][1]] = 0  # type: ignore[index]
     path.write_bytes(content)
     cut = TraceFile(path)
     assert not cut.is_complete and "cut off" in cut.metadata.ended_by

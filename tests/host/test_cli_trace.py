@@ -1,0 +1,123 @@
+"""`blinkimp trace`, as a user runs it: a served model, a recording of it, and everything that can be made of that.
+
+Run: pytest tests/host/test_cli_trace.py
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blinkimp.cli import main
+from blinkimp.client import Client
+from blinkimp.ring_abi import LEAST_TRACE_EVENTS
+from blinkimp.trace.figures import PHASES
+from blinkimp.trace.file import TraceFile
+from tests.host.engine_support import make_tiny_checkpoint, running_engine
+from tests.ingress_support import end_process, start_process, wait_until, write_byte_tokenizer
+
+MAX_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of twelve requests through a ZeroMQ ingress, one of them cancelled."""
+    folder = tmp_path_factory.mktemp("trace")
+    make_tiny_checkpoint(folder)
+    tokenizer = write_byte_tokenizer(folder)
+    path = folder / "run.trace"
+    options: dict[str, Any] = {"trace_events": LEAST_TRACE_EVENTS, "trace_op_period": 8}
+    with running_engine(folder, **options) as engine:
+        name = engine.config.engine_name
+        process, endpoint = start_process(name, tokenizer, 0)
+        try:
+            failures: list[BaseException] = []
+            clients = threading.Thread(target=_ask, args=(endpoint, path, failures))
+            clients.start()
+            assert main(["trace", "record", "--engine", name, "--seconds", "3", "-o", str(path)]) == 0
+            clients.join(60)
+            assert not failures, failures
+        finally:
+            end_process(process)
+    return path
+
+
+def _ask(endpoint: str, path: Path, failures: list[BaseException]) -> None:
+    """Once the recorder is there."""
+    try:
+        wait_until(path.exists, "the recorder has begun", 30)
+        with Client(endpoint, timeout_s=30) as client:
+            streams = [client.submit([3 + i, 5], max_tokens=MAX_TOKENS, ignore_eos=True) for i in range(11)]
+            for stream in streams:
+                assert stream.result().num_output_tokens == MAX_TOKENS
+            stream = client.submit([9], max_tokens=400, ignore_eos=True)
+            next(iter(stream))
+            stream.cancel()
+            for _ in stream:
+                pass
+    except BaseException as error:
+        failures.append(error)
+
+
+def test_stats(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "stats", str(recorded), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    requests = figures["requests"]
+    reasons = requests["by_reason"]
+    assert requests["num"] == 12 and reasons["length"] + reasons.get("cancelled", 0) == 12  # a cancel may come too late
+    assert figures["trace"]["clock_error_us"] is not None
+    for name in PHASES:
+        assert requests["phases_ms"][name]["n"] >= 11, name
+    assert requests["ttft_ms"]["p50"] > 0 and figures["steps"]["num"] > MAX_TOKENS
+    assert figures["occupancy"]["running"]["max"] >= 1 and "attention" in figures["ops"]["by_kind"]
+    assert main(["trace", "stats", str(recorded)]) == 0
+    text = capsys.readouterr().out
+    for words in ("gap to the next", "hand-over", "gate_up", "qp0 completions", "aligned within", "TTFT"):
+        assert words in text
+
+
+def test_timeline(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "timeline", str(recorded), "--slowest", "1", "--tokens"]) == 0
+    text = capsys.readouterr().out
+    for words in ("received", "claimed", "polled", "queued", "prompt rows", "streamed", "ended", "ingress 0"):
+        assert words in text
+    assert main(["trace", "timeline", str(recorded), "--request", "0x7"]) == 1
+    assert "--slowest" in capsys.readouterr().err
+
+
+def test_exports(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.null.test_trace_exports import check_format, exported
+
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    command = ["trace", "export", str(recorded), "--perfetto", str(tmp_path / "run.json"), "--gzip"]
+    assert main([*command, "--parquet", str(tmp_path / "run.parquet")]) == 0
+    document = exported(tmp_path / "run.json.gz")
+    check_format(document)
+    pids = {event["pid"] for event in document["traceEvents"] if event["ph"] in "Xi"}
+    assert pids == {1, 2, 3, 4} and document["otherData"]["lost_events"] == 0
+    assert f"{len(TraceFile(recorded).events)} rows" in capsys.readouterr().out
+    assert main(["trace", "export", str(recorded)]) == 1
+    assert "expected --perfetto" in capsys.readouterr().err
+
+
+def test_a_trace_does_not_differ_from_itself(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "diff", str(recorded), str(recorded), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["same_tokens"] is True and found["remarks"] == []
+    assert [row["name"] for row in found["requests"]] == [*PHASES, "a request's life"]
+    assert all(row["change_ms"] == 0 for name in ("requests", "steps", "ops", "figures") for row in found[name])
+    assert main(["trace", "diff", str(recorded), str(recorded)]) == 0
+    assert "the same, request by request" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "stats", str(tmp_path / "none")]) == 1
+    assert "check the name" in capsys.readouterr().err
+    assert main(["trace", "record", "--engine", "nobody-is-called-so", "-o", str(tmp_path / "a")]) == 1
+    assert "--trace-events" in capsys.readouterr().err
+    assert main(["trace", "record", "--seconds", "0", "-o", str(tmp_path / "a")]) == 1
+    assert "more than 0" in capsys.readouterr().err
