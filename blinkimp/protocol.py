@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
+from msgspec import inspect as types
 
 PROTOCOL_VERSION = 1
 MAX_STOP_TOKEN_IDS = 16  # kMaxStopIds of device/ring_abi.h; a test compares
@@ -263,7 +264,7 @@ class Complaint(NamedTuple):
 
 
 def complaint_of(error: Exception, content: Any, known: Callable[[str], Sequence[str]]) -> Complaint:
-    """`content`: the message, decoded. known(path): the fields of the struct that stands there."""
+    """`content`: the message, decoded. known(path): the fields of the struct, or the words, that may stand there."""
     complaint, _, path = str(error).partition(" - at `")
     complaint = complaint.removesuffix(" - at")
     path = path.rstrip("`").rpartition("$")[2].lstrip(".")  # "key` in `$.logit_bias" speaks of a key
@@ -276,16 +277,55 @@ def complaint_of(error: Exception, content: Any, known: Callable[[str], Sequence
     elif match := _MISSING_FIELD.match(complaint):
         what, got, expected = f"a field is missing in {where}", f"no field {match[1]!r}", f"the field {match[1]!r}"
         field = field or match[1]
+    elif complaint.startswith("Invalid enum value"):
+        expected = "one of " + ", ".join(known(path))
     elif match := _WRONG_VALUE.match(complaint):
         expected = match[1].replace("`", "")
     return Complaint(path, what, got, expected, field)
 
 
 @functools.cache
-def _fields_of(message_type: str | None, in_sampling: bool) -> tuple[str, ...]:
+def _type_info(root: Any) -> types.Type:
+    return types.type_info(root)
+
+
+def known_at(root: type[Any], path: str) -> tuple[str, ...]:
+    """What may stand at msgspec's path in a message of type `root`: the fields of a struct, or the words of an enumeration."""
+    found = [_type_info(root)]
+    for field, _ in _PATH_STEP.findall(path):
+        found = [step for kind in found for step in _inside(kind, field)]
+    words: list[str] = []
+    for kind in _alternatives(found):
+        if isinstance(kind, types.StructType):
+            words += [entry.encode_name for entry in kind.fields]
+        elif isinstance(kind, types.LiteralType):
+            words += [str(value) for value in kind.values]
+    return tuple(words)
+
+
+def _alternatives(kinds: Sequence[types.Type]) -> list[types.Type]:
+    return [
+        inner
+        for kind in kinds
+        for inner in (_alternatives(kind.types) if isinstance(kind, types.UnionType) else [kind])
+    ]
+
+
+def _inside(kind: types.Type, field: str) -> list[types.Type]:
+    """One step of a path: a field of a struct, or (no field) an element of an array."""
+    inner: list[types.Type] = []
+    for one in _alternatives([kind]):
+        if field and isinstance(one, types.StructType):
+            inner += [entry.type for entry in one.fields if entry.encode_name == field]
+        elif not field and isinstance(one, types.ListType):
+            inner.append(one.item_type)
+    return inner
+
+
+def _known_in_message(message_type: str | None, path: str) -> tuple[str, ...]:
     structs = {"submit": Submit, "cancel": Cancel, "alive": Alive, "stats": GetStats, "health": GetHealth}
-    struct = Sampling if in_sampling else structs.get(message_type or "")
-    return tuple(struct.__struct_fields__) if struct is not None else ()
+    struct = structs.get(message_type or "")
+    return known_at(struct, path) if struct is not None else ()
 
 
 def _explain(payload: bytes, error: Exception) -> Error:
@@ -304,7 +344,7 @@ def _explain(payload: bytes, error: Exception) -> Error:
     message_type = content.get("type") if isinstance(content, dict) else None
     message_id = content.get("id") if isinstance(content, dict) else None
     known_type = message_type if isinstance(message_type, str) else None
-    complaint = complaint_of(error, content, lambda path: _fields_of(known_type, path == "sampling"))
+    complaint = complaint_of(error, content, lambda path: _known_in_message(known_type, path))
     return Error(
         id=message_id if type(message_id) is int and 0 <= message_id < 2**64 else None,
         code="bad_sampling" if complaint.path.startswith("sampling") else "bad_message",

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
+from blinkimp.nic_shim.http_neutral import without_neutral
 from blinkimp.nic_shim.http_types import (
     MAX_PROMPTS,
     ChatRequest,
@@ -21,7 +22,7 @@ from blinkimp.nic_shim.http_types import (
     ResponseFormat,
     TokenizeRequest,
 )
-from blinkimp.protocol import Complaint, Constraint, Sampling, complaint_of
+from blinkimp.protocol import Complaint, Constraint, Sampling, complaint_of, known_at
 
 DEFAULT_COMPLETION_TOKENS: Final = 16  # OpenAI's and vLLM's, of /v1/completions; a chat reply may fill the context
 
@@ -35,22 +36,21 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
     try:
         return msgspec.json.decode(payload, type=body_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        complaint = _complaint(payload, error, body_type)
-    remedy = "correct the field, or leave it out; nic_shim/HTTP.md lists what is supported"
-    raise bad_field(complaint.field, complaint.what, complaint.got, complaint.expected, remedy) from None
-
-
-def _complaint(payload: bytes, error: Exception, body_type: type[Any]) -> Complaint:
+        problem = error
     try:
         content = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as broken:
-        return Complaint("", "the body is not JSON", f"{len(payload)} bytes: {broken}", "one JSON object", None)
-
-    def known(path: str) -> tuple[str, ...]:
-        fields = body_type.__struct_fields__ if path == "" else ()
-        return tuple(sorted(fields)) or ("the fields of nic_shim/HTTP.md",)
-
-    return complaint_of(error, content, known)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        complaint = Complaint("", "the body is not JSON", f"{len(payload)} bytes: {error}", "one JSON object", None)
+    else:
+        plain = without_neutral(content)
+        if plain is not None:
+            try:
+                return msgspec.convert(plain, type=body_type, str_keys=True)
+            except msgspec.ValidationError as error:
+                problem, content = error, plain
+        complaint = complaint_of(problem, content, lambda path: tuple(sorted(known_at(body_type, path))))
+    remedy = "correct the field, or leave it out; nic_shim/HTTP.md lists what is supported"
+    raise bad_field(complaint.field, complaint.what, complaint.got, complaint.expected, remedy) from None
 
 
 # ---- Defaults -------------------------------------------------------------------------------------------------------
@@ -127,11 +127,6 @@ def check_combinations(body: CompletionRequest | ChatRequest) -> None:
         raise bad_field(
             "top_logprobs", "top_logprobs cannot be used", "logprobs false", "logprobs true", "set logprobs"
         )
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise bad_field(
-            "max_tokens", "max_tokens cannot be used", "max_completion_tokens beside it", "one of them",
-            "they mean the same: leave one out",
-        )  # fmt: skip
 
 
 def constraint_of(body: GenerationFields) -> Constraint | None:

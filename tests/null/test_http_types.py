@@ -22,7 +22,7 @@ from blinkimp.nic_shim.http_fields import (
     sampling_of,
 )
 from blinkimp.nic_shim.http_openapi import OPERATIONS, docs_page, openapi_document
-from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest
+from blinkimp.nic_shim.http_types import ChatMessage, ChatRequest, CompletionRequest
 from tests.support import ROOT
 
 
@@ -61,6 +61,58 @@ def test_generation_config_is_read(tmp_path: Path) -> None:
 def test_null_counts_as_absent() -> None:
     names = [name for name in CompletionRequest.__struct_fields__ if name != "prompt"]
     assert completion(**dict.fromkeys(names)) == completion()
+
+
+def test_what_changes_nothing_is_taken_and_the_rest_refused_by_name() -> None:
+    from_clients = {
+        "best_of": 1,
+        "suffix": None,
+        "use_beam_search": False,
+        "skip_special_tokens": True,
+        "length_penalty": 1.0,
+    }
+    assert completion(**from_clients, logit_bias={"5": 1}) == completion(logit_bias={"5": 1})
+    assert completion(best_of=3, n=3) == completion(n=3)
+    for name, value in (
+        ("best_of", 2),
+        ("best_of", True),
+        ("suffix", "x"),
+        ("skip_special_tokens", False),
+        ("tools", []),
+        ("x", None),
+    ):
+        with pytest.raises(
+            HttpError, match=f"unknown field in the message: got '{name}', expected one of cache_salt, echo"
+        ):
+            completion(**{**from_clients, name: value})
+
+
+def test_a_reply_can_be_sent_back_as_it_came() -> None:
+    reply = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
+    body = {"messages": [{"role": "user", "content": "x"}, reply], "store": False, "tools": None}
+    decoded = decode_body(msgspec.json.encode(body), ChatRequest)
+    assert decoded.messages[1] == ChatMessage(role="assistant", content="a")
+
+
+def test_nested_problems_name_what_may_stand_there() -> None:
+    for body, words in (
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "got 'tool', expected one of assistant, developer, system, user",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "got 'image_url', expected one of text"),
+        (
+            {"messages": [{"role": "user", "contents": "x"}]},
+            "unknown field in messages[0]: got 'contents', expected one of content, name",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "structured_outputs": {"grammar": "x"}},
+            "expected one of choice, json, json_object, regex",
+        ),
+    ):
+        with pytest.raises(HttpError) as caught:
+            decode_body(msgspec.json.encode(body), ChatRequest)
+        assert words in caught.value.message, caught.value.message
 
 
 def test_kinds_of_prompts() -> None:
