@@ -1,4 +1,4 @@
-"""The `blinkimp` command: serve, generate, chat, doctor, tune, compile, bench, trace, lab.
+"""The `blinkimp` command: serve, generate, chat, doctor, tune, compile, bench, top, trace, lab.
 
 Each subcommand is a module of its own with `add_parser()` and `run()`; it is imported only when its name is given, so that `--help`
 answers at once. Test: pytest tests/null/test_cli_arguments.py tests/host/test_cli.py
@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "change limits of a running engine's schedule",
     "compile": "compile the GPU kernels for a model ahead of time",
     "bench": "put load on a server, this one's or any OpenAI-compatible one, and measure it",
+    "top": "watch a running engine: batch, pages, tokens a second, queue pairs",
     "trace": "record what a running engine does, and see where the time goes",
     "lab": "sweeps over loads, interference on the host's CPU, and reports of both",
 }
