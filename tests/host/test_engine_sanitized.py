@@ -14,7 +14,7 @@ from blinkimp.nic_shim.constraint_table import build_constraint_table
 from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
 from blinkimp.ring_abi import FinishReason
 from tests.host.engine_support import TINY_VOCAB, HostProcess, PortClient, finished, make_tiny_checkpoint, wait_for
-from tests.support import ROOT, load_tool
+from tests.support import PATIENCE_S, ROOT, load_tool
 
 
 def submit_with_everything(client: PortClient) -> None:
@@ -54,7 +54,9 @@ def test_device_process_is_clean(sanitizer: str, tmp_path: Path) -> None:
             long_ids = [other.submit(list(range(i, i + 150)), 100) for i in range(6)]
             submit_with_everything(client)
             wait_for(
-                lambda: other.poll() >= 0 and other.streams[long_ids[0]].tokens, 60, "the other client's stream runs"
+                lambda: other.poll() >= 0 and other.streams[long_ids[0]].tokens,
+                PATIENCE_S,
+                "the other client's stream runs",
             )
             other.port.try_cancel(long_ids[0])
             other.port.try_ping(1, 0)
@@ -62,8 +64,8 @@ def test_device_process_is_clean(sanitizer: str, tmp_path: Path) -> None:
             client.wait_all(120)
             assert all(client.streams[i].tokens == expected for i in ids)
             last = client.submit([1, 2, 3], 200)
-            wait_for(lambda: client.poll() >= 0 and client.streams[last].tokens, 60, "the last stream runs")
+            wait_for(lambda: client.poll() >= 0 and client.streams[last].tokens, PATIENCE_S, "the last stream runs")
             host.process.send_signal(signal.SIGTERM)
-            client.wait_all(60)
+            client.wait_all(PATIENCE_S)
             assert client.streams[last].end == finished(FinishReason.LENGTH)
-        assert host.wait(60) == (0, "")
+        assert host.wait(PATIENCE_S) == (0, "")

@@ -35,6 +35,7 @@ from tests.host.engine_support import (
 )
 from tests.host.sampling_jobs import EOS_ID, Job, digits_table, random_job, text_of
 from tests.sampling_reference import NativeSampler, Params
+from tests.support import PATIENCE_S
 
 MOST_TOKENS = 400
 
@@ -73,7 +74,7 @@ def test_random_requests_side_by_side_are_what_the_words_say(
     rng = random.Random(17)
     jobs = [random_job(rng) for _ in range(60)]
     ids = [job.submit(client) for job in jobs]
-    client.wait_all(60)
+    client.wait_all(PATIENCE_S)
     for job, request_id in zip(jobs, ids, strict=True):
         job.check(client.streams[request_id], runner, sampler)
     used = [job for job in jobs if job.repetition_penalty != 1 or job.presence_penalty or job.frequency_penalty]
@@ -96,7 +97,7 @@ def test_preemption_keeps_counts_and_outputs(tiny: Path, runner: ReferenceRunner
             client.wait_all(120)
             for job, request_id in zip(jobs, ids, strict=True):
                 job.check(client.streams[request_id], runner, sampler)
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
         assert engine.status()["preemptions"] >= 3
         assert_all_pages_are_back(engine.status())
 
@@ -113,7 +114,7 @@ def test_second_life_goes_on_as_the_first(client: PortClient, runner: ReferenceR
         if i % 2 == 0:
             job.table, job.slot, job.min_tokens = table, 1, 0
         whole = client.streams[job.submit(client)]
-        client.wait_all(30)
+        client.wait_all(PATIENCE_S)
         job.check(whole, runner, sampler)
         num_delivered = min(9, len(whole.tokens) - 1)
         if num_delivered < 1:
@@ -124,7 +125,7 @@ def test_second_life_goes_on_as_the_first(client: PortClient, runner: ReferenceR
         job.prompt = job.prompt + whole.tokens[:num_delivered]
         job.max_tokens, job.num_prior_outputs, job.state = job.max_tokens - num_delivered, num_delivered, state
         rest = client.streams[job.submit(client)]
-        client.wait_all(30)
+        client.wait_all(PATIENCE_S)
         assert rest.tokens == whole.tokens[num_delivered:] and rest.end == whole.end
         job.check(rest, runner, sampler)
 
@@ -142,7 +143,7 @@ def test_every_output_of_a_constraint_matches(
         prompt = [rng.randrange(3, 200) for _ in range(rng.randint(1, 20))]
         jobs.append(Job(prompt, 40, params, logit_bias={EOS_ID: 2.0}, table=table, slot=2))
     ids = [job.submit(client) for job in jobs]
-    client.wait_all(60)
+    client.wait_all(PATIENCE_S)
     texts = []
     for job, request_id in zip(jobs, ids, strict=True):
         stream = client.streams[request_id]
@@ -165,7 +166,7 @@ def test_constraint_without_a_way_on_finishes_the_request(client: PortClient, en
     stream = client.generate([7, 8], 10, sampling=sampling_record(seed=1), constraint_slot=0)
     assert stream.tokens == [50, 60, EOS_ID] and stream.end == finished(FinishReason.EOS)
     assert client.generate([3, 4, 5], 4).end == finished(FinishReason.LENGTH), "others go on"
-    wait_for(lambda: engine.status()["finished_constraint"] == before + 1, 5, "it is counted")
+    wait_for(lambda: engine.status()["finished_constraint"] == before + 1, PATIENCE_S, "it is counted")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_random_words_and_automata_are_rejected_or_served(tiny: Path) -> None:
         for reason in (RejectReason.BAD_SAMPLING, RejectReason.MALFORMED, RejectReason.BAD_CONSTRAINT):
             assert ends.get((CompletionKind.REJECT, int(reason)), 0) > 10, ends
         assert client.generate([1, 2, 3], 5).end == finished(FinishReason.LENGTH)
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
 
 
 def load_random_constraint(client: PortClient, rng: np.random.Generator) -> None:
