@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blinkimp import ring_abi as abi
 from blinkimp.host.device_protocol import DeviceError
-from blinkimp.host.emulated_device import EmulatedDevice
+from blinkimp.host.emulated_process import IDLE_SLEEP_NS
 from blinkimp.host.engine import Engine, EngineFaultError, choose_device
 from blinkimp.host.memory_plan import MemoryPlanError
 from blinkimp.host.model_config import UnsupportedModelError
 from blinkimp.host.shared_memory import SHM_DIR, EngineAlreadyRunningError
-from blinkimp.nic_shim.queue_pair import sampling_record
-from blinkimp.ring_abi import EngineState, FinishReason, RejectReason
+from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
+from blinkimp.ring_abi import CompletionKind, EngineState, FinishReason, RejectReason
 from tests.host.engine_support import (
     TINY_POSITIONS,
     TINY_VOCAB,
@@ -29,21 +30,12 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
+from tests.support import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-def device_pid(engine: Engine) -> int:
-    assert isinstance(engine.device, EmulatedDevice)
-    return engine.device.pid
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- Tokens --------------------------------------------------------------------------------------------------------
@@ -56,7 +48,7 @@ def test_tokens_do_not_depend_on_batch_threads_or_chunks(tiny: Path) -> None:
     options = {"num_threads": 2, "max_batch": 16, "max_step_tokens": 48, "prefill_chunk_tokens": 17, "num_pages": 24}
     with running_engine(tiny, **options) as engine, PortClient(engine.config.engine_name, 1) as client:
         ids = [client.submit(prompt, 40) for prompt in prompts]
-        client.wait_all(120)
+        client.wait_all(2 * PATIENCE_S)
         assert [client.streams[request_id].tokens for request_id in ids] == alone
         assert engine.status()["preemptions"] > 0, (
             "24 pages are too few for 16 requests: some must have been recomputed"
@@ -105,68 +97,80 @@ def test_bad_requests_are_rejected_with_their_reason(tiny: Path) -> None:
         assert engine.status()["requests_rejected"] == len(cases)
 
 
-# ---- Idle and speed ------------------------------------------------------------------------------------------------
+# ---- Idle, batches and long steps ----------------------------------------------------------------------------------
 def test_idle_device_sleeps_and_still_answers_at_once(tiny: Path) -> None:
+    """The heartbeat counts looks at the rings; a sleep between two of them cannot be shorter than was asked for, on any machine."""
     with running_engine(tiny) as engine, PortClient(engine.config.engine_name, 0) as client:
-        time.sleep(0.2)
-        pid = device_pid(engine)
-        cpu_before, begin = cpu_seconds(pid), time.monotonic()
-        time.sleep(2.0)
-        load = (cpu_seconds(pid) - cpu_before) / (time.monotonic() - begin)
+        time.sleep(0.1)
+        begin, num_looks = time.monotonic(), engine.status()["heartbeat"]
+        time.sleep(0.5)
+        num_looks = engine.status()["heartbeat"] - num_looks
+        most = (time.monotonic() - begin) / (IDLE_SLEEP_NS / 1e9)
+        assert 0 < num_looks <= most + 10, (
+            "an idle device must sleep; a few of its sleeps after something to do are short"
+        )
         delays_ms = []
-        for ping_id in range(200):
+        for ping_id in range(100):
             time.sleep(0.003)
             begin = time.perf_counter()
             client.port.try_ping(ping_id, 0)
             while not len(client.port.poll()):
-                assert time.perf_counter() - begin < 5
+                assert time.perf_counter() - begin < PATIENCE_S
             delays_ms.append((time.perf_counter() - begin) * 1e3)
-    print(
-        f"idle: {load:.1%} of a CPU; ping p50 {np.median(delays_ms):.3f} ms, p99 {np.percentile(delays_ms, 99):.3f} ms"
-    )
-    assert load < 0.08, "expected about 4 %: an idle device must sleep"
-    assert np.median(delays_ms) < 1.0
+    print(f"idle: {num_looks} looks; ping p50 {np.median(delays_ms):.3f} ms, p99 {np.percentile(delays_ms, 99):.3f} ms")
+    assert min(delays_ms) < 20 * IDLE_SLEEP_NS / 1e6, "at its next look"
 
 
-def test_embedded_model_is_fast_enough_alone_and_faster_in_a_batch() -> None:
-    with running_engine("embedded") as engine, PortClient(engine.config.engine_name, 0) as client:
+def test_streams_share_steps() -> None:
+    # The ring holds few completions: nobody is far ahead before the last one is submitted, however slow this client is.
+    with running_engine("embedded", num_completions=64) as engine, PortClient(engine.config.engine_name, 0) as client:
         prompt = [int(token) for token in np.random.default_rng(1).integers(3, engine.model.vocab, 32)]
 
-        def tokens_per_second(num_streams: int) -> float:
-            begin = time.monotonic()
+        def num_steps(num_streams: int) -> int:
+            before = engine.status()["step"]
             for _ in range(num_streams):
                 client.submit(prompt, 128)
-            client.wait_all(60)
-            return num_streams * 128 / (time.monotonic() - begin)
+            client.wait_all(PATIENCE_S)
+            wait_for(lambda: engine.status()["num_running"] == 0, PATIENCE_S, "idle")
+            return engine.status()["step"] - before
 
-        alone = batch = 0.0
-        for _ in range(8):  # the machine may be doing something else just now; the best run tells what it can
-            alone, batch = max(alone, tokens_per_second(1)), max(batch, tokens_per_second(8))
-            if alone >= 150 and batch > alone:
-                break
+        alone, batch = num_steps(1), num_steps(8)
         assert_all_pages_are_back(engine.status())
-    print(f"embedded model: one stream {alone:.0f} tokens/s, 8 streams {batch:.0f} tokens/s")
-    assert alone >= 150
-    assert batch > alone
+    print(f"128 tokens alone: {alone} steps; of 8 streams: {batch}")
+    assert 128 <= alone <= 130, "a token a step, and perhaps one planned ahead"
+    assert 128 <= batch <= 8 * 128 // 3
 
 
 def test_director_goes_on_during_a_long_step() -> None:
+    """Pings are answered between the acknowledgement of a prompt and its only token, which come from one step."""
     options = {"max_step_tokens": 2048, "prefill_chunk_tokens": 2048, "num_threads": 1}
     with running_engine("embedded", **options) as engine, PortClient(engine.config.engine_name, 0) as client:
-        prompt = [int(token) for token in np.random.default_rng(1).integers(3, engine.model.vocab, 2000)]
-        stream = client.streams[client.submit(prompt, 1)]
-        heartbeat, changed_at, longest_s, num_pongs = -1, time.monotonic(), 0.0, 0
-        while stream.end is None:
-            client.port.try_ping(1, 0)
-            num_pongs += client.poll(0.01)
-            now, seen = time.monotonic(), engine.status()["heartbeat"]
-            if seen != heartbeat:
-                longest_s, heartbeat, changed_at = max(longest_s, now - changed_at), seen, now
+        num_pongs = 0
+        for attempt in range(5):  # this client may be too slow for a second ping; then another prompt
+            step = engine.status()["step"]
+            prompt = [int(token) for token in np.random.default_rng(attempt).integers(3, engine.model.vocab, 2000)]
+            num_pongs = pongs_before_the_end(client, client.submit(prompt, 1))
+            assert engine.status()["step"] - step <= 1, "all of it in one step"
+            if num_pongs >= 2:
+                break
         step_s = engine.status()["step_ns_last"] / 1e9
-    print(f"step of {len(prompt)} rows: {step_s:.2f} s, longest pause of the heartbeat {longest_s:.3f} s")
-    assert step_s > 0.3, "the step must be long for this test to say anything"
-    assert longest_s < max(0.25, step_s / 3)
-    assert num_pongs > 3, "pings are answered while it runs"
+    print(f"step of {len(prompt)} rows: {step_s:.2f} s, {num_pongs} pings answered meanwhile")
+    assert num_pongs >= 2
+
+
+def pongs_before_the_end(client: PortClient, request_id: int) -> int:
+    """Of pings that are sent one after the other, from the request's acknowledgement on."""
+    stream, num_pongs, is_waiting = client.streams[request_id], 0, False
+    while stream.end is None:
+        for entry in client.port.poll():
+            if (int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT) & 0xFF == CompletionKind.PONG:
+                num_pongs, is_waiting = num_pongs + (not stream.tokens), False
+            else:
+                client.take(entry)
+        if stream.is_accepted and not is_waiting and stream.end is None:
+            is_waiting = client.port.try_ping(1, 0) == PortStatus.OK
+        client.port.wait(0.01)
+    return num_pongs
 
 
 # ---- Start and stop ------------------------------------------------------------------------------------------------
@@ -176,12 +180,14 @@ def test_drain_finishes_what_runs_and_rejects_what_comes(tiny: Path) -> None:
             client.submit([i], 100) for i in range(32)
         ]  # they fit into the completion ring: nobody reads during the drain
         wait_for(
-            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids), 30, "every stream has begun"
+            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids),
+            PATIENCE_S,
+            "every stream has begun",
         )
-        assert engine.drain(30.0)
+        assert engine.drain(PATIENCE_S)
         late = client.generate([1], 4)
         assert late.end is not None and late.end[1] == RejectReason.DRAINING
-        client.wait_all(10)
+        client.wait_all(PATIENCE_S)
         assert all(
             client.streams[i].end == finished(FinishReason.LENGTH) and len(client.streams[i].tokens) == 100 for i in ids
         )
@@ -196,12 +202,11 @@ def test_drain_is_bounded_by_a_client_that_does_not_read(tiny: Path) -> None:
     ):
         for i in range(4):
             client.submit([i], 300)
-        wait_for(lambda: engine.status()["credit_stalls"] > 0, 30, "the ring is full")
+        wait_for(lambda: engine.status()["credit_stalls"] > 0, PATIENCE_S, "the ring is full")
         begin = time.monotonic()
         assert not engine.drain(0.5)
-        assert not engine.drain(60.0, should_give_up=lambda: time.monotonic() - begin > 1.0)
+        assert not engine.drain(600.0, should_give_up=lambda: time.monotonic() - begin > 1.0)
         assert engine.halt(), "the device stops by itself, although nobody reads"
-        assert time.monotonic() - begin < 9
         assert engine.status()["state"] == EngineState.STOPPED
         assert len(client.port.poll()) == 64, "nothing unread was overwritten"
 
@@ -210,7 +215,9 @@ def test_stop_ends_running_requests_as_draining(tiny: Path) -> None:
     with running_engine(tiny, num_threads=1) as engine, PortClient(engine.config.engine_name, 0) as client:
         ids = [client.submit([i], 500) for i in range(8)]
         wait_for(
-            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids), 30, "every stream has begun"
+            lambda: client.poll() >= 0 and all(client.streams[i].tokens for i in ids),
+            PATIENCE_S,
+            "every stream has begun",
         )
         assert engine.halt()
         client.poll()
