@@ -59,7 +59,7 @@ from blinkimp.nic_shim.http_types import (
     TokenizeRequest,
 )
 from blinkimp.nic_shim.tokenizer import USER_SPEAKS
-from blinkimp.protocol import MAX_STOP_STRINGS, Sampling
+from blinkimp.protocol import Sampling
 
 log = logging.getLogger("blinkimp.http")
 
@@ -121,12 +121,20 @@ class Api:
             self.context.token_bytes,
             echoes=echoes,
             prompt_ids=[ids.tolist() for ids in prompt_ids for _ in range(num_choices)]
-            if body.return_token_ids
+            if body.return_token_ids or (body.echo and body.logprobs is not None)
             else [],
         )
-        max_tokens = body.max_tokens or self.context.defaults.max_new_tokens or DEFAULT_COMPLETION_TOKENS
+        max_tokens = self._completion_tokens(body, max(map(len, prompt_ids)))
         sampling = sampling_of(body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.logprobs or 0)
         return await self._generate(request, body, prompt_ids, sampling, shape, request_id)
+
+    def _completion_tokens(self, body: CompletionRequest, num_prompt_tokens: int) -> int:
+        """Output tokens at most; at least one, as the engine knows no request without any."""
+        if body.max_tokens is not None:
+            return max(1, body.max_tokens)
+        num_left = self.context.engine.link.port.max_context - num_prompt_tokens
+        most = self.context.defaults.max_new_tokens or DEFAULT_COMPLETION_TOKENS
+        return max(1, min(DEFAULT_COMPLETION_TOKENS, most, num_left))
 
     def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
         if not body.echo:
@@ -153,7 +161,7 @@ class Api:
             body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.top_logprobs or 0
         )
         if self.context.template.is_plain:  # no token says that the reply is over: the next speaker's name does
-            sampling = msgspec.structs.replace(sampling, stop=[*sampling.stop[: MAX_STOP_STRINGS - 1], USER_SPEAKS])
+            sampling = msgspec.structs.replace(sampling, stop=[*sampling.stop, USER_SPEAKS])
         request_id = _request_id(request)
         shape = ChatShape(
             request_id,
@@ -204,7 +212,7 @@ class Api:
         except BaseException:
             exchange.abandon()
             raise
-        return GenerationResponse(exchange, requests, shape, body, request_id)
+        return GenerationResponse(self.context.engine, exchange, requests, shape, body, request_id)
 
     def _refuse_while_down(self) -> None:
         status = self.status()

@@ -60,6 +60,12 @@ class ChatShape:
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
         self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
 
+    def needs_scores(self) -> bool:
+        return False
+
+    def take_scores(self, scores: list[Tokens]) -> None:
+        raise NotImplementedError("a chat completion shows no log-probabilities of its prompt")
+
     def opening(self, choice_idx: int) -> bytes | None:
         choice = ChunkChoice(index=choice_idx, delta=Delta(role="assistant", content=self._echo))
         chunk = self._bare_chunk([choice], None)

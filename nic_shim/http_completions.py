@@ -12,8 +12,15 @@ import msgspec
 
 from blinkimp.nic_shim.chunk_template import IDS_MARK, TEXT_MARK, ChunkTemplate
 from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
-from blinkimp.nic_shim.http_logprobs import completion_logprobs
-from blinkimp.nic_shim.http_types import CompletionChoice, CompletionChunk, CompletionReply, CompletionRequest, Usage
+from blinkimp.nic_shim.http_logprobs import completion_logprobs, joined, prompt_logprobs
+from blinkimp.nic_shim.http_types import (
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    CompletionReply,
+    CompletionRequest,
+    Usage,
+)
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.protocol import Finish, Tokens
 
@@ -44,12 +51,26 @@ class CompletionShape:
         options = body.stream_options
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
         self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
+        self._scores: list[CompletionLogprobs] = []  # of each choice's prompt, with echo and log-probabilities
+        self._discards_output = body.max_tokens == 0
+
+    def needs_scores(self) -> bool:
+        return bool(self._body.echo) and self._body.logprobs is not None
+
+    def take_scores(self, scores: list[Tokens]) -> None:
+        num_top = self._body.logprobs or 0
+        for idx, rest in enumerate(scores):
+            shown = prompt_logprobs(self._prompt_ids[idx][0], rest, self._names, num_top)
+            self._scores.append(shown)
+            self._num_chars[idx] = sum(map(len, shown.tokens))
 
     def opening(self, choice_idx: int) -> bytes | None:
         """With echo a stream begins with the prompt."""
-        if not (self._echoes[choice_idx] or self._body.return_token_ids):
+        if not (self._echoes[choice_idx] or self._body.return_token_ids or self._scores):
             return None
         choice = CompletionChoice(index=choice_idx, text=self._echoes[choice_idx])
+        if self._scores:
+            choice.logprobs = self._scores[choice_idx]
         if self._body.return_token_ids:
             choice.prompt_token_ids = self._prompt_ids[choice_idx]
             choice.token_ids = []
@@ -57,7 +78,8 @@ class CompletionShape:
 
     def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes:
         tokens, finish = merged(messages)
-        if tokens is not None and finish is None and usage is None and self._body.logprobs is None:
+        is_usual = finish is None and usage is None and self._body.logprobs is None and not self._discards_output
+        if tokens is not None and is_usual:
             return self._template(choice_idx).fill(tokens.text, tokens.token_ids)
         return self._chunk([self._choice(choice_idx, tokens, finish)], usage)
 
@@ -77,6 +99,8 @@ class CompletionShape:
             tokens, finish = merged(choice.messages)
             one = self._choice(idx, tokens, finish)
             one.text = self._echoes[idx] + one.text
+            if self._scores:
+                one.logprobs = joined(self._scores[idx], one.logprobs)
             if self._body.return_token_ids:
                 one.prompt_token_ids = self._prompt_ids[idx]
             result.append(one)
@@ -86,6 +110,8 @@ class CompletionShape:
 
     def _choice(self, choice_idx: int, tokens: Tokens | None, finish: Finish | None) -> CompletionChoice:
         choice = CompletionChoice(index=choice_idx, text="")
+        if self._discards_output:
+            tokens = None
         if tokens is not None:
             choice.text = tokens.text
             if self._body.logprobs is not None:
@@ -96,6 +122,8 @@ class CompletionShape:
             choice.token_ids = tokens.token_ids if tokens is not None else []
         if finish is not None:
             choice.finish_reason, choice.stop_reason = finish_name(finish), finish.stop
+            if self._discards_output and choice.finish_reason == "stop":  # by the token that nobody asked for
+                choice.finish_reason, choice.stop_reason = "length", None
         return choice
 
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:

@@ -21,22 +21,26 @@ class ClientGoneError(Exception):
 
 
 class Exchange:
-    """`choices[i]` has client_id i. on_end runs once, when every choice has ended: then it is out of the engine."""
+    """`choices[i]` has client_id i. on_end runs once, when every choice has ended, and everything else that the exchange waits for:
+    then it is out of the engine. Helpers are requests whose output is no choice's."""
 
     def __init__(self, engine: EngineThread, on_end: Callable[[Exchange], None]) -> None:
         self.choices: list[LiveRequest] = []
-        self.num_unfinished = 0
+        self.num_unfinished = 0  # choices, and 1 while held
+        self._is_held = False
+        self._helpers: set[LiveRequest] = set()  # that run
         self._engine = engine
         self._on_end = on_end
         self._pending: list[Tokens | Finish | Error] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._is_gone = False
+        self.is_gone = False
         self._watcher: asyncio.Task[None] | None = None
 
-    def start(self, requests: list[LiveRequest], receive: Receive) -> None:
-        """Submits the choices; from now on a disconnect cancels them."""
+    def start(self, requests: list[LiveRequest], receive: Receive, *, is_held: bool = False) -> None:
+        """Submits the choices; from now on a disconnect cancels them. is_held: there will be helpers, until release() or close()."""
         self.choices = requests
-        self.num_unfinished = len(requests)
+        self._is_held = is_held
+        self.num_unfinished = len(requests) + is_held
         for request in requests:
             self._engine.submit(request)
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
@@ -44,7 +48,7 @@ class Exchange:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._is_gone = True
+        self.is_gone = True
         self.cancel()
         self._wake()
 
@@ -55,7 +59,7 @@ class Exchange:
     def cancel(self) -> None:
         """Stops what still runs. Harmless when nothing does."""
         if self.num_unfinished:
-            self._engine.cancel(self.choices)
+            self._engine.cancel([*self.choices, *self._helpers])
 
     def close(self) -> None:
         """Nobody reads any more: what runs is cancelled."""
@@ -63,14 +67,40 @@ class Exchange:
             self._watcher.cancel()
             self._watcher = None
         self.cancel()
+        self.release()
 
+    # ---- Helpers ---------------------------------------------------------------------------------------------------
+    def start_helper(self, request: LiveRequest) -> None:
+        """Raises ClientGoneError."""
+        assert self._is_held, "start(is_held=True) says that there will be helpers"
+        if self.is_gone:
+            raise ClientGoneError
+        self._helpers.add(request)
+        self._engine.submit(request)
+
+    def end_helper(self, request: LiveRequest) -> None:
+        """Its end has come, or nobody waits for it any more."""
+        if request.end is None:
+            self._engine.cancel([request])
+        self._helpers.discard(request)
+
+    def release(self) -> None:
+        """There will be no more helpers."""
+        if self._is_held:
+            self._is_held = False
+            self._count_end()
+
+    def _count_end(self) -> None:
+        self.num_unfinished -= 1
+        if self.num_unfinished == 0:
+            self._on_end(self)
+
+    # ---- What comes ------------------------------------------------------------------------------------------------
     def push(self, messages: list[Tokens | Finish | Error]) -> None:
         """What the engine said for one choice, in order."""
         self._pending += messages
         if not isinstance(messages[-1], Tokens):
-            self.num_unfinished -= 1
-            if self.num_unfinished == 0:
-                self._on_end(self)
+            self._count_end()
         self._wake()
 
     def _wake(self) -> None:
@@ -80,11 +110,11 @@ class Exchange:
     async def next(self) -> list[Tokens | Finish | Error]:
         """All that has arrived since the last call, at least one message. Raises ClientGoneError."""
         while not self._pending:
-            if self._is_gone:
+            if self.is_gone:
                 raise ClientGoneError
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._is_gone:
+        if self.is_gone:
             raise ClientGoneError
         messages, self._pending = self._pending, []
         return messages

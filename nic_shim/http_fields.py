@@ -117,11 +117,8 @@ def check_combinations(body: CompletionRequest | ChatRequest) -> None:
             "set stream, or leave it out",
         )
     if isinstance(body, CompletionRequest):
-        if body.echo and body.logprobs is not None:
-            raise bad_field(
-                "echo", "echo with logprobs is not supported", "both", "one of them",
-                "logprobs of the prompt's tokens are not computed; leave one out",
-            )  # fmt: skip
+        if body.max_tokens == 0 and not body.echo:
+            raise bad_field("max_tokens", "max_tokens cannot be used", "0", "int >= 1, or echo beside it", "raise it")
         return
     if body.top_logprobs and not body.logprobs:
         raise bad_field(

@@ -25,6 +25,7 @@ from blinkimp.nic_shim.engine_thread import EngineThread
 from blinkimp.nic_shim.http_errors import HttpError, http_error_of
 from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
 from blinkimp.nic_shim.http_fields import GenerationDefaults, Prompt
+from blinkimp.nic_shim.http_prompt_scores import score_prompt
 from blinkimp.nic_shim.http_types import GenerationFields, PromptTokensDetails, Usage
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.request_log import log_request
@@ -47,6 +48,7 @@ class Choice:
 
     prompt_idx: int
     num_prompt_tokens: int
+    discards_output: bool = False  # max_tokens 0: it says a token, as the engine knows no request without one
     messages: list[Tokens | Finish] = field(default_factory=list)  # of a reply that goes out whole
     num_output_tokens: int = 0
     finish: Finish | None = None
@@ -54,16 +56,18 @@ class Choice:
     def count(self, messages: list[Tokens | Finish]) -> bool:
         """Usage and end; True when this was the end."""
         for message in messages:
-            if isinstance(message, Tokens):
-                self.num_output_tokens += len(message.token_ids)
-            else:
+            if isinstance(message, Finish):
                 self.finish = message
+            elif not self.discards_output:
+                self.num_output_tokens += len(message.token_ids)
         return self.finish is not None
 
 
 class ReplyShape(Protocol):
     """Builds the JSON of one API. `messages` are all of one choice: Tokens, and perhaps a Finish at the end."""
 
+    def needs_scores(self) -> bool: ...
+    def take_scores(self, scores: list[Tokens]) -> None: ...
     def opening(self, choice_idx: int) -> bytes | None: ...
     def chunk(self, choice_idx: int, messages: list[Tokens | Finish], usage: Usage | None) -> bytes: ...
     def usage_chunk(self, usage: Usage) -> bytes: ...
@@ -184,29 +188,37 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
+        engine: EngineThread,
         exchange: Exchange,
         requests: list[LiveRequest],
         shape: ReplyShape,
         body: GenerationFields,
         request_id: str,
     ) -> None:
+        self._engine = engine
         self._exchange = exchange
         self._requests = requests
         self._shape = shape
         self._body = body
         self._request_id = request_id
         num_choices = body.n or 1
-        self._choices = [Choice(idx // num_choices, len(request.prompt_ids)) for idx, request in enumerate(requests)]
+        self._choices = [
+            Choice(idx // num_choices, len(request.prompt_ids), body.max_tokens == 0)
+            for idx, request in enumerate(requests)
+        ]
         self._num_unfinished = 0
         self.status_code = 200
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["is_logged"] = True
-        self._exchange.start(self._requests, receive)
+        needs_scores = self._shape.needs_scores()
+        self._exchange.start(self._requests, receive, is_held=needs_scores)
         try:
             first = await self._exchange.next()
             self._raise_error(first)
+            if needs_scores:
+                self._shape.take_scores(await self._score_prompts())
             if self._body.stream:
                 await self._send_stream(first, send)
             else:
@@ -224,6 +236,19 @@ class GenerationResponse(Response):
                 log, self._requests, request_id=self._request_id, transport="http", path=scope["path"], status=self.status_code,
                 stream=bool(self._body.stream), user=(self._body.user or "")[:64] or None,
             )  # fmt: skip
+
+    async def _score_prompts(self) -> list[Tokens]:
+        """Of each choice; one for all choices of a prompt."""
+        scores: list[Tokens] = []
+        for choice, request in zip(self._choices, self._requests, strict=True):
+            if choice.prompt_idx == len(scores):
+                scores.append(
+                    await score_prompt(
+                        self._engine, self._exchange, request.prompt_ids, request.sampling.top_logprobs, self._body
+                    )
+                )
+        self._exchange.release()
+        return [scores[choice.prompt_idx] for choice in self._choices]
 
     @staticmethod
     def _raise_error(messages: list[Tokens | Finish | Error]) -> None:

@@ -47,3 +47,28 @@ def completion_logprobs(tokens: Tokens, names: TokenBytes, num_top: int, text_of
         offsets.append(text_offset)
         text_offset += len(text)
     return CompletionLogprobs(texts, [_finite(value) for value in tokens.logprobs], top, offsets)
+
+
+def prompt_logprobs(first: int, rest: Tokens, names: TokenBytes, num_top: int) -> CompletionLogprobs:
+    """Of a prompt's tokens. rest: those from the second on; the first follows nothing, so it has none."""
+    text = names.text(first)
+    shown = completion_logprobs(rest, names, num_top, len(text))
+    shown.tokens.insert(0, text)
+    shown.token_logprobs.insert(0, None)
+    shown.text_offset.insert(0, 0)
+    if shown.top_logprobs is not None:
+        shown.top_logprobs.insert(0, None)
+    return shown
+
+
+def joined(first: CompletionLogprobs, then: CompletionLogprobs | None) -> CompletionLogprobs:
+    """A prompt's and its output's."""
+    if then is None:
+        return first
+    top = None if first.top_logprobs is None else first.top_logprobs + (then.top_logprobs or [])
+    return CompletionLogprobs(
+        first.tokens + then.tokens,
+        first.token_logprobs + then.token_logprobs,
+        top,
+        first.text_offset + then.text_offset,
+    )

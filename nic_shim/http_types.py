@@ -97,6 +97,7 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
 
 class CompletionRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
+    max_tokens: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None  # 0: with echo, the prompt and nothing else
     prompt: str | list[str | U32 | list[U32]]
     echo: bool | None = None
     logprobs: NumTopLogprobs | None = None

@@ -56,7 +56,6 @@ def refusal(reply: Reply, status: int) -> dict[str, Any]:
         ({"presence_penalty": 3}, "presence_penalty", "<= 2"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream true"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options", "'other'"),
-        ({"echo": True, "logprobs": 1}, "echo", "not supported"),
         ({"timeout": 0}, "timeout", "> 0"),
         ({"prompt": []}, "prompt", "empty list"),
         ({"prompt": ["a", [1]]}, "prompt", "list and str"),
