@@ -41,6 +41,7 @@ REOPEN_PERIOD_S = 0.25  # between looks for an engine of the same name
 MAX_COMPLETIONS_PER_POLL = 16384
 
 _KIND_SHIFT, _REASON_SHIFT = abi.COMMIT_KIND_SHIFT, abi.COMMIT_REASON_SHIFT
+_TOKEN = int(abi.COMPLETION_TOKEN)
 
 
 @dataclass
@@ -220,7 +221,8 @@ class EngineLink:
     def poll(self) -> dict[LiveRequest, None]:
         """Drains the completion ring. Returns the requests that have something new, in order of arrival."""
         touched: dict[LiveRequest, None] = {}
-        num_read = 0
+        num_read = num_tokens = 0
+        on_ring, metrics = self._on_ring, self.metrics
         while num_read < MAX_COMPLETIONS_PER_POLL:
             entries = self.port.poll()
             if not len(entries):
@@ -228,7 +230,7 @@ class EngineLink:
             num_read += len(entries)
             for commit, token, ring_id, index, logprob, device_ns in entries.tolist():
                 kind = commit >> _KIND_SHIFT & 0xFF
-                request = self._on_ring.get(ring_id)
+                request = on_ring.get(ring_id)
                 if request is None:
                     if ring_id not in self._abandoned:
                         self.counters.stray_completions += 1
@@ -236,18 +238,17 @@ class EngineLink:
                         self._abandoned.remove(ring_id)
                         self._leave_ring(ring_id)
                     continue
-                if kind == abi.COMPLETION_TOKEN:
+                if kind == _TOKEN:
                     if index != len(request.output_ids) or request.num_top_missing:
                         self._break(request, index)
                     else:
-                        self.counters.tokens += 1
+                        num_tokens += 1
                         if request.last_token_ns:
-                            self.metrics.gaps_ns.append(device_ns - request.last_token_ns)
+                            metrics.gaps_ns.append(device_ns - request.last_token_ns)
                         else:
-                            self.metrics.first_token(request)
+                            metrics.first_token(request)
                         request.last_token_ns = device_ns
-                        request.push_token(token, logprob, device_ns)
-                        if request.is_stopped:
+                        if request.push_token(token, logprob, device_ns):
                             self._end_here(request, device_ns)
                 elif kind == abi.COMPLETION_TOP:
                     if not request.push_top(token, logprob):
@@ -271,6 +272,7 @@ class EngineLink:
                     self._leave_ring(ring_id)
                     _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
+        self.counters.tokens += num_tokens
         if self.trace is not None:
             self.trace.drained(touched, self.num_live)
         return touched

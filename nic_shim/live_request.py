@@ -69,6 +69,7 @@ class LiveRequest:
         self.unsent_top: list[list[tuple[int, float]]] = []
         self.unsent_text: list[str] = []
         self.stop_matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._num_top = sampling.top_logprobs
         self.num_top_missing = 0  # alternatives of the last token that have not arrived (I4)
         # ---- Times
         self.received_ns = time.monotonic_ns()
@@ -162,16 +163,24 @@ class LiveRequest:
         return abi.FINISH_LENGTH if len(self.output_ids) >= self.max_tokens else 0
 
     # ---- Output ----------------------------------------------------------------------------------------------------
-    def push_token(self, token: int, logprob: float, device_ns: int) -> None:
+    def push_token(self, token: int, logprob: float, device_ns: int) -> bool:
+        """True where it completes a stop string."""
         if not self.output_ids:
             self.first_token_ns = device_ns
         self.output_ids.append(token)
         self.unsent_logprobs.append(logprob)
-        if self.sampling.top_logprobs:
+        if self._num_top:
             self.unsent_top.append([])
-            self.num_top_missing = self.sampling.top_logprobs
+            self.num_top_missing = self._num_top
         elif self.detokenizer is not None:
-            self._push_text(self.detokenizer.push(token))
+            piece = self.detokenizer.push(token)
+            if self.stop_matcher is None:
+                if piece and self.shows_text:
+                    self.unsent_text.append(piece)
+            else:
+                self._push_text(piece)
+                return self.is_stopped
+        return False
 
     def push_top(self, token: int, logprob: float) -> bool:
         """One alternative of the last token. False where none is expected."""
@@ -258,7 +267,21 @@ class LiveRequest:
 
     def take_tokens(self, max_tokens: int) -> Tokens:
         """What the client has not got, max_tokens of it at most; text goes with the last of it."""
-        first, num_whole = self.num_sent, self.num_whole
+        first, num_whole, logprobs = self.num_sent, self.num_whole, self.unsent_logprobs
+        if num_whole - first <= max_tokens and num_whole - first == len(logprobs):  # all there is, as a rule
+            self.num_sent = num_whole
+            texts = self.unsent_text
+            message = Tokens(
+                self.client_id,
+                first,
+                self.output_ids[first:].tolist(),
+                logprobs.tolist(),
+                texts[0] if len(texts) == 1 else "".join(texts),
+                self.unsent_top,
+            )
+            self.unsent_logprobs, self.unsent_top = array("f"), []
+            texts.clear()
+            return message
         last = min(num_whole, first + max_tokens)
         num_taken = last - first
         whole = last == num_whole
@@ -266,10 +289,10 @@ class LiveRequest:
             id=self.client_id,
             index=first,
             token_ids=self.output_ids[first:last].tolist(),
-            logprobs=self.unsent_logprobs[:num_taken].tolist(),
+            logprobs=logprobs[:num_taken].tolist(),
             text="".join(self.unsent_text) if whole else "",
         )
-        del self.unsent_logprobs[:num_taken]
+        del logprobs[:num_taken]
         if self.unsent_top:
             message.top = self.unsent_top[:num_taken]
             del self.unsent_top[:num_taken]

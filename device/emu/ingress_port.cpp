@@ -29,12 +29,23 @@ struct Port {
   u64 pid;
   HeartbeatWords words;
   std::thread heartbeat_thread;
+  u64 last_moved_ns;  // when a poll found completions last, or a request was submitted
 };
 
 constexpr u32 kWaitCompletion = 1;
 constexpr u32 kWaitReadable = 2;
 constexpr u32 kWaitStateChanged = 4;
-constexpr u64 kWaitSliceNs = 50'000;  // between two looks at the ring; a token waits half of it on average
+// Between two looks at the ring: an eighth of the time since the last completion or submission, within these bounds. So the token after a long step waits
+// for a few percent of that step, and a wait costs a few dozen wake-ups, however long it is.
+constexpr u64 kLeastWaitSliceNs = 50'000;
+constexpr u64 kMostWaitSliceNs = 250'000;
+
+u64 lesser(u64 a, u64 b) { return a < b ? a : b; }
+
+u64 wait_slice_ns(u64 quiet_ns) {
+  const u64 slice_ns = lesser(quiet_ns / 8, kMostWaitSliceNs);
+  return slice_ns < kLeastWaitSliceNs ? kLeastWaitSliceNs : slice_ns;
+}
 
 Port* as_port(void* handle) { return static_cast<Port*>(handle); }
 
@@ -145,7 +156,10 @@ u32 bk_port_state(void* handle) { return as_port(handle)->ring.state(); }
 u64 bk_port_epoch(void* handle) { return as_port(handle)->ring.epoch; }
 
 // order: a RequestOrder.
-u32 bk_port_try_submit(void* handle, const void* order) { return as_port(handle)->ring.try_submit(*static_cast<const RequestOrder*>(order)); }
+u32 bk_port_try_submit(void* handle, const void* order) {
+  as_port(handle)->last_moved_ns = device_clock_ns();
+  return as_port(handle)->ring.try_submit(*static_cast<const RequestOrder*>(order));
+}
 
 u32 bk_port_try_load_constraint(void* handle, u32 slot, const u8* table, u64 table_bytes, u64* offset) {
   return as_port(handle)->ring.try_load_constraint(slot, table, table_bytes, offset);
@@ -158,7 +172,9 @@ u32 bk_port_try_ping(void* handle, u64 request_id, u64 client_ns) {
 }
 
 u32 bk_port_poll(void* handle, void* out, u32 max_entries) {
-  return as_port(handle)->ring.poll(static_cast<CompletionEntry*>(out), max_entries);
+  const u32 num_read = as_port(handle)->ring.poll(static_cast<CompletionEntry*>(out), max_entries);
+  if (num_read != 0) as_port(handle)->last_moved_ns = device_clock_ns();
+  return num_read;
 }
 
 // Waits for a completion, for input on `fd` (-1: none), or for the end of the attachment; 0 after timeout_ns.
@@ -172,7 +188,7 @@ u32 bk_port_wait(void* handle, i32 fd, u64 timeout_ns) {
     if (was_attached && port->ring.state() != kPortOk) events |= kWaitStateChanged;
     const u64 now_ns = device_clock_ns();
     const u64 left_ns = now_ns < deadline_ns ? deadline_ns - now_ns : 0;
-    const u64 slice_ns = events != 0 ? 0 : (left_ns < kWaitSliceNs ? left_ns : kWaitSliceNs);
+    const u64 slice_ns = events != 0 ? 0 : lesser(left_ns, wait_slice_ns(now_ns - port->last_moved_ns));
     if (fd >= 0) {
       pollfd readable{fd, POLLIN, 0};
       const timespec slice{0, static_cast<long>(slice_ns)};

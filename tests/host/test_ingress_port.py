@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -383,3 +385,17 @@ def test_wait_sees_completion_readable_and_timeout(director: FakeDirector, port:
     finally:
         os.close(read_fd)
         os.close(write_fd)
+
+
+def test_a_long_wait_is_few_wake_ups(director: FakeDirector, port: QueuePairPort) -> None:
+    """One in 250 us once nothing has come for 2 ms; at 50 us all the way it would be several thousand. A busy machine wakes us less often."""
+
+    def num_sleeps() -> int:
+        lines = Path(f"/proc/self/task/{threading.get_native_id()}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+    before = num_sleeps()
+    event_fd = os.eventfd(0)
+    assert port.wait(0.4, event_fd) == WaitEvent(0)
+    os.close(event_fd)
+    assert 0 < num_sleeps() - before < 0.4 / 250e-6 + 100
