@@ -60,6 +60,8 @@ BK_INLINE void register_seq(const EngineParams& params, const Lanes& lanes, Dire
                  (seq.position_begin + seq.num_rows) / kPageTokens);
 }
 
+constexpr u32 kStartCredit = 64;  // completions that a queue pair has left over where a START is said
+
 // Lane 0. The request has its pages: from the waiting queue to the batch and the plan.
 BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u32 request_idx, u32 level, StepPlan* plan,
                              StepDraft& draft) {
@@ -80,6 +82,11 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
   state.status.num_running += 1;
   queue_pair.num_running += 1;
   queue_pair.num_promised += step_credit(queue_pair);
+  // No credit is kept for it, and none is taken that a step could need: an ingress that lags does without.
+  const bool has_room = can_stage(state, request->queue_pair_idx) && completion_credit(queue_pair) > kStartCredit;
+  if (request->num_preemptions == 0 && has_room) {
+    stage_completion(state, request->queue_pair_idx, kCompletionStart, 0, 0, request->request_id, request->num_cached_tokens, state.now_ns);
+  }
   write_chunk(params, plan, request_idx, draft);
 }
 

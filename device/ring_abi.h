@@ -58,7 +58,7 @@ enum CompletionKind : u32 {
   kCompletionReject = 4,  // the last entry of a request that was not accepted
   kCompletionPong = 5,
   kCompletionTop = 6,     // one alternative of the TOKEN before it; num_top_logprobs of them follow each TOKEN, likeliest first
-  kCompletionStart = 7,   // the request entered the batch for the first time: from here its prompt is computed
+  kCompletionStart = 7,   // the request entered the batch for the first time: from here its prompt is computed. Left out where the ring is full or small
 };
 
 enum FinishReason : u32 {
@@ -174,7 +174,8 @@ struct CompletionEntry {
   u32 commit;
   u32 token;        // TOKEN, TOP: id.  FINISH: num_prompt_tokens.  REJECT: the limit that was broken, or 0
   u64 request_id;   // PONG: the ping's request_id
-  u32 index;        // TOKEN: output position, from num_prior_outputs.  FINISH: num_output_tokens of this life.  TOP: rank from 0
+  u32 index;        // TOKEN: output position, from num_prior_outputs.  FINISH: num_output_tokens of this life.  TOP: rank from 0.
+                    // START: prompt tokens from the prefix cache
   f32 logprob;      // TOKEN, TOP: natural log of the token's probability under the model's logits.  FINISH: prompt tokens from the prefix cache
   u64 device_ns;    // the device's clock when the director committed it.  PONG: client_ns of the ping
 };

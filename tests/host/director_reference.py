@@ -17,6 +17,7 @@ from tests.host.prefix_reference import CachedPage, Pages
 from tests.host.py_ingress import Completion
 
 STEP_CREDIT = 2
+START_CREDIT = 64  # kStartCredit of device/admission.cuh
 MAX_STAGED_BY_POLL = 512
 MAX_TAKE_ROUNDS = 8
 ROOT_IDENTITY = 1
@@ -472,6 +473,9 @@ class Reference:
                 self.counts["prefix_query_tokens"] += job.num_prompt
                 self.counts["prefix_hit_tokens"] += job.num_computed
             job.queue_pair.promised += STEP_CREDIT
+            lane = job.queue_pair
+            if job.num_preemptions == 0 and self.can_stage(lane) and lane.credit > START_CREDIT:
+                lane.staged.append(job.completion(abi.COMPLETION_START, 0, 0, job.num_cached_tokens))
             self.served_floor += self.lead(job.queue_pair)
             job.queue_pair.served = self.served_floor + job.num_uncomputed
             self.next_admit = (self.lanes.index(job.queue_pair) + 1) % len(self.lanes)

@@ -68,6 +68,29 @@ def test_single_token_request_of_a_single_token_prompt() -> None:
     assert rig.engine_status("prompt_tokens") == 1
 
 
+def test_a_request_starts_once_however_often_it_is_preempted() -> None:
+    rig = one_rig(num_pages=4, max_context=256, num_completions=512)
+    for request_id in (1, 2, 3):
+        assert rig.ingresses[0].submit(request_id, [7] * 40, 100)
+    found = serve(rig, 600)
+    assert rig.engine_status("preemptions") > 0, "or this says nothing"
+    for request_id in (1, 2, 3):
+        kinds = [entry.kind for entry in found if entry.request_id == request_id]
+        assert kinds == [abi.COMPLETION_ACK, abi.COMPLETION_START, *[abi.COMPLETION_TOKEN] * 100, FINISH]
+
+
+def test_a_start_takes_no_credit_that_a_step_could_need() -> None:
+    rig = one_rig(num_completions=128)
+    for request_id in range(1, 33):
+        while not rig.ingresses[0].submit(request_id, [7], 3):
+            rig.step(plain_sampler)
+    for _ in range(200):  # it reads nothing
+        rig.step(plain_sampler)
+    found = [*rig.ingresses[0].read(), *serve(rig, 200)]
+    starts = [entry for entry in found if entry.kind == abi.COMPLETION_START]
+    assert 0 < len(starts) < 32 and sum(entry.kind == FINISH for entry in found) == 32
+
+
 # ---- Cancel in every state ---------------------------------------------------------------------------------------
 def check_cancelled(rig: Rig, found: list[Completion], request_id: int, num_outputs: int) -> None:
     """K2: one FINISH, after all its tokens; nothing is held any more."""

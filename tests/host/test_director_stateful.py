@@ -35,7 +35,7 @@ SHAPES = st.builds(
     max_context=st.just(512),
     num_pages=st.sampled_from([5, 8, 14]),
     num_submissions=st.sampled_from([2, 4, 16]),
-    num_completions=st.sampled_from([2, 4, 8, 32]),
+    num_completions=st.sampled_from([2, 4, 8, 32, 128]),
     arena_bytes=st.just(8192),
     prefix_cache=st.booleans(),
 )
