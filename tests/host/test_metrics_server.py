@@ -1,0 +1,124 @@
+"""The metrics' own port: all ingresses in one answer, an engine that goes and comes, and what cannot be started.
+
+Run: pytest tests/host/test_metrics_server.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blinkimp.client import Client
+from blinkimp.nic_shim.tokenizer import Tokenizer
+from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from tests.fake_director import FakeDirector
+from tests.http_support import http_ingress
+from tests.ingress_support import engine_name, wait_until, write_byte_tokenizer
+from tests.metrics_support import Scraped
+from tests.support import ROOT, python_path
+
+COMMAND = [sys.executable, "-m", "blinkimp.nic_shim.metrics_server"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
+
+
+@contextlib.contextmanager
+def metrics_server(name: str, *flags: str) -> Iterator[str]:
+    command = [*COMMAND, "--engine", name, "--bind", "127.0.0.1:0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline().split()
+        assert ready and ready[0] == "ready"
+        yield ready[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def get(url: str) -> Scraped:
+    with urllib.request.urlopen(url, timeout=20) as reply:
+        return Scraped(reply.read().decode())
+
+
+def test_one_answer_has_all_ingresses_and_each_engine_counter_once(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    with FakeDirector(engine_name(), vocab_size=258, num_queue_pairs=2) as director:
+        name = director.regions.engine_name
+        ingress = ZmqIngress(name, 1, "tcp://127.0.0.1:*", Tokenizer(tmp_path))
+        endpoint = ingress.start()
+        try:
+            with (
+                http_ingress(name, tmp_path) as http,
+                metrics_server(name, "--metrics-prefix", "vllm:", "--model-name", "m") as url,
+                Client(endpoint) as client,
+            ):
+                http.complete([5, 6, 7], max_tokens=4, ignore_eos=True)
+                assert len(list(client.submit([5, 6], max_tokens=6, ignore_eos=True).tokens())) == 6
+                found = get(url)
+                assert found.value("vllm:request_success_total", finished_reason="length", model_name="m") == 2
+                assert found.value("vllm:request_generation_tokens_sum") == 10
+                assert found.value("vllm:prompt_tokens_total") == 5
+                wait_until(
+                    lambda: get(url).value("blinkimp:ingress_tokens_total", queue_pair="1", protocol="zmq") == 6,
+                    "the ZeroMQ ingress has published its counters",
+                )
+                found, other = get(url), Scraped(http.get("/metrics").body.decode())
+                assert found.value("blinkimp:ingress_tokens_total", queue_pair="0", protocol="http") == 4
+                for suffix in ("count", "sum"):
+                    series = f"e2e_request_latency_seconds_{suffix}"
+                    assert found.value(f"vllm:{series}") == other.value(f"blinkimp:{series}"), (
+                        "every endpoint says the same"
+                    )
+                assert sum(sample.name == "blinkimp:engine_heartbeat_total" for sample in found.samples) == 1
+        finally:
+            ingress.stop()
+            ingress.join(10)
+
+
+def test_an_engine_that_is_gone_is_down_and_its_successor_is_up(tmp_path: Path) -> None:
+    name = engine_name()
+    with contextlib.ExitStack() as stack:
+        with FakeDirector(name, vocab_size=258):
+            url = stack.enter_context(metrics_server(name))
+            assert get(url).value("blinkimp:engine_up") == 1
+        found = get(url)
+        assert found.value("blinkimp:engine_up") == 0
+        assert not any(sample.name.startswith("blinkimp:num_requests") for sample in found.samples)
+        with FakeDirector(name, vocab_size=258):
+            assert get(url).value("blinkimp:engine_up") == 1
+
+
+def test_other_paths_are_refused(tmp_path: Path) -> None:
+    with FakeDirector(engine_name(), vocab_size=258) as director, metrics_server(director.regions.engine_name) as url:
+        with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+            urllib.request.urlopen(url.replace("metrics", "etc/passwd"), timeout=20)
+        caught.value.close()
+        assert b"/metrics" in urllib.request.urlopen(url.replace("/metrics", "/"), timeout=20).read()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--engine", "no-such-engine"], "no-such-engine"),
+        (["--bind", "nonsense"], "expected HOST:PORT"),
+        (["--bind", "127.0.0.1:99999"], "expected HOST:PORT"),
+        (["--bind", "192.0.2.1:80"], "cannot bind 192.0.2.1:80"),
+    ],
+)
+def test_what_is_wrong_is_said(flags: list[str], complaint: str) -> None:
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        command = [*COMMAND, "--engine", director.regions.engine_name, "--bind", "127.0.0.1:0", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)
+    assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
