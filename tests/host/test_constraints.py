@@ -20,6 +20,7 @@ from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from tests.http_support import EMBEDDED, HttpServer, embedded
 from tests.json_schemas import SCHEMAS
+from tests.support import PATIENCE_S
 
 PROMPT = "value = "
 
@@ -118,10 +119,12 @@ def test_a_compilation_that_takes_too_long_holds_nobody_up(server: HttpServer) -
     bomb = {"prompt": PROMPT, "guided_regex": "([0-9]{1000}){500}"}
     thread = threading.Thread(target=lambda: replies.append(server.post("/v1/completions", bomb)))
     thread.start()
-    for _ in range(20):
+    num_served = 0
+    while not replies and num_served < 20:
         assert server.complete(PROMPT, max_tokens=4)["choices"]
-    assert not replies, "the bomb still burns"
-    thread.join(30)
+        num_served += not replies
+    assert num_served > 0, "others are served while the bomb burns"
+    thread.join(PATIENCE_S)
     assert replies[0].status == 422 and "s: got" in replies[0].json["error"]["message"]
     assert outputs(server, 1, 1, guided_choice=["a", "b"]), "a new worker compiles"
 
@@ -130,7 +133,7 @@ def test_the_zeromq_ingress_has_the_same_constraints(server: HttpServer) -> None
     ingress = ZmqIngress(server.engine_name, 1, "tcp://127.0.0.1:*", Tokenizer(EMBEDDED))
     endpoint = ingress.start()
     try:
-        with Client(endpoint, timeout_s=60) as client:
+        with Client(endpoint, timeout_s=PATIENCE_S) as client:
             schema = json.dumps(SCHEMAS[0])
             done = client.generate(PROMPT, max_tokens=900, constraint={"kind": "json_schema", "value": schema})
             jsonschema.validate(json.loads(done.text), SCHEMAS[0])
@@ -143,4 +146,4 @@ def test_the_zeromq_ingress_has_the_same_constraints(server: HttpServer) -> None
             assert caught.value.code == "bad_constraint"
     finally:
         ingress.stop()
-        assert ingress.join(10)
+        assert ingress.join(PATIENCE_S)

@@ -15,6 +15,7 @@ from blinkimp.protocol import Error, Finish, Tokens
 from tests.host.engine_support import running_engine
 from tests.http_support import EMBEDDED
 from tests.ingress_support import RawClient
+from tests.support import PATIENCE_S
 
 
 def ask(
@@ -68,4 +69,4 @@ def test_output_behind_delivered_ids_is_what_it_would_have_been(sampling: dict[s
                     assert text.endswith(rest_text)
         finally:
             ingress.stop()
-            assert ingress.join(10)
+            assert ingress.join(PATIENCE_S)

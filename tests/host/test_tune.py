@@ -11,7 +11,7 @@ import pytest
 
 from blinkimp.host.tuning import NEVER, TuningError
 from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,16 @@ def tune(engine_name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_lower_limit_lets_those_that_run_go_on_and_admits_no_more(tiny: Path) -> None:
-    with running_engine(tiny, max_batch=8) as engine, PortClient(engine.config.engine_name, 0) as client:
+    # The ring holds few completions: nothing ends before this client, however slow, has seen it run.
+    with (
+        running_engine(tiny, max_batch=8, num_completions=64) as engine,
+        PortClient(engine.config.engine_name, 0) as client,
+    ):
         ids = [client.submit([5, 6, 7], 400) for _ in range(6)]
         client.wait_begun(ids)
         assert engine.tune(max_running=1, aging_ms=NEVER)["max_running"] == 1
         late = client.submit([5, 6, 7], 3)
-        client.wait_all(60)
+        client.wait_all(PATIENCE_S)
         assert all(len(client.streams[i].tokens) == 400 for i in ids) and len(client.streams[late].tokens) == 3
         more = [client.submit([5, 6, 7], 150) for _ in range(3)]
         most = 0
