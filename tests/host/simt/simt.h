@@ -107,6 +107,13 @@ struct Machine {
     }
   }
 
+  // run() in parts, for machines that take turns (simt90/grid.h): start, then pass after pass until none is left.
+  struct Pass {
+    bool any_left, any_ran;
+  };
+  void start(unsigned num_threads, unsigned shared_bytes, std::function<void()> work);
+  Pass pass();  // each warp once, in a shuffled order, as far as it gets
+
   void run(unsigned num_threads, unsigned shared_bytes, std::function<void()> work);
 };
 
@@ -118,7 +125,7 @@ inline void fiber_main() {
   swapcontext(&machine.fibers[machine.current].context, &machine.scheduler);
 }
 
-inline void Machine::run(unsigned num_threads, unsigned shared_bytes, std::function<void()> work) {
+inline void Machine::start(unsigned num_threads, unsigned shared_bytes, std::function<void()> work) {
   constexpr unsigned kStackBytes = 128 * 1024;
   body = std::move(work);
   shared_memory.assign(shared_bytes, 0xff);  // NaN until written
@@ -140,28 +147,37 @@ inline void Machine::run(unsigned num_threads, unsigned shared_bytes, std::funct
     fiber.copy_groups.clear();
     fiber.open_group.clear();
   }
-  std::vector<unsigned> order(num_threads / 32);
+}
+
+inline Machine::Pass Machine::pass() {
+  std::vector<unsigned> order(fibers.size() / 32);
   for (unsigned warp = 0; warp < order.size(); ++warp) order[warp] = warp;
-  for (bool any_left = true; any_left;) {
-    any_left = false;
-    bool any_ran = false;
-    std::shuffle(order.begin(), order.end(), random);
-    for (unsigned warp : order) {
-      for (bool progress = true; progress;) {  // this warp as far as it gets
-        progress = false;
-        for (unsigned thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-          Fiber& fiber = fibers[thread];
-          if (fiber.done) continue;
-          any_left = true;
-          if (fiber.waits_for && *fiber.waits_for == fiber.seen) continue;
-          fiber.waits_for = nullptr;
-          current = thread;
-          swapcontext(&scheduler, &fiber.context);
-          progress = any_ran = true;
-        }
+  std::shuffle(order.begin(), order.end(), random);
+  Pass result{false, false};
+  for (unsigned warp : order) {
+    for (bool progress = true; progress;) {  // this warp as far as it gets
+      progress = false;
+      for (unsigned thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+        Fiber& fiber = fibers[thread];
+        if (fiber.done) continue;
+        result.any_left = true;
+        if (fiber.waits_for && *fiber.waits_for == fiber.seen) continue;
+        fiber.waits_for = nullptr;
+        current = thread;
+        swapcontext(&scheduler, &fiber.context);
+        progress = result.any_ran = true;
       }
     }
-    if (any_left && !any_ran && !(when_stuck && when_stuck())) fail("deadlock: threads that wait for lanes or barriers which never come", 1, 0);
+  }
+  return result;
+}
+
+inline void Machine::run(unsigned num_threads, unsigned shared_bytes, std::function<void()> work) {
+  start(num_threads, shared_bytes, std::move(work));
+  for (;;) {
+    const Pass result = pass();
+    if (!result.any_left) return;
+    if (!result.any_ran && !(when_stuck && when_stuck())) fail("deadlock: threads that wait for lanes or barriers which never come", 1, 0);
   }
 }
 

@@ -1,4 +1,4 @@
-// Stands in for device/ptx_mma.cuh in the CPU emulation of a Hopper CTA: only what attention takes from it.
+// Stands in for device/ptx_mma.cuh in the CPU emulation of a Hopper CTA: what Hopper's ops take from it.
 // Used by tests/host/simt90. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <ptx_sm90.cuh>
@@ -7,5 +7,26 @@ namespace blinkimp {
 
 BK_INLINE u32 opaque(u32 value) { return value; }
 BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
+
+BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
+  if (shared_destination % 16 != 0) simt::fail("cp.async destination modulo 16", shared_destination % 16, 0);
+  simt::PendingCopy copy{shared_destination, {}};
+  if (valid) std::memcpy(copy.bytes, source, 16);
+  simt::machine.fibers[simt::machine.current].open_group.push_back(copy);
+}
+BK_INLINE void cp_async_commit() {
+  simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
+  fiber.copy_groups.push_back(std::move(fiber.open_group));
+  fiber.open_group.clear();
+}
+// Lands no sooner than it is waited for.
+template <int kPending>
+BK_INLINE void cp_async_wait() {
+  simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
+  while (fiber.copy_groups.size() > kPending) {
+    for (const simt::PendingCopy& copy : fiber.copy_groups.front()) std::memcpy(dynamic_shared + copy.destination, copy.bytes, 16);
+    fiber.copy_groups.erase(fiber.copy_groups.begin());
+  }
+}
 
 }  // namespace blinkimp

@@ -55,12 +55,13 @@ inline void complete(Barrier& barrier) {
   ++barrier.phases.generation;
 }
 
-inline void arrive(u64* address, u32 count) {
-  Barrier& barrier = barriers.at(address);
+inline void arrive(Barrier& barrier, u32 count) {
   if (count > barrier.num_pending) simt::fail("mbarrier arrivals in one phase, beyond the pending", count, barrier.num_pending);
   barrier.num_pending -= count;
   complete(barrier);
 }
+
+inline void arrive(u64* address, u32 count) { arrive(barriers.at(address), count); }
 
 inline void land(const Copy& copy) {
   std::memcpy(copy.destination, copy.bytes.data(), copy.bytes.size());
@@ -120,6 +121,9 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
 BK_INLINE void fence_proxy_async() {}
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
+BK_INLINE u64 wgmma_descriptor(u32 address, u32 group_bytes = 1024) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (static_cast<u64>(group_bytes >> 4) << 32) | (1ull << 62);
+}
 BK_INLINE void wgmma_fence() {}
 BK_INLINE void wgmma_commit() { simt90::wgmmas[simt::machine.current].emplace_back(); }
 
@@ -139,6 +143,11 @@ template <int kId, int kNumThreads>
 BK_INLINE void named_barrier_sync() {
   simt::machine.barrier(kId, kNumThreads);
 }
+template <int kRegisters>
+BK_INLINE void set_registers_down() {}
+template <int kRegisters>
+BK_INLINE void set_registers_up() {}
+BK_INLINE float2 load_l2(const float2* source) { return *source; }
 BK_INLINE u32 cta_idx() { return simt90::cta_idx; }
 BK_INLINE u32 thread_idx() { return simt::machine.current; }
 BK_INLINE bool is_first_thread() { return thread_idx() == 0; }

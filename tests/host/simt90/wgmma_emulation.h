@@ -50,16 +50,24 @@ inline void run_one(u32 first_thread, const std::vector<Wgmma*>& ops) {
       for (u32 k = 0; k < 16; ++k) a[row][k] = a_operand.k_major(row, k);
     }
   }
+  static f32 sums[64][256];
+  const auto each_output = [&](const auto& visit) {
+    for (u32 thread = 0; thread < 128; ++thread) {
+      for (u32 i = 0; i < op.columns / 2; ++i) visit(ops[thread]->d[i], sums[thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8][i / 4 * 8 + thread % 4 * 2 + i % 2]);
+    }
+  };
   for (u32 thread = 0; thread < 128; ++thread) {
     Wgmma& own = *ops[thread];
     if (!own.before.empty()) std::memcpy(own.d, own.before.data(), own.before.size() * sizeof(f32));
-    for (u32 i = 0; i < op.columns / 2; ++i) {
-      const u32 row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      f32 sum = op.accumulate ? own.d[i] : 0.0f;
-      for (u32 k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      own.d[i] = sum;
+  }
+  if (op.accumulate) each_output([](f32 d, f32& sum) { sum = d; });
+  else std::memset(sums, 0, sizeof(sums));
+  for (u32 row = 0; row < 64; ++row) {
+    for (u32 k = 0; k < 16; ++k) {
+      for (u32 n = 0; n < op.columns; ++n) sums[row][n] += a[row][k] * b[k][n];
     }
   }
+  each_output([](f32& d, f32 sum) { d = sum; });
 }
 
 inline void issue(Wgmma op) {

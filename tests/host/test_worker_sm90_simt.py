@@ -1,0 +1,155 @@
+"""device/worker.cuh, the Hopper's code, on emulated CTAs (tests/host/simt90): rings, barriers and roles through whole steps, one behind the other.
+
+What a GPU does within microseconds, mostly in the same order, happens here in any order: a wait too few shows as wrong logits, as an arrival that
+no mbarrier expects, or as a deadlock. Run: pytest tests/host/test_worker_sm90_simt.py
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
+from tests.gpu.step_runner import Request, llama_config, write_checkpoint
+from tests.host.emulated_gpu import EmulatedWorkers
+from tests.support import ROOT
+
+CONFIG = llama_config(
+    hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+    vocab_size=230, max_position_embeddings=1024,
+)  # fmt: skip
+
+
+def reference_logits(
+    tensors: dict[str, NDArray[Any]], config: dict[str, Any], tokens: NDArray[np.uint32]
+) -> NDArray[np.float64]:
+    """[tokens, vocab] of a Llama in float64, its matrices rounded to bf16."""
+    weights = {
+        name: f32_from_bf16(bf16_from_f32(values)).astype(np.float64) if values.ndim == 2 else values.astype(np.float64)
+        for name, values in tensors.items()
+    }
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    num = len(tokens)
+
+    def norm(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[name])
+
+    frequency = config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.arange(num)[:, None] * frequency[None]
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+    def rotate(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        low, high = x[..., : head_dim // 2], x[..., head_dim // 2 :]
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+
+    hidden = weights["model.embed_tokens.weight"][tokens]
+    causal = np.where(np.tril(np.ones((num, num), bool)), 0.0, -np.inf)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        x = norm(hidden, f"{prefix}.input_layernorm.weight")
+        q, k, v = (
+            (x @ weights[f"{prefix}.self_attn.{name}_proj.weight"].T).reshape(num, -1, head_dim) for name in "qkv"
+        )
+        q, k = rotate(q), rotate(k)
+        k, v = np.repeat(k, heads // kv_heads, 1), np.repeat(v, heads // kv_heads, 1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head_dim) + causal
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        mixed = np.einsum("hqk,khd->qhd", scores, v).reshape(num, -1)
+        hidden = hidden + mixed @ weights[f"{prefix}.self_attn.o_proj.weight"].T
+        x = norm(hidden, f"{prefix}.post_attention_layernorm.weight")
+        gate, up = x @ weights[f"{prefix}.mlp.gate_proj.weight"].T, x @ weights[f"{prefix}.mlp.up_proj.weight"].T
+        hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ weights[f"{prefix}.mlp.down_proj.weight"].T
+    return np.asarray(norm(hidden, "model.norm.weight") @ weights["lm_head.weight"].T)
+
+
+class Script:
+    """Steps of several requests, and which logits they leave where."""
+
+    def __init__(self, workers: EmulatedWorkers, tokens: list[NDArray[np.uint32]]) -> None:
+        self.workers, self.tokens = workers, tokens
+        self.computed = [0] * len(tokens)
+        self.plans: list[NDArray[np.uint8]] = []
+        self.places: list[tuple[int, int, int, int]] = []  # (step, sampled row, request, position)
+
+    def step(self, *shares: tuple[int, int]) -> None:
+        """shares: (request, rows)."""
+        requests = []
+        for row, (idx, num_rows) in enumerate(shares):
+            end = self.computed[idx] + num_rows
+            requests.append(Request(self.tokens[idx][:end], self.computed[idx], idx))
+            self.places.append((len(self.plans), row, idx, end - 1))
+            self.computed[idx] = end
+        self.plans.append(self.workers.plan(requests))
+
+    def decode(self, num_steps: int, requests: list[int]) -> None:
+        for _ in range(num_steps):
+            self.step(*((idx, 1) for idx in requests))
+
+
+def make_script(workers: EmulatedWorkers, rng: np.random.Generator) -> Script:
+    """Narrow and wide steps by turns, decode rows beside chunks, and requests that stop while others begin."""
+    lengths = [40, 260, 70, 30, 300, 9, 90, 20]
+    script = Script(workers, [rng.integers(0, workers.config.vocab, n, dtype=np.uint32) for n in lengths])
+    script.step((0, 30))
+    script.decode(2, [0])
+    script.step((0, 1), (1, 130))  # wide
+    script.decode(1, [0, 1])
+    script.step((0, 1), (1, 1), (2, 60), (3, 5))  # wide by three rows
+    script.step((0, 1), (1, 1), (2, 1), (3, 1), (4, 150))
+    script.decode(3, [0, 1, 2, 3])
+    script.step((1, 1), (2, 1), (4, 70), (5, 3), (6, 60))
+    script.decode(2, [1, 2, 3, 4, 5, 6])
+    script.step((1, 1), (4, 1), (6, 20), (7, 12))
+    script.step((1, 64))  # exactly one row tile
+    script.step((7, 8))
+    return script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[Any]]]:
+    folder = tmp_path_factory.mktemp("model")
+    return folder, write_checkpoint(folder, CONFIG, np.random.default_rng(1))
+
+
+def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np.float32]:
+    """[places, vocab]; the sampled tokens are those of the largest."""
+    logits, sampled = workers.run_steps(script.plans, seed)
+    got = np.stack([logits[step, row] for step, row, _, _ in script.places])
+    np.testing.assert_array_equal([sampled[step, row] for step, row, _, _ in script.places], got.argmax(1))
+    return got
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
+def test_steps_in_a_row(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, paired: bool) -> None:
+    """Three workers: paired, the third one's partner is the director."""
+    folder, tensors = checkpoint
+    workers = EmulatedWorkers(folder, tmp_path, num_workers=3, paired=paired)
+    script = make_script(workers, np.random.default_rng(2))
+    expected = [reference_logits(tensors, CONFIG, tokens) for tokens in script.tokens]
+    wanted = np.stack([expected[idx][position] for _, _, idx, position in script.places])
+    got = logits_of(workers, script, seed=0)
+    errors = np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert errors.max() < 2e-2, f"(step, row, request, position) {script.places[int(errors.argmax())]}: {errors}"
+    np.testing.assert_array_equal(logits_of(workers, script, seed=1), got)  # in another order of things: the same bits
+
+
+def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
+    """The input producer without its wait for the grid."""
+    folder, tensors = checkpoint
+    device = shutil.copytree(ROOT / "device", tmp_path / "device")
+    source = (device / "worker.cuh").read_text()
+    wait = "wait_grid(params, num_barriers);\n        fence_proxy_async();"
+    assert source.count(wait) == 1
+    (device / "worker.cuh").write_text(source.replace(wait, ""))
+    workers = EmulatedWorkers(folder, tmp_path, num_workers=2, device=device)
+    script = Script(workers, [np.arange(20, dtype=np.uint32)])
+    script.step((0, 20))
+    wanted = reference_logits(tensors, CONFIG, script.tokens[0])[19]
+    got = logits_of(workers, script, seed=0)[0]
+    assert not np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
