@@ -38,8 +38,9 @@ def submit_with_everything(client: PortClient) -> None:
         client.submit([7, 8, 9, i], 60, sampling, (4, 5), logit_bias=bias, constraint_slot=slot if i % 2 else None)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_device_process_is_clean(sanitizer: str, tmp_path: Path) -> None:
+# With cpu-ahead the scheduling thread of the host runs instrumented, too, beside the device's process.
+@pytest.mark.parametrize(("sanitizer", "orchestrator"), [("thread", "gpu"), ("address", "gpu"), ("thread", "cpu-ahead")])
+def test_device_process_is_clean(sanitizer: str, orchestrator: str, tmp_path: Path) -> None:
     build_native = load_tool("build_native")
     library = ROOT / "build" / "native" / f"libblinkimp-{sanitizer}.so"
     build_native.build(library, sanitizer)
@@ -47,7 +48,7 @@ def test_device_process_is_clean(sanitizer: str, tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path)
     # Address randomisation off: ThreadSanitizer's shadow memory needs it so. A report ends the device, and with it the host: status 1.
     options = {"prefix": ("setarch", "-R"), "environment": environment, "num_threads": 3, "num_pages": 24}
-    with HostProcess(tmp_path, max_batch=8, max_step_tokens=64, **options) as host:
+    with HostProcess(tmp_path, max_batch=8, max_step_tokens=64, orchestrator=orchestrator, **options) as host:
         with PortClient(host.engine_name, 0) as client, PortClient(host.engine_name, 1) as other:
             expected = client.generate([1, 2, 3], 60).tokens
             ids = [client.submit([1, 2, 3], 60) for _ in range(12)]
