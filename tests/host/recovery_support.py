@@ -65,9 +65,9 @@ class Job:
 class Jobs:
     """All of ZMQ_JOBS, one with a stop string, and one HTTP request for two choices as server-sent events."""
 
-    def __init__(self, server: ServerProcess, stop: str) -> None:
+    def __init__(self, server: ServerProcess, stop: str, num_tokens: int = NUM_TOKENS) -> None:
         sampling = {**ZMQ_JOBS, "stopped": {**STOPPED, "stop": [stop]}}
-        self._server = server
+        self._server, self._num_tokens = server, num_tokens
         self.jobs = [
             Job(name, lambda job, options=options: self._over_zmq(job, options)) for name, options in sampling.items()
         ]
@@ -76,7 +76,7 @@ class Jobs:
     def _over_zmq(self, job: Job, options: dict[str, Any]) -> Any:
         with Client(self._server.endpoints[0], timeout_s=PATIENCE_S) as client:
             timeout_s = DEADLINE_S if job.name == "deadline" else None
-            with client.submit(PROMPT, max_tokens=NUM_TOKENS, timeout_s=timeout_s, **options) as stream:
+            with client.submit(PROMPT, max_tokens=self._num_tokens, timeout_s=timeout_s, **options) as stream:
                 chunks = []
                 for chunk in stream:
                     chunks.append(chunk)
@@ -92,7 +92,7 @@ class Jobs:
     def _over_http(self, job: Job) -> Any:
         body = {
             "prompt": PROMPT,
-            "max_tokens": NUM_TOKENS,
+            "max_tokens": self._num_tokens,
             "n": 2,
             "seed": 3,
             "temperature": 1,
