@@ -185,6 +185,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=0, le=1 << 20, description="with a trace: times of every op on every SM, every so many steps; 0: none"),
     ] = 0
+    capture_arrivals: Annotated[
+        str,
+        Meta(
+            description="folder to which ingresses write every request, prompts and all, for a replay (TRACE.md); empty: nothing is written"
+        ),
+    ] = ""
     cache_dir: Annotated[
         str, Meta(description="compiled kernels; empty: $XDG_CACHE_HOME/blinkimp or ~/.cache/blinkimp")
     ] = ""

@@ -101,6 +101,8 @@ class IngressSlot(ProcessSlot):
         drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
         own = ["--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
         own += ["--loss-timeout-s", str(config.recovery_timeout_s), *arguments]
+        if config.capture_arrivals:
+            own += ["--capture-arrivals", str(Path(config.capture_arrivals).expanduser())]
         super().__init__(f"ingress {idx}", config, module, own)
 
 

@@ -23,9 +23,11 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError, engine_is_alive
+from blinkimp.nic_shim.arrival_capture import ArrivalCapture
 from blinkimp.nic_shim.constraint_slots import ConstraintSlots
 from blinkimp.nic_shim.crash_suspects import CrashSuspects
 from blinkimp.nic_shim.engine_watch import EngineWatch
@@ -72,6 +74,7 @@ class EngineLink:
         self.port = QueuePairPort.open(engine_name, queue_pair_idx)
         self.metrics = RequestMetrics(engine_name, queue_pair_idx)
         self.trace = open_ingress_trace_writer(engine_name, queue_pair_idx)  # None: the engine keeps none
+        self._capture: ArrivalCapture | None = None
         self._waiting: deque[LiveRequest] = deque()
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
@@ -103,6 +106,12 @@ class EngineLink:
         self.metrics.close()
         if self.trace is not None:
             self.trace.close()
+        if self._capture is not None:
+            self._capture.close()
+
+    def capture_arrivals(self, folder: Path) -> None:
+        """From now on requests are written down, prompts and all (nic_shim/arrival_capture.py). Before the first of them."""
+        self._capture = ArrivalCapture(folder, self.engine_name, self.queue_pair_idx)
 
     @property
     def is_attached(self) -> bool:
@@ -121,6 +130,8 @@ class EngineLink:
     def submit(self, request: LiveRequest) -> None:
         """Takes the request; it goes to the ring as soon as there is room. Call pump() afterwards."""
         request.observer = self.metrics.ended
+        if self._capture is not None:
+            self._capture.arrived(request)
         reason = request.reason_to_stop(self.eos_ids)
         if reason:
             request.finish(reason)
@@ -306,6 +317,8 @@ class EngineLink:
         now = time.monotonic()
         self.port.renew_lease(LEASE_S)
         self.watch.look()
+        if self._capture is not None:
+            self._capture.look(now)
         self.metrics.publish(now, self.counters, len(self._waiting) + len(self._blocked))
         if self._attached and self.port.state != PortStatus.OK:
             self._attached = False

@@ -98,6 +98,7 @@ class HttpIngress:
         limits: HttpLimits | None = None,
         drain_timeout_s: float = 30.0,
         metrics_prefix: str = DEFAULT_PREFIX,
+        capture_folder: Path | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._bind = parse_bind(bind)
@@ -117,6 +118,8 @@ class HttpIngress:
             eos_ids=tuple(self._tokenizer.eos_ids if eos_ids is None else eos_ids),
             loss_timeout_s=self._limits.loss_timeout_s,
         )
+        if capture_folder is not None:
+            self._link.capture_arrivals(capture_folder)
         self._link.metrics.is_http = True
         self._link.metrics.num_refused = lambda: self._gate.num_refused
         self._link.metrics.num_outstanding = lambda: self._gate.num_outstanding
@@ -288,6 +291,12 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics-prefix", default=DEFAULT_PREFIX, help="of vLLM's names in /metrics (default %(default)s)"
     )
     add_log_flags(parser)
+    parser.add_argument(
+        "--capture-arrivals",
+        type=Path,
+        metavar="FOLDER",
+        help="write down every request there, prompts and all, for a replay (nic_shim/arrival_capture.py)",
+    )
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     texts = {
         "max_body_bytes": "bytes of one request's body; larger ones get 413",
@@ -324,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             limits=limits,
             drain_timeout_s=arguments.drain_timeout,
             metrics_prefix=arguments.metrics_prefix,
+            capture_folder=arguments.capture_arrivals,
         ).run()
     except (
         SharedMemoryError, QueuePairError, TokenizerError, ChatTemplateError, ApiKeyError, NativeLibraryError, OSError, ValueError,

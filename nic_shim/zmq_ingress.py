@@ -295,6 +295,12 @@ def _parser() -> argparse.ArgumentParser:
         "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
     )
     add_log_flags(parser)
+    parser.add_argument(
+        "--capture-arrivals",
+        type=Path,
+        metavar="FOLDER",
+        help="write down every request there, prompts and all, for a replay (nic_shim/arrival_capture.py)",
+    )
     parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     integer_limits = {
         "max_message_bytes": "bytes of one message; larger ones get an error reply",
@@ -349,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             limits=limits,
             curve=curve,
         )
+        if arguments.capture_arrivals is not None:
+            ingress.link.capture_arrivals(arguments.capture_arrivals)
         endpoint = ingress.start()
     except (SharedMemoryError, QueuePairError, TokenizerError, NativeLibraryError, OSError, ValueError) as error:
         fail_start("blinkimp ingress", error, arguments.log_format)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from blinkimp.bench import lengths
 from blinkimp.bench.arrivals import arrival_times
 from blinkimp.bench.errors import LoadError
+from blinkimp.trace.arrivals import Arrival
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,18 @@ class LoadOptions:
     output_len: int = 128
     range_ratio: float = 1.0
     trace: Path | None = None
-    time_scale: float = 1.0  # a trace's times are multiplied by it
+    replay: Path | None = None  # arrivals of a live run (blinkimp/bench/replay.py); nothing else then says what is sent
+    time_scale: float = 1.0  # a trace's and a replay's times are multiplied by it
     max_total_len: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.replay is not None:
+            if self.rate is not None or self.concurrency is not None or self.trace is not None:
+                raise LoadError(
+                    "load: got --replay beside --rate, --concurrency or --trace; expected it alone: the arrivals say when and what is sent"
+                )
+            return
         has_times = self.trace is not None and self.rate is None and self.concurrency is None
         if not has_times and self.rate is None and self.concurrency is None:
             raise LoadError(
@@ -68,6 +76,8 @@ class LoadOptions:
 
     @property
     def is_closed(self) -> bool:
+        if self.replay is not None:
+            return False
         return (self.rate is None and self.trace is None) or (self.trace is not None and self.concurrency is not None)
 
 
@@ -96,6 +106,10 @@ class LoadPlan:
         random = np.random.default_rng([self.prompt_seed, idx])
         ids: list[int] = random.integers(0, self.vocab_size, self.input_lens[idx]).tolist()
         return ids
+
+    def arrival(self, idx: int) -> Arrival | None:
+        """How the request is sampled, where that is given (blinkimp/bench/replay.py)."""
+        return None
 
 
 def read_trace(path: Path) -> list[TraceLine]:
@@ -139,6 +153,10 @@ def num_of_closed(options: LoadOptions) -> int:
 
 def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:
     """The same options and seed give the same plan. Raises LoadError."""
+    if options.replay is not None:
+        from blinkimp.bench.replay import make_replay_plan  # it is made of this module's parts
+
+        return make_replay_plan(options, vocab_size)
     random = np.random.default_rng(options.seed)
     intended: NDArray[np.float64] | None = None
     if options.trace is not None:

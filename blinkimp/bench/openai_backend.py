@@ -20,7 +20,9 @@ import msgspec
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.record import Record
+from blinkimp.bench.replay import openai_fields
 from blinkimp.bench.sse import EventParser, HttpError, ResponseParser
+from blinkimp.trace.arrivals import Arrival
 
 MAX_ERROR_CHARS: Final = 200
 DEFAULT_VOCAB: Final = 32000  # of prompts, where the server does not tell and the user does not say
@@ -53,6 +55,7 @@ class OpenAiBackend:
     """open(), submit() any number of requests, close(). on_end is called with each record that has ended."""
 
     name = "openai"
+    tells_tokens = False
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class OpenAiBackend:
                     f"{self._url}: /models names no model: {body[:MAX_ERROR_CHARS]!r}; expected data[0].id; give --model-name"
                 ) from None
 
-    def prepare(self, output_len: int, prompt: list[int]) -> bytes:
+    def prepare(self, output_len: int, prompt: list[int], arrival: Arrival | None = None) -> bytes:
         """A request as submit() takes it: what does not belong to the measured time is done here."""
         body: dict[str, Any] = {
             "model": self.model,
@@ -115,6 +118,9 @@ class OpenAiBackend:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if arrival is not None:
+            del body["ignore_eos"]
+            body |= openai_fields(arrival)
         if self._chat:
             body["messages"] = [{"role": "user", "content": " ".join(map(str, prompt))}]
         else:

@@ -22,6 +22,7 @@ class Record:
     chunk_tokens: list[int] = field(default_factory=list)  # its tokens; a text protocol does not tell, and counts 1
     num_output_tokens: int = 0  # as the server reports it at the end; else the sum of chunk_tokens
     error: str = ""
+    token_ids: list[int] | None = None  # output, where a replay compares it and the protocol tells
     is_cut: bool = False  # given up by the client, not by the server: its waiting so far is a lower bound
 
     def add_chunk(self, now_ns: int, num_tokens: int) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from blinkimp import __version__
@@ -24,8 +25,10 @@ from blinkimp.bench.load_plan import LoadOptions, LoadPlan, make_plan
 from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys, inferencex_power_keys
 from blinkimp.bench.openai_backend import OpenAiBackend
 from blinkimp.bench.record import Record
+from blinkimp.bench.replay import ReplayPlan, compare_outputs
 from blinkimp.bench.zmq_backend import ZmqBackend
 from blinkimp.host.power import PowerMeter, PowerSource, idle_power_w, per_token
+from blinkimp.trace.arrivals import Arrival
 
 SPIN_NS: Final = 1_000_000  # asyncio's timers are a millisecond coarse: the last one is spun away
 OPEN_TIMEOUT_S: Final = 10.0
@@ -61,9 +64,10 @@ class Backend(Protocol):
     model: str
     vocab_size: int
     max_context: int | None
+    tells_tokens: bool  # ids come back, not only text
 
     async def open(self, timeout_s: float) -> None: ...
-    def prepare(self, output_len: int, prompt: list[int]) -> Any: ...
+    def prepare(self, output_len: int, prompt: list[int], arrival: Arrival | None = None) -> Any: ...
     def submit(self, record: Record, prepared: Any) -> None: ...
     async def close(self) -> None: ...
 
@@ -106,6 +110,8 @@ class LoadRun:
 
     def make(self, idx: int, intended_ns: int) -> Record:
         record = Record(idx, int(self.plan.input_lens[idx]), int(self.plan.output_lens[idx]), intended_ns)
+        if self.plan.arrival(idx) is not None and self.backend.tells_tokens:
+            record.token_ids = []
         self.records.append(record)
         return record
 
@@ -124,7 +130,8 @@ class LoadRun:
     def _prepare(self, idx: int) -> None:
         """While there is time: a prompt of thousands of tokens takes a millisecond to draw and to encode."""
         if idx < len(self.plan) and idx not in self._prepared:
-            self._prepared[idx] = self.backend.prepare(int(self.plan.output_lens[idx]), self.plan.prompt(idx))
+            output_len, prompt = int(self.plan.output_lens[idx]), self.plan.prompt(idx)
+            self._prepared[idx] = self.backend.prepare(output_len, prompt, self.plan.arrival(idx))
 
     async def run(self, begin_ns: int) -> int:
         """Sends everything; returns when sending ended, in ns."""
@@ -287,7 +294,8 @@ async def run_load(
             "idle_source": idle_source if source is not None else None,
             "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
         },
-        "load": {key: str(value) if key == "trace" and value else value for key, value in vars(options).items()},
+        "load": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        **({"replay": compare_outputs(plan, run.records)} if isinstance(plan, ReplayPlan) else {}),
         "blinkimp_version": __version__,
         "inferencex": {
             **inferencex_keys(figures, num_gpus=target.num_gpus, **facts),

@@ -18,6 +18,7 @@ import zmq
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.record import Record
+from blinkimp.bench.replay import submit_of
 from blinkimp.client import configure_socket
 from blinkimp.protocol import (
     Alive,
@@ -32,6 +33,7 @@ from blinkimp.protocol import (
     decode_server_messages,
     encode_client_message,
 )
+from blinkimp.trace.arrivals import Arrival
 from blinkimp.transport import Security
 
 ALIVE_PERIOD_S: Final = 1.0
@@ -73,6 +75,7 @@ class ZmqBackend:
     """open(), submit() any number of requests, close(). on_end is called with each record that has ended."""
 
     name = "blinkimp-zmq"
+    tells_tokens = True
 
     def __init__(self, endpoint: str, on_end: Callable[[Record], None], *, security: Security | None = None) -> None:
         self.model = "blinkimp"
@@ -103,10 +106,12 @@ class ZmqBackend:
             )
         self.vocab_size, self.max_context = health.vocab_size, health.max_context
 
-    def prepare(self, output_len: int, prompt: list[int]) -> tuple[int, bytes]:
+    def prepare(self, output_len: int, prompt: list[int], arrival: Arrival | None = None) -> tuple[int, bytes]:
         """A request as submit() takes it: what does not belong to the measured time is done here."""
         request_id = self._next_id
         self._next_id += 1
+        if arrival is not None:
+            return request_id, encode_client_message(submit_of(request_id, prompt, arrival))
         sampling = Sampling(temperature=0.0, max_tokens=output_len, ignore_eos=True)
         return request_id, encode_client_message(Submit(request_id, prompt, sampling, detokenize=False))
 
@@ -154,6 +159,8 @@ class ZmqBackend:
             if isinstance(message, Tokens):
                 if message.token_ids and (record := link.records.get(message.id)) is not None:
                     record.add_chunk(now_ns, len(message.token_ids))
+                    if record.token_ids is not None:
+                        record.token_ids += message.token_ids
             elif isinstance(message, Finish):
                 failure = "" if message.reason in ("eos", "stop_id", "length") else message.reason
                 self._end(link, message.id, now_ns, num_output_tokens=message.num_output_tokens, error=failure)

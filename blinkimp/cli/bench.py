@@ -16,7 +16,8 @@ examples:
   blinkimp bench --connect tcp://127.0.0.1:5555 --rate 8 --duration 60 --input-len 512 --output-len 128
   blinkimp bench --url http://127.0.0.1:8000 --concurrency 32 --num-requests 320      any OpenAI-compatible server
   blinkimp bench --connect ... --rate 16 --burstiness 0.5 --lengths sharegpt --duration 120 --warmup 20 --goodput ttft:500 tpot:20
-  blinkimp bench --connect ... --trace requests.jsonl                                 replay of arrivals and lengths
+  blinkimp bench --connect ... --trace requests.jsonl                                 arrivals and lengths from a file
+  blinkimp bench --connect ... --replay arrivals.jsonl                                a live run again: prompts, seeds, times
 
 what happens: --rate is an open loop (requests are sent at random times whatever comes back: Poisson, or gamma with --burstiness), --concurrency
 alone a closed loop (so many users, each sends when its last answer is complete); both together cap the open loop. Prompts are random token ids.
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
         "bench",
         summary,
         EPILOG,
-        usage="(--connect ENDPOINT | --url URL) (--rate R | --concurrency N | --trace FILE) ...",
+        usage="(--connect ENDPOINT | --url URL) (--rate R | --concurrency N | --trace FILE | --replay FILE) ...",
     )
     add_target_flags(parser)
     load = parser.add_argument_group("load")
@@ -43,7 +44,15 @@ def add_parser(subparsers: Any, summary: str) -> None:
     load.add_argument(
         "--trace", type=Path, metavar="FILE", help='JSON lines {"at_s": 0.5, "input_tokens": 512, "output_tokens": 128}'
     )
-    load.add_argument("--time-scale", type=float, default=1.0, metavar="X", help="multiplies a trace's times")
+    load.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="arrivals of a live run, from `blinkimp trace arrivals`: the same prompts, seeds and times, and the outputs compared",
+    )
+    load.add_argument(
+        "--time-scale", type=float, default=1.0, metavar="X", help="multiplies the times of --trace and --replay"
+    )
     load.add_argument(
         "--burstiness",
         type=float,
@@ -134,6 +143,15 @@ def target_of(options: argparse.Namespace) -> Any:
     )
 
 
+def replay_line(replay: dict[str, Any]) -> str:
+    """Whether the outputs were those of the live run."""
+    if not replay["num_compared"]:
+        return "replay: no output to compare (a capture has them, and only ZeroMQ tells token ids)"
+    text = f"replay: {replay['num_identical']} of {replay['num_compared']} outputs identical, token by token"
+    differing = ", ".join(map(str, replay["differing"]))
+    return f"{text}; not those of requests {differing}" if differing else text
+
+
 def run(options: argparse.Namespace) -> int:
     import asyncio
     import json
@@ -159,6 +177,7 @@ def run(options: argparse.Namespace) -> int:
         output_len=options.output_len,
         range_ratio=options.range_ratio,
         trace=options.trace,
+        replay=options.replay,
         time_scale=options.time_scale,
         max_total_len=options.max_total_len,
         seed=options.seed,
@@ -178,6 +197,8 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     print(table_of(report))
+    if "replay" in report:
+        print(replay_line(report["replay"]))
     if options.save_trace is not None:
         write_trace(options.save_trace, make_plan(load, vocab_size=2))
     if options.out is not None:

@@ -95,6 +95,13 @@ def add_parser(subparsers: Any, summary: str) -> None:
     diff.add_argument("after", type=Path, help="another")
     diff.add_argument("--json", action="store_true", help="as JSON, in place of tables")
     diff.set_defaults(run=run_diff)
+    arrivals = parts.add_parser("arrivals", help="what a live run was asked, for `blinkimp bench --replay`")
+    arrivals.add_argument(
+        "sources", type=Path, nargs="+", metavar="SOURCE",
+        help="folder of `blinkimp serve --capture-arrivals` (prompts, seeds, outputs to compare), or a trace (lengths only)",
+    )  # fmt: skip
+    arrivals.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="JSON lines, one a request")
+    arrivals.set_defaults(run=run_arrivals)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -232,4 +239,19 @@ def run_diff(options: argparse.Namespace) -> int:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
         print_comparison(found, output_console())
+    return 0
+
+
+def run_arrivals(options: argparse.Namespace) -> int:
+    from blinkimp.trace.arrivals import collect_arrivals, write_arrivals
+
+    found = collect_arrivals(options.sources)
+    write_arrivals(options.out, found)
+    num_prompts = sum(bool(arrival.prompt_ids) for arrival in found)
+    num_outcomes = sum(arrival.outcome is not None for arrival in found)
+    seconds = (found[-1].at_ns - found[0].at_ns) / 1e9
+    print(
+        f"wrote {options.out}: {len(found)} requests in {seconds:.1f} s, {num_prompts} with their prompts, {num_outcomes} with what they came to; "
+        f"blinkimp bench --connect ... --replay {options.out}"
+    )
     return 0
