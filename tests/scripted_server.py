@@ -28,6 +28,7 @@ from blinkimp.protocol import (
     decode_client_message,
     encode_server_messages,
 )
+from tests.support import PATIENCE_S
 
 
 @dataclass
@@ -181,9 +182,9 @@ def scripted_server(kind: str, script: Script) -> Iterator[str]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(10), "the scripted server did not start"
+    assert ready.wait(PATIENCE_S), "the scripted server did not start"
     try:
         yield address[0]
     finally:
         loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
+        thread.join(PATIENCE_S)

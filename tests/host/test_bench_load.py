@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blinkimp.bench.errors import LoadError
@@ -17,9 +18,10 @@ from blinkimp.bench.report import table_of
 from blinkimp.bench.runner import Target, run_load
 from blinkimp.host.power import Reading
 from tests.scripted_server import Script, scripted_server
+from tests.support import undisturbed
 
 KINDS = ["http", "zmq"]
-SLACK_MS = 40.0  # a machine with two busy cores
+SLACK_MS = 40.0  # beyond what was scripted, of an undisturbed request; what is scripted is the least, on any machine
 
 
 def target_of(address: str, **more: Any) -> Target:
@@ -32,16 +34,20 @@ def load(kind: str, script: Script, options: LoadOptions, **how: Any) -> dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@undisturbed
 def test_an_open_loop_reports_the_delays_that_were_scripted(kind: str) -> None:
     """First token after 30 ms, then every 10 ms: TTFT 30, TPOT 10, E2EL 30 + 7 * 10."""
     script = Script()
     options = LoadOptions(rate=40, num_requests=40, input_len=12, output_len=8)
     got = load(kind, script, options, slos={"ttft": 5000}, details=True)
     assert (got["completed"], got["failed"]) == (40, 0)
-    assert 30 <= got["median_ttft_ms"] < 30 + SLACK_MS
-    assert 10 <= got["median_tpot_ms"] < 10 + SLACK_MS / 4
-    assert 5 < got["median_itl_ms"] < 10 + SLACK_MS / 2
-    assert 100 <= got["median_e2el_ms"] < 100 + SLACK_MS * 2
+    ttfts, itls = np.array(got["ttfts"]) * 1e3, np.array(got["itls"]) * 1e3
+    assert 30 <= ttfts.min() < 30 + SLACK_MS and got["median_ttft_ms"] == pytest.approx(np.median(ttfts), abs=0.01)
+    tpots, e2els = itls.mean(axis=1), ttfts + itls.sum(axis=1)
+    assert tpots.min() < 10 + SLACK_MS / 4 and got["median_tpot_ms"] == pytest.approx(np.median(tpots), abs=0.01)
+    assert got["median_itl_ms"] == pytest.approx(np.median(itls), abs=0.01)
+    assert 100 <= e2els.min() < 100 + SLACK_MS * 2
+    assert got["median_e2el_ms"] == pytest.approx(np.median(e2els), abs=0.01)
     assert got["total_output_tokens"] == 40 * 8 and got["total_input_tokens"] == 40 * 12
     assert got["request_rate"] == 40 and got["good_requests"] == 40
     assert all(len(prompt) == 12 for prompt in script.prompts) and len(script.prompts) == 40
@@ -49,6 +55,7 @@ def test_an_open_loop_reports_the_delays_that_were_scripted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@undisturbed
 def test_a_closed_loop_keeps_as_many_running_as_asked(kind: str) -> None:
     """4 at a time, each 20 + 4 * 5 = 40 ms: 100 requests/s."""
     script = Script(first_ms=20, gap_ms=5)
@@ -68,6 +75,7 @@ def test_refusals_are_failures_with_their_words(kind: str) -> None:
     assert number == 4 and "busy" in words
 
 
+@undisturbed
 def test_a_stall_of_the_server_is_not_omitted() -> None:
     """The server stops for 600 ms. A cap of 2 holds requests back meanwhile: from sending they look fast, from intention they do not."""
     script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=600)
@@ -81,6 +89,7 @@ def test_a_stall_of_the_server_is_not_omitted() -> None:
     assert got["p90_client_queue_time_ms"] > 300
 
 
+@undisturbed
 def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
     script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=500)
     got = load("zmq", script, LoadOptions(rate=50, num_requests=50, input_len=4, output_len=2))
@@ -115,6 +124,7 @@ def test_energy_stands_beside_throughput_with_idling_subtracted_and_not(monkeypa
     assert energy["idle_source"] == "given"
 
 
+@undisturbed
 def test_a_load_is_many_clients_to_a_server() -> None:
     """More at a time than an ingress grants one client: they come over several sockets."""
     script = Script(first_ms=50, gap_ms=1)
@@ -123,6 +133,7 @@ def test_a_load_is_many_clients_to_a_server() -> None:
     assert len(script.clients) == 3
 
 
+@undisturbed
 def test_warm_up_requests_are_sent_and_not_counted() -> None:
     got = load("zmq", Script(gap_ms=1), LoadOptions(rate=50, duration_s=1.0, warmup_s=0.5, output_len=2, input_len=4))
     assert got["num_not_counted"] > 5 and got["completed"] > 5
