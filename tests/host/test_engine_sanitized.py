@@ -39,7 +39,9 @@ def submit_with_everything(client: PortClient) -> None:
 
 
 # With cpu-ahead the scheduling thread of the host runs instrumented, too, beside the device's process.
-@pytest.mark.parametrize(("sanitizer", "orchestrator"), [("thread", "gpu"), ("address", "gpu"), ("thread", "cpu-ahead")])
+@pytest.mark.parametrize(
+    ("sanitizer", "orchestrator"), [("thread", "gpu"), ("address", "gpu"), ("thread", "cpu-ahead")]
+)
 def test_device_process_is_clean(sanitizer: str, orchestrator: str, tmp_path: Path) -> None:
     build_native = load_tool("build_native")
     library = ROOT / "build" / "native" / f"libblinkimp-{sanitizer}.so"
