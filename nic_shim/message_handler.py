@@ -22,6 +22,7 @@ from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, Constraint
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.quotas import RateLimiter
+from blinkimp.nic_shim.request_log import log_refusal
 from blinkimp.nic_shim.sessions import Session, SessionTable
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
 from blinkimp.protocol import (
@@ -180,8 +181,10 @@ class MessageHandler:
         if refusal is not None:
             self.counters.refused += 1
             self._sessions.reply(session, refusal)
+            log_refusal(log, session.identity, submit.id, refusal)
             return
         request = LiveRequest(submit, session)
+        request.observer = self._link.metrics.on_end  # for its end before it reaches the link
         self._sessions.add_request(session, request)
         if submit.sampling.constraint is None and isinstance(submit.prompt, list):
             self._start(request, np.asarray(submit.prompt, dtype=np.uint32))

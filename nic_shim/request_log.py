@@ -1,6 +1,7 @@
 """The log line of a request that has ended: its id, how it ended, its tokens and where its time went.
 
-The same fields over HTTP and ZeroMQ; nic_shim/METRICS.md lists them. Called by nic_shim/http_generate.py and nic_shim/zmq_ingress.py.
+The same fields over HTTP and ZeroMQ; nic_shim/METRICS.md lists them. Called by nic_shim/http_generate.py, nic_shim/zmq_ingress.py and
+nic_shim/message_handler.py.
 Test: pytest tests/host/test_http_log.py tests/host/test_zmq_log.py
 """
 
@@ -43,6 +44,23 @@ def log_request(log: logging.Logger, requests: Sequence[LiveRequest], **fields: 
         e2e_s=_seconds(times, lambda one: one.e2e_s, max),
         seed=next((end.seed for end in ends if isinstance(end, Finish)), None),
     )
+
+
+def log_zmq_request(log: logging.Logger, request: LiveRequest) -> None:
+    """Of one that has ended."""
+    request_id = zmq_request_id(request.session.identity, request.client_id)
+    log_request(log, [request], request_id=request_id, transport="zmq", stream=request.stream)
+
+
+def log_refusal(log: logging.Logger, identity: bytes, client_id: int, refusal: Error) -> None:
+    """Of one that was not taken at all."""
+    request_id = zmq_request_id(identity, client_id)
+    log_event(log, logging.INFO, "request", request_id=request_id, transport="zmq", reason="error", error=refusal.code)
+
+
+def zmq_request_id(identity: bytes, client_id: int) -> str:
+    """The client's own id, made unique by who it is (the identity that ZeroMQ gave its connection)."""
+    return f"{identity.hex()}-{client_id}"
 
 
 def _seconds(

@@ -13,6 +13,7 @@ blocks: not on a client that does not read, not on a full ring, not on a long pr
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import logging
 import mmap
@@ -30,10 +31,9 @@ from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
-from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
-from blinkimp.nic_shim.request_log import log_request
+from blinkimp.nic_shim.request_log import log_zmq_request
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
 from blinkimp.transport import Security, detect_lost_hosts
@@ -83,7 +83,7 @@ class ZmqIngress:
         self.handler = MessageHandler(self.link, self.sessions, tokenizer, limits)
         self.link.metrics.num_refused = lambda: self.handler.counters.refused
         self.link.metrics.num_outstanding = lambda: self.sessions.num_requests
-        self.link.metrics.on_end = _log_request
+        self.link.metrics.on_end = functools.partial(log_zmq_request, log)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._bind = bind
@@ -266,12 +266,6 @@ class ZmqIngress:
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------
-def _log_request(request: LiveRequest) -> None:
-    identity: bytes = request.session.identity
-    request_id = f"{identity.hex()}-{request.client_id}"
-    log_request(log, [request], request_id=request_id, transport="zmq", stream=request.stream)
-
-
 def _parser() -> argparse.ArgumentParser:
     limits = IngressLimits()
     parser = argparse.ArgumentParser(

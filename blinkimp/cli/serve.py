@@ -14,7 +14,8 @@ from blinkimp.cli.terminal import LoadingBars, set_up_logging
 EPILOG = """\
 examples:
   blinkimp serve                                        the embedded model, tcp://127.0.0.1:5555
-  blinkimp serve --http 127.0.0.1:8000                  and OpenAI's API over HTTP
+  blinkimp serve --http 127.0.0.1:8000                  and OpenAI's API over HTTP, with Prometheus metrics at /metrics
+  blinkimp serve --http :8000 --metrics-prefix vllm: --log-format json       as vLLM's dashboards and log collectors expect
   blinkimp serve --model ~/models/Qwen3-4B --num-ingress 2
   blinkimp serve --config engine.toml                   settings from a file; BLINKIMP_* variables and flags win over it
 
@@ -26,6 +27,7 @@ From then on this process only watches. SIGTERM or Ctrl-C drains: running reques
 
 where next:
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 16}'      with --http; nic_shim/HTTP.md
+  blinkimp top                                           in another terminal: what it is doing
   blinkimp generate --connect tcp://127.0.0.1:5555 'import os'
   python -c 'from blinkimp.client import Client; ...'   README, "Clients"; the wire is nic_shim/PROTOCOL.md
 """
@@ -40,6 +42,6 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.host.supervisor import serve
 
     config = config_of(options)
-    set_up_logging(config.log_level)
-    with LoadingBars() as bars:
+    set_up_logging(config.log_level, config.log_format)
+    with LoadingBars(is_shown=config.log_format == "text") as bars:
         return serve(config, bars)

@@ -5,34 +5,30 @@ Called by the subcommands. Test: pytest tests/host/test_cli.py
 
 from __future__ import annotations
 
-import logging
-import sys
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from blinkimp import logs
+
 stderr_console = Console(stderr=True)
 
 
-def set_up_logging(log_level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+def set_up_logging(log_level: str, log_format: logs.LogFormat = "text") -> None:
+    """As the other processes of a server, but without what a person at the terminal knows already."""
+    text_format = "%(asctime)s %(levelname)s %(message)s"
+    logs.set_up_logging(log_level, log_format, "host", text_format=text_format, datefmt="%H:%M:%S")
 
 
 class LoadingBars:
-    """A bar per stage of starting (weights, compile, ...) while inside `with`; nothing where stderr is no terminal.
+    """A bar per stage of starting (weights, compile, ...) while inside `with`; nothing where stderr is no terminal, or not for people.
 
     Calling it with (stage, done, total) moves that stage's bar; total 0 is a stage of unknown length.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shown: bool = True) -> None:
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -40,7 +36,7 @@ class LoadingBars:
             TimeElapsedColumn(),
             console=stderr_console,
             transient=True,
-            disable=not stderr_console.is_terminal,
+            disable=not (is_shown and stderr_console.is_terminal),
         )
         self._tasks: dict[str, TaskID] = {}
 

@@ -5,11 +5,12 @@ Run: pytest tests/host/test_metrics.py
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
-import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.metrics_names import STATUS_GAUGES, STATUS_HELP
-from tests.http_support import HttpServer, embedded
+from tests.http_support import HttpServer, embedded, scripted
 from tests.ingress_support import wait_until
 from tests.metrics_support import HTTP_SERIES, OLDER_VLLM, VLLM_HISTOGRAMS, VLLM_SERIES, Scraped, families, queried
 from tests.support import load_tool
@@ -221,29 +222,30 @@ def test_a_scrape_grows_with_nothing_that_clients_do(server: HttpServer) -> None
     assert [(one.name, one.labels) for one in after.samples] == [(one.name, one.labels) for one in before.samples]
 
 
-def test_cancelled_and_overdue_requests_have_reasons_of_their_own(server: HttpServer) -> None:
+def test_an_overdue_request_has_a_reason_of_its_own(server: HttpServer) -> None:
     before = settled(server)
-    body = {"prompt": PROMPT, "max_tokens": 1900, "stream": True, **GREEDY}
-    thread = threading.Thread(target=lambda: server.post("/v1/completions", {**body, "stream": False, "timeout": 0.2}))
-    thread.start()
-    thread.join(60)
-    import http.client
+    server.complete(PROMPT, max_tokens=1900, timeout=0.02, **GREEDY)
+    after = settled(server)
+    name = "vllm:request_success_total"
+    for reason, num in {"timeout": 1, "length": 0, "abort": 0}.items():
+        assert after.value(name, finished_reason=reason) - before.value(name, finished_reason=reason) == num
 
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(body))
-    assert connection.getresponse().read(20)
-    running = scrape(server)
-    assert running.value("vllm:num_requests_running") == 1 and running.value("vllm:kv_cache_usage_perc") > 0
-    assert running.value("blinkimp:ingress_num_outstanding", protocol="http") == 1
-    connection.close()
 
-    def num_ended(reason: str) -> float:
-        name = "vllm:request_success_total"
-        return scrape(server).value(name, finished_reason=reason) - before.value(name, finished_reason=reason)
-
-    wait_until(lambda: num_ended("abort") == 1, "the cancelled request is counted")
-    assert num_ended("timeout") == 1 and num_ended("length") == 0
-    assert settled(server).value("blinkimp:ingress_num_outstanding", protocol="http") == 0
+def test_a_client_that_leaves_is_an_abort_and_nothing_is_outstanding(tmp_path: Path) -> None:
+    with scripted(tmp_path) as server:
+        server.director.paused = True
+        connection = http.client.HTTPConnection("127.0.0.1", server.http.port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 50, "n": 2}))
+        wait_until(lambda: scrape(server.http).value("blinkimp:num_requests_running") == 2, "both choices run")
+        assert scrape(server.http).value("blinkimp:ingress_num_outstanding", protocol="http") == 2
+        connection.close()
+        wait_until(lambda: server.director.queue_pairs[0].num_cancels == 2, "both are cancelled")
+        server.director.paused = False
+        aborted = "blinkimp:request_success_total"
+        wait_until(lambda: scrape(server.http).value(aborted, finished_reason="abort") == 2, "both are counted")
+        found = scrape(server.http)
+        assert found.value("blinkimp:ingress_num_outstanding", protocol="http") == 0
+        assert found.value("http_requests_total", handler="/v1/completions", status="4xx") == 1
 
 
 def test_text_is_what_other_parsers_take(server: HttpServer) -> None:
