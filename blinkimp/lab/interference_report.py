@@ -33,7 +33,7 @@ HEADINGS: Final = (
         "tokens/J",
         "the same above idle",
     ),
-    *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "CPU MHz", "GPU MHz", "failed"),
+    *("client late p99 ms", "CPU pressure", "switches/s", "engine CPUs", "CPU MHz", "GPU MHz", "GPU W", "failed"),
 )
 
 
@@ -77,6 +77,7 @@ def row_of(cell: dict[str, Any], isolated: dict[str, Any] | None) -> list[object
         sum(process["cpu_share"] for process in host["processes"]),
         host["mean_clock_mhz"],
         report["gpu_energy"]["sm_clock_mhz"],
+        report["gpu_energy"]["power_w"],
         report["failed"],
     ]
 
@@ -108,7 +109,8 @@ def interference_sections(cells: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def plots_of(cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None]) -> list[Plot]:
-    """Per metric: its multiple of the isolated run against the threads, the worst kind of each count; and what is retained by kind."""
+    """Per metric: its multiple of the isolated run against the threads, the worst kind of each count; then, at the most threads, each kind beside
+    isolation: what is retained, latencies of each engine, tokens/J."""
     plots: list[Plot] = []
     disturbed = [cell for cell in cells if cell["threads"] > 0 and base[cell["engine"]] is not None]
     if not disturbed:
@@ -130,4 +132,45 @@ def plots_of(cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | N
         left = {c["interference"]: compared(c, base[engine])["retained"] or 0.0 for c in its if c["threads"] == most}
         bars[engine] = [100 * left.get(kind, 0.0) for kind in kinds]
     plots.append(bar_plot(f"throughput retained at {most} threads", "% of the isolated run", kinds, bars))
+    return plots + latency_bars(cells, base, kinds, most) + energy_bars(cells, base, kinds, most)
+
+
+def beside_isolated(
+    engine: str, cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None], most: int
+) -> dict[str, dict[str, Any]]:
+    """Reports of an engine by kind of interference at the most threads, and `isolated`."""
+    found = {c["interference"]: c["report"] for c in cells if (c["engine"], c["threads"]) == (engine, most)}
+    isolated = base[engine]
+    return found if isolated is None else {"isolated": isolated["report"], **found}
+
+
+def latency_bars(
+    cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None], kinds: Sequence[str], most: int
+) -> list[Plot]:
+    plots, groups = [], ["isolated", *kinds]
+    for engine in base:
+        reports = beside_isolated(engine, cells, base, most)
+        for name, metric in (("TTFT", "ttft_intended"), ("TPOT", "tpot")):
+            bars = {
+                word: [reports[group][f"{key}_{metric}_ms"] if group in reports else 0.0 for group in groups]
+                for word, key in (("p50", "median"), ("p99", "p99"), ("p99.9", "p99.9"))
+            }
+            plots.append(bar_plot(f"{engine}: {name} at {most} threads", "ms", groups, bars, log_y=True))
     return plots
+
+
+def energy_bars(
+    cells: Sequence[dict[str, Any]], base: dict[str, dict[str, Any] | None], kinds: Sequence[str], most: int
+) -> list[Plot]:
+    """None on a machine whose power nobody tells."""
+    groups = ["isolated", *kinds]
+    bars: dict[str, list[float]] = {}
+    for engine in base:
+        joules = {
+            kind: report["gpu_energy"]["j_per_token"]
+            for kind, report in beside_isolated(engine, cells, base, most).items()
+            if report["gpu_energy"]["j_per_token"]
+        }
+        if joules:
+            bars[engine] = [1 / joules[group] if group in joules else 0.0 for group in groups]
+    return [bar_plot(f"energy at {most} threads", "tokens/J", groups, bars)] if bars else []

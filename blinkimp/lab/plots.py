@@ -6,6 +6,7 @@ Called by blinkimp/lab/report.py. Test: pytest tests/null/test_lab_report.py
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -50,6 +51,20 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _plain_log(axes: Any) -> None:
+    """Ticks at 1, 2, 5, 10 and so on, in plain numbers, and a range in which a tenth more does not look like a mountain."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        middle = math.sqrt(low * high)
+        axes.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def line_plot(
     title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
 ) -> Plot:
@@ -65,9 +80,12 @@ def line_plot(
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)
     if log_x:
+        from matplotlib.ticker import FuncFormatter
+
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if log_y:
-        axes.set_yscale("log")
+        _plain_log(axes)
     elif any(line.points for line in lines):
         axes.set_ylim(bottom=0)
     if any(line.points for line in lines):
@@ -75,8 +93,10 @@ def line_plot(
     return Plot(title, _svg(figure))
 
 
-def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]]) -> Plot:
-    """Groups along x, one bar of each name in a group."""
+def bar_plot(
+    title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]], *, log_y: bool = False
+) -> Plot:
+    """Groups along x, one bar of each name in a group; 0 is none."""
     figure = _figure()
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(bars))
@@ -86,5 +106,7 @@ def bar_plot(title: str, y_label: str, groups: Sequence[str], bars: Mapping[str,
     axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups), default=0) > 8 else 0)
     axes.set(title=title, ylabel=y_label)
     axes.grid(visible=True, axis="y", alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
+    if log_y:
+        _plain_log(axes)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=max(1, len(bars)))
     return Plot(title, _svg(figure))

@@ -41,7 +41,18 @@ def test_an_engine_is_measured_with_and_without_interference(
     folder, report = tmp_path / "cells", tmp_path / "report.html"
     endpoint = f"ipc://{tmp_path}/ingress"
     flags = ["--folder", str(folder), "--loads", "r10:16x4", "--kinds", "arithmetic,syscall", "--threads", "2"]
-    flags += ["--reserved-cpus", "1", "--duration", "1", "--warmup", "0", "--report", str(report)]
+    flags += [
+        "--placements",
+        "reserved",
+        "--reserved-cpus",
+        "1",
+        "--duration",
+        "1",
+        "--warmup",
+        "0",
+        "--report",
+        str(report),
+    ]
     command = ["lab", "interference", *flags, "--engine", "persistent", endpoint, serve_command(endpoint)]
     own_cpus = os.sched_getaffinity(0)
     assert main(command) == 0
@@ -56,7 +67,7 @@ def test_an_engine_is_measured_with_and_without_interference(
         against = compared(cell, cells["none"])
         assert against["ttft"] is not None and (name != "none" or against == {"ttft": 1, "tpot": 1, "retained": 1})
     text = report.read_text()
-    assert text.count("<svg") == 3 and "placement reserved (1 CPUs for client and ingress" in text
+    assert text.count("<svg") == 3 + 2 and "placement reserved (1 CPUs for client and ingress" in text
     capsys.readouterr()
     assert main(command) == 0
     assert "3 cells, 3 of them measured before" in capsys.readouterr().out

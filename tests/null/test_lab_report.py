@@ -18,11 +18,22 @@ from blinkimp.bench.metrics import Window, figures_of, inferencex_keys
 from blinkimp.bench.record import Record
 from blinkimp.lab.interference_report import compared, interference_sections
 from blinkimp.lab.pages import html_of
-from blinkimp.lab.plots import Line, line_plot
+from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.report import sections_of, write_report
 from blinkimp.lab.store import Store
 
 MS = 1_000_000
+
+
+@pytest.fixture
+def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Titles alone: matplotlib takes most of a second for each plot on a busy machine."""
+
+    def plot(title: str, *what: object, **how: bool) -> Plot:
+        return Plot(title, "<svg></svg>")
+
+    for name in ("report.line_plot", "interference_report.line_plot", "interference_report.bar_plot"):
+        monkeypatch.setattr(f"blinkimp.lab.{name}", plot)
 
 
 def report_of(ttft_ms: int, tpot_ms: int, num_requests: int = 10) -> dict[str, Any]:
@@ -84,6 +95,9 @@ INTERFERED = [
 ]
 
 
+NUM_INTERFERENCE_PLOTS = 3 + 2 * 2 + 1  # multiples and what is retained, latencies of two engines, energy
+
+
 class Checker(HTMLParser):
     """Every tag that is opened is closed, in order."""
 
@@ -115,6 +129,7 @@ def parsed(text: str) -> Checker:
     return checker
 
 
+@pytest.mark.usefixtures("quick_plots")
 def test_interference_is_shown_as_multiples_of_the_isolated_run() -> None:
     # Of the second of sending, 360 ms pass until the first token: 24 of 40 tokens come within it.
     assert compared(INTERFERED[3], INTERFERED[2]) == pytest.approx({"ttft": 12, "tpot": 10, "retained": 0.6}, rel=0.01)
@@ -127,9 +142,16 @@ def test_interference_is_shown_as_multiples_of_the_isolated_run() -> None:
     assert rows[0][headings.index("tokens/J")] == "2.00" and rows[0][headings.index("the same above idle")] == "2.50"
     assert rows[0][headings.index("engine CPUs")] == "0.75"
     assert rows[0][headings.index("CPU pressure")] == "25.0%" and rows[0][headings.index("CPU MHz")] == "-"
-    assert len(section.plots) == 3
+    assert rows[0][headings.index("GPU W")] == "300.00"
+    titles = [plot.title for plot in section.plots]
+    assert titles[2:] == [
+        "throughput retained at 64 threads",
+        *(f"{engine}: {name} at 64 threads" for engine in ("persistent", "vllm") for name in ("TTFT", "TPOT")),
+        "energy at 64 threads",
+    ]
 
 
+@pytest.mark.usefixtures("quick_plots")
 def test_without_an_isolated_run_there_are_no_multiples() -> None:
     (section,) = interference_sections(INTERFERED[3:4])
     (row,) = section.rows
@@ -141,7 +163,7 @@ def test_the_file_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     cells = [
         swept("a<b>", 4, 5),
         swept("a<b>", 8, 8),
-        *INTERFERED,
+        *INTERFERED[:2],
         {"kind": "sweep", "engine": "x", "error": "no <answer>"},
     ]
     for number, cell in enumerate(cells):
@@ -150,14 +172,20 @@ def test_the_file_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     text = out.read_text()
     checker = parsed(text)
     assert checker.rows and "no &lt;answer&gt;" in text and "a&lt;b&gt;" in text
-    assert text.count("<svg") == 3 + 3
+    assert text.count("<svg") == 3 + NUM_INTERFERENCE_PLOTS - 2  # of one engine
     outside = re.findall(r'(?:src|href|xlink:href)="(?!#)([^"]*)"', text)
     assert outside == [] and "<script" not in text and "@import" not in text
-    again = tmp_path / "again.html"
-    write_report([store], again)
-    assert again.read_text() == text  # the same cells give the same file
 
 
+def test_the_same_figures_give_the_same_file() -> None:
+    lines = [Line("a", [(1, 1), (2, 30)], [(1, 1)]), Line("b", [])]
+    one, two = (line_plot("t", "x", "y", lines, log_x=True, log_y=True).svg for _ in range(2))
+    assert one == two and "10" in one
+    one, two = (bar_plot("t", "y", ["a long name", "b"], {"c": [1, 0]}, log_y=True).svg for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_markdown_has_the_same_tables_and_its_plots_beside_it(tmp_path: Path) -> None:
     store, out = Store(tmp_path / "cells"), tmp_path / "page.md"
     for number, cell in enumerate([swept("a|b", 4, 5), *INTERFERED]):
@@ -166,7 +194,7 @@ def test_markdown_has_the_same_tables_and_its_plots_beside_it(tmp_path: Path) ->
     text = out.read_text()
     assert text.startswith("# the title\n") and "a\\|b" in text
     links = re.findall(r"!\[[^]]*\]\((page/[^)]*)\)", text)
-    assert len(links) == len(set(links)) == 3 + 3
+    assert len(links) == len(set(links)) == 3 + NUM_INTERFERENCE_PLOTS
     assert all((tmp_path / link).read_text().startswith("<svg") for link in links)
     widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == len(sections_of(list(store)))  # one a table
