@@ -1,4 +1,4 @@
-"""tools/examples against a whole server (`blinkimp serve --http`): JavaScript and C over HTTP, async ZeroMQ.
+"""tools/examples against a whole server (`blinkimp serve --http`): JavaScript and C over HTTP, JavaScript over ZeroMQ, async ZeroMQ.
 
 Run: pytest tests/host/test_examples.py
 """
@@ -62,6 +62,15 @@ def test_javascript(served: Served) -> None:
     path = EXAMPLES / "minimal_http.mjs"
     assert num_code_lines(path) <= 20
     assert output_of(str(shutil.which("node")), str(path), served.url, PROMPT) == served.text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_javascript_over_zeromq_by_hand(served: Served) -> None:
+    path = EXAMPLES / "minimal_zmq.mjs"
+    assert num_code_lines(path) <= 20
+    host, _, port = served.endpoint.removeprefix("tcp://").partition(":")
+    assert output_of(str(shutil.which("node")), str(path), host, port, PROMPT) == served.text
+    assert "ï" in output_of(str(shutil.which("node")), str(path), host, port, "# naïve ïïïïïïïï")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,6 +87,22 @@ def test_n_choices_of_a_seeded_request_differ_and_repeat(server: HttpServer) -> 
     assert sample(4, 7) == texts
     assert sample(1, 9) == texts[2:3], "copy i has seed + i"
     assert sample(1, -1) != texts[:1]
+
+
+def test_n_choices_share_the_pages_of_their_prompt(server: HttpServer) -> None:
+    """10 full pages and 20 tokens of prompt, 8 choices: 10 pages for all and one each, in place of 88."""
+    prompt = [(11 * idx * idx + 5 * idx) % 3000 + 300 for idx in range(660)]
+    before = server.wait_until_idle()
+    most_used = 0
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(server.complete, prompt, n=8, seed=3, max_tokens=40, ignore_eos=True)
+        while not reply.done():
+            most_used = max(most_used, server.status()["num_pages_used"])
+    usage, status = reply.result()["usage"], server.wait_until_idle()
+    assert most_used <= 10 + 8 * 2
+    assert status["prompt_tokens"] - before["prompt_tokens"] == 660 + 7 * 20, "the shared pages are computed once"
+    assert usage["prompt_tokens"] == 660 and usage["completion_tokens"] == 8 * 40
+    assert len({choice["text"] for choice in reply.result()["choices"]}) > 1
 
 
 def test_chat_whole_and_streamed_is_the_same(server: HttpServer) -> None:
