@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.metrics_memory import About
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, Region, create_engine_regions
 from blinkimp.host.trace_memory import TraceGeometry
 
@@ -279,6 +280,7 @@ class FakeDirector:
         ingress_timeout_s: float = 3600.0,  # a test that wants an ingress dropped for its silence says so
         step_s: float = 0.0005,
         trace: TraceGeometry | None = None,
+        about: About | None = None,
     ) -> None:
         self.regions: EngineRegions = create_engine_regions(
             engine_name,
@@ -287,6 +289,7 @@ class FakeDirector:
             max_context=max_context,
             vocab_size=vocab_size,
             trace=trace,
+            about=about,
         )
         self.queue_pairs = [
             FakeQueuePair(region, script, eos_ids, ingress_timeout_s) for region in self.regions.queue_pairs
