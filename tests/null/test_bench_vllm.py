@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ import pytest
 from tests.support import load_tool
 
 tool = load_tool("bench_vllm")
-STEP_S = 0.004
-PREFILL_S = 0.03
+STEP_NS = 4_000_000
+PREFILL_NS = 30_000_000
 
 
 @dataclass
@@ -33,9 +33,10 @@ class Tokens:
 
 
 class ScriptedEngine:
-    """One prompt a step, which then takes PREFILL_S; else STEP_S for a token of every request that has begun."""
+    """One prompt a step, which then takes PREFILL_NS; else STEP_NS for a token of every request that has begun."""
 
     def __init__(self) -> None:
+        self.now_ns = 10**9
         self.waiting: list[tuple[str, int]] = []
         self.running: dict[str, tuple[Tokens, int]] = {}
 
@@ -50,9 +51,9 @@ class ScriptedEngine:
         if self.waiting:
             name, max_tokens = self.waiting.pop(0)
             self.running[name] = (Tokens(), max_tokens)
-            time.sleep(PREFILL_S)
+            self.now_ns += PREFILL_NS
         else:
-            time.sleep(STEP_S)
+            self.now_ns += STEP_NS
         for tokens, _ in self.running.values():
             tokens.token_ids.append(7)
         outputs = [Output(name, [Tokens(list(tokens.token_ids))]) for name, (tokens, _) in self.running.items()]
@@ -60,21 +61,26 @@ class ScriptedEngine:
         return outputs
 
 
-def side() -> Any:
-    return tool.VllmSide(ScriptedEngine(), lambda max_tokens: max_tokens, 100, None)
+@pytest.fixture
+def side(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """By the engine's own clock."""
+    engine = ScriptedEngine()
+    clock = SimpleNamespace(monotonic=lambda: engine.now_ns / 1e9, monotonic_ns=lambda: engine.now_ns)
+    monkeypatch.setattr(tool, "time", clock)
+    return tool.VllmSide(engine, lambda max_tokens: max_tokens, 100, None)
 
 
-def test_decode_counts_only_steps_in_which_all_requests_decode() -> None:
+def test_decode_counts_only_steps_in_which_all_requests_decode(side: Any) -> None:
     """Prompts take 30 ms a step; none of that is in the 4 ms between tokens."""
-    got = side().measure(tool.Row("decode", 3, 64), 32)
+    got = side.measure(tool.Row("decode", 3, 64), 32)
     assert got["num_steps"] >= 30
-    assert STEP_S * 1e3 <= got["device"]["p10_ms"] <= got["device"]["median_ms"] < PREFILL_S * 1e3 / 2
+    assert got["device"]["p10_ms"] == got["device"]["median_ms"] == STEP_NS / 1e6
     assert got["mean_context"] == pytest.approx(64, abs=2)
 
 
-def test_prefill_is_the_time_to_the_first_token() -> None:
-    got = side().measure(tool.Row("prefill", 1, 32), 5)
-    assert got["num_steps"] == 5 and got["device"]["median_ms"] >= PREFILL_S * 1e3
+def test_prefill_is_the_time_to_the_first_token(side: Any) -> None:
+    got = side.measure(tool.Row("prefill", 1, 32), 5)
+    assert got["num_steps"] == 5 and got["device"]["median_ms"] == PREFILL_NS / 1e6
 
 
 def test_without_vllm_the_tool_says_what_is_missing(

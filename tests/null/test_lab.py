@@ -140,13 +140,14 @@ def test_pressure_and_counters_are_read() -> None:
 def test_what_a_busy_process_did_is_found() -> None:
     pid = os.getpid()
     before = snapshot([pid, 2**22 - 1])
-    deadline = time.monotonic() + 0.3
-    while time.monotonic() < deadline:
+    used_before_s, began = time.process_time(), time.monotonic()
+    while time.process_time() < used_before_s + 0.3:  # of its own, however long the machine takes to grant them
         pass
     host = difference(before, snapshot([pid]))
+    share = 0.3 / (time.monotonic() - began)
     (process,) = host["processes"]
-    assert process["pid"] == pid and 0.2 < process["cpu_share"] < 1.6
-    assert host["context_switches_per_s"] > 0 and host["busy_cpus"] > 0.1
+    assert process["pid"] == pid and 0.8 * share < process["cpu_share"] < 1.6 * share
+    assert host["context_switches_per_s"] > 0 and host["busy_cpus"] > 0.5 * share
     assert all(share >= 0 for share in host["pressure"].values())
     assert pid in tree_of(os.getppid())
 

@@ -23,6 +23,7 @@ from blinkimp.host.power import (
     open_nvml,
     per_token,
 )
+from tests.support import PATIENCE_S
 
 
 class ScriptedGpu:
@@ -87,7 +88,7 @@ def test_without_a_source_there_are_no_figures_and_no_wait() -> None:
     with PowerMeter(None) as meter:
         began = time.monotonic()
     assert meter.energy_j(0, int(5e9)) is None and meter.samples() == []
-    assert idle_power_w(None, 60.0) is None and time.monotonic() - began < 5
+    assert idle_power_w(None, 60.0) is None and time.monotonic() - began < 30
 
 
 def test_a_failure_in_the_sampling_thread_is_raised_where_figures_are_asked_for() -> None:
@@ -102,7 +103,7 @@ def test_a_failure_in_the_sampling_thread_is_raised_where_figures_are_asked_for(
 
     gpu = Failing()
     with PowerMeter(gpu, period_s=0.001) as meter:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while gpu.num_reads < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
     with pytest.raises(PowerError, match="gone"):

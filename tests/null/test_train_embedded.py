@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,13 +159,29 @@ def test_training_learns_and_returns_the_best_weights() -> None:
     assert evaluation.window_loss(model, PATTERN[:400], 32) == pytest.approx(result.validation_loss, abs=1e-4)
 
 
-def test_training_fits_its_steps_into_the_time() -> None:
-    model = LlamaModel(TINY)
-    lines: list[str] = []
-    result = training.train(model, PATTERN, PATTERN[:400], dataclasses.replace(QUICK, minutes=0.08), lines.append)
-    assert result.num_steps > training.CALIBRATION_STEPS
-    assert result.seconds < 0.08 * 60 * training.OVERTIME_FACTOR + 2.0  # a busy machine finishes its last step late
-    assert any("ms a step" in line for line in lines)
+@pytest.mark.parametrize(
+    ("later_step_s", "num_steps", "seconds", "words"),
+    [(0.125, 48, 6.0, "125.0 ms a step"), (1.0, 27, 9.5, "stopped at step 27 of 48: 1.5 times 0.1 minutes are over")],
+    ids=["as-calibrated", "slower-later"],
+)
+def test_training_fits_its_steps_into_the_time(
+    monkeypatch: pytest.MonkeyPatch, later_step_s: float, num_steps: int, seconds: float, words: str
+) -> None:
+    """By a clock that each step moves on: 0.125 s while the calibration looks, later_step_s afterwards. 6 s are wanted."""
+    now, lines, steps, rate_of_step = [100.0], [], [-1], training.learning_rate
+
+    def next_step(plan: training.TrainingPlan, step: int, num_steps: int) -> float:
+        if step > steps[-1]:  # asked for each group of parameters
+            steps.append(step)
+            now[0] += 0.125 if step < training.CALIBRATION_STEPS else later_step_s
+        return rate_of_step(plan, step, num_steps)
+
+    monkeypatch.setattr(training, "learning_rate", next_step)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    plan = dataclasses.replace(QUICK, minutes=0.1)
+    result = training.train(LlamaModel(TINY), PATTERN, PATTERN[:400], plan, lines.append)
+    assert (result.num_steps, result.seconds) == (num_steps, seconds)
+    assert any(words in line for line in lines), lines
 
 
 def test_averaged_weights_keep_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
