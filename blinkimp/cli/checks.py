@@ -114,9 +114,9 @@ def check_nvrtc() -> Finding:
 
 def check_device_sources() -> Finding:
     from blinkimp.host.compile import DEVICE_DIR
-    from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, PORTABLE_SOURCE
+    from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, PORTABLE_SOURCE, STEP_SOURCE
 
-    sources = ("ring_abi.h", KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE)
+    sources = ("ring_abi.h", KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE)
     missing = [name for name in sources if not (DEVICE_DIR / name).is_file()]
     if missing:
         return Finding("kernel sources", Verdict.FAIL, f"{DEVICE_DIR} lacks {', '.join(missing)}", "reinstall blinkimp")

@@ -18,7 +18,14 @@ from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile import DEFAULT_ARCH, nvrtc_version
 from blinkimp.host.compile_cache import CompiledKernel, get_kernel
 from blinkimp.host.gpu_driver import GpuError, probe_gpu
-from blinkimp.host.gpu_kernel import PACK_SOURCE, KernelChoiceError, capability_of, choose_kernel, kernel_shape
+from blinkimp.host.gpu_kernel import (
+    PACK_SOURCE,
+    STEP_SOURCE,
+    KernelChoiceError,
+    capability_of,
+    choose_kernel,
+    kernel_shape,
+)
 
 DEFAULT_NUM_WORKERS = 131  # of an H100 or H200: 132 SMs, one of them the director's
 
@@ -67,7 +74,7 @@ def compile_all(config: Config, arch: str, num_workers: int) -> dict[str, tuple[
     except KernelChoiceError as error:
         raise ConfigError(str(error)) from error
     shape = kernel_shape(read_model_config(model_folder(config)), num_workers, kind, arch)
-    sources: dict[str, dict[str, str]] = {shape.source: shape.defines(), PACK_SOURCE: {}}
+    sources: dict[str, dict[str, str]] = {shape.source: shape.defines(), PACK_SOURCE: {}, STEP_SOURCE: {}}
     folder, kernels = cache_folder(config), {}
     for source, defines in sources.items():
         with stderr_console.status(f"{source} for {arch}"):

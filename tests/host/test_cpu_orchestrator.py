@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.shared_memory import open_trace
+from blinkimp.host.trace_reader import TraceReader, events_of, high_half
 from blinkimp.nic_shim.queue_pair import PortStatus
+from blinkimp.ring_abi import TraceKind
 from tests.host.engine_support import (
     PortClient,
     Stream,
@@ -94,3 +97,19 @@ def test_a_constraint_that_is_loaded_again_is_the_new_one(tiny: Path) -> None:
         third = answers(client, [job])[0]
         assert third.tokens == first.tokens != second.tokens
         assert second.tokens == [ord("a")] * 6
+
+
+def test_the_trace_of_a_host_that_schedules(tiny: Path) -> None:
+    """Events of the director in the host, op times of the workers in the device's process: one clock, one trace."""
+    options = {"trace_events": abi.LEAST_TRACE_EVENTS, "trace_op_period": 4, "orchestrator": "cpu-ahead"}
+    with running_engine(tiny, **options) as engine, TraceReader(open_trace(engine.config.engine_name)) as reader:
+        with PortClient(engine.config.engine_name, 0) as client:
+            expected = [client.generate([1, 2, 3 + i], 20).tokens for i in range(3)]
+        wait_for(lambda: engine.status()["num_running"] == 0, 10, "all is over")
+        events = reader.read()
+    tokens = high_half(events_of(events, TraceKind.TOKEN)["argument"]).tolist()
+    assert tokens == [token for stream in expected for token in stream]
+    starts, ends = events_of(events, TraceKind.STEP_START), events_of(events, TraceKind.STEP_END)
+    assert starts["step"].tolist() == ends["step"].tolist() == list(range(len(starts)))
+    sampled = events_of(events, TraceKind.OP_TIMES)
+    assert sampled["step"].tolist() == list(range(0, len(starts), 4))

@@ -29,7 +29,7 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
-from tests.host.server_support import GREEDY, PROMPT, ServerProcess
+from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_parking_is_refused_by_name(tiny: Path) -> None:
         pass
 
 
-def test_a_server_answers_over_zeromq_and_http(tmp_path: Path) -> None:
+def test_a_server_answers_over_zeromq_and_http_and_recovers(tmp_path: Path) -> None:
     http = f"127.0.0.1:{free_port()}"
     with (
         running_engine("embedded", num_threads=1) as engine,
@@ -126,8 +126,23 @@ def test_a_server_answers_over_zeromq_and_http(tmp_path: Path) -> None:
         server.wait_for_log("serves on", 2)
         text = complete(f"http://{http}", PROMPT, 24)
         assert text and any("scheduled by this process (cpu)" in line for line in server.log)
+        streams = Streams(server.endpoints[0], 2, 400)
+        streams.wait_begun()
+        os.kill(device_pid(server.process.pid), signal.SIGKILL)
+        (first, _), (second, _) = streams.join()
+        assert first == second and len(first) == 400 and first[:24] == expected, "clients go on where they were"
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
+
+
+def device_pid(pid: int) -> int:
+    """Of the emulated device among the descendants of a process."""
+    pids = [pid]
+    for parent in pids:
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            pids += [int(child) for child in (task / "children").read_text().split()]
+    (found,) = (pid for pid in pids if b"blinkimp.host.emulated_process" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
 
 
 def free_port() -> int:
