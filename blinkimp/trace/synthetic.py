@@ -63,8 +63,11 @@ def life(shape: Shape) -> NDArray[np.int64]:
     return np.array(rows, np.int64)
 
 
-def make_trace(num_events: int, shape: Shape | None = None, first_step: int = 0) -> NDArray[np.void]:
-    """About num_events, whole lives only: `batch` requests at a time, each generation entering when the one before has ended."""
+def make_trace(
+    num_events: int, shape: Shape | None = None, first_step: int = 0, first_wave: int = 0
+) -> NDArray[np.void]:
+    """About num_events, whole lives only: `batch` requests at a time, each wave entering when the one before has ended. A trace that is too
+    large for memory is made in parts: first_wave says how many waves came before."""
     shape = shape or Shape()
     template = life(shape)
     steps_a_life = shape.output_tokens + 1
@@ -72,13 +75,19 @@ def make_trace(num_events: int, shape: Shape | None = None, first_step: int = 0)
     num_waves = max(1, num_events // events_a_wave)
     order, wave = _wave(shape, template, steps_a_life)
     events = np.empty(num_waves * len(wave), abi.TRACE_EVENT)
-    for idx in range(num_waves):
-        part = events[idx * len(wave) : (idx + 1) * len(wave)]
+    for number in range(num_waves):
+        part = events[number * len(wave) : (number + 1) * len(wave)]
+        idx = first_wave + number
         part[:] = wave
         part["time_ns"] += np.uint64(idx * steps_a_life * shape.step_ns)
         part["step"] += np.uint32((idx * steps_a_life + first_step) & 0xFFFFFFFF)
         part["request_id"][order] += np.uint64(idx * shape.batch)
     return events
+
+
+def num_waves_of(events: NDArray[np.void], shape: Shape) -> int:
+    """Of what make_trace() gave."""
+    return len(events) // (shape.batch * len(life(shape)) + EVENTS_A_STEP * (shape.output_tokens + 1))
 
 
 def _wave(shape: Shape, template: NDArray[np.int64], steps_a_life: int) -> tuple[NDArray[np.int64], NDArray[np.void]]:

@@ -20,7 +20,9 @@ from blinkimp.nic_shim.ingress_trace import open_ingress_trace_writer
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.protocol import Submit
 from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
+from blinkimp.trace.arrivals import collect_arrivals
 from tests.fake_director import FakeDirector
+from tests.http_support import MODEL, scripted
 from tests.ingress_support import Served, engine_name, serve, wait_until
 
 LIFE = [
@@ -108,6 +110,36 @@ def test_a_resubmitted_request_goes_on_under_its_new_id(tmp_path: Path) -> None:
         assert len(events_of(events, TraceKind.RECEIVED)) == len(events_of(events, TraceKind.ENDED)) == 1
         ids = events_of(events, TraceKind.COMMITTED)["request_id"].tolist()
         assert ids[1] == ids[0] + 1 and events_of(events, TraceKind.ENDED)["request_id"].tolist() == ids[1:]
+
+
+def test_an_http_ingress_writes_the_same(tmp_path: Path) -> None:
+    """And, where it is told to, what it was asked."""
+    captured = tmp_path / "captured"
+    trace = TraceGeometry(LEAST_TRACE_EVENTS)
+    with scripted(tmp_path, "--capture-arrivals", str(captured), trace=trace) as served:
+        name = served.director.regions.engine_name
+        with TraceReader(open_ingress_trace(name, 0), from_start=True) as reader:
+            body = {
+                "model": MODEL,
+                "prompt": [5, 6, 7],
+                "max_tokens": 4,
+                "temperature": 0.5,
+                "ignore_eos": True,
+                "seed": 11,
+            }
+            assert served.http.post("/v1/completions", body).status == 200
+            events: list[NDArray[np.void]] = []
+
+            def has_ended() -> bool:
+                events.append(reader.read())
+                return any(len(events_of(part, TraceKind.ENDED)) for part in events)
+
+            wait_until(has_ended, "the request was handed over")
+    (kinds,) = lives(np.concatenate(events))
+    assert sorted(kinds) == sorted(LIFE)
+    (arrival,) = collect_arrivals([captured])
+    assert (arrival.prompt_ids, arrival.sampling.seed, arrival.sampling.temperature) == ([5, 6, 7], 11, 0.5)
+    assert arrival.outcome is not None and arrival.outcome.num_output_tokens == 4
 
 
 def test_without_a_trace_nothing_is_written(tmp_path: Path) -> None:
