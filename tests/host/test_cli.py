@@ -21,7 +21,7 @@ from blinkimp.cli import main
 from blinkimp.config import Config, model_folder
 from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile_cache import CompiledKernel, get_kernel
-from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, kernel_shape
+from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, STEP_SOURCE, kernel_shape
 from tests.support import PATIENCE_S, python_path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -168,13 +168,14 @@ def test_compile_prints_times_registers_and_spills(
 
     def get_small_kernel(source: str, folder: Path, arch: str, defines: dict[str, str]) -> CompiledKernel:
         asked.append((source, arch, defines))
-        return get_kernel(PACK_SOURCE, folder, arch, defines)
+        return get_kernel(PACK_SOURCE, folder, arch, {**defines, f"STANDS_FOR_{Path(source).stem}": "1"})
 
     monkeypatch.setattr("blinkimp.cli.compile.get_kernel", get_small_kernel)
     arguments = ["compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path)]
     assert main(arguments) == 0
     shape = kernel_shape(read_model_config(model_folder(Config())), 131, "hopper", "sm_90a")
     assert (KERNEL_SOURCE, "sm_90a", shape.defines()) in asked and (PACK_SOURCE, "sm_90a", {}) in asked
+    assert (STEP_SOURCE, "sm_90a", {}) in asked
     table, _, rest = capsys.readouterr().out.partition(str(tmp_path))
     assert re.search(r"source +function +registers +stack B +spills B +shared B +compile ms +cached ms", table), table
     assert re.search(r"^persistent_kernel.cu +pack_weights +\d+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ *$", table, re.MULTILINE), (
