@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 SHAPE: Final = "llama-3-8b"  # --model: made up by the lab, with weights made up by each engine
-START_S: Final = {"persistent": 75.0, "cpu": 75.0, "vllm": 110.0}  # until measured; of the GPU
+START_S: Final = {"persistent": 75.0, "cpu": 75.0, "cpu-ahead": 75.0, "vllm": 110.0}  # until measured; of the GPU
 EMULATED_START_S: Final = 8.0
 CONTEXT: Final = 4096
 EPILOG: Final = """\
@@ -26,7 +26,8 @@ examples:
                       --no-enable-prefix-caching --host 127.0.0.1 --port {port}'   one call; the same command goes on
   blinkimp lab evidence --resume evidence --report RESULTS.md                      tables and plots of what is there (.html: one file)
 
-engines: persistent (this server), cpu (this server with --orchestrator cpu), vllm (--vllm-command; prefix `env NAME=VALUE` for its environment).
+engines: persistent (this server), cpu and cpu-ahead (this server with that --orchestrator), vllm (--vllm-command; put `env NAME=VALUE` before it
+for its environment).
 All serve the Llama-3-8B shape with made-up weights, greedily, without a prefix cache, to the same client.
 """
 
@@ -46,7 +47,7 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the page (.md or .html) and stop")
     engines = parser.add_argument_group("engines")
     engines.add_argument(
-        "--engines", type=words, default=["persistent", "cpu", "vllm"], help="some of persistent,cpu,vllm"
+        "--engines", type=words, default=["persistent", "cpu", "vllm"], help="of persistent,cpu,cpu-ahead,vllm"
     )
     engines.add_argument("--vllm-command", metavar="TEXT", help="starts vLLM; {model} and {port} are filled in")
     engines.add_argument("--model", default=SHAPE, help=f"`{SHAPE}` (made up), `embedded`, or a folder")
@@ -86,7 +87,7 @@ def serve_command(options: argparse.Namespace, engine: str, load_format: str) ->
     flags += ["--bind", "tcp://127.0.0.1:{zmq_port}"]
     flags += ["--http", "127.0.0.1:{port}"] if "http" in options.transports else []
     flags += ["--engine-name", f"evidence-{engine}-{os.getpid()}"]
-    flags += ["--orchestrator", "cpu"] if engine == "cpu" else []
+    flags += ["--orchestrator", "gpu" if engine == "persistent" else engine]
     command = [sys.executable, "-m", "blinkimp", "serve", "--model", "{model}", *flags]
     return shlex.join([*command, *shlex.split(options.serve_flags)])
 

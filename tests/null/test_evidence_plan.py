@@ -179,7 +179,11 @@ def options_of(*words: str) -> argparse.Namespace:
 def test_our_engines_differ_in_the_orchestrator_alone() -> None:
     options = options_of()
     persistent, cpu = (cli.serve_command(options, name, "dummy") for name in ("persistent", "cpu"))
-    assert cpu.replace("evidence-cpu", "evidence-persistent") == f"{persistent} --orchestrator cpu"
+    assert persistent.endswith("--orchestrator gpu")
+    assert cpu.replace("evidence-cpu", "evidence-persistent") == persistent.replace(
+        "orchestrator gpu", "orchestrator cpu"
+    )
+    assert "--orchestrator cpu-ahead" in cli.serve_command(options, "cpu-ahead", "dummy")
     for word in ("{model}", "{port}", "{zmq_port}", "--prefix-cache false"):
         assert word in persistent
     assert "--http" not in cli.serve_command(options_of("--transports", "zmq"), "cpu", "dummy")
@@ -196,7 +200,7 @@ def test_the_plan_is_printed_without_anything_being_run(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--engines", "sglang"], "some of persistent, cpu, vllm"),
+        (["--engines", "sglang"], "some of persistent, cpu, cpu-ahead, vllm"),
         (["--placements", "nowhere"], "some of reserved, sharing"),
         (["--transports", "udp"], "some of http, zmq"),
         (["--interference", "noise"], "for kinds"),
