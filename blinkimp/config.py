@@ -110,11 +110,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = ""
     curve_clients: Annotated[str, Meta(description="ZeroMQ: file of the public keys that may connect, one a line")] = ""
     max_outstanding: Annotated[
-        int, Meta(ge=1, le=65535, description="HTTP: choices of one API key that run at once")
+        int, Meta(ge=1, le=65535, description="choices of one API key, or requests of one CURVE key, that run at once")
     ] = 1024
     max_requests_per_s: Annotated[
         int,
-        Meta(ge=1, le=1 << 20, description="HTTP: requests a second of one API key; twice as many may come at once"),
+        Meta(
+            ge=1,
+            le=1 << 20,
+            description="requests a second of one API key, CURVE key or plain ZeroMQ connection; twice as many may come at once",
+        ),
     ] = 500
     num_ingress: Annotated[int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="ingress processes")] = 1
     num_queue_pairs: Annotated[

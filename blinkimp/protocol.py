@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -289,7 +289,7 @@ def _type_info(root: Any) -> types.Type:
     return types.type_info(root)
 
 
-def known_at(root: type[Any], path: str) -> tuple[str, ...]:
+def known_at(root: Hashable, path: str) -> tuple[str, ...]:
     """What may stand at msgspec's path in a message of type `root`: the fields of a struct, or the words of an enumeration."""
     found = [_type_info(root)]
     for field, _ in _PATH_STEP.findall(path):

@@ -185,18 +185,17 @@ class Supervisor:
 def ingress_slots(config: Config) -> list[IngressSlot]:
     """Starts the ingress processes: ZeroMQ on the first queue pairs, HTTP on the next."""
     folder = str(model_folder(config))
+    quotas = ["--max-outstanding", str(config.max_outstanding), "--max-requests-per-s", str(config.max_requests_per_s)]
+    quotas += ["--burst-requests", str(2 * config.max_requests_per_s)]
     slots = []
     for idx in range(config.num_ingress):
-        arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder]
+        arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder, *quotas]
         if config.curve_key:
             arguments += ["--curve-key", config.curve_key, "--curve-clients", config.curve_clients]
         slots.append(IngressSlot(config, idx, "blinkimp.nic_shim.zmq_ingress", arguments))
     if config.http:
-        arguments = ["--bind", config.http, "--model-folder", folder]
+        arguments = ["--bind", config.http, "--model-folder", folder, *quotas]
         arguments += ["--model-name", config.served_model_name or config.model, "--api-key-file", config.api_key_file]
-        arguments += ["--max-outstanding", str(config.max_outstanding)]
-        arguments += ["--max-requests-per-s", str(config.max_requests_per_s)]
-        arguments += ["--burst-requests", str(2 * config.max_requests_per_s)]
         arguments += ["--metrics-prefix", config.metrics_prefix]
         slots.append(IngressSlot(config, config.num_ingress, "blinkimp.nic_shim.http_ingress", arguments))
     return slots

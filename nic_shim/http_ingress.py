@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -45,6 +44,7 @@ from blinkimp.nic_shim.http_request_log import RequestLog
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
+from blinkimp.transport import is_loopback
 
 log = logging.getLogger("blinkimp.http")
 
@@ -193,9 +193,7 @@ class HttpIngress:
             loop.add_signal_handler(number, self._on_signal)
         engine.start()
         host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"ready {url}", flush=True)
-        log_event(log, logging.INFO, "ready", url=url, model=self._model_names[0])
+        print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         try:
             await self._server.serve(sockets=[listener])
         finally:
@@ -243,15 +241,6 @@ def parse_bind(bind: str) -> tuple[str, int]:
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:8000; correct it")
     return host.strip("[]") or "127.0.0.1", int(port)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

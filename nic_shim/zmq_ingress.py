@@ -36,7 +36,7 @@ from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.request_log import log_zmq_request
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
-from blinkimp.transport import Security, detect_lost_hosts
+from blinkimp.transport import Security, detect_lost_hosts, is_loopback
 
 log = logging.getLogger("blinkimp.ingress")
 
@@ -340,6 +340,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--curve-key and --curve-clients go together: got one of them, expected both or neither; give both"
             )
         curve = CurveServer(arguments.curve_key, arguments.curve_clients) if arguments.curve_key is not None else None
+        transport, _, address = arguments.bind.partition("://")
+        if transport == "tcp" and curve is None and not is_loopback(address.rpartition(":")[0]):
+            log.warning(
+                "%s can be reached by other machines, and anybody may connect; --curve-key and --curve-clients say who may",
+                arguments.bind,
+            )
         ingress = ZmqIngress(
             arguments.engine,
             arguments.queue_pair,
@@ -365,7 +371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, on_signal)
     gc.freeze()  # what is here now stays: collections need not walk it again
     print(f"ready {endpoint}", flush=True)
-    log_event(log, logging.INFO, "ready", endpoint=endpoint)
     while not ingress.join(0.5):  # a timeout, so that the main thread runs signal handlers
         pass
     log_event(log, logging.INFO, "ended")
