@@ -208,13 +208,12 @@ def test_bad_dimensions_are_refused() -> None:
 @pytest.mark.timeout(300)
 def test_smoke_run_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     library, text = Path(sysconfig.get_path("stdlib")), tmp_path / "text"
-    for path in [*library.glob("*.py"), *library.glob("*/*.py")]:
-        parts = path.relative_to(library).parts
-        if parts[0] not in ("test", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3"):
-            (text / parts[0] if len(parts) > 1 else text).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, text.joinpath(*parts))
+    for path in [*library.glob("*.py"), *library.glob("json/*.py"), *library.glob("email/*.py")]:
+        copied = text / path.relative_to(library)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
     out = tmp_path / "model"
-    command = [sys.executable, str(TOOLS / "train_embedded.py"), "--smoke", "--device", "cpu", "--steps", "60"]
+    command = [sys.executable, str(TOOLS / "train_embedded.py"), "--smoke", "--device", "cpu", "--steps", "30"]
     run = subprocess.run(
         [*command, "--corpus", str(text), "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -226,7 +225,7 @@ def test_smoke_run_learns_and_writes_a_checkpoint(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert {p.name for p in out.iterdir()} == {*export.CHECKPOINT_FILES, "training_report.json", "MODEL_CARD.md"}
     report = json.loads((out / "training_report.json").read_text())
-    assert report["training"]["num_steps"] == 60
+    assert report["training"]["num_steps"] == 30
     # Better than the uniform guess, and than the random start, by a clear margin.
     assert report["training"]["validation_loss"] < math.log(512) - 0.7
     everything = report["held_out"]["all"]
