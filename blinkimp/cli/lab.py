@@ -128,12 +128,15 @@ def run(options: argparse.Namespace) -> int:
 
 def run_sweep_part(options: argparse.Namespace) -> int:
     from blinkimp.cli.terminal import LoadingBars
-    from blinkimp.host.power import open_nvml
+    from blinkimp.host.power import idle_power_w, open_nvml
     from blinkimp.lab.store import Store
     from blinkimp.lab.sweep import parse_scenario, points_of, run_sweep
 
     scenarios = [parse_scenario(text) for text in options.scenarios]
     points = points_of(scenarios, options.concurrency, options.rates)
+    source = open_nvml()
+    # The server runs already: what it draws without load, once for all cells.
+    idle_w = idle_power_w(source, IDLE_S) if options.idle_w is None else options.idle_w
     with LoadingBars() as bars:
         return run_sweep(
             points,
@@ -143,8 +146,8 @@ def run_sweep_part(options: argparse.Namespace) -> int:
             duration_s=options.duration,
             warmup_s=options.warmup,
             seed=options.seed,
-            source=open_nvml(),
-            idle_w=options.idle_w,
+            source=source,
+            idle_w=idle_w,
             progress=bars,
             stop_after_s=options.stop_after,
         )

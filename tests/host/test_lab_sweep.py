@@ -6,12 +6,17 @@ Run: pytest tests/host/test_lab_sweep.py
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from blinkimp.cli import main
 from tests.scripted_server import Script, scripted_server
+from tests.support import python_path
 
 FLAGS = ["--scenarios", "8x3,16x2", "--concurrency", "1,2", "--rates", "20", "--duration", "0.5", "--warmup", "0.1"]
 
@@ -45,6 +50,27 @@ def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.Captur
         assert not list(tmp_path.iterdir()) and "goes on with 8x3, concurrency 1" in capsys.readouterr().out
         assert main([*sweep, "--stop-after", "60"]) == 0
     assert len(list(tmp_path.glob("*.cell.json"))) == 6
+
+
+def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kill -9 in the middle of the second cell: the first one is whole, and is not measured again."""
+    with scripted_server("http", Script(first_ms=20, gap_ms=1)) as address:
+        sweep = ["lab", "sweep", "--url", address, "--folder", str(tmp_path), *FLAGS]
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "blinkimp", *sweep], env=environment, stdout=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*.cell.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        killed.kill()
+        killed.wait()
+        before = {path.name: path.read_text() for path in tmp_path.glob("*.cell.json")}
+        assert 0 < len(before) < 6
+        assert main(sweep) == 0
+    after = {path.name: path.read_text() for path in tmp_path.glob("*.cell.json")}
+    assert len(after) == 6 and before.items() <= after.items()
+    assert capsys.readouterr().out.count("measured before") == len(before)
 
 
 def test_a_sweep_whose_server_refuses_fails_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
