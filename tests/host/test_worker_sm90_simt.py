@@ -161,6 +161,6 @@ def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]]
         assert source.count(wait) == 1
         (device / "worker.cuh").write_text(source.replace(wait, replacement))
         call = f"check_a_prompt(Path({str(folder)!r}), Path({str(device)!r}), Path({str(device)!r}))"
-        program = f"from pathlib import Path; from {__name__} import check_a_prompt; {call}"
+        program = f"from pathlib import Path; from tests.host.test_worker_sm90_simt import check_a_prompt; {call}"
         result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (result.returncode == 0) == wanted, result.stderr
