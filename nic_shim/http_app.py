@@ -168,7 +168,7 @@ class Api:
             body.model or self.context.model_names[0],
             body,
             self.context.token_bytes,
-            echo=template_messages(body.messages[-1:])[0]["content"] if body.echo else "",
+            echo=_chat_echo(body),
             prompt_ids=prompt_ids.tolist(),
         )
         return await self._generate(request, body, [prompt_ids], sampling, shape, request_id)
@@ -324,6 +324,13 @@ class Api:
 
     async def docs(self, _: Request) -> Response:
         return Response(docs_page(self._openapi), media_type="text/html")
+
+
+def _chat_echo(body: ChatRequest) -> str:
+    """As vLLM: the last message, where it is of the role that the reply goes on with."""
+    last = body.messages[-1]
+    goes_on = last.role == "assistant" or body.add_generation_prompt is False
+    return template_messages([last])[0]["content"] if body.echo and goes_on else ""
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -120,7 +120,7 @@ class ChatRequest(GenerationFields, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: NumTopLogprobs | None = None
-    echo: bool | None = None  # repeats the last message in front of the reply
+    echo: bool | None = None  # the last message in front of the reply, where the reply goes on with it
     add_generation_prompt: bool | None = None  # default true
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the checkpoint's template
 
