@@ -27,7 +27,7 @@ _PLAIN: Final = re.compile(r"[\w.,:;/+@%\-]+")
 
 
 def log_event(log: logging.Logger, level: int, event: str, /, message: str = "", **fields: Any) -> None:
-    """One line with fields. In text: `event message field=value ...`."""
+    """One line with fields. In text: `message`, or, without one, `event field=value ...`."""
     if log.isEnabledFor(level):
         log.log(level, message or event, extra={"event": event, "fields": fields}, stacklevel=2)
 
@@ -42,6 +42,8 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         line = super().formatMessage(record)
+        if record.message != getattr(record, "event", None):  # it says in words what the fields have
+            return line
         fields: dict[str, Any] = getattr(record, "fields", {})
         return " ".join([line, *(f"{name}={_plain(value)}" for name, value in fields.items() if value is not None)])
 

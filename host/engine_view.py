@@ -33,6 +33,7 @@ class EngineView:
     engine_name: str
     engine_id: int
     host_pid: int
+    num_restarts: int  # engines of this name that faulted before, under the same supervisor
     at_ns: int  # monotonic clock of this machine
     status: dict[str, int]  # StatusLines
     control: dict[str, int]  # ControlLine
@@ -80,6 +81,7 @@ def look(engine_name: str, *, with_queue_pairs: bool = True) -> EngineView:
         engine_name,
         int(header["engine_id"]),
         int(header["host_pid"]),
+        int(header["num_restarts"]),
         time.monotonic_ns(),
         _words(record["status"]),
         _words(record["control"]),

@@ -77,6 +77,8 @@ INGRESS_COUNTERS: Final = {
     "arena_full": "Times the arena had no room.",
     "stray_completions": "Completions of requests that the ingress does not know.",
     "broken_sequences": "Requests whose tokens came out of order.",
+    "engine_losses": "Times another engine took the place of one that had not stopped in order.",
+    "crash_failures": "Requests that failed because engines crashed with them.",
     "tokens": "Output tokens received.",
     "refused": "Requests refused before they reached the engine.",
 }

@@ -180,6 +180,9 @@ def _of_status(view: EngineView, labels: Sequence[str]) -> Iterator[Metric]:
         family = kind(f"blinkimp:engine_{name}", STATUS_HELP[name], labels=LABELS)
         family.add_metric(labels, value)
         yield family
+    restarts = CounterMetricFamily("blinkimp:engine_restarts", "Engines that faulted before this one.", labels=LABELS)
+    restarts.add_metric(labels, view.num_restarts)
+    yield restarts
     about = view.about
     info = GaugeMetricFamily(
         "blinkimp:engine_info", "What the engine is.",

@@ -42,7 +42,8 @@ def log_request(log: logging.Logger, requests: Sequence[LiveRequest], **fields: 
         ttft_s=_seconds(times, lambda one: one.ttft_s, min),
         decode_s=_seconds(times, lambda one: one.decode_s, max),
         e2e_s=_seconds(times, lambda one: one.e2e_s, max),
-        seed=next((end.seed for end in ends if isinstance(end, Finish)), None),
+        # As text: log collectors have signed 64-bit integers, or doubles.
+        seed=next((str(end.seed) for end in ends if isinstance(end, Finish)), None),
     )
 
 

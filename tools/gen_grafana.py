@@ -254,6 +254,7 @@ def rows() -> dict[str, list[Panel]]:
                     "ingress drops": own("engine_ingress_drops_total", "instance", per_second=True),
                     "resubmissions": own("ingress_resubmissions_total", "instance", per_second=True),
                     "rejected": own("engine_requests_rejected_total", "instance", per_second=True),
+                    "engine losses": own("ingress_engine_losses_total", "instance", per_second=True),
                 },
                 width=12,
             ),

@@ -83,6 +83,8 @@ def _head(engine: dict[str, Any]) -> Text:
     text.append(engine["state"], style=style)
     text.append(f"   {engine['model'] or 'model unknown'}   {engine['device'] or 'device unknown'}   ")
     text.append(f"up {duration(engine['uptime_s'])}   heartbeat {engine['heartbeat']:,}")
+    if engine["restarts"]:
+        text.append(f"   restarts after faults {engine['restarts']}", style="yellow")
     if is_stale:
         text.append(f"   none for {engine['heartbeat_age_s']:.1f} s", style="bold red")
     if (fault := engine["fault"]) is not None:

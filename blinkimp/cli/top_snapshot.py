@@ -27,8 +27,8 @@ _TOTALS: Final = (
 
 def running_engines() -> list[str]:
     """Names of this machine's engines."""
-    pages = SHM_DIR.glob("blinkimp.*.engine")
-    return sorted(page.name.removeprefix("blinkimp.").removesuffix(".engine") for page in pages)
+    names = (page.name.removeprefix("blinkimp.").removesuffix(".engine") for page in SHM_DIR.glob("blinkimp.*.engine"))
+    return sorted(name for name in names if engine_is_alive(name))
 
 
 def _check_alive(engine_name: str) -> None:
@@ -82,6 +82,7 @@ class Watcher:
             "device": about.device,
             "state": view.state,
             "host_pid": view.host_pid,
+            "restarts": view.num_restarts,
             "uptime_s": round(max(0.0, time.time() - about.started_unix_s), 1) if about.started_unix_s else None,
             "heartbeat": view.status["heartbeat"],
             "heartbeat_age_s": round((view.at_ns - self._heartbeat_changed_ns) / 1e9, 3),

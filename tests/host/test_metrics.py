@@ -239,7 +239,7 @@ def test_a_client_that_leaves_is_an_abort_and_nothing_is_outstanding(tmp_path: P
         wait_until(lambda: scrape(server.http).value("blinkimp:num_requests_running") == 2, "both choices run")
         assert scrape(server.http).value("blinkimp:ingress_num_outstanding", protocol="http") == 2
         connection.close()
-        wait_until(lambda: server.director.queue_pairs[0].num_cancels == 2, "both are cancelled")
+        wait_until(lambda: server.director.queue_pairs[0].num_cancels >= 2, "both are cancelled")
         server.director.paused = False
         aborted = "blinkimp:request_success_total"
         wait_until(lambda: scrape(server.http).value(aborted, finished_reason="abort") == 2, "both are counted")

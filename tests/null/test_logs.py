@@ -129,3 +129,9 @@ def test_uncaught_exceptions_are_lines_too(how: str) -> None:
     )
     (line,) = done.stderr.splitlines()
     assert json.loads(line)["level"] == "critical" and "Error" in json.loads(line)["exception"]
+
+
+def test_text_does_not_say_twice_what_the_message_says() -> None:
+    log, collector = logger_to(TextFormatter("%(levelname)s %(message)s"))
+    log_event(log, logging.INFO, "serving", "ingress 0 serves on there", endpoint="there")
+    assert collector.lines == ["INFO ingress 0 serves on there"]

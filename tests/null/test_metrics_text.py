@@ -124,6 +124,6 @@ def test_the_document_names_every_metric_and_every_event() -> None:
         for path in sources
         for event in re.findall(r'log_event\(\s*\w+,\s*logging\.\w+,\s*"(\w+)"', path.read_text())
     }
-    assert events >= {"request", "ready", "serving", "draining", "ended", "child_died"}
+    assert events >= {"request", "serving", "draining", "ended", "child_died"}
     for event in events:
         assert re.search(rf"^\|.*\b{event}\b", text, re.MULTILINE), event
