@@ -137,7 +137,7 @@ ClientMessage = Submit | Cancel | Alive | GetStats | GetHealth
 
 
 # ---- Server to client ------------------------------------------------------------------------------------------------
-class Tokens(msgspec.Struct, tag="tokens", tag_field="type", omit_defaults=True):
+class Tokens(msgspec.Struct, tag="tokens", tag_field="type", omit_defaults=True, gc=False):
     """Output of a request. Text lags behind ids where a character is not complete yet; ids may be empty when it catches up."""
 
     id: int

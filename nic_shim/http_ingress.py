@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -34,6 +33,7 @@ from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.engine_thread import EngineThread
+from blinkimp.nic_shim.garbage import calm_collector
 from blinkimp.nic_shim.http_app import Api
 from blinkimp.nic_shim.http_exchange import deliver
 from blinkimp.nic_shim.http_fields import read_generation_defaults
@@ -141,7 +141,7 @@ class HttpIngress:
             self._link.close()
             raise
         sys.setswitchinterval(GIL_SWITCH_S)
-        gc.freeze()  # what is here now stays: collections need not walk it again
+        calm_collector()
         uvloop.run(self._serve(listener))
         if self._failure is not None:
             print(f"blinkimp http ingress: {self._failure}", file=sys.stderr)

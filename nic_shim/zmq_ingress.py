@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import logging
 import mmap
 import signal
@@ -31,6 +30,7 @@ from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.garbage import calm_collector
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.request_log import log_zmq_request
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    gc.freeze()  # what is here now stays: collections need not walk it again
+    calm_collector()
     print(f"ready {endpoint}", flush=True)
     while not ingress.join(0.5):  # a timeout, so that the main thread runs signal handlers
         pass
