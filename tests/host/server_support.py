@@ -25,7 +25,7 @@ from blinkimp.client import Client, RequestRefusedError
 from blinkimp.config import Config
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page, open_queue_pair
 from tests.host.engine_support import engine_config, process_state, wait_for
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPT = [17, 33, 260, 9]
@@ -64,7 +64,7 @@ class ServerProcess:
     def endpoints(self) -> list[str]:
         return [self.config.bind, *(f"{self.config.bind}.{idx}" for idx in range(1, self.config.num_ingress))]
 
-    def wait_for_log(self, text: str, num_times: int = 1, timeout_s: float = 60.0) -> None:
+    def wait_for_log(self, text: str, num_times: int = 1, timeout_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while sum(text in line for line in self.log) < num_times:
             assert self.process.poll() is None, f"the server ended:\n{''.join(self.log)}"
@@ -111,7 +111,7 @@ class ServerProcess:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
@@ -148,7 +148,7 @@ class Streams:
     def _run(self) -> None:
         endpoint, num_streams, max_tokens = self._arguments
         try:
-            with Client(endpoint, timeout_s=60) as client:
+            with Client(endpoint, timeout_s=PATIENCE_S) as client:
                 streams = [client.submit(PROMPT, max_tokens=max_tokens, **GREEDY) for _ in range(num_streams)]
                 firsts = []
                 for stream in streams:
@@ -162,12 +162,12 @@ class Streams:
         except BaseException as error:
             self._error = error
 
-    def wait_begun(self, timeout_s: float = 60.0) -> None:
+    def wait_begun(self, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: self.num_begun == self._arguments[1] or self._error, timeout_s, "every stream has begun")
         assert self._error is None, self._error
         assert self.num_ended == 0, "the streams must still run for this test to say anything"
 
-    def join(self, timeout_s: float = 120.0) -> list[Any]:
+    def join(self, timeout_s: float = 2 * PATIENCE_S) -> list[Any]:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"{self.num_ended} of {self._arguments[1]} streams ended in {timeout_s} s"
         if self._error is not None:
@@ -193,7 +193,7 @@ def streams_through_an_ingress_finish_while_the_supervisor_is_stopped(
         for pid in hosts:
             os.kill(pid, signal.SIGCONT)
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
         assert not any("fault" in line for line in server.log), "standing still is no fault"
 
 
@@ -211,5 +211,5 @@ def sigterm_finishes_running_streams_and_refuses_new_ones(
         results = streams.join()
         assert len(results) == num_streams
         assert all(len(tokens) == max_tokens and reason == "length" for tokens, reason in results)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
         assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))

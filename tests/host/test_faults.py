@@ -11,9 +11,11 @@ import pytest
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.emulated_device import EmulatedDevice
-from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive, open_engine_page
+from blinkimp.host.engine import Engine, EngineFaultError
+from blinkimp.host.parking import Doorbell, WakeThread
+from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive, open_engine_page, open_queue_pair
 from blinkimp.host.watchdog import Symptom, Watchdog
-from blinkimp.ring_abi import FaultCode, FinishReason
+from blinkimp.ring_abi import EngineState, FaultCode, FinishReason
 from tests.host.engine_scenarios import (
     killed_ingress_frees_its_pages_and_disturbs_nobody,
     sigterm_drains_the_host,
@@ -29,6 +31,7 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
+from tests.support import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_killed_ingress_frees_its_pages_and_disturbs_nobody(tiny: Path) -> None:
 def test_killed_device_is_reported_and_ends_the_host(tiny: Path) -> None:
     with HostProcess(tiny) as host:
         os.kill(host.device_pid, signal.SIGKILL)
-        returncode, stderr = host.wait(20)
+        returncode, stderr = host.wait(PATIENCE_S)
         assert returncode == 1
         assert "emulated device" in stderr and "SIGKILL" in stderr and "restart the engine" in stderr
         assert not list(SHM_DIR.glob(f"blinkimp.{host.engine_name}.*"))
@@ -60,7 +63,7 @@ def test_fault_record_of_the_device_ends_the_host_with_its_words(tiny: Path) -> 
             fault["site"], fault["expected"], fault["seen"] = 10, 512, 511
             fault["code"] = FaultCode.INTEGRITY
             del fault
-        returncode, stderr = host.wait(30)
+        returncode, stderr = host.wait(PATIENCE_S)
         assert returncode == 1
         assert "INTEGRITY" in stderr and "kSitePageCount" in stderr and "expected 0x200, seen 0x1ff" in stderr
 
@@ -69,7 +72,7 @@ def test_device_dies_with_a_killed_host_and_the_name_is_free_again(tiny: Path) -
     with HostProcess(tiny, num_threads=1) as host:
         host.process.kill()
         host.process.wait()
-        wait_for(lambda: process_state(host.device_pid) in "XZ", 5, "the device is dead")
+        wait_for(lambda: process_state(host.device_pid) in "XZ", PATIENCE_S, "the device is dead")
         assert not engine_is_alive(host.engine_name)
         with (
             running_engine(tiny, engine_name=host.engine_name, num_threads=1) as engine,
@@ -83,23 +86,53 @@ def test_hanging_device_is_seen_by_its_heartbeat(tiny: Path) -> None:
     with running_engine(tiny, engine_name=config.engine_name, num_threads=1) as engine:
         assert isinstance(engine.device, EmulatedDevice)
         with open_engine_page(config.engine_name) as page:
-            watchdog = Watchdog(page, engine.device, stall_timeout_s=0.5)
+            watchdog = Watchdog(page, engine.device, stall_timeout_s=2.0)
             for _ in range(20):
                 assert watchdog.check() is None
                 time.sleep(0.05)
             os.kill(engine.device.pid, signal.SIGSTOP)
             try:
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + PATIENCE_S
                 while (verdict := watchdog.check()) is None:
                     assert time.monotonic() < deadline
                     time.sleep(0.05)
             finally:
                 os.kill(engine.device.pid, signal.SIGCONT)
             assert verdict.symptom == Symptom.HEARTBEAT_STALL and "hangs" in verdict.text
-            time.sleep(0.1)
-            assert watchdog.check() is None, "it beats again"
+            while watchdog.check() is not None:
+                assert time.monotonic() < deadline, "it beats again"
+                time.sleep(0.05)
             del watchdog
 
 
 def test_sigterm_drains_the_host(tiny: Path) -> None:
     sigterm_drains_the_host(tiny)
+
+
+def test_parked_device_that_cannot_go_on_is_a_fault(tiny: Path) -> None:
+    def resume() -> None:
+        raise RuntimeError("cuLaunchCooperativeKernel: got CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
+
+    engine = Engine(engine_config(tiny, num_threads=1))
+    engine.start()
+    try:
+        with open_engine_page(engine.config.engine_name, writable=True) as page:
+            os.kill(engine.device.pid, signal.SIGSTOP)  # type: ignore[attr-defined]  # its state word is ours now
+            status = page.view(abi.ENGINE_PAGE)["status"]
+            with open_queue_pair(engine.config.engine_name, 0) as queue_pair:
+                status["state"] = EngineState.PARKED
+                engine._wake = WakeThread(Doorbell(page, [queue_pair]), resume)
+                engine.check()
+                ingress = queue_pair.view(abi.QUEUE_PAIR)["ingress"]
+                ingress["epoch"] = 1  # somebody attaches
+                wait_for(lambda: engine._wake.failure is not None, 30, "the relaunch fails")  # type: ignore[union-attr]
+                with pytest.raises(EngineFaultError, match="COOPERATIVE_LAUNCH_TOO_LARGE") as caught:
+                    engine.check()
+                assert caught.value.verdict is not None and caught.value.verdict.symptom == Symptom.CUDA_ERROR
+                engine._wake.close()
+                del ingress
+            del status
+        engine.abandon()
+    finally:
+        engine.stop()
+    assert not list(SHM_DIR.glob(f"blinkimp.{engine.config.engine_name}.*"))
