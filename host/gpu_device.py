@@ -29,7 +29,7 @@ from blinkimp.host.gpu_kernel import (
     kernel_shape,
 )
 from blinkimp.host.gpu_memory import allocate_engine, workspace_sizes
-from blinkimp.host.gpu_orchestrator import GpuOrchestrator
+from blinkimp.host.gpu_orchestrator import CUDA_DRIVER, GpuOrchestrator
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import DeviceKind, EngineSizes
 from blinkimp.host.model_config import ModelConfig
@@ -224,6 +224,7 @@ class GpuDevice:
                 begin_step=context.load_kernel(self._begin_step.cubin, BEGIN_STEP_NAME),
                 shape=shape,
                 ahead=self._orchestrator_kind == "cpu-ahead",
+                driver=CUDA_DRIVER,
             )
             return
         self._stream = context.create_stream()

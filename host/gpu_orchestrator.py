@@ -70,9 +70,9 @@ class GpuOrchestrator:
         begin_step: Any,
         shape: KernelShape,
         ahead: bool,
-        driver: str = CUDA_DRIVER,
+        driver: str,
     ) -> None:
-        """`params`: [1] ENGINE_PARAMS of the kernels, over device memory; `step`, `begin_step`: their CUfunctions."""
+        """`params`: [1] ENGINE_PARAMS of the kernels, over device memory; `step`, `begin_step`: their CUfunctions; `driver`: its library."""
         self._params = params
         exit_plan = np.zeros(1, abi.STEP_PLAN)
         exit_plan["flags"] = abi.PlanFlags.EXIT

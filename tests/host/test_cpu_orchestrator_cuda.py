@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from blinkimp import native
 from blinkimp import ring_abi as abi
 from blinkimp.host.cpu_orchestrator import OrchestratorKind
 from blinkimp.host.device_protocol import DeviceError, Launch, Progress
@@ -32,6 +30,14 @@ from blinkimp.host.weights import HostTarget
 from blinkimp.nic_shim.constraint_table import build_constraint_table
 from blinkimp.nic_shim.queue_pair import PortStatus
 from blinkimp.ring_abi import EngineState
+from tests.host.cuda_driver_support import (
+    BEGIN_STEP,
+    CONTEXT,
+    PERSISTENT_KERNEL,
+    STREAM,
+    build_fake_driver,
+    open_fake_driver,
+)
 from tests.host.engine_support import (
     TINY_VOCAB,
     PortClient,
@@ -43,24 +49,10 @@ from tests.host.engine_support import (
 )
 from tests.host.orchestrator_jobs import answers, long_jobs, mixed_jobs
 from tests.host.sampling_jobs import Job, digits_table
-from tests.support import ROOT
 
 NUM_WORKERS = 2
 BATCH_WORDS = 240 * 1024  # kBatchWords of device/step_update.cuh
 NUM_STATES = 2000
-CONTEXT, STREAM, BEGIN_STEP, PERSISTENT_KERNEL = 0x11, 0x22, 0x33, 0x44
-
-
-class Script(ctypes.Structure):
-    """Script of fake_cuda.cpp."""
-
-    _fields_ = (
-        ("run_step", ctypes.c_void_p),
-        ("fails_at_step", ctypes.c_uint32),
-        ("records_fault", ctypes.c_uint32),
-        ("hangs_at_step", ctypes.c_uint32),
-        ("step_delay_us", ctypes.c_uint32),
-    )
 
 
 class FakeContext:
@@ -86,11 +78,8 @@ class FakeGpu(EmulatedDevice):
     ) -> None:
         super().__init__(NUM_WORKERS)
         self.driver, self.ahead, self.spin_budget_ns = driver, kind == "cpu-ahead", spin_budget_ns
-        self.fake = ctypes.CDLL(str(driver)) if driver.exists() else None
+        self.fake = open_fake_driver(driver, **script) if driver.exists() else None
         self.loop: GpuOrchestrator | None = None
-        run_step = ctypes.cast(native.load().bk_reference_run, ctypes.c_void_p).value
-        if self.fake is not None:
-            self.fake.fake_cuda_open(ctypes.byref(Script(run_step=run_step, **script)))
 
     def start(self, launch: Launch, progress: Progress | None = None) -> None:
         if self.spin_budget_ns is not None:
@@ -152,11 +141,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    source = ROOT / "tests" / "host" / "fake_cuda" / "fake_cuda.cpp"
-    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(["g++", *options, f"-I{ROOT / 'device'}", str(source), "-o", str(library)], check=True)
-    return library
+    return build_fake_driver(tmp_path_factory.mktemp("driver"))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 //
 // begin_step does what step_kernel.cu does; the persistent kernel is the CPU interpreter. Whatever would go wrong on a GPU is counted as a
 // violation: a launch of another shape, a step that is not preceded by its begin_step, memory that is given back or written too early
-// shows as wrong tokens. Built and driven by tests/host/test_cpu_orchestrator_cuda.py.
+// shows as wrong tokens. Built and driven by tests/host/cuda_driver_support.py.
 #include <stdio.h>
 #include <string.h>
 
