@@ -58,7 +58,8 @@ enum CompletionKind : u32 {
   kCompletionReject = 4,  // the last entry of a request that was not accepted
   kCompletionPong = 5,
   kCompletionTop = 6,     // one alternative of the TOKEN before it; num_top_logprobs of them follow each TOKEN, likeliest first
-  kCompletionStart = 7,   // the request entered the batch for the first time: from here its prompt is computed. Left out where the ring is full or small
+  kCompletionStart = 7,   // the request entered the batch for the first time: from here its prompt is computed.
+                          // Left out where the ring is nearly full
 };
 
 enum FinishReason : u32 {
