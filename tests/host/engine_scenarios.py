@@ -69,11 +69,12 @@ def streams_finish_while_the_host_is_stopped(model: Path, **options: Any) -> Non
         time.sleep(0.3)
         assert host.process.poll() is None, "the watchdog must not blame the device for the host's own pause"
         host.process.send_signal(signal.SIGTERM)
-        assert host.wait(30) == (0, "")
+        assert host.wait(PATIENCE_S) == (0, "")
 
 
 def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: Any) -> None:
-    with HostProcess(model, num_completions=64, **options) as host, PortClient(host.engine_name, 0) as client:
+    sizes = {"num_completions": 64, "ingress_timeout_s": 1.0}
+    with HostProcess(model, **sizes, **options) as host, PortClient(host.engine_name, 0) as client:
         expected = client.generate([9, 8, 7], 300).tokens
         environment = {**os.environ, "PYTHONPATH": python_path()}
         command = [sys.executable, "-c", VICTIM, host.engine_name]
@@ -112,7 +113,7 @@ def sigterm_drains_the_host(model: Path, **options: Any) -> None:
         client.wait_all(PATIENCE_S)
         assert all(client.streams[i].end == finished(FinishReason.LENGTH) for i in ids), "nothing was cut short"
         assert all(len(client.streams[i].tokens) == 400 for i in ids)
-        assert host.wait(30) == (0, "")
+        assert host.wait(PATIENCE_S) == (0, "")
 
 
 # ---- Many requests -------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from blinkimp.host.engine import Engine, EngineFaultError
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort, WaitEvent, sampling_record
 from blinkimp.ring_abi import CompletionKind, FinishReason
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 TINY_VOCAB = 256
 TINY_POSITIONS = 512
@@ -104,6 +104,7 @@ def engine_config(model: Path | str, **changes: Any) -> Config:
         "num_queue_pairs": 2,
         "arena_bytes": 1 << 20,
         "num_completions": 4096,
+        "ingress_timeout_s": 5.0,  # nobody is dropped because the machine was busy with something else
         "log_level": "debug",
     }
     return Config(**{**values, **changes})
@@ -185,7 +186,7 @@ class PortClient:
 
     def __init__(self, engine_name: str, queue_pair_idx: int) -> None:
         self.port = QueuePairPort.open(engine_name, queue_pair_idx)
-        self.port.attach(timeout_s=10)
+        self.port.attach(timeout_s=PATIENCE_S)
         self.port.start_heartbeat()
         self.streams: dict[int, Stream] = {}
         self.num_unfinished = 0
@@ -197,7 +198,7 @@ class PortClient:
         max_tokens: int,
         sampling: np.ndarray[Any, Any] = GREEDY,
         stop_ids: tuple[int, ...] = (),
-        timeout_s: float = 30.0,
+        timeout_s: float = PATIENCE_S,
         **words: Any,
     ) -> int:
         """words: the other keywords of QueuePairPort.try_submit()."""
@@ -255,7 +256,7 @@ class PortClient:
             stream.end = (kind, reason)
             self.num_unfinished -= 1
 
-    def wait_begun(self, request_ids: list[int], timeout_s: float = 30.0) -> None:
+    def wait_begun(self, request_ids: list[int], timeout_s: float = PATIENCE_S) -> None:
         """Until each of these has said a token."""
         wait_for(
             lambda: self.poll() >= 0 and all(self.streams[i].tokens for i in request_ids),
@@ -271,7 +272,7 @@ class PortClient:
                 f"{self.num_unfinished} unfinished after {timeout_s} s\n{self.port.dump()}"
             )
 
-    def generate(self, prompt: list[int], max_tokens: int, timeout_s: float = 60.0, **options: Any) -> Stream:
+    def generate(self, prompt: list[int], max_tokens: int, timeout_s: float = PATIENCE_S, **options: Any) -> Stream:
         """One request from its submission to its end."""
         stream = self.streams[self.submit(prompt, max_tokens, **options)]
         deadline = time.monotonic() + timeout_s
