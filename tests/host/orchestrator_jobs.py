@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import random
 
-from tests.host.engine_support import PortClient, Stream
+from blinkimp.nic_shim.constraint_table import ConstraintTable, build_constraint_table
+from blinkimp.nic_shim.queue_pair import PortStatus
+from tests.host.engine_support import TINY_VOCAB, PortClient, Stream
 from tests.host.sampling_jobs import Job, digits_table, random_job
+
+BATCH_WORDS = 240 * 1024  # kBatchWords of device/step_update.cuh
+NUM_STATES = 2000  # of an automaton that is more than a batch holds
 
 
 def answers(client: PortClient, jobs: list[Job]) -> list[Stream]:
@@ -37,3 +42,21 @@ def long_jobs() -> list[Job]:
         if i % 5 == 0:
             job.table, job.slot, job.min_tokens, job.ignore_eos = digits_table(), 0, 0, False
     return jobs
+
+
+def large_table() -> ConstraintTable:
+    """Of a megabyte; every third token leads on, to states all over it."""
+    rows = [
+        {token: (state * 31 + token * 7) % NUM_STATES for token in range(state % 3, TINY_VOCAB, 3)}
+        for state in range(NUM_STATES)
+    ]
+    table = build_constraint_table(TINY_VOCAB, rows, max_bytes=1 << 20)
+    assert len(table.data) > 4 * BATCH_WORDS
+    return table
+
+
+def walk_large_table(client: PortClient, table: ConstraintTable) -> list[Stream]:
+    """A request under it, admitted while another one runs."""
+    assert client.port.load_constraint(3, table.data) == PortStatus.OK
+    walk = Job([5, 6, 7], 60, table=table, slot=3, ignore_eos=True)
+    return answers(client, [Job([1, 2], 80, ignore_eos=True), walk])

@@ -24,7 +24,7 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
-from tests.host.orchestrator_jobs import answers, long_jobs, mixed_jobs
+from tests.host.orchestrator_jobs import answers, large_table, long_jobs, mixed_jobs, walk_large_table
 from tests.host.sampling_jobs import Job, digits_table, table_of_dfa
 
 IN_THE_HOST = ("cpu", "cpu-ahead")
@@ -97,6 +97,18 @@ def test_a_constraint_that_is_loaded_again_is_the_new_one(tiny: Path) -> None:
         third = answers(client, [job])[0]
         assert third.tokens == first.tokens != second.tokens
         assert second.tokens == [ord("a")] * 6
+
+
+def test_more_than_a_batch_holds(tiny: Path) -> None:
+    """An automaton of a megabyte goes to the device in two batches."""
+    said, table = {}, large_table()
+    for orchestrator in ("gpu", *IN_THE_HOST):
+        with (
+            running_engine(tiny, orchestrator=orchestrator) as engine,
+            PortClient(engine.config.engine_name, 0) as client,
+        ):
+            said[orchestrator] = walk_large_table(client, table)
+    assert said["cpu"] == said["cpu-ahead"] == said["gpu"]
 
 
 def test_the_trace_of_a_host_that_schedules(tiny: Path) -> None:

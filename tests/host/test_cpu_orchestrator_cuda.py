@@ -27,7 +27,6 @@ from blinkimp.host.host_memory import DeviceMemory
 from blinkimp.host.program import load_model
 from blinkimp.host.shared_memory import open_engine_page, open_queue_pair
 from blinkimp.host.weights import HostTarget
-from blinkimp.nic_shim.constraint_table import build_constraint_table
 from blinkimp.nic_shim.queue_pair import PortStatus
 from blinkimp.ring_abi import EngineState
 from tests.host.cuda_driver_support import (
@@ -39,20 +38,16 @@ from tests.host.cuda_driver_support import (
     open_fake_driver,
 )
 from tests.host.engine_support import (
-    TINY_VOCAB,
     PortClient,
-    Stream,
     engine_config,
     make_tiny_checkpoint,
     running_engine,
     wait_for,
 )
-from tests.host.orchestrator_jobs import answers, long_jobs, mixed_jobs
+from tests.host.orchestrator_jobs import answers, large_table, long_jobs, mixed_jobs, walk_large_table
 from tests.host.sampling_jobs import Job, digits_table
 
 NUM_WORKERS = 2
-BATCH_WORDS = 240 * 1024  # kBatchWords of device/step_update.cuh
-NUM_STATES = 2000
 
 
 class FakeContext:
@@ -187,22 +182,11 @@ def test_tokens_are_those_of_the_emulated_device(driver: Path, tiny: Path, kind:
 
 @pytest.mark.parametrize("kind", ["cpu", "cpu-ahead"])
 def test_more_than_a_batch_holds(driver: Path, tiny: Path, kind: OrchestratorKind) -> None:
-    """An automaton of a megabyte, and a request that walks all over it, while another one runs."""
-    rows = [
-        {t: (state * 31 + t * 7) % NUM_STATES for t in range(state % 3, TINY_VOCAB, 3)} for state in range(NUM_STATES)
-    ]
-    table = build_constraint_table(TINY_VOCAB, rows, max_bytes=1 << 20)
-    assert len(table.data) > 4 * BATCH_WORDS
-    walk = Job([5, 6, 7], 60, table=table, slot=3, ignore_eos=True)
-
-    def run(client: PortClient) -> list[Stream]:
-        assert client.port.load_constraint(3, table.data) == PortStatus.OK
-        return answers(client, [Job([1, 2], 80, ignore_eos=True), walk])
-
+    table = large_table()
     with running_engine(tiny) as engine, PortClient(engine.config.engine_name, 0) as client:
-        expected = run(client)
+        expected = walk_large_table(client, table)
     with running(driver, tiny, kind) as (_, device, client):
-        assert run(client) == expected
+        assert walk_large_table(client, table) == expected
         assert device.count("begins") > device.count("steps"), "a batch was sent alone, because it was full"
         assert device.count("violations") == 0
 
