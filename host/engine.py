@@ -36,7 +36,7 @@ from blinkimp.host.shared_memory import EngineLock, EngineRegions, QueuePairGeom
 from blinkimp.host.trace_info import engine_info
 from blinkimp.host.trace_memory import TraceGeometry
 from blinkimp.host.tuning import write_tuning
-from blinkimp.host.watchdog import Verdict, Watchdog
+from blinkimp.host.watchdog import Symptom, Verdict, Watchdog
 from blinkimp.ring_abi import DType, EngineCommand, EngineState
 
 _log = logging.getLogger(__name__)
@@ -171,6 +171,8 @@ class Engine:
         if self._watchdog is None:
             raise EngineFaultError(f"engine {self.config.engine_name} is not started; expected start() before check()")
         verdict = self._watchdog.check()
+        if verdict is None and self._wake is not None and self._wake.failure is not None:
+            verdict = Verdict(Symptom.CUDA_ERROR, self._wake.failure)
         if verdict is not None:
             text = f"engine {self.config.engine_name}: {verdict.text}; restart the engine; {ADVICE[verdict.symptom]}"
             raise EngineFaultError(text, verdict)

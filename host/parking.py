@@ -69,6 +69,7 @@ class WakeThread:
     def __init__(self, doorbell: Doorbell, resume: Callable[[], None]) -> None:
         self._doorbell, self._resume = doorbell, resume
         self._closing = False
+        self.failure: str | None = None  # why it has given up: written once by its thread, read by the watchdog's
         self._thread = threading.Thread(target=self._run, name="blinkimp-wake", daemon=True)
         self._thread.start()
 
@@ -85,8 +86,9 @@ class WakeThread:
             else:
                 try:
                     self._resume()
-                except Exception:
-                    _log.exception("the parked engine could not go on; requests to it will wait in vain")
+                except Exception as error:
+                    _log.exception("the parked engine could not go on")
+                    self.failure = f"the parked engine could not go on: {error}"
                     return
                 wait_until_awake(self._doorbell, lambda: self._closing)
 

@@ -1,7 +1,8 @@
 """An ingress's tie to the engine: puts requests on the ring, routes completions back, and survives the engine's absences.
 
 Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, or by nic_shim/engine_thread.py, all from one thread.
-Test: pytest tests/host/test_zmq_ingress.py
+Test: pytest tests/host/test_zmq_ingress.py tests/host/test_recovery_link.py
+Longer than 400 lines because a request's places (I1) and all that moves it from one to another stand together.
 
 Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
 Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
@@ -34,8 +35,8 @@ from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.ingress_trace import open_ingress_trace_writer
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
+from blinkimp.nic_shim.request_errors import fail_crashed, fail_lost, fail_out_of_order, fail_rejected, fail_too_large
 from blinkimp.nic_shim.request_metrics import RequestMetrics
-from blinkimp.protocol import MAX_QUOTED_CHARS, ErrorCode
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
 ATTACH_RETRY_S = 0.1
@@ -189,13 +190,7 @@ class EngineLink:
                 **request.ring_options(),
             )
             if status == PortStatus.TOO_LARGE:
-                request.fail(
-                    "prompt_too_long",
-                    "the prompt does not fit into the queue pair",
-                    f"{len(request.prompt_ids)} tokens",
-                    f"a request body of at most {self.port.arena_bytes // 2} bytes",
-                    "shorten the prompt, or start the engine with a larger arena",
-                )
+                fail_too_large(request, self.port.arena_bytes)
                 ended.append(self._waiting.popleft())
                 continue
             if not self._took(status):
@@ -281,32 +276,28 @@ class EngineLink:
                 elif kind == abi.COMPLETION_REJECT:
                     del self._on_ring[ring_id]
                     self._leave_ring(ring_id)
-                    _reject(request, commit >> _REASON_SHIFT & 0xFF, token)
+                    fail_rejected(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
         self.counters.tokens += num_tokens
         if self.trace is not None:
             self.trace.drained(touched, self.num_live)
         return touched
 
-    def _end_here(self, request: LiveRequest, device_ns: int) -> None:
-        """The output holds a stop string: the request ends now, the engine is told to stop."""
+    def _abandon(self, request: LiveRequest) -> None:
+        """Ends here; the engine is told to stop (I2)."""
         del self._on_ring[request.ring_id]
         self._abandoned.add(request.ring_id)
         self._cancels.append(request.ring_id)
+
+    def _end_here(self, request: LiveRequest, device_ns: int) -> None:
+        """The output holds a stop string: the request ends now, the engine is told to stop."""
+        self._abandon(request)
         request.finish(0, device_ns)
 
     def _break(self, request: LiveRequest, index: int) -> None:
         self.counters.broken_sequences += 1
-        del self._on_ring[request.ring_id]
-        self._abandoned.add(request.ring_id)
-        self._cancels.append(request.ring_id)
-        request.fail(
-            "engine_error",
-            "the engine's tokens are out of order",
-            f"output position {index}",
-            f"position {len(request.output_ids)}",
-            "submit again, and report this with the engine's log: it is a defect",
-        )
+        self._abandon(request)
+        fail_out_of_order(request, index)
 
     def wait(self, timeout_s: float, fd: int) -> WaitEvent:
         return self.port.wait(timeout_s, fd)
@@ -319,7 +310,7 @@ class EngineLink:
         self.watch.look()
         if self._capture is not None:
             self._capture.look(now)
-        self.metrics.publish(now, self.counters, len(self._waiting) + len(self._blocked))
+        self.metrics.publish(now, self.counters, self.num_live - len(self._on_ring))
         if self._attached and self.port.state != PortStatus.OK:
             self._attached = False
         ended = [] if self._attached else self._attach_again(now)
@@ -361,9 +352,7 @@ class EngineLink:
     def _end_unheard(self, request: LiveRequest, reason: int) -> None:
         """Ends a request without the engine, which is told if it comes back (I2)."""
         if request.ring_id in self._on_ring:
-            del self._on_ring[request.ring_id]
-            self._abandoned.add(request.ring_id)
-            self._cancels.append(request.ring_id)
+            self._abandon(request)
         else:
             self._stops_waiting(request)
         request.drop_partial()
@@ -411,13 +400,7 @@ class EngineLink:
         for request in guilty:
             del self._on_ring[request.ring_id]
             self.counters.crash_failures += 1
-            request.fail(
-                "engine_error",
-                "the engine crashed each time it ran this request",
-                f"{request.num_crashes} crashes, the last at output token {request.crash_position}",
-                "an answer",
-                "do not submit it again as it is; report it with the fault file that the server's log names",
-            )
+            fail_crashed(request)
         return guilty
 
     def _resubmit(self) -> list[LiveRequest]:
@@ -450,29 +433,5 @@ class EngineLink:
         self._cancels.clear()
         self._abandoned.clear()
         for request in ended:
-            request.fail(
-                "engine_lost",
-                "the engine is gone",
-                f"no answer for {lost_s:.1f} s",
-                f"an engine named {self.engine_name!r} within {self.loss_timeout_s:g} s",
-                "submit again when `health` says ok; restart the engine if it does not come back",
-            )
+            fail_lost(request, self.engine_name, lost_s, self.loss_timeout_s)
         return ended
-
-
-_REJECT_CODES: dict[int, tuple[ErrorCode, str]] = {
-    abi.REJECT_PROMPT_EMPTY: ("prompt_empty", "give at least one token"),
-    abi.REJECT_TOO_LONG: ("prompt_too_long", "shorten the prompt or lower max_tokens"),
-    abi.REJECT_BAD_SAMPLING: ("bad_sampling", "keep sampling fields within the ranges of nic_shim/PROTOCOL.md"),
-    abi.REJECT_BAD_TOKEN: ("bad_token", "use token ids of this model's vocabulary"),
-    abi.REJECT_DRAINING: ("draining", "submit to another server, or again after the restart"),
-}
-_REJECT_NAMES = {reason.value: reason.name.lower() for reason in abi.RejectReason}
-
-
-def _reject(request: LiveRequest, reason: int, limit: int) -> None:
-    code, remedy = _REJECT_CODES.get(reason, ("rejected", "report this with the ingress's log: it is a defect"))
-    name = _REJECT_NAMES.get(reason, f"reason {reason}")
-    got = f"{len(request.prompt_ids)} prompt tokens, max_tokens {request.max_tokens}, {request.sampling}"
-    expected = f"a request within the engine's limit {limit}" if limit else "a request that the engine can run"
-    request.fail(code, f"the engine rejected the request: {name}", got[:MAX_QUOTED_CHARS], expected, remedy)
