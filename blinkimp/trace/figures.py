@@ -239,10 +239,8 @@ OCCUPANCY: Final = (
 )
 
 
-def samples_of(events: NDArray[np.void]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """By name (`qp0 completions`): host time and value of each change."""
-    kinds = np.ascontiguousarray(events["kind"])
-    samples = events[kinds >= int(TraceKind.RINGS)]
+def samples_of(samples: NDArray[np.void]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """By name (`qp0 completions`): host time and value of each change. samples: of ScanTable."""
     found = {}
     for kind, low_name, high_name in OCCUPANCY:
         own = samples[samples["kind"] == int(kind)]
@@ -255,10 +253,10 @@ def samples_of(events: NDArray[np.void]) -> dict[str, tuple[NDArray[np.int64], N
     return found
 
 
-def occupancy_figures(trace: TraceFile) -> dict[str, Any]:
+def occupancy_figures(trace: TraceFile, table: ScanTable) -> dict[str, Any]:
     """Mean over time, maximum, and the largest value of each of NUM_BINS stretches of the recording."""
     found = {}
-    for name, (times, values) in samples_of(trace.events).items():
+    for name, (times, values) in samples_of(table.samples).items():
         end_ns = max(trace.end_ns, int(times[-1]) + 1)
         lasted = np.diff(np.append(times, end_ns)).astype(np.float64)
         edges = np.linspace(times[0], end_ns, NUM_BINS + 1)
@@ -289,5 +287,5 @@ def figures_of(trace: TraceFile, table: ScanTable | None = None) -> dict[str, An
         "steps": step_figures(steps_of(table)),
         "ops": op_figures(trace),
         "requests": request_figures(lives_of(table, trace.clock), table.gap_histogram),
-        "occupancy": occupancy_figures(trace),
+        "occupancy": occupancy_figures(trace, table),
     }

@@ -81,7 +81,7 @@ class Exporter:
         firsts = clock.to_host(self.table.steps["start"][self.table.steps["start"] > 0])[:1].tolist()
         firsts += [self.lives.base_ns] if len(self.table.requests) else []
         if clock.is_known:
-            firsts += [int(times[0]) for times, _ in samples_of(trace.events).values()]
+            firsts += [int(times[0]) for times, _ in samples_of(self.table.samples).values()]
         self.base_ns = min(firsts, default=0)
         self.from_ns = self.base_ns + int(window.from_s * 1e9)
         self.to_ns = self.base_ns + int(min(window.to_s, 1e9) * 1e9)
@@ -231,7 +231,7 @@ class Exporter:
                 yield self.instant(DIRECTOR, 1, MARKS[TraceKind(int(event["kind"]))], at_ns)
 
     def counters(self) -> Iterator[JsonEvent]:
-        for name, (times, values) in samples_of(self.trace.events).items():
+        for name, (times, values) in samples_of(self.table.samples).items():
             keep = self._in_window(times)
             for at_ns, value in zip(times[keep].tolist(), values[keep].tolist(), strict=True):
                 yield self.counter(name, at_ns, value)

@@ -11,6 +11,7 @@ Test: pytest tests/host/test_trace_recorder.py
 from __future__ import annotations
 
 import datetime
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ SAMPLE_PERIOD_S: Final = 0.005
 ALIVE_PERIOD_S: Final = 0.5
 PING_PERIOD_S: Final = 0.1
 PING_TIMEOUT_S: Final = 0.05  # a step of a large batch may be that long
+PING_SPIN_NS: Final = 100_000  # an idle director answers within microseconds; a sleep would be most of what is measured
 PING_POLL_S: Final = 0.00002
 FIRST_PINGS: Final = 20
 LAST_PINGS: Final = 5
@@ -55,10 +57,12 @@ class Pinger:
     def __init__(self, port: QueuePairPort) -> None:
         self.port = port
         self.num_pings = 0
+        # Of other recorders', which the director tells of in the same trace, ours are told by these bits.
+        self._first_id = int(PING_BIT) | secrets.randbits(30) << 32
 
     def ping(self) -> list[tuple[int, int, int, int, int, int]]:
         """Events of one ping; none where no answer came in time."""
-        ping_id = int(PING_BIT) | self.num_pings
+        ping_id = self._first_id + self.num_pings
         self.num_pings += 1
         self.port.poll()  # of one that was given up
         sent_ns = time.monotonic_ns()
@@ -69,7 +73,8 @@ class Pinger:
             now_ns = time.monotonic_ns()
             if len(entries) and int(entries["request_id"][-1]) == ping_id:
                 return [(now_ns, int(TraceKind.FIRST_DRAINED), self.port.queue_pair_idx, 0, ping_id, 0)]
-            time.sleep(PING_POLL_S)
+            if now_ns - sent_ns > PING_SPIN_NS:
+                time.sleep(PING_POLL_S)
         return []
 
 
@@ -151,7 +156,7 @@ class Recorder:
                 ended_by = "interrupt"
             elif now >= alive_at:
                 alive_at = now + ALIVE_PERIOD_S
-                ended_by = "" if engine_is_alive(self.engine_name) else "the engine has ended"
+                ended_by = self._why_it_ends()
                 progress(self.writer.num_events, self.lost, now - begin_s)
             if now >= sample_at:
                 sample_at = now + SAMPLE_PERIOD_S
@@ -166,8 +171,20 @@ class Recorder:
             for _ in range(LAST_PINGS if self._may_ping(True) else 0):
                 self.writer.append(make_events(self._pinger.ping()))
                 time.sleep(READ_PERIOD_S)
+        self.writer.append(make_events(self._samples()))
         self._read()
         return self._finish(ended_by)
+
+    def _why_it_ends(self) -> str:
+        """What became of the engine; empty while it is there. One that was started anew has other regions under the same names."""
+        if not engine_is_alive(self.engine_name):
+            return "the engine has ended"
+        try:
+            with open_engine_page(self.engine_name) as page:
+                engine_id = int(page.view(abi.ENGINE_HEADER)[0]["engine_id"])
+        except SharedMemoryError:
+            return "the engine has ended"
+        return "" if engine_id == self.device.header["engine_id"] else "the engine was started anew"
 
     def _finish(self, ended_by: str) -> Metadata:
         metadata = Metadata(

@@ -75,6 +75,7 @@ class ScanTable:
     steps: NDArray[np.void]  # STEP_FIELDS; one row a step number, zeros where the trace has none of it
     first_step: int
     kind_counts: NDArray[np.int64]  # [NUM_KINDS]
+    samples: NDArray[np.void]  # TRACE_EVENT: those of a recorder (RINGS, BATCH, PAGES), copied
     gap_histogram: NDArray[np.int64]  # [NUM_BUCKETS] of ns between a request's tokens
 
     def count(self, kind: TraceKind) -> int:
@@ -128,7 +129,7 @@ def _rehash(rows, num_rows, keys, slots):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, steps, gaps):  # type: ignore[no-untyped-def]
+def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, steps, gaps, samples):  # type: ignore[no-untyped-def]
     """Fills rows and steps. Returns where it stopped, for lack of rows, and how many it has."""
     low_mask = np.uint64(0xFFFFFFFF)
     most_rows = min(len(rows), len(keys) // 2)
@@ -148,6 +149,9 @@ def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, step
                     steps[step, 6], steps[step, 7] = low, high
             continue
         if 12 <= kind <= 14 or kind >= 72:  # of no request
+            if kind >= 96:
+                samples[samples[0]] = i  # [0]: where the next one goes
+                samples[0] += 1
             continue
         key = words[i, 2]
         if key >> np.uint64(63):  # a recorder's ping
@@ -162,47 +166,47 @@ def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, step
             keys[position], slots[position] = key, slot
             rows[slot, 0] = np.int64(key)
             rows[slot, 1] = np.int64(word >> np.uint64(16) & np.uint64(0xFFFF))
-        row = rows[slot]
+        # rows[slot] alone would count a reference, which costs as much as the rest of an event.
         if kind == 8:  # TOKEN
-            if row[16]:
-                gap = time_ns - row[16]
+            if rows[slot, 16]:
+                gap = time_ns - rows[slot, 16]
                 gaps[_bucket(gap)] += 1
-                row[29] = max(row[29], gap)
+                rows[slot, 29] = max(rows[slot, 29], gap)
             else:
-                row[15] = time_ns
-            row[16] = time_ns
-            row[23] += 1
+                rows[slot, 15] = time_ns
+            rows[slot, 16] = time_ns
+            rows[slot, 23] += 1
         elif kind == 7:  # CHUNK
-            if not row[13]:
-                row[13] = time_ns
-            row[14] = time_ns
-            row[21] += 1
-            row[22] += high
+            if not rows[slot, 13]:
+                rows[slot, 13] = time_ns
+            rows[slot, 14] = time_ns
+            rows[slot, 21] += 1
+            rows[slot, 22] += high
         elif kind == 9:  # STALLED
-            row[24] += 1
+            rows[slot, 24] += 1
         elif kind == 4:  # POLLED; a CANCEL's is later
-            if not row[10]:
-                row[10] = time_ns
+            if not rows[slot, 10]:
+                rows[slot, 10] = time_ns
         elif kind == 5:  # QUEUED
-            row[11], row[18], row[19] = time_ns, low, high
+            rows[slot, 11], rows[slot, 18], rows[slot, 19] = time_ns, low, high
         elif kind == 6:  # ADMITTED; again after a preemption
-            if not row[12]:
-                row[12], row[20] = time_ns, low
+            if not rows[slot, 12]:
+                rows[slot, 12], rows[slot, 20] = time_ns, low
         elif kind == 10:  # PREEMPTED
-            row[25] += 1
-            row[26] += low
+            rows[slot, 25] += 1
+            rows[slot, 26] += low
         elif kind == 11:  # FINISHED
-            row[17], row[27], row[28] = time_ns, low, high
+            rows[slot, 17], rows[slot, 27], rows[slot, 28] = time_ns, low, high
         elif kind == 64:  # RECEIVED
-            row[2], row[18], row[19] = time_ns, low, high
+            rows[slot, 2], rows[slot, 18], rows[slot, 19] = time_ns, low, high
         elif kind == 65:  # CLAIMED
-            row[3], row[31] = time_ns, low
+            rows[slot, 3], rows[slot, 31] = time_ns, low
         elif kind == 71:  # CANCEL_ASKED
-            row[9] = time_ns
+            rows[slot, 9] = time_ns
         elif 66 <= kind <= 70:  # COMMITTED to ENDED
-            row[kind - 62] = time_ns
+            rows[slot, kind - 62] = time_ns
             if kind == 69:
-                row[30] = low
+                rows[slot, 30] = low
     return end, num_rows
 
 
@@ -211,17 +215,24 @@ def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, step
 class _Piece:
     rows: NDArray[np.int64]
     gaps: NDArray[np.int64]
+    samples: NDArray[np.int64]  # indices of events
 
 
-def _scan_piece(words: NDArray[np.uint64], begin: int, end: int, base: Any, first_step: int, steps: Any) -> _Piece:
+def _scan_piece(
+    words: NDArray[np.uint64], begin: int, end: int, base: Any, first_step: int, steps: Any, num_samples: int
+) -> _Piece:
     rows = np.zeros((FIRST_REQUESTS, len(REQUEST_FIELDS)), np.int64)
     keys, slots = np.zeros(4 * FIRST_REQUESTS, np.uint64), np.full(4 * FIRST_REQUESTS, -1, np.int32)
     gaps = np.zeros(NUM_BUCKETS, np.int64)
+    samples = np.zeros(num_samples + 1, np.int64)
+    samples[0] = 1
     position, num_rows = begin, 0
     while True:
-        position, num_rows = _scan(words, position, end, base, first_step, keys, slots, rows, num_rows, steps, gaps)
+        position, num_rows = _scan(
+            words, position, end, base, first_step, keys, slots, rows, num_rows, steps, gaps, samples
+        )
         if position == end:
-            return _Piece(rows[:num_rows], gaps)
+            return _Piece(rows[:num_rows], gaps, samples[1:])
         rows = np.concatenate([rows, np.zeros_like(rows)])
         keys, slots = np.zeros(4 * len(rows), np.uint64), np.full(4 * len(rows), -1, np.int32)
         _rehash(rows, num_rows, keys, slots)
@@ -250,7 +261,8 @@ def _merge(first: _Piece, second: _Piece) -> _Piece:
         first.rows[at_first] = joined
     only_second = np.ones(len(second.rows), bool)
     only_second[at_second] = False
-    return _Piece(np.concatenate([first.rows, second.rows[only_second]]), gaps)
+    samples = np.concatenate([first.samples, second.samples])
+    return _Piece(np.concatenate([first.rows, second.rows[only_second]]), gaps, samples)
 
 
 def scan(events: NDArray[np.void], num_pieces: int | None = None) -> ScanTable:
@@ -269,15 +281,25 @@ def scan(events: NDArray[np.void], num_pieces: int | None = None) -> ScanTable:
         kind_counts = counts.sum(0)
         first_step, num_steps = _step_range(spans, int(kind_counts[1:4].sum()))
         steps = np.zeros((num_steps, len(STEP_FIELDS)), np.int64)
-        pieces = list(pool.map(lambda piece: _scan_piece(words, piece[0], piece[1], base, first_step, steps), ranges))
+        num_samples = counts[:, int(TraceKind.RINGS) :].sum(1).tolist()
+        pieces = list(
+            pool.map(
+                lambda idx: _scan_piece(words, *ranges[idx], base, first_step, steps, num_samples[idx]),
+                range(num_pieces),
+            )
+        )
     merged = pieces[0]
     for piece in pieces[1:]:
         merged = _merge(merged, piece)
+    # A row with nothing but POLLED is of somebody's ping, or of a cancel that came too late.
+    others = [idx for idx, name in enumerate(REQUEST_FIELDS) if name not in ("id", "queue_pair", "polled")]
+    rows = merged.rows[merged.rows[:, others].any(axis=1)]
     return ScanTable(
-        _as_records(merged.rows, REQUEST_FIELDS),
+        _as_records(rows, REQUEST_FIELDS),
         _as_records(steps, STEP_FIELDS),
         (int(base) + first_step) & 0xFFFFFFFF,
         kind_counts,
+        np.array(events[merged.samples]),
         merged.gaps,
     )
 

@@ -15,6 +15,7 @@ from blinkimp.trace.clock import ClockRecord
 from blinkimp.trace.diff import Comparison, Moved, compare
 from blinkimp.trace.figures import PHASES, figures_of, samples_of
 from blinkimp.trace.file import Metadata, TraceFile, TraceFileWriter, make_events
+from blinkimp.trace.scan import scan
 from blinkimp.trace.synthetic import OFFSET_NS, Shape, make_trace
 from blinkimp.trace.timeline import longest, timeline
 from blinkimp.trace.tokens import token_streams
@@ -168,6 +169,6 @@ def test_a_timeline_has_every_event_of_a_request_in_order(tmp_path: Path) -> Non
 
 
 def test_samples_are_by_queue_pair(tmp_path: Path) -> None:
-    samples = samples_of(make_file(tmp_path / "a.trace").events)
+    samples = samples_of(scan(make_file(tmp_path / "a.trace").events).samples)
     assert set(samples) == {"qp1 submissions", "qp1 completions"}
     assert samples["qp1 submissions"][1].tolist() == [0, 1, 2, 3, 4]

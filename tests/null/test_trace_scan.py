@@ -65,8 +65,11 @@ def test_pings_and_samples_are_no_requests() -> None:
     events = make_events(
         [(5, int(TraceKind.POLLED), 1, 0, int(PING_BIT) | 3, 9), (6, int(TraceKind.RINGS), 1, 0, 0, 4), (7, int(TraceKind.DRAINED), 1, 0, 0, 4)]
     )  # fmt: skip
+    doctor = make_events([(5, int(TraceKind.POLLED), 1, 0, 12, 9)])
+    assert len(scan(doctor, 1).requests) == 0
     table = scan(events, 1)
     assert len(table.requests) == 0 and len(table.steps) == 0 and table.count(TraceKind.RINGS) == 1
+    assert table.samples.tobytes() == events[1:2].tobytes()
 
 
 def test_an_empty_trace() -> None:
