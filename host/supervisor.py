@@ -124,9 +124,19 @@ class Supervisor:
             _log.error("the engine could not start: %s", error)
             return 1
         remove_dead_engines()
-        engine = EngineSlot(self._config, lock, self._progress)
+        try:
+            engine = EngineSlot(self._config, lock, self._progress)
+        except OSError as error:  # no process could be made
+            _log.error("the engine could not start: %s", error)
+            lock.release()
+            return 1
         try:
             self._serve(engine)
+        except OSError as error:
+            _log.error(
+                "the server cannot go on: no process can be started: %s; look at `ulimit -u` and free memory", error
+            )
+            engine.phase = Phase.FAILED
         finally:
             for slot in self._ingresses:
                 slot.ask_to_end()
