@@ -29,11 +29,16 @@ LLAMA_3_8B: Final[dict[str, Any]] = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500000.0,
+    },  # its name in transformers 5; the one above is older
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
     "bos_token_id": 128254,
     "eos_token_id": 128255,
+    "dtype": "bfloat16",
     "torch_dtype": "bfloat16",
 }
 

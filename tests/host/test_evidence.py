@@ -55,8 +55,8 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
     flags = ["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, "--rates", "20,40,60", *scripted(tmp_path)]
     call = subprocess.Popen([sys.executable, "-m", "blinkimp", *flags], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (folder / "cells").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not cells_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.005)
     call.kill()
     call.wait()
     left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
@@ -83,8 +83,7 @@ def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "blinkimp", "lab", "evidence", *flags], stdout=subprocess.PIPE, text=True
     )
     assert call.stdout is not None
-    while "is up" not in call.stdout.readline():
-        pass
+    assert any("is up" in line for line in call.stdout)
     left = json.loads((folder / "engine.json").read_text())
     call.send_signal(signal.SIGTERM)
     assert call.wait(60) == 128 + signal.SIGTERM

@@ -54,7 +54,7 @@ def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 in the middle of the second cell: the first one is whole, and is not measured again."""
-    with scripted_server("http", Script(first_ms=20, gap_ms=1)) as address:
+    with scripted_server("http", Script(first_ms=50, gap_ms=1)) as address:
         sweep = ["lab", "sweep", "--url", address, "--folder", str(tmp_path), *FLAGS]
         environment = {**os.environ, "PYTHONPATH": python_path()}
         killed = subprocess.Popen(

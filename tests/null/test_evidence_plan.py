@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from blinkimp.bench.errors import LoadError
 from blinkimp.cli import evidence as cli
 from blinkimp.cli import lab, main
+from blinkimp.host.checkpoint import read_model_config
 from blinkimp.lab.evidence import merged
 from blinkimp.lab.evidence_plan import (
     STOP_S,
@@ -224,3 +225,5 @@ def test_the_made_up_model_streams_a_word_for_every_id(tmp_path: Path) -> None:
     assert tokenizer.decode([300, 597]) == " t300 t597" and tokenizer.token_to_id("<|end|>") == 599
     assert tokenizer.decode(tokenizer.encode("any text, ü too").ids) == "any text, ü too"
     assert json.loads((tmp_path / "config.json").read_text()) == config
+    model = read_model_config(tmp_path)
+    assert (model.num_layers, model.hidden, model.vocab, model.rope.theta) == (32, 4096, 600, 500000.0)
