@@ -11,10 +11,12 @@ Called by blinkimp/cli/terminal.py, host/supervisor.py and the processes of nic_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
 import threading
+from collections import deque
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -23,6 +25,9 @@ import msgspec
 
 LogFormat = Literal["text", "json"]
 TEXT_FORMAT: Final = "%(asctime)s %(name)s %(levelname)s %(message)s"
+MAX_WAITING_LINES: Final = 10_000
+LINES_PER_WRITE: Final = 64
+FLUSH_TIMEOUT_S: Final = 2.0
 _PLAIN: Final = re.compile(r"[\w.,:;/+@%\-]+")
 
 
@@ -82,18 +87,72 @@ class JsonFormatter(logging.Formatter):
             return self._encoder.encode(safe).decode()
 
 
-def new_handler(log_format: LogFormat, process: str, text_format: str = TEXT_FORMAT, datefmt: str | None = None) -> Any:
-    handler = logging.StreamHandler(sys.stderr)
-    is_json = log_format == "json"
-    handler.setFormatter(JsonFormatter(process) if is_json else TextFormatter(text_format, datefmt))
-    return handler
+class BackgroundHandler(logging.Handler):
+    """Lines go to stderr from a thread of its own: whoever reads them and stands still (a pager, a full pipe) must not stop a stream.
+
+    What waits is bounded; what finds no place is dropped and counted, and the count is logged when there is place again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque()
+        self._num_dropped = 0
+        self._own_lock = threading.Lock()  # not logging's: at exit that one is held while flush() waits for the thread
+        self._has_lines = threading.Event()
+        self._is_written = threading.Event()
+        self._is_written.set()
+        threading.Thread(target=self._run, name="blinkimp-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._own_lock:
+            if len(self._lines) >= MAX_WAITING_LINES:
+                self._num_dropped += 1
+                return
+            self._lines.append(self.format(record))
+            self._is_written.clear()
+        self._has_lines.set()
+
+    def flush(self) -> None:
+        """Waits a moment for the thread; called at exit."""
+        self._is_written.wait(FLUSH_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while True:
+            self._has_lines.wait()
+            self._has_lines.clear()
+            while lines := self._take():
+                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                    sys.stderr.write("\n".join([*lines, ""]))
+                    sys.stderr.flush()
+
+    def _take(self) -> list[str]:
+        """The next lines to write; none when all are written."""
+        with self._own_lock:
+            lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_PER_WRITE))]
+            num_dropped = 0
+            if not self._lines:
+                num_dropped, self._num_dropped = self._num_dropped, 0
+            if not lines and not num_dropped:
+                self._is_written.set()
+        if num_dropped:
+            text = f"{num_dropped} lines of the log were dropped: stderr was not read"
+            record = logging.LogRecord("blinkimp", logging.WARNING, __file__, 0, text, None, None)
+            record.event, record.fields = "lines_dropped", {"num_lines": num_dropped}
+            lines.append(self.format(record))
+        return lines
 
 
 def set_up_logging(
-    log_level: str, log_format: LogFormat, process: str, *, text_format: str = TEXT_FORMAT, datefmt: str | None = None
+    log_level: str,
+    log_format: LogFormat,
+    process: str,
+    *,
+    text_format: str = TEXT_FORMAT,
+    datefmt: str | None = None,
+    in_background: bool = False,
 ) -> None:
     """From now on everything that is logged goes to stderr; with JSON, warnings and uncaught exceptions too."""
-    handler = new_handler(log_format, process, text_format, datefmt)
+    handler = BackgroundHandler() if in_background else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(text_format, datefmt))
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
     if log_format == "json":
         logging.captureWarnings(True)

@@ -306,7 +306,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    set_up_logging(arguments.log_level, arguments.log_format, f"http ingress {arguments.queue_pair}")
+    set_up_logging(
+        arguments.log_level, arguments.log_format, f"http ingress {arguments.queue_pair}", in_background=True
+    )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of its start and end, we say
     try:
         limits = HttpLimits(**{name: getattr(arguments, name) for name in HttpLimits.__dataclass_fields__})

@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    set_up_logging(arguments.log_level, arguments.log_format, f"zmq ingress {arguments.queue_pair}")
+    set_up_logging(arguments.log_level, arguments.log_format, f"zmq ingress {arguments.queue_pair}", in_background=True)
     try:
         limits = IngressLimits(
             **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},

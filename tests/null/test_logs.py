@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blinkimp.logs import JsonFormatter, TextFormatter, log_event
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 KEYS = {"time", "level", "logger", "process", "pid", "message"}
 
@@ -135,3 +135,29 @@ def test_text_does_not_say_twice_what_the_message_says() -> None:
     log, collector = logger_to(TextFormatter("%(levelname)s %(message)s"))
     log_event(log, logging.INFO, "serving", "ingress 0 serves on there", endpoint="there")
     assert collector.lines == ["INFO ingress 0 serves on there"]
+
+
+@pytest.mark.parametrize("num_lines", [0, 3, 30_000])
+def test_a_reader_that_stands_still_stops_nobody_and_loses_only_what_is_said_to_be_lost(num_lines: int) -> None:
+    script = (
+        "import logging\nfrom blinkimp.logs import log_event, set_up_logging\n"
+        "set_up_logging('info', 'json', 'ingress', in_background=True)\n"
+        f"for idx in range({num_lines}): log_event(logging.getLogger('x'), logging.INFO, 'request', idx=idx, text='-' * 100)\n"
+        "print('done', flush=True); input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={"PYTHONPATH": python_path()},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n", "all of it is logged while nobody reads stderr"
+        _, text = process.communicate("\n", timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in text.splitlines()]
+    seen = [line["idx"] for line in lines if line["event"] == "request"]
+    num_dropped = sum(line["num_lines"] for line in lines if line["event"] == "lines_dropped")
+    assert seen == sorted(seen) and len(seen) + num_dropped == num_lines
+    assert (num_dropped > 0) == (num_lines > 20_000)
