@@ -119,7 +119,7 @@ def http_ingress(
     """The ingress of an engine that runs; it must end well when it is told to."""
     command = [sys.executable, "-m", "blinkimp.nic_shim.http_ingress", "--engine", name, "--model-folder", str(folder)]
     command += ["--queue-pair", str(queue_pair_idx), "--bind", "127.0.0.1:0", "--model-name", MODEL]
-    command += ["--drain-timeout", "30", *flags]
+    command += ["--drain-timeout", str(PATIENCE_S), *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},

@@ -44,7 +44,7 @@ def test_200_clients_that_vanish_leave_no_page_behind() -> None:
         TraceReader(open_trace(server.engine_name)) as trace,
     ):
         clients = [start(server, idx) for idx in range(NUM_CLIENTS)]
-        wait_until(lambda: server.status()["requests_accepted"] == 300, "all choices are accepted", 30)
+        wait_until(lambda: server.status()["requests_accepted"] == 300, "all choices are accepted")
         assert server.status()["num_pages_used"] > 0
         rng.shuffle(clients)
         for idx, client in enumerate(clients):
@@ -69,6 +69,5 @@ def test_a_client_that_leaves_while_its_prompt_is_read_is_no_request() -> None:
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
                 request = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{"prompt": "abc'
                 connection.sendall(request[:num_bytes])
-        time.sleep(0.2)
-        assert server.status()["requests_accepted"] == 0
         assert server.complete("x", max_tokens=3)["choices"]
+        assert server.status()["requests_accepted"] == 1

@@ -17,6 +17,7 @@ from blinkimp import __version__
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from tests.http_support import EMBEDDED, MODEL, HttpServer, embedded, http_ingress
 from tests.ingress_support import wait_until
+from tests.support import PATIENCE_S
 
 PROMPT = "def read_file(path):"
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -233,7 +234,7 @@ def test_a_drain_finishes_running_requests_and_refuses_new_ones() -> None:
     with embedded(max_batch=2) as (first, engine):
         with http_ingress(engine.config.engine_name, EMBEDDED, queue_pair_idx=1) as http:
             results: list[Any] = []
-            fields = {"prompt": PROMPT, "max_tokens": 1500, **GREEDY}
+            fields = {"prompt": PROMPT, "max_tokens": 600, **GREEDY}
             thread = threading.Thread(target=lambda: results.append(http.post("/v1/completions", fields)))
             thread.start()
             wait_until(lambda: http.status()["num_running"] == 1, "the request runs")
@@ -243,7 +244,7 @@ def test_a_drain_finishes_running_requests_and_refuses_new_ones() -> None:
             assert (
                 refused.status == 503 and refused.headers["retry-after"] and refused.json["error"]["code"] == "draining"
             )
-            thread.join(60)
-            assert results[0].json["usage"]["completion_tokens"] == 1500
-            assert http.process.wait(10) == 0
+            thread.join(PATIENCE_S)
+            assert results[0].json["usage"]["completion_tokens"] == 600
+            assert http.process.wait(PATIENCE_S) == 0
         assert first.get("/ready").status == 200, "the other ingress goes on"
