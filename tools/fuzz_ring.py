@@ -180,7 +180,12 @@ def fuzz_engine(num_inputs: int, num_hostile: int, seed: int) -> tuple[Counts, d
             "num_requests": 64,
             "arena_bytes": 65536,
         }
-        rings: dict[str, Any] = {"num_submissions": 64, "num_completions": 1024, "constraint_slots": 3, "constraint_slot_bytes": 4096}
+        rings: dict[str, Any] = {
+            "num_submissions": 64,
+            "num_completions": 1024,
+            "constraint_slots": 3,
+            "constraint_slot_bytes": 4096,
+        }
         with HostProcess(model, **shape, **rings, ingress_timeout_s=30.0, log_level="warning") as host:
             neighbour = Neighbour(host.engine_name, prompts_of(rng, TINY_VOCAB))
             region = open_queue_pair(host.engine_name, 0)

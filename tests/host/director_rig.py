@@ -32,7 +32,10 @@ VOCAB = 512
 NUM_PRIOR_OUTPUTS_AT = 300  # byte in a Request
 HARNESS_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
 KIND_FLAGS = {
-    "lanes": ["-DBK_TEST_LANES", f"-I{ROOT / 'tests/host/lanes'}"],  # before device/: its lanes.cuh is the one to be found
+    "lanes": [
+        "-DBK_TEST_LANES",
+        f"-I{ROOT / 'tests/host/lanes'}",
+    ],  # before device/: its lanes.cuh is the one to be found
     "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
 }
 Sampler = Callable[[int, int], int]  # (request id, output position) -> token

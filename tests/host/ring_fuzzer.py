@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import random
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,27 +19,10 @@ from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.constraint_table import build_constraint_table
 from tests.host.intake_oracle import Answer, EngineLimits, IntakeOracle
 from tests.host.py_ingress import PyIngress
+from tests.host.wrong_values import WrongValues
 
 ENTRY_WORDS = tuple(name for name in abi.SUBMISSION_ENTRY.names or () if name != "commit")
 EPOCHS_WRONG = 0.02  # of the entries
-INTERESTING = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 255, 256, 511, 512, 4095, 4096, 0x7FFF, 0xFFFF, 0x10000)
-EDGES = (1 << 31, (1 << 32) - 1, (1 << 32) - 64, 1 << 32, 1 << 40, 1 << 63, (1 << 64) - 64, (1 << 64) - 1)
-FLOATS = (
-    0.0,
-    -0.0,
-    1.0,
-    -1.0,
-    0.5,
-    2.0,
-    -2.0,
-    2.0000002,
-    1e-45,
-    1e-38,
-    3.4e38,
-    float("inf"),
-    float("-inf"),
-    float("nan"),
-)
 LONG_TOKENS = 8  # a request that was accepted with more output than that is cancelled soon
 
 
@@ -86,6 +68,7 @@ class RingFuzzer:
         self._ingress = ingress
         self._limits = limits
         self._rng = rng
+        self._values = WrongValues(rng)
         self._prompts = prompts
         self._oracle = IntakeOracle(limits, ingress.epoch, ingress.arena_pos, ingress.arena)
         self._awaited: collections.deque[Answer] = collections.deque()
@@ -187,7 +170,7 @@ class RingFuzzer:
         body = self._body()
         sampling = body["sampling"]
         stop_ids = [rng.randrange(self._limits.vocab) for _ in range(rng.choice((0, 0, 1, 3, 16)))]
-        biases = [(rng.randrange(self._limits.vocab), rng.choice(FLOATS)) for _ in range(rng.choice((0, 0, 0, 2, 40)))]
+        biases = [(rng.randrange(self._limits.vocab), self._values.real()) for _ in range(rng.choice((0, 0, 0, 2, 40)))]
         prompt = list(rng.choice(self._prompts)[0])
         body["num_stop_ids"], sampling["num_logit_bias"] = len(stop_ids), len(biases)
         sampling["temperature"], sampling["seed"] = rng.choice((0.0, 0.8)), rng.getrandbits(64)
@@ -203,18 +186,20 @@ class RingFuzzer:
         for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
             match rng.randrange(5):
                 case 0:
-                    words[rng.choice(ENTRY_WORDS)] = self._number()
+                    words[rng.choice(ENTRY_WORDS)] = self._values.number()
                 case 1:
                     name = rng.choice(abi.SAMPLING_PARAMS.names or ())
                     is_float = sampling.dtype[name].kind == "f"
                     sampling[name] = (
-                        rng.choice(FLOATS) if is_float else self._number() % (1 << 8 * sampling.dtype[name].itemsize)
+                        self._values.real()
+                        if is_float
+                        else self._values.number() % (1 << 8 * sampling.dtype[name].itemsize)
                     )
                 case 2:
                     name = rng.choice([name for name in abi.REQUEST_BODY.names or () if name != "sampling"])
-                    body[name] = self._number() % (1 << 8 * body.dtype[name].itemsize)
+                    body[name] = self._values.number() % (1 << 8 * body.dtype[name].itemsize)
                 case 3:
-                    prompt[rng.randrange(len(prompt))] = self._number() % (1 << 32)
+                    prompt[rng.randrange(len(prompt))] = self._values.number() % (1 << 32)
                 case _:
                     if rng.random() < 0.5:
                         op = rng.choice((0, 5, 6, 77, 255))
@@ -223,7 +208,7 @@ class RingFuzzer:
         lists = np.array(stop_ids, np.uint32).tobytes() + np.array(biases, abi.LOGIT_BIAS).tobytes()
         raw = body.tobytes() + lists + np.array(prompt, np.uint32).tobytes()
         if rng.random() < 0.1:
-            raw = self._bytes_bent(raw)
+            raw = self._values.bent(raw)
         if rng.random() < EPOCHS_WRONG:
             words["epoch"] = self._ingress.epoch + rng.choice((1, -2, 2, 1 << 20))
         return self._write_request(raw, len(prompt), rng.randint(1, 4), words, op, commit_bits, None)
@@ -264,7 +249,7 @@ class RingFuzzer:
     def _write_noise(self) -> bool:
         """64 random bytes, now and then with an operation or an epoch that makes them worth a look."""
         rng = self._rng
-        words = {name: self._number() if rng.random() < 0.5 else rng.getrandbits(64) for name in ENTRY_WORDS}
+        words = {name: self._values.number() if rng.random() < 0.5 else rng.getrandbits(64) for name in ENTRY_WORDS}
         if rng.random() < 0.9:
             words["epoch"] = self._ingress.epoch
         op = rng.randint(1, 4) if rng.random() < 0.7 else rng.getrandbits(8)
@@ -279,16 +264,16 @@ class RingFuzzer:
         words = {
             "request_id": self._rng.choice(list(self._live))
             if self._live and self._rng.random() < 0.7
-            else self._number()
+            else self._values.number()
         }
         if self._rng.random() < 0.3:
-            words[self._rng.choice(ENTRY_WORDS[2:])] = self._number()
+            words[self._rng.choice(ENTRY_WORDS[2:])] = self._values.number()
         return self._commit(abi.SUBMISSION_CANCEL, words, 0)
 
     def _write_ping(self) -> bool:
-        words = {"request_id": self._number(), "client_ns": self._number()}
+        words = {"request_id": self._values.number(), "client_ns": self._values.number()}
         if self._rng.random() < 0.3:
-            words[self._rng.choice(("arena_pos", "body_bytes", "max_tokens", "timeout_ns"))] = self._number()
+            words[self._rng.choice(("arena_pos", "body_bytes", "max_tokens", "timeout_ns"))] = self._values.number()
         return self._commit(abi.SUBMISSION_PING, words, 0)
 
     def _write_piece(self) -> bool:
@@ -298,7 +283,7 @@ class RingFuzzer:
             slot = rng.randrange(self._limits.num_constraint_slots + (rng.random() < 0.1))
             table = rng.choice(self._tables)
             if rng.random() < 0.3:
-                table = self._bytes_bent(table)
+                table = self._values.bent(table)
             step = rng.choice((len(table), 64, 256, 1024)) or 64
             self._pieces.extend((slot, at, table[at : at + step]) for at in range(0, len(table), step))
         slot, offset, data = self._pieces[0]
@@ -309,36 +294,12 @@ class RingFuzzer:
         self._ingress.arena[pos % self._limits.arena_bytes :][: len(data)] = np.frombuffer(data, np.uint8)
         words = {"request_id": slot, "arena_pos": pos, "body_bytes": len(data), "client_ns": offset}
         if rng.random() < 0.15:
-            words[rng.choice(ENTRY_WORDS)] = self._number()
+            words[rng.choice(ENTRY_WORDS)] = self._values.number()
         if rng.random() < 0.05:
             self._pieces.clear()
         return self._commit(abi.SUBMISSION_CONSTRAINT, words, 0)
 
-    # ---- Values ----------------------------------------------------------------------------------------------------
-    def _number(self) -> int:
-        rng = self._rng
-        match rng.randrange(4):
-            case 0:
-                return rng.choice(EDGES) + rng.choice((-1, 0, 0, 1))
-            case 1:
-                return rng.getrandbits(64)
-            case _:
-                return rng.choice(INTERESTING) + rng.choice((-1, 0, 0, 1))
-
-    def _bytes_bent(self, raw: bytes) -> bytes:
-        rng = self._rng
-        data = bytearray(raw)
-        for _ in range(rng.randint(1, 6)):
-            at = rng.randrange(len(data))
-            match rng.randrange(3):
-                case 0:
-                    data[at] ^= 1 << rng.randrange(8)
-                case 1:
-                    data[at] = rng.randrange(256)
-                case _:
-                    data[at // 4 * 4 : at // 4 * 4 + 4] = struct.pack("<I", self._number() % (1 << 32))
-        return bytes(data[: len(raw)]) if rng.random() < 0.8 else bytes(data[: rng.randint(1, len(raw))])
-
+    # ---- Tables ---------------------------------------------------------------------------------------------------------
     def _constraint_tables(self) -> Iterator[bytes]:
         vocab, most = self._limits.vocab, self._limits.constraint_slot_bytes
         for num_states in (1, 2, 6):
