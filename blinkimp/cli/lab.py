@@ -6,7 +6,9 @@ Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_lab_sweep.py te
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,6 +110,8 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.cli.terminal import set_up_logging
 
     set_up_logging("warning")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a run may be killed with its output in a pipe
     if options.part == "evidence":
         return run_evidence_part(options)
     if options.part == "report":

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import signal
 import socket
 import time
@@ -49,6 +50,7 @@ QUIET_S: Final = 2.0  # after requests that were cut off, before the server is a
 QUIET_TIMEOUT_S: Final = 60.0
 MIN_DRAIN_S: Final = 5.0
 MIN_START_S: Final = 30.0
+PORTS: Final = (20000, 32000)
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,13 @@ def end_leftover(folder: Path, say: Callable[[str], None]) -> None:
 
 # ---- A call ----------------------------------------------------------------------------------------------------------
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One below the range out of which the kernel gives ports to connections: an engine binds it seconds later, and nobody takes it meanwhile."""
+    candidates = random.sample(range(*PORTS), 100)
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LoadError(f"ports: 100 of {PORTS[0]} to {PORTS[1]} were tried and are all taken; expected one to be free")
 
 
 class Call:

@@ -83,7 +83,10 @@ def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "blinkimp", "lab", "evidence", *flags], stdout=subprocess.PIPE, text=True
     )
     assert call.stdout is not None
-    assert any("is up" in line for line in call.stdout)
+    said: list[str] = []
+    while not said or "is up" not in said[-1]:
+        said.append(call.stdout.readline())
+        assert said[-1], f"the call has ended: {''.join(said)}"
     left = json.loads((folder / "engine.json").read_text())
     call.send_signal(signal.SIGTERM)
     assert call.wait(60) == 128 + signal.SIGTERM
