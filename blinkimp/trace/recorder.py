@@ -44,6 +44,7 @@ PING_PERIOD_S: Final = 0.1
 PING_TIMEOUT_S: Final = 0.05  # a step of a large batch may be that long
 PING_SPIN_NS: Final = 100_000  # an idle director answers within microseconds; a sleep would be most of what is measured
 PING_POLL_S: Final = 0.00002
+CLOCK_GRAIN_NS: Final = 2_000  # a GPU's SMs may see its clock change by so much at different moments
 FIRST_PINGS: Final = 20
 LAST_PINGS: Final = 5
 ATTACH_TIMEOUT_S: Final = 2.0
@@ -218,10 +219,12 @@ class Recorder:
             times = self.device.op_times(event)
             slot, ended_ns = int(event["argument"]), int(event["time_ns"])
             before_ns, self._slot_written_ns[slot] = self._slot_written_ns[slot], ended_ns
-            if int(times.max(initial=0)) > ended_ns:  # a later step has begun to write the slot
+            if int(times.max(initial=0)) > ended_ns + CLOCK_GRAIN_NS:  # a later step has begun to write the slot
                 self.lost_op_samples += 1
                 continue
             times[times <= before_ns] = 0  # of the step that had the slot before: this worker has written nothing
+            if not times.any():  # nor has any: a GPU's workers keep no times under orchestrator=cpu
+                continue
             self.writer.append_op_sample(int(event["step"]), ended_ns, times)
 
     def _may_ping(self, even_if_idle: bool) -> bool:
