@@ -37,6 +37,7 @@ from blinkimp.host.trace_info import engine_info
 from blinkimp.host.trace_memory import TraceGeometry
 from blinkimp.host.tuning import write_tuning
 from blinkimp.host.watchdog import Symptom, Verdict, Watchdog
+from blinkimp.logs import log_event
 from blinkimp.ring_abi import DType, EngineCommand, EngineState
 
 _log = logging.getLogger(__name__)
@@ -164,7 +165,9 @@ class Engine:
         if config.park_after_s > 0 and self.device.kind == "gpu":
             doorbell = Doorbell(self._regions.engine_page, self._regions.queue_pairs)
             self._wake = WakeThread(doorbell, self.device.resume)
-        _log.info("engine %s runs after %.1f s", config.engine_name, time.monotonic() - started_at)
+        seconds = time.monotonic() - started_at
+        text = f"engine {config.engine_name} runs after {seconds:.1f} s"
+        log_event(_log, logging.INFO, "engine_running", text, engine_name=config.engine_name, seconds=round(seconds, 3))
 
     def check(self) -> None:
         """Raises EngineFaultError when the device is dead, hangs, or has faulted."""

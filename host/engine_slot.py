@@ -30,6 +30,7 @@ from blinkimp.host.fault_report import ADVICE, make_fault_report, write_fault_re
 from blinkimp.host.shared_memory import open_engine_page
 from blinkimp.host.tuning import WORDS
 from blinkimp.host.watchdog import Symptom, Verdict
+from blinkimp.logs import log_event
 from blinkimp.ring_abi import EngineState
 
 _log = logging.getLogger("blinkimp.host.supervisor")
@@ -181,12 +182,9 @@ class EngineSlot:
     def _on_running(self, now: float) -> None:
         self.phase, self._has_run = Phase.RUNNING, True
         if self._lost_at is not None:
-            _log.info(
-                "engine %s is back %.1f s after the fault was seen (restart %d)",
-                self._config.engine_name,
-                now - self._lost_at,
-                self.num_restarts,
-            )
+            seconds, name = now - self._lost_at, self._config.engine_name
+            text = f"engine {name} is back {seconds:.1f} s after the fault was seen (restart {self.num_restarts})"
+            log_event(_log, logging.INFO, "engine_back", text, restart=self.num_restarts, seconds=round(seconds, 3))
             self._lost_at = None
 
     def _on_end(self, now: float) -> None:
@@ -198,25 +196,24 @@ class EngineSlot:
             self._has_run = True  # it may have died between two looks
         if not self._has_run:
             self.phase = Phase.FAILED
-            _log.error("the engine could not start: %s", life.problem())
+            text = f"the engine could not start: {life.problem()}"
+            log_event(_log, logging.ERROR, "engine_not_started", text, problem=life.problem())
             return
         self._lost_at = self._lost_at or now
         self._look_at_remains()
         pause_s = self._budget.pause_s(now)
         file_words = f"; details in {life.fault_file}" if life.fault_file else ""
+        fields = {"problem": life.problem(), "fault_file": life.fault_file or None, "restarts_in_s": pause_s}
         if pause_s is None:
             self.phase = Phase.FAILED
-            _log.error(
-                "%s%s. It is not started again: max_restarts is %d within %g minutes; %s",
-                life.problem(),
-                file_words,
-                self._budget.max_restarts,
-                RESTART_WINDOW_S / 60,
-                ADVICE[life.symptom] if life.symptom is not None else "correct what the line says",
-            )
+            advice = ADVICE[life.symptom] if life.symptom is not None else "correct what the line says"
+            limits = f"max_restarts is {self._budget.max_restarts} within {RESTART_WINDOW_S / 60:g} minutes"
+            text = f"{life.problem()}{file_words}. It is not started again: {limits}; {advice}"
+            log_event(_log, logging.ERROR, "engine_fault", text, **fields)
             return
         self.phase, self._restart_at = Phase.BACKOFF, now + pause_s
-        _log.error("%s%s; the engine is started again in %g s", life.problem(), file_words, pause_s)
+        text = f"{life.problem()}{file_words}; the engine is started again in {pause_s:g} s"
+        log_event(_log, logging.ERROR, "engine_fault", text, **fields)
 
     def _look_at_remains(self) -> None:
         """What the dead engine left in shared memory: limits to carry over, a state that tells the ingresses, a report if it made none."""

@@ -118,12 +118,12 @@ def test_the_document_names_every_metric_and_every_event() -> None:
         assert re.search(rf"\b{name}\b", text), name
     for name in OLDER_VLLM:
         assert re.sub(r"_(bucket|sum|count)$", "", name) in text, name
-    sources = [*(ROOT / "nic_shim").glob("*.py"), ROOT / "host" / "supervisor.py", ROOT / "blinkimp" / "logs.py"]
+    sources = [*(ROOT / "nic_shim").glob("*.py"), *(ROOT / "host").glob("*.py"), ROOT / "blinkimp" / "logs.py"]
     events = {
         event
         for path in sources
         for event in re.findall(r'log_event\(\s*\w+,\s*logging\.\w+,\s*"(\w+)"', path.read_text())
     }
-    assert events >= {"request", "serving", "draining", "ended", "child_died"}
+    assert events >= {"request", "serving", "draining", "ended", "child_died", "engine_fault", "engine_running"}
     for event in events:
         assert re.search(rf"^\|.*\b{event}\b", text, re.MULTILINE), event
