@@ -5,7 +5,7 @@
     trace.drained(touched, num_unfinished)                 # after a look at the completion ring that found something
     trace.handed_over()                                    # after what is new went to the clients' connections
 
-Some eight events a request and one for each look that found something, none for a token; one costs half a microsecond. Times are those of
+Some eight events a request and one for each look that found something, none for a token; one costs about a microsecond. Times are those of
 time.monotonic_ns(). Called by nic_shim/engine_link.py and the ingresses' loops, from one thread. Test: pytest tests/host/test_ingress_trace.py
 
 Invariants
@@ -20,8 +20,6 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-import numpy as np
-
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError, open_ingress_trace
 from blinkimp.host.shared_region import Region
@@ -29,6 +27,7 @@ from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.protocol import Error
 
 _EVENT: Final = struct.Struct("<QHHIQQ")  # TraceEvent
+_EVENT_BYTES: Final = abi.TRACE_EVENT.itemsize
 
 
 class _Watch:
@@ -46,14 +45,14 @@ class IngressTrace:
     """The writer. One at a time for a queue pair: whoever is attached."""
 
     def __init__(self, region: Region, queue_pair_idx: int) -> None:
-        assert _EVENT.size == abi.TRACE_EVENT.itemsize
+        assert _EVENT.size == _EVENT_BYTES
         self._region = region
         self._queue_pair_idx = queue_pair_idx
         header = region.view(abi.TRACE_HEADER)[0]
         self._mask = int(header["num_events"]) - 1
         self._events_offset = int(header["events_offset"])
         self._buffer = region.buffer
-        self._published = np.frombuffer(region.buffer, np.uint64, 1, abi.TRACE_HEADER.itemsize)
+        self._published = region.buffer[abi.TRACE_HEADER.itemsize :][:8].cast("Q")
         self._producer_pos = int(self._published[0])  # of an ingress before this one
         self._watched: dict[LiveRequest, _Watch] = {}  # on the ring
         self._unshown: dict[
@@ -81,10 +80,11 @@ class IngressTrace:
         """`touched` have new output or have ended."""
         now_ns = time.monotonic_ns()
         num_touched = 0
+        watched = self._watched
         for request in touched:
             num_touched += 1
-            watch = self._watched.get(request)
-            if watch is None:
+            watch = watched.get(request)
+            if watch is None or (watch.has_begun and request.end is None):
                 continue
             if not watch.has_begun and len(request.output_ids) > request.num_resumed:
                 watch.has_begun = True
@@ -130,9 +130,10 @@ class IngressTrace:
 
     # ---- Inside ------------------------------------------------------------------------------------------------------
     def _write(self, time_ns: int, kind: int, request_id: int, argument: int) -> None:
-        offset = self._events_offset + (self._producer_pos & self._mask) * abi.TRACE_EVENT.itemsize
+        position = self._producer_pos
+        offset = self._events_offset + (position & self._mask) * _EVENT_BYTES
         _EVENT.pack_into(self._buffer, offset, time_ns, kind, self._queue_pair_idx, 0, request_id, argument)
-        self._producer_pos += 1
+        self._producer_pos = position + 1
 
     def _publish(self) -> None:
         # x86 keeps stores in order; pairs with TraceReader.read() of host/trace_reader.py.
