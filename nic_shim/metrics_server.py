@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ MAX_SECONDS_OF_A_CLIENT: Final = 10.0  # that does not finish its request
 
 
 def parse_bind(bind: str) -> tuple[str, int]:
-    """HOST:PORT, :PORT (loopback). Raises ValueError."""
+    """HOST:PORT, [IPV6]:PORT, :PORT (loopback). Raises ValueError."""
     host, colon, port = bind.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:9090; correct it")
@@ -43,12 +44,13 @@ class MetricsServer(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], metrics: Metrics) -> None:
         self.metrics = metrics
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}/metrics"
+        return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/metrics"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -33,6 +33,7 @@ WHEEL_MUST_HOLD = (
     "blinkimp/device/persistent_kernel.cu",
     "blinkimp/host/compile.py",
     "blinkimp/nic_shim/__init__.py",
+    "blinkimp/nic_shim/grafana_dashboard.json",
     "blinkimp/models/embedded/config.json",
 )
 

@@ -6,8 +6,10 @@ Run: pytest tests/host/test_metrics_server.py
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,10 +23,11 @@ from blinkimp.client import Client
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from tests.fake_director import FakeDirector
+from tests.host.server_support import ServerProcess
 from tests.http_support import http_ingress
 from tests.ingress_support import engine_name, wait_until, write_byte_tokenizer
 from tests.metrics_support import Scraped
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 COMMAND = [sys.executable, "-m", "blinkimp.nic_shim.metrics_server"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
@@ -98,6 +101,70 @@ def test_an_engine_that_is_gone_is_down_and_its_successor_is_up(tmp_path: Path) 
         assert not any(sample.name.startswith("blinkimp:num_requests") for sample in found.samples)
         with FakeDirector(name, vocab_size=258):
             assert get(url).value("blinkimp:engine_up") == 1
+
+
+def test_it_answers_while_the_host_is_stopped_and_ends_with_the_server(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, metrics="127.0.0.1:0", log_format="json", wait=False) as server:
+        server.wait_for_log('"serving"', 2)
+        lines = [json.loads(line) for line in server.log]
+        (url,) = [line["endpoint"] for line in lines if line.get("child") == "metrics"]
+        with Client(server.config.bind, timeout_s=60) as client:
+            assert len(list(client.submit([17, 33], max_tokens=5, ignore_eos=True).tokens())) == 5
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: get(url).value("blinkimp:generation_tokens_total") == 5, "the status page says so")
+            found = get(url)
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        assert found.value("blinkimp:num_requests_running", model_name="embedded") == 0
+        assert found.value("blinkimp:time_to_first_token_seconds_count") == 1
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=20)
+    events = [json.loads(line).get("event") for line in server.log]
+    assert events.count("engine_running") == 1 and events.count("request") == 1 and "child_died" not in events
+
+
+def test_counts_go_to_the_engine_that_runs(tmp_path: Path) -> None:
+    """An ingress that outlives its engine counts for the next one, from 0."""
+    write_byte_tokenizer(tmp_path)
+    name = engine_name()
+    with contextlib.ExitStack() as stack:
+        first = FakeDirector(name, vocab_size=258)
+        first.__enter__()
+        ingress = ZmqIngress(name, 0, "tcp://127.0.0.1:*", Tokenizer(tmp_path))
+        endpoint = ingress.start()
+        stack.callback(ingress.join, PATIENCE_S)
+        stack.callback(ingress.stop)
+        client = stack.enter_context(Client(endpoint, timeout_s=60))
+        url = stack.enter_context(metrics_server(name))
+        for _ in range(3):
+            assert len(list(client.submit([5, 6], max_tokens=2, ignore_eos=True).tokens())) == 2
+        assert get(url).value("blinkimp:request_success_total", finished_reason="length") == 3
+        first.__exit__(None, None, None)
+        stack.enter_context(FakeDirector(name, vocab_size=258))
+        assert len(list(client.submit([5, 6], max_tokens=2, ignore_eos=True).tokens())) == 2
+        assert get(url).value("blinkimp:request_success_total", finished_reason="length") == 1
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "[::1]:0"])
+def test_an_address_of_either_kind(bind: str) -> None:
+    if ":" in bind.rpartition(":")[0] and not has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    with (
+        FakeDirector(engine_name(), vocab_size=258) as director,
+        metrics_server(director.regions.engine_name, "--bind", bind) as url,
+    ):
+        assert get(url).value("blinkimp:engine_up") == 1
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 def test_other_paths_are_refused(tmp_path: Path) -> None:

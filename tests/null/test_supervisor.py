@@ -10,7 +10,16 @@ import pytest
 
 from blinkimp.config import Config
 from blinkimp.host import supervisor
-from blinkimp.host.supervisor import FIRST_BACKOFF_S, HEALTHY_S, MAX_BACKOFF_S, IngressSlot, endpoint_of, ingress_slots
+from blinkimp.host.supervisor import (
+    FIRST_BACKOFF_S,
+    HEALTHY_S,
+    MAX_BACKOFF_S,
+    IngressSlot,
+    endpoint_of,
+    ingress_slots,
+    metrics_slots,
+)
+from blinkimp.nic_shim import http_ingress, metrics_server, zmq_ingress
 
 
 class FakeChild:
@@ -89,6 +98,25 @@ def test_each_ingress_has_its_queue_pair_and_endpoint(clock: list[float]) -> Non
     assert [one["--bind"] for one in values] == ["tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556", "127.0.0.1:8000"]
     assert values[2]["--model-name"] == "mine" and values[2]["--max-requests-per-s"] == str(config.max_requests_per_s)
     assert len(ingress_slots(Config())) == 1, "no HTTP unless it is asked for"
+
+
+def test_metrics_have_a_process_where_they_have_an_address(clock: list[float]) -> None:
+    assert metrics_slots(Config()) == []
+    (slot,) = metrics_slots(
+        Config(engine_name="name", metrics="127.0.0.1:9090", metrics_prefix="vllm:", log_format="json")
+    )
+    assert slot.name == "metrics"
+    values = vars(metrics_server._parser().parse_args(FakeChild.started[0].arguments))
+    expected = {"engine": "name", "bind": "127.0.0.1:9090", "metrics_prefix": "vllm:", "log_format": "json"}
+    assert expected.items() <= values.items()
+
+
+def test_every_process_knows_the_flags_it_is_given(clock: list[float]) -> None:
+    ingress_slots(Config(http="127.0.0.1:8000", metrics_prefix="vllm:", log_format="json", log_level="error"))
+    zmq, http = (child.arguments for child in FakeChild.started)
+    for values in (vars(zmq_ingress._parser().parse_args(zmq)), vars(http_ingress._parser().parse_args(http))):
+        assert (values["log_format"], values["log_level"]) == ("json", "error")
+    assert vars(http_ingress._parser().parse_args(http))["metrics_prefix"] == "vllm:"
 
 
 def test_ingress_is_asked_to_end_once(clock: list[float]) -> None:
