@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from blinkimp.bench.errors import LoadError
@@ -107,6 +107,7 @@ class EvidenceCell:
     threads: int
     point: Point
     tier: int  # 1 is the most important
+    is_again: bool = False  # the isolated run once more, at the end of its tier: how far two runs of the same differ
 
     @property
     def round(self) -> int:
@@ -118,11 +119,13 @@ class EvidenceCell:
 
     @property
     def key(self) -> str:
-        return key_of("evidence", self.engine, self.transport, self.placement, self.threads, self.load)
+        again = ("again",) if self.is_again else ()
+        return key_of("evidence", self.engine, self.transport, self.placement, self.threads, self.load, *again)
 
     @property
     def label(self) -> str:
-        return f"{self.engine} over {self.transport}, {self.placement}, {self.load}, {self.threads} threads"
+        again = " again" if self.is_again else ""
+        return f"{self.engine} over {self.transport}, {self.placement}, {self.load}, {self.threads} threads{again}"
 
 
 def tier_of(grid: EvidenceGrid, transport: str, placement: str, threads: int, point: Point) -> int | None:
@@ -161,9 +164,11 @@ def cells_of(grid: EvidenceGrid) -> list[EvidenceCell]:
         if (tier := tier_of(grid, transport, placement, threads, point)) is not None
     ]
 
+    cells += [replace(cell, is_again=True) for cell in cells if cell.tier == 1 and cell.threads == 0]
+
     def importance(cell: EvidenceCell) -> tuple[int, int, int, int]:
         is_between = cell.threads not in (0, grid.threads[-1])
-        return cell.round, order.index(cell.engine), cell.tier, int(is_between)
+        return cell.round, order.index(cell.engine), cell.tier, 2 if cell.is_again else int(is_between)
 
     return sorted(cells, key=importance)
 

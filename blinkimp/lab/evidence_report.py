@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,14 +40,15 @@ def load_cells(folder: Path, grid: EvidenceGrid) -> dict[str, dict[str, Any]]:
     return {cell.key: found for cell in cells_of(grid) if (found := store.get(cell.key)) is not None}
 
 
-def by_load(grid: EvidenceGrid) -> dict[str, list[EvidenceCell]]:
+def by_load(grid: EvidenceGrid, *, with_again: bool = False) -> dict[str, list[EvidenceCell]]:
     """Planned cells of each load, in the order of a table: engines, transports, placements, threads."""
     order = [engine.name for engine in grid.engines]
 
-    def place(cell: EvidenceCell) -> tuple[int, str, int, int]:
-        return order.index(cell.engine), cell.transport, grid.placements.index(cell.placement), cell.threads
+    def place(cell: EvidenceCell) -> tuple[int, str, int, int, bool]:
+        placement_idx = grid.placements.index(cell.placement)
+        return order.index(cell.engine), cell.transport, placement_idx, cell.threads, cell.is_again
 
-    cells = sorted(cells_of(grid), key=place)
+    cells = sorted((cell for cell in cells_of(grid) if with_again or not cell.is_again), key=place)
     return {
         f"{point.scenario.name}, {point.name}": [cell for cell in cells if cell.point == point] for point in grid.points
     }
@@ -67,6 +69,10 @@ def figure(found: dict[str, Any] | None, key: str) -> object:
     return f">= {value:,.2f}" if found["report"]["num_cut"] else value
 
 
+def threads_of(cell: EvidenceCell) -> str:
+    return f"{cell.threads} again" if cell.is_again else str(cell.threads)
+
+
 def multiple(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key: str) -> float | None:
     if found is None or isolated is None or not isolated["report"][key]:
         return None
@@ -83,7 +89,8 @@ def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -
         f"`{grid.interference}`, one thread in turn of each. {grid.num_cpus} CPUs: placement `reserved` keeps {grid.num_reserved} for the client "
         "and our ingress processes and leaves the others to everything else; with `sharing` all of it is everywhere.",
         "TTFT counts from the time a request was meant to be sent. A figure with >= is a lower bound: requests were cut off when a cell's time was "
-        "over, and count by how long they had waited. `retained` is tokens/s while requests were sent, against 0 threads.",
+        "over, and count by how long they had waited. `retained` is tokens/s while requests were sent, against 0 threads. `0 again` is a second run "
+        "without interference: by so much do two runs of the same differ.",
     ]
     names = ("date", "gpu", "driver", "cpus", "kernel", "blinkimp", "commit", "idle_gpu_w")
     rows = [
@@ -100,6 +107,7 @@ def claim_row(
     wanted = {cell.threads for cell in planned}
     found = {cell.threads: cells.get(cell.key) for cell in planned}
     isolated = found.get(0)
+    again = cells.get(replace(planned[0], threads=0, is_again=True).key)
 
     def told(value: object, threads: int) -> object:
         return value if value is not None else NOT_RUN if threads in wanted else None
@@ -109,7 +117,8 @@ def claim_row(
     for key in P99.values():
         times = {threads: multiple(found.get(threads), isolated, key) for threads in levels}
         within += [None if value is None else value <= TOLERANCE for n, value in times.items() if n in wanted]
-        row += [figure(isolated, key), *(told(value, threads) for threads, value in times.items())]
+        row += [figure(isolated, key), multiple(again, isolated, key)]
+        row += [told(value, threads) for threads, value in times.items()]
     for threads in levels:
         left = multiple(found.get(threads), isolated, "steady_output_throughput")
         row.append(told(None if left is None else f"{left:.1%}", threads))
@@ -121,7 +130,7 @@ def claim(grid: EvidenceGrid, cells: Cells) -> Section:
     levels = [threads for threads in grid.threads if threads > 0]
     headings = ["engine", "over", "placement", "load"]
     for name in P99:
-        headings += [f"{name} p99 ms, 0 threads", *(f"x at {threads}" for threads in levels)]
+        headings += [f"{name} p99 ms, 0 threads", "x at 0 again", *(f"x at {threads}" for threads in levels)]
     headings += [*(f"retained at {threads}" for threads in levels), "within 5 %"]
     rows = [
         claim_row(group, load, planned, levels, cells)
@@ -227,11 +236,11 @@ def scaling_plots(grid: EvidenceGrid, cells: Cells) -> list[Plot]:
 def everything(grid: EvidenceGrid, cells: Cells) -> list[Section]:
     """A table for each load: every planned cell."""
     sections = []
-    for load, of_load in by_load(grid).items():
+    for load, of_load in by_load(grid, with_again=True).items():
         rows: list[list[object]] = []
         for cell in of_load:
             found = cells.get(cell.key)
-            words = [cell.engine, cell.transport, cell.placement, cell.threads]
+            words = [cell.engine, cell.transport, cell.placement, threads_of(cell)]
             rows.append([*words, *figures_of_report(None if found is None else found["report"])])
         sections.append(Section(load, ("engine", "over", "placement", "threads", *REPORT_HEADINGS), rows))
     return sections
@@ -246,7 +255,7 @@ CAUSE_HEADINGS: Final = (
 def causes(grid: EvidenceGrid, cells: Cells) -> Section:
     """What the host went through in each cell: why a latency is what it is."""
     rows: list[list[object]] = []
-    for load, of_load in by_load(grid).items():
+    for load, of_load in by_load(grid, with_again=True).items():
         for cell in of_load:
             if (found := cells.get(cell.key)) is None:
                 continue
@@ -255,7 +264,7 @@ def causes(grid: EvidenceGrid, cells: Cells) -> Section:
             done = found["interference_units_per_s"] or {}
             rows.append(
                 [
-                    *(cell.engine, cell.transport, cell.placement, load, cell.threads),
+                    *(cell.engine, cell.transport, cell.placement, load, threads_of(cell)),
                     *(None if share is None else f"{share:.1%}" for share in pressure),
                     host["context_switches_per_s"],
                     sum(process["cpu_share"] for process in host["processes"]),

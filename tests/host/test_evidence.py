@@ -60,20 +60,20 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
     call.kill()
     call.wait()
     left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
-    assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 4
+    assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 5
     assert main(flags) == 0
     said = capsys.readouterr().out
-    assert "ending engine vllm" in said and f"4 cells, {len(before)} of them measured before" in said
+    assert "ending engine vllm" in said and f"5 cells, {len(before)} of them measured before" in said
     assert start_time(left["pid"]) != left["started"] and not (folder / "engine.json").exists()
     after = cells_in(folder)
-    assert len(after) == 4 and before.items() <= after.items()
+    assert len(after) == 5 and before.items() <= after.items()
     assert main(flags) == 0
-    assert "4 of 4 cells measured; all done" in capsys.readouterr().out and cells_in(folder) == after
+    assert "5 of 5 cells measured; all done" in capsys.readouterr().out and cells_in(folder) == after
     calls = json.loads((folder / "calls.json").read_text())
     assert len(calls) == 2 and [start["engine"] for start in calls[1]["starts"]] == ["vllm"]
     report = tmp_path / "RESULTS.md"
     assert main(["lab", "evidence", "--resume", str(folder), "--report", str(report)]) == 0
-    assert "4 of 4 cells were measured" in report.read_text()
+    assert "5 of 5 cells were measured" in report.read_text()
 
 
 def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_engine_that_does_not_start_leaves_the_others_be(tmp_path: Path, caps
     said = capsys.readouterr().out
     assert "persistent: its command ended with status 2" in said.replace("engine persistent: its", "persistent: its")
     assert "unrecognized arguments: --nothing-of-the-kind" in said  # the end of its log
-    assert len(cells_in(folder)) == 2
+    assert len(cells_in(folder)) == 3
 
 
 def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,7 @@ def test_the_most_important_cells_come_first_and_rounds_stay_together() -> None:
     assert [cell.label for cell in first] == [
         f"persistent over http, reserved, 512x128, rate 8, {threads} threads" for threads in (0, 64, 16, 32)
     ]
+    assert cells[4].label == f"{cells[0].label} again" and sum(cell.is_again for cell in cells) == len(ENGINES)
     rounds = [cell.round for cell in cells]
     assert rounds == sorted(rounds) and set(rounds) == {1, 2, 3}
     for number in (1, 2, 3):  # an engine's cells of a round are one stretch: one start
@@ -194,7 +195,7 @@ def test_the_plan_is_printed_without_anything_being_run(tmp_path: Path, capsys: 
     folder = tmp_path / "evidence"
     assert main(["lab", "evidence", "--resume", str(folder), "--plan", "--cpus", "16"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("call 1\n      0 s  start persistent (75 s)\n") and "tier 1 (round 1): 12 of 12" in said
+    assert said.startswith("call 1\n      0 s  start persistent (75 s)\n") and "tier 1 (round 1): 15 of 15" in said
     assert not folder.exists()
 
 
