@@ -14,7 +14,7 @@ import pytest
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import open_trace
 from blinkimp.host.trace_reader import TraceReader, events_of, high_half
-from blinkimp.nic_shim.queue_pair import PortStatus
+from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
 from blinkimp.ring_abi import TraceKind
 from tests.host.engine_support import (
     PortClient,
@@ -125,3 +125,22 @@ def test_the_trace_of_a_host_that_schedules(tiny: Path) -> None:
     assert starts["step"].tolist() == ends["step"].tolist() == list(range(len(starts)))
     sampled = events_of(events, TraceKind.OP_TIMES)
     assert sampled["step"].tolist() == list(range(0, len(starts), 4))
+
+
+def test_a_slot_of_counts_that_others_had_meanwhile(tiny: Path) -> None:
+    """Long requests with penalties give way to short ones before them, which count in the slots that they come back to."""
+    options = {"num_pages": 9, "max_context": 256, "max_batch": 6, "prefix_cache": False}
+    sampling = sampling_record(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.2, ignore_eos=True)
+    said: dict[str, list[list[int]]] = {}
+    for orchestrator in ("gpu", *IN_THE_HOST):
+        with (
+            running_engine(tiny, orchestrator=orchestrator, **options) as engine,
+            PortClient(engine.config.engine_name, 0) as client,
+        ):
+            ids = [client.submit([50 + i, 7, 9], 220, sampling) for i in range(6)]
+            client.wait_begun(ids)
+            ids += [client.submit([i % 40 + 3] * 60, 6, sampling, priority=-8) for i in range(80)]
+            client.wait_all(60)
+            said[orchestrator] = [client.streams[i].tokens for i in ids]
+            assert engine.status()["preemptions"] >= 1, orchestrator
+    assert said["cpu"] == said["gpu"] and said["cpu-ahead"] == said["gpu"]
