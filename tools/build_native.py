@@ -28,11 +28,11 @@ DEFAULT_OUTPUT = ROOT / "blinkimp" / "_native.so"
 
 BASE_FLAGS = ["-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-fvisibility=default"]
 OPTIMISED_FLAGS = ["-O3"]
-# -O1 keeps the accesses that a sanitizer must see; frame pointers make its stacks readable.
+# -O1 keeps the accesses that a sanitizer must see; frame pointers and line tables (-g1) make its stacks readable.
 SANITIZE_FLAGS = {
-    "thread": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
-    "address": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address"],
-    "undefined": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address"],
+    "undefined": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
 }
 RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so", "undefined": "libubsan.so"}
 

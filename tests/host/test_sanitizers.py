@@ -17,7 +17,7 @@ import pytest
 from tests.support import ROOT
 
 SOURCE = ROOT / "tests" / "host" / "stress" / "ring_stress.cpp"
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
 # The folder before device/: its lanes.cuh is the one to be found.
 LANES = ["-DBK_TEST_LANES", f"-I{ROOT / 'tests' / 'host' / 'lanes'}"]
 BUILDS = {
