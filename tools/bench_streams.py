@@ -62,14 +62,16 @@ class Process:
     pid: int
     cpu_begin_s: float = 0.0
     cpu_end_s: float = 0.0
-    pss_kb: list[int] = field(default_factory=list)
-    rss_kb: list[int] = field(default_factory=list)
+    anonymous_kb: list[int] = field(default_factory=list)  # heaps and stacks: what can leak
+    pss_kb: list[int] = field(
+        default_factory=list
+    )  # and its share of libraries and of the rings, which count as they are first touched
 
     def sample(self) -> None:
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
         values = {line.split(":")[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
+        self.anonymous_kb.append(values["Anonymous"])
         self.pss_kb.append(values["Pss"])
-        self.rss_kb.append(values["Rss"])
 
     def cpu_s(self) -> float:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
@@ -99,7 +101,7 @@ class Server:
         flags: dict[str, Any] = {
             "load_format": "null", "null_step_us": step_us, "device": "emulated", "engine_name": self.engine_name,
             "bind": self.addresses["zmq"], "http": self.addresses["http"], "num_queue_pairs": 2, "max_batch": 512,
-            "max_context": 2048, "num_completions": 1 << 16, "max_outstanding": 4 * num_streams, "max_requests_per_s": 1 << 20,
+            "max_context": 2048, "num_completions": 1 << 16, "arena_bytes": 1 << 20, "max_outstanding": 4 * num_streams, "max_requests_per_s": 1 << 20,
             "trace_events": TRACE_EVENTS, "log_level": "info",
         }  # fmt: skip
         self._log_path = folder / "server.log"
@@ -262,16 +264,17 @@ def summary_of(arrivals: dict[str, Any], times: TokenTimes, begin_ns: int, end_n
 
 
 def memory_of(process: Process) -> dict[str, Any]:
-    """PSS in MB: the median of the first and of the last tenth, and the slope of a straight line through the second half."""
-    pss = np.array(process.pss_kb, float) / 1024
-    tenth, half = max(1, len(pss) // 10), len(pss) // 2
-    slope = float(np.polyfit(np.arange(len(pss) - half), pss[half:], 1)[0]) if len(pss) - half > 2 else 0.0
+    """MB: medians of the first and of the last tenth of the run, and the slope of a straight line through the second half."""
+    anonymous, pss = (np.array(values, float) / 1024 for values in (process.anonymous_kb, process.pss_kb))
+    tenth, rest = max(1, len(pss) // 10), anonymous[len(anonymous) // 2 :]
+    slope = float(np.polyfit(np.arange(len(rest)), rest, 1)[0]) if len(rest) > 2 else 0.0
     return {
+        "anonymous_mb_first": round(float(np.median(anonymous[:tenth])), 2),
+        "anonymous_mb_last": round(float(np.median(anonymous[-tenth:])), 2),
+        "anonymous_mb_max": round(float(anonymous.max()), 2),
+        "anonymous_slope_kb_per_minute_second_half": round(slope * 1024 * 60, 2),
         "pss_mb_first": round(float(np.median(pss[:tenth])), 2),
         "pss_mb_last": round(float(np.median(pss[-tenth:])), 2),
-        "pss_mb_max": round(float(pss.max()), 2),
-        "rss_mb_last": round(float(np.median(process.rss_kb[-tenth:])) / 1024, 2),
-        "slope_kb_per_minute_second_half": round(slope * 1024 * 60, 2),
         "num_samples": len(pss),
     }
 
@@ -290,8 +293,9 @@ def describe(run: dict[str, Any]) -> str:
         )
     for name, figures in run["memory"].items():
         lines.append(
-            f"      {name:13} PSS {figures['pss_mb_first']:7.1f} -> {figures['pss_mb_last']:7.1f} MB, "
-            f"{figures['slope_kb_per_minute_second_half']:+.1f} KB a minute over the second half"
+            f"      {name:13} anonymous {figures['anonymous_mb_first']:7.2f} -> {figures['anonymous_mb_last']:7.2f} MB, "
+            f"{figures['anonymous_slope_kb_per_minute_second_half']:+.1f} KB a minute over the second half; "
+            f"PSS {figures['pss_mb_first']:.1f} -> {figures['pss_mb_last']:.1f} MB"
         )
     return "\n".join(lines)
 

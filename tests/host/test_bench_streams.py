@@ -53,7 +53,7 @@ def test_both_transports_are_measured(result: Any, transport: str) -> None:
 def test_every_process_is_watched(result: Any) -> None:
     (run,) = result["runs"]["both"]
     assert set(run["memory"]) == set(run["cpu_percent"]) == {"host", "device", "zmq ingress", "http ingress"}
-    assert all(figures["pss_mb_last"] > 1 for figures in run["memory"].values())
+    assert all(figures["anonymous_mb_last"] > 1 for figures in run["memory"].values())
 
 
 def test_the_figures_say_where_they_are_from(result: Any) -> None:

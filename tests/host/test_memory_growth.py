@@ -47,6 +47,6 @@ def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
         serve(NUM_MEASURED)
         for process in processes:
             process.sample()
-            before, after = process.pss_kb
+            before, after = process.anonymous_kb
             grown = (after - before) * 1024 / NUM_MEASURED
             assert grown < MOST_BYTES_A_REQUEST, f"{process.name}: {grown:.0f} bytes a request, {before} -> {after} KB"
