@@ -11,9 +11,11 @@ from __future__ import annotations
 import gc
 from typing import Final
 
-YOUNG_OBJECTS: Final = 20_000  # new ones, less those that went, between two looks at the young
-YOUNG_LOOKS: Final = 50  # between two looks at the middle generation
-MIDDLE_LOOKS: Final = 20  # between two looks at all that is not frozen
+YOUNG_OBJECTS: Final = 10_000  # new ones, less those that went, between two looks at the young
+# Looks at the young between two at the middle generation, and so on for the oldest. More looks would let what a request's end leaves in cycles
+# pile up: with 50 it was some megabytes.
+YOUNG_LOOKS: Final = 5
+MIDDLE_LOOKS: Final = 10
 
 
 def calm_collector() -> None:
