@@ -101,8 +101,8 @@ class Server:
         flags: dict[str, Any] = {
             "load_format": "null", "null_step_us": step_us, "device": "emulated", "engine_name": self.engine_name,
             "bind": self.addresses["zmq"], "http": self.addresses["http"], "num_queue_pairs": 2, "max_batch": 512,
-            "max_context": 2048, "num_completions": 1 << 16, "arena_bytes": 1 << 20, "max_outstanding": 4 * num_streams, "max_requests_per_s": 1 << 20,
-            "trace_events": TRACE_EVENTS, "log_level": "info",
+            "max_context": 2048, "num_completions": 1 << 16, "arena_bytes": 1 << 20, "max_outstanding": 4 * num_streams,
+            "max_requests_per_s": 1 << 20, "trace_events": TRACE_EVENTS, "log_level": "info",
         }  # fmt: skip
         self._log_path = folder / "server.log"
         command = [sys.executable, "-m", "blinkimp", "serve"]
