@@ -12,6 +12,7 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions, make_plan
 from blinkimp.bench.record import Record
 from blinkimp.bench.replay import ReplayPlan, compare_outputs, openai_fields, submit_of
+from blinkimp.cli.bench import replay_line
 from blinkimp.protocol import Constraint, Sampling
 from blinkimp.trace.arrivals import (
     Arrival,
@@ -93,6 +94,8 @@ def test_outputs_are_held_against_the_live_runs(tmp_path: Path) -> None:
         record.end(2)
     found = compare_outputs(plan, records)
     assert found == {"num_arrivals": 5, "num_compared": 2, "num_identical": 1, "differing": [1]}
+    assert replay_line(found) == "replay: 1 of 2 outputs identical, token by token; not those of requests 1"
+    assert "no output to compare" in replay_line({"num_compared": 0})
     records[1].token_ids = None  # a protocol that does not tell
     assert compare_outputs(plan, records)["num_compared"] == 1
 

@@ -36,6 +36,25 @@ def test_rows_are_what_the_events_say() -> None:
     assert len(buckets) == 1 and bucket_value_ns(int(buckets[0])) == pytest.approx(SHAPE.step_ns, rel=0.05)
 
 
+@pytest.mark.parametrize("num_pieces", [1, 2])
+def test_stalls_preemptions_and_cancels_are_counted(num_pieces: int) -> None:
+    rows = [
+        (10, TraceKind.RECEIVED, 40 | 9 << 32), (20, TraceKind.QUEUED, 40 | 9 << 32), (30, TraceKind.ADMITTED, 16 | 1 << 32),
+        (40, TraceKind.CHUNK, 16 | 24 << 32), (50, TraceKind.TOKEN, 0), (60, TraceKind.STALLED, 0), (70, TraceKind.STALLED, 0),
+        (80, TraceKind.PREEMPTED, 41), (90, TraceKind.ADMITTED, 32 | 1 << 32), (100, TraceKind.CHUNK, 32 | 9 << 32),
+        (110, TraceKind.TOKEN, 1), (120, TraceKind.CANCEL_ASKED, 0), (125, TraceKind.POLLED, 0),
+        (130, TraceKind.FINISHED, int(FinishReason.CANCELLED) | 2 << 32), (140, TraceKind.FINISH_DRAINED, 0), (150, TraceKind.ENDED, 2),
+    ]  # fmt: skip
+    events = make_events([(time_ns, int(kind), 3, 0, 77, argument) for time_ns, kind, argument in rows])
+    (row,) = scan(events, num_pieces).requests
+    expected = {
+        "id": 77, "queue_pair": 3, "num_stalls": 2, "num_preemptions": 1, "lost_tokens": 41, "cached_tokens": 16, "num_chunks": 2,
+        "chunk_rows": 33, "num_tokens": 2, "first_token": 50, "last_token": 110, "longest_gap_ns": 60, "admitted": 30, "cancel_asked": 120,
+        "reason": int(FinishReason.CANCELLED), "output_tokens": 2, "finish_drained": 140, "ended": 150, "is_error": 0,
+    }  # fmt: skip
+    assert {name: int(row[name]) for name in expected} == expected
+
+
 @pytest.mark.parametrize("num_pieces", [2, 3, 7])
 def test_the_number_of_pieces_does_not_matter(num_pieces: int) -> None:
     events = make_trace(3000, SHAPE)
