@@ -3,14 +3,11 @@
 It lets the ingress be tested and measured without an engine. The token at position p of a request (prompt included) is
 script[p % len(script)], so a request that was resubmitted with the tokens it had goes on with the right one. Plain numpy loads
 and stores: aligned words on x86-64 and its store order suffice for a test.
-Used by tests/host/test_ingress_port.py, tests/host/test_zmq_ingress.py and tools/bench_ingress.py; also runs as a process of its
-own: python -m tests.fake_director --engine NAME.
+Used by tests/host/test_ingress_port.py, tests/host/test_zmq_ingress.py and others.
 """
 
 from __future__ import annotations
 
-import argparse
-import signal
 import threading
 import time
 from collections import deque
@@ -350,29 +347,3 @@ class FakeDirector:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", required=True)
-    parser.add_argument("--queue-pairs", type=int, default=1)
-    parser.add_argument("--step-us", type=float, default=500.0, help="pause between steps; 0: as fast as it goes")
-    parser.add_argument("--max-context", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    arguments = parser.parse_args()
-    director = FakeDirector(
-        arguments.engine,
-        num_queue_pairs=arguments.queue_pairs,
-        geometry=QueuePairGeometry(),
-        max_context=arguments.max_context,
-        vocab_size=arguments.vocab_size,
-        step_s=arguments.step_us / 1e6,
-    )
-    signal.signal(signal.SIGTERM, lambda *_: director._stop.set())
-    print("ready", flush=True)
-    director.run()
-    director.close()
-
-
-if __name__ == "__main__":
-    main()
