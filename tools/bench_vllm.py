@@ -187,10 +187,10 @@ def bench(side: VllmSide, rows: Sequence[Row], shape: str, seconds: float, repor
         report["rows"].append(
             {"name": row.name, "phase": row.phase, "batch": row.batch, "context": row.context, "vllm": times}
         )
-        client, joules = times["client"], times["j_per_token"]
+        client, joules, above = times["client"], times["j_per_token"], times["j_per_token_above_idle"]
         print(
             f"{row.name:9}{client['median_ms']:10.3f} ms  p10 {client['p10_ms']:.3f}  p90 {client['p90_ms']:.3f}"
-            f"{'' if joules is None else f'  {joules:.4f} J/token'}",
+            f"{'' if joules is None else f'  {joules:.4f} J/token'}{'' if above is None else f', {above:.4f} above idle'}",
             flush=True,
         )
 

@@ -70,8 +70,8 @@ def fill_rows(
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
 HEADINGS = (
-    f"{'':9}|{'blinkimp ms':>12}{'p10':>9}{'p90':>9}{'client':>9}{'x limit':>9}{'TB/s':>7}{'TFLOP/s':>9}{'J/token':>9} "
-    f"|{'torch ms':>9}{'p90':>9}{'client':>9}{'x limit':>9}{'J/token':>9} |{'limit ms':>9}{'torch / blinkimp':>18}"
+    f"{'':9}|{'blinkimp ms':>12}{'p10':>9}{'p90':>9}{'client':>9}{'x limit':>9}{'TB/s':>7}{'TFLOP/s':>9}{'J/token':>9}{'> idle':>8} "
+    f"|{'torch ms':>9}{'p90':>9}{'client':>9}{'x limit':>9}{'J/token':>9}{'> idle':>8} |{'limit ms':>9}{'torch / blinkimp':>18}"
 )
 
 
@@ -83,19 +83,19 @@ def table_line(row: Mapping[str, Any]) -> str:
     line = f"{row['name']:9}|"
     ours, theirs = row.get("blinkimp"), row.get("torch")
     if ours is None:
-        line += f"{'-':>12}" + " " * 61 + " |"
+        line += f"{'-':>12}" + " " * 69 + " |"
     else:
         line += number(ours["device"]["median_ms"], 12, 3)
         line += number(ours["device"]["p10_ms"], 9, 3) + number(ours["device"]["p90_ms"], 9, 3)
         line += number(ours["client"]["median_ms"], 9, 3) + number(ours.get("ratio_to_limit"), 9, 2)
         line += number(ours.get("achieved_tb_per_s"), 7, 2) + number(ours.get("achieved_tflop_per_s"), 9, 1)
-        line += number(ours["j_per_token"], 9, 4) + " |"
+        line += number(ours["j_per_token"], 9, 4) + number(ours["j_per_token_above_idle"], 8, 4) + " |"
     if theirs is None:
-        line += f"{'-':>9}" + " " * 36 + " |"
+        line += f"{'-':>9}" + " " * 44 + " |"
     else:
         line += number(theirs["device"]["median_ms"], 9, 3) + number(theirs["device"]["p90_ms"], 9, 3)
         line += number(theirs["client"]["median_ms"], 9, 3) + number(theirs.get("ratio_to_limit"), 9, 2)
-        line += number(theirs["j_per_token"], 9, 4) + " |"
+        line += number(theirs["j_per_token"], 9, 4) + number(theirs["j_per_token_above_idle"], 8, 4) + " |"
     return line + number(row.get("limit_ms"), 9, 3) + number(row.get("speedup_over_torch"), 18, 2)
 
 
@@ -130,4 +130,5 @@ def print_report(report: Mapping[str, Any]) -> None:
     uncompiled = [row["name"] for row in report["rows"] if row.get("torch", {}).get("variant", "").startswith("graph")]
     if uncompiled:
         print(f"torch without compilation (over --compile-budget-s, or --torch-backend none): {', '.join(uncompiled)}")
+    print("> idle: J/token without what the idle GPU draws")
     print("ms: median by the device's clock; decode is per token of each request, prefill up to the first token")

@@ -22,12 +22,19 @@ from step_rows import parse_row  # noqa: E402  (the path above comes first)
 
 HEADINGS = (
     *("", "blinkimp", "p10 - p90", "client", "torch", "vLLM", "limit", "blinkimp / limit", "torch / blinkimp", "vLLM / blinkimp"),
-    *("TB/s", "TFLOP/s", "J/token", "torch's J/token"),
+    *("TB/s", "TFLOP/s", "J/token", "above idle", "torch's J/token", "torch's above idle"),
 )  # fmt: skip
 
 
 def text_of(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def energy_of(side: Mapping[str, Any] | None) -> tuple[str, str]:
+    """J/token as drawn, and without what an idle GPU draws."""
+    if side is None:
+        return "-", "-"
+    return text_of(side["j_per_token"], 4), text_of(side["j_per_token_above_idle"], 4)
 
 
 def line_of(row: Mapping[str, Any], vllm: Mapping[str, Any] | None) -> str:
@@ -47,8 +54,8 @@ def line_of(row: Mapping[str, Any], vllm: Mapping[str, Any] | None) -> str:
         text_of(None if ours_ms is None or vllm_ms is None else vllm_ms / ours_ms),
         text_of(None if ours is None else ours.get("achieved_tb_per_s")),
         text_of(None if ours is None else ours.get("achieved_tflop_per_s"), 0),
-        text_of(None if ours is None else ours["j_per_token"], 4),
-        text_of(None if theirs is None else theirs["j_per_token"], 4),
+        *energy_of(ours),
+        *energy_of(theirs),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -19,7 +19,7 @@ tool = load_tool("step_table")
 def side(median_ms: float) -> dict[str, Any]:
     times = {"median_ms": median_ms, "p10_ms": median_ms - 0.1, "p90_ms": median_ms + 0.1, "n": 9}
     rates = {"ratio_to_limit": 1.1, "achieved_tb_per_s": 4.2, "achieved_tflop_per_s": 100.0}
-    return {"device": times, "client": times, "j_per_token": 2.5, **rates}
+    return {"device": times, "client": times, "j_per_token": 2.5, "j_per_token_above_idle": 2.25, **rates}
 
 
 def test_each_row_is_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +45,7 @@ def test_each_row_is_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureF
     assert got[""] == "decode, batch 1, context 1024" and got["vLLM / blinkimp"] == "1.50"
     assert (got["blinkimp"], got["torch"], got["vLLM"], got["limit"]) == ("4.00", "5.00", "6.00", "3.30")
     assert got["p10 - p90"] == "3.90 - 4.10" and got["J/token"] == "2.5000"
+    assert (got["above idle"], got["torch's above idle"]) == ("2.2500", "2.2500")
 
 
 def test_what_is_no_report_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
