@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.lab.evidence import read_grid
 from blinkimp.lab.evidence_plan import EvidenceCell, EvidenceGrid, cells_of
+from blinkimp.lab.evidence_state import read_grid
 from blinkimp.lab.pages import Section, html_of, write_markdown
 from blinkimp.lab.plots import Line, Plot, line_plot
 from blinkimp.lab.store import Store

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from blinkimp.cli import main
-from blinkimp.lab.evidence import start_time
+from blinkimp.lab.evidence_state import start_time
 from tests.support import python_path
 
 # An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.

@@ -19,7 +19,6 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.cli import evidence as cli
 from blinkimp.cli import lab, main
 from blinkimp.host.checkpoint import read_model_config
-from blinkimp.lab.evidence import merged
 from blinkimp.lab.evidence_plan import (
     STOP_S,
     EngineFacts,
@@ -30,6 +29,7 @@ from blinkimp.lab.evidence_plan import (
     next_action,
     simulate,
 )
+from blinkimp.lab.evidence_state import merged
 from blinkimp.lab.shape_model import LLAMA_3_8B, write_model
 from blinkimp.lab.sweep import Point, parse_scenario
 
