@@ -68,6 +68,8 @@ class Jobs:
     def __init__(self, server: ServerProcess, stop: str, num_tokens: int = NUM_TOKENS) -> None:
         sampling = {**ZMQ_JOBS, "stopped": {**STOPPED, "stop": [stop]}}
         self._server, self._num_tokens = server, num_tokens
+        # All connect, then all submit: a stream must not be over before another has begun.
+        self._all_connected = threading.Barrier(len(sampling) + 1, timeout=PATIENCE_S)
         self.jobs = [
             Job(name, lambda job, options=options: self._over_zmq(job, options)) for name, options in sampling.items()
         ]
@@ -76,6 +78,8 @@ class Jobs:
     def _over_zmq(self, job: Job, options: dict[str, Any]) -> Any:
         with Client(self._server.endpoints[0], timeout_s=PATIENCE_S) as client:
             timeout_s = DEADLINE_S if job.name == "deadline" else None
+            client.health()
+            self._all_connected.wait()
             with client.submit(PROMPT, max_tokens=self._num_tokens, timeout_s=timeout_s, **options) as stream:
                 chunks = []
                 for chunk in stream:
@@ -101,6 +105,8 @@ class Jobs:
         }
         connection = http.client.HTTPConnection("127.0.0.1", self._server.http_port, timeout=PATIENCE_S)
         try:
+            connection.connect()
+            self._all_connected.wait()
             connection.request("POST", "/v1/completions", json.dumps({**body, "ignore_eos": True}))
             response = connection.getresponse()
             assert response.status == 200, response.read()

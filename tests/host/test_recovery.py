@@ -27,6 +27,7 @@ from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
 from tests.support import PATIENCE_S
 
 DEVICE = "host.emulated_process"
+NUM_TRIES = 20
 OPTIONS: dict[str, Any] = {"max_restarts": 100, "constraint_slots": 2, "num_queue_pairs": 3}
 
 
@@ -59,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPro
         assert undisturbed["stopped"][5] == stop and undisturbed["constrained"][4] in ("length", "eos")
         yield server, folder, undisturbed, stop
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
         assert left_behind(server) == []
 
 
@@ -69,11 +70,15 @@ def kill_device(server: ServerProcess) -> None:
 
 def begin_and_freeze(server: ServerProcess, stop: str) -> Jobs:
     """All jobs, each in the middle of its stream, and a device that stands still."""
-    jobs = Jobs(server, stop)
-    jobs.wait_begun()
-    os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
-    assert jobs.num_ended == 0, "every stream must be in its middle"
-    return jobs
+    for _ in range(NUM_TRIES):
+        jobs = Jobs(server, stop)
+        jobs.wait_begun()
+        os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
+        if jobs.num_ended == 0:
+            return jobs
+        os.kill(server.pid_of(DEVICE), signal.SIGCONT)  # this process was too slow for some stream: once more
+        jobs.join()
+    raise AssertionError(f"a stream was over before all had begun, {NUM_TRIES} times")
 
 
 @pytest.mark.parametrize("symptom", [Symptom.FAULT_RECORD, Symptom.HEARTBEAT_STALL])
@@ -141,7 +146,7 @@ def test_sigterm_while_recovering_finishes_the_streams(tmp_path: Path) -> None:
         results = streams.join()
         assert [(len(tokens), reason) for tokens, reason in results] == [(400, "length")] * 4
         assert len({tuple(tokens) for tokens, _ in results}) == 1
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
         assert any("draining while" in line for line in server.log) and left_behind(server) == []
         assert [report.symptom for report in reports(tmp_path)] == [Symptom.HOST_DEATH]
 
@@ -151,7 +156,7 @@ def test_sigterm_while_recovering_with_nothing_to_finish_ends_at_once(tmp_path: 
         kill_device(server)
         server.wait_for_log("started again")
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
         assert left_behind(server) == [] and not any("is back" in line for line in server.log)
 
 
@@ -160,13 +165,15 @@ def test_server_gives_up_when_the_restarts_are_used_up(tmp_path: Path) -> None:
         with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
             stream = client.submit(PROMPT, max_tokens=1500, **GREEDY)
             next(stream)
-            kill_device(server)
-            server.wait_for_log("is back")
-            wait_for(lambda: server.status()["num_running"] == 1, PATIENCE_S, "the stream goes on")
+            first = server.pid_of(DEVICE)
+            os.kill(first, signal.SIGSTOP)  # the stream is in its middle and stays there
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: server.pid_of(DEVICE) not in (0, first), PATIENCE_S, "the next device loads")
             kill_device(server)
             with pytest.raises(RequestRefusedError) as caught:
                 stream.result()
             assert caught.value.code == "engine_lost"
-        assert server.wait(30) == 1
+        assert server.wait(PATIENCE_S) == 1
         assert any("max_restarts is 1 within 10 minutes" in line for line in server.log)
-        assert left_behind(server) == [] and len(reports(tmp_path)) == 2
+        assert left_behind(server) == []
+        assert reports(tmp_path)[0].symptom == Symptom.DEVICE_DEATH
