@@ -7,7 +7,8 @@
 
 `blinkimp serve --load-format null` runs as for a user: host, emulated device, ingress processes; the null program gives each running request
 a token a step, --rate tokens/s over all streams. Clients (tools/stream_clients.py) are processes of their own. All of it shares this
-machine's CPUs. Added latency of a token: from the director's commit of it, by the engine's trace, to the client's receipt of it.
+machine's CPUs; where others use them too, `chrt -r 1` in front gives what a quiet machine would, and the figures say so. Added latency of
+a token: from the director's commit of it, by the engine's trace, to the client's receipt of it.
 Test: pytest tests/host/test_bench_streams.py
 """
 
@@ -52,6 +53,7 @@ TRACE_READ_S: Final = 0.5
 SAMPLED_STREAMS: Final = 128  # so many streams' arrivals are kept, of a long run fewer
 MAX_SAMPLED_TOKENS: Final = 2_000_000
 START_TIMEOUT_S: Final = 60.0
+SCHEDULERS: Final = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
 
 
 @dataclass
@@ -321,6 +323,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": names[0] if names else platform.machine(),
         "num_cpus": len(os.sched_getaffinity(0)),
+        "scheduler": SCHEDULERS.get(os.sched_getscheduler(0), "?") + f", nice {os.nice(0)}",
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
