@@ -135,8 +135,8 @@ class EngineSlot:
 
     @property
     def is_ending(self) -> bool:
-        """Whether the engine that there is now was asked to end."""
-        return self._life.is_asked_to_end
+        """Whether the engine that there is now was asked to end; between two engines: no."""
+        return self.phase != Phase.BACKOFF and self._life.is_asked_to_end
 
     # ---- Orders ------------------------------------------------------------------------------------------------------
     def ask_to_end(self) -> None:

@@ -213,7 +213,7 @@ def test_signal_while_the_first_engine_loads_ends_it(bench: Bench) -> None:
 def test_fault_while_draining_is_recovered_from(bench: Bench) -> None:
     bench.run()
     bench.slot.ask_to_end()
-    assert bench.fault() == Phase.BACKOFF
+    assert bench.slot.is_ending and bench.fault() == Phase.BACKOFF and not bench.slot.is_ending
     assert bench.look(BACKOFFS_S[0] + 0.1) == Phase.LOADING and not bench.slot.is_ending
     bench.slot.ask_to_end()
     assert bench.child.signals == [signal.SIGTERM]
