@@ -155,9 +155,14 @@ def set_up_logging(
     handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(text_format, datefmt))
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
     if log_format == "json":
-        logging.captureWarnings(True)
-        sys.excepthook = _log_uncaught
-        threading.excepthook = _log_uncaught_of_thread
+        log_uncaught()
+
+
+def log_uncaught() -> None:
+    """From now on warnings and uncaught exceptions are lines of the log, not text on stderr."""
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_of_thread
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

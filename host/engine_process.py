@@ -30,6 +30,7 @@ from blinkimp.host.engine_lock import EngineLock
 from blinkimp.host.fault_report import write_fault_report
 from blinkimp.host.tuning import TuningError
 from blinkimp.host.watchdog import Symptom
+from blinkimp.logs import log_uncaught
 
 _log = logging.getLogger("blinkimp.host.engine_process")  # by this name also when run as a module
 
@@ -172,6 +173,8 @@ def main() -> int:
             os.write(events_fd, msgspec.json.encode(event, enc_hook=str) + b"\n")
 
     logging.basicConfig(level=order.config.log_level.upper(), handlers=[EventLog(emit)], format="%(message)s")
+    if order.config.log_format == "json":
+        log_uncaught()
     return EngineProcess(order, emit).run()
 
 
