@@ -108,11 +108,17 @@ def test_the_end_of_the_engine_ends_the_recording(tmp_path: Path) -> None:
         recorder = Recorder(engine.config.engine_name, path, pings=False)
         with PortClient(engine.config.engine_name, 1) as client:
             client.generate([4, 5], 3)
+        name = engine.config.engine_name
     with recorder:
         assert recorder.run(60.0).ended_by == "the engine has ended"
     trace = TraceFile(path)
     assert len(events_of(trace.events, TraceKind.TOKEN)) == 3
     assert not trace.clock.is_known, "neither pings nor an ingress that traces"
+    # One that was started anew has the old names, and other regions.
+    with running_engine(tmp_path, trace_events=LEAST_TRACE_EVENTS, engine_name=name):
+        recorder = Recorder(name, path, pings=False)
+    with running_engine(tmp_path, engine_name=name), recorder:
+        assert recorder.run(60.0).ended_by == "the engine was started anew"
 
 
 def test_two_recorders_do_not_mistake_each_others_pings(tmp_path: Path) -> None:
