@@ -11,6 +11,7 @@ from blinkimp.nic_shim.constraint_table import ConstraintTable, build_constraint
 from blinkimp.nic_shim.queue_pair import PortStatus
 from tests.host.engine_support import TINY_VOCAB, PortClient, Stream
 from tests.host.sampling_jobs import Job, digits_table, random_job
+from tests.support import PATIENCE_S
 
 BATCH_WORDS = 240 * 1024  # kBatchWords of device/step_update.cuh
 NUM_STATES = 2000  # of an automaton that is more than a batch holds
@@ -19,7 +20,7 @@ NUM_STATES = 2000  # of an automaton that is more than a batch holds
 def answers(client: PortClient, jobs: list[Job]) -> list[Stream]:
     """Of all of them side by side."""
     ids = [job.submit(client) for job in jobs]
-    client.wait_all(60)
+    client.wait_all(PATIENCE_S)
     return [client.streams[request_id] for request_id in ids]
 
 

@@ -26,6 +26,7 @@ from tests.host.engine_support import (
 )
 from tests.host.orchestrator_jobs import answers, large_table, long_jobs, mixed_jobs, walk_large_table
 from tests.host.sampling_jobs import Job, digits_table, table_of_dfa
+from tests.support import PATIENCE_S
 
 IN_THE_HOST = ("cpu", "cpu-ahead")
 
@@ -41,7 +42,7 @@ def run_jobs(tiny: Path, jobs: list[Job], orchestrator: str, **options: Any) -> 
             for slot in {job.slot for job in jobs if job.slot is not None}:
                 assert client.port.load_constraint(slot, digits_table().data) == PortStatus.OK
             streams = answers(client, jobs)
-            wait_for(lambda: engine.status()["num_pages_used"] == 0, 10, "pages are back")
+            wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
             status = engine.status()
         assert_all_pages_are_back(status)
         return streams, status
@@ -117,7 +118,7 @@ def test_the_trace_of_a_host_that_schedules(tiny: Path) -> None:
     with running_engine(tiny, **options) as engine, TraceReader(open_trace(engine.config.engine_name)) as reader:
         with PortClient(engine.config.engine_name, 0) as client:
             expected = [client.generate([1, 2, 3 + i], 20).tokens for i in range(3)]
-        wait_for(lambda: engine.status()["num_running"] == 0, 10, "all is over")
+        wait_for(lambda: engine.status()["num_running"] == 0, PATIENCE_S, "all is over")
         events = reader.read()
     tokens = high_half(events_of(events, TraceKind.TOKEN)["argument"]).tolist()
     assert tokens == [token for stream in expected for token in stream]
@@ -140,7 +141,7 @@ def test_a_slot_of_counts_that_others_had_meanwhile(tiny: Path) -> None:
             ids = [client.submit([50 + i, 7, 9], 220, sampling) for i in range(6)]
             client.wait_begun(ids)
             ids += [client.submit([i % 40 + 3] * 60, 6, sampling, priority=-8) for i in range(80)]
-            client.wait_all(60)
+            client.wait_all(PATIENCE_S)
             said[orchestrator] = [client.streams[i].tokens for i in ids]
             assert engine.status()["preemptions"] >= 1, orchestrator
     assert said["cpu"] == said["gpu"] and said["cpu-ahead"] == said["gpu"]

@@ -46,6 +46,7 @@ from tests.host.engine_support import (
 )
 from tests.host.orchestrator_jobs import answers, large_table, long_jobs, mixed_jobs, walk_large_table
 from tests.host.sampling_jobs import Job, digits_table
+from tests.support import PATIENCE_S
 
 NUM_WORKERS = 2
 
@@ -116,7 +117,7 @@ class FakeGpu(EmulatedDevice):
         ended = self.loop is None or self.loop.join(timeout_s)
         if not ended and self.loop is not None:
             self.loop.abandon()
-            assert self.loop.join(5), "an abandoned loop must end"
+            assert self.loop.join(PATIENCE_S), "an abandoned loop must end"
         if self.fake is not None:
             self.fake.fake_cuda_close()
         self.page.close()
@@ -194,7 +195,7 @@ def test_more_than_a_batch_holds(driver: Path, tiny: Path, kind: OrchestratorKin
 def test_a_lost_context_is_reported_in_the_drivers_words(driver: Path, tiny: Path) -> None:
     with running(driver, tiny, script={"fails_at_step": 5}) as (engine, device, client):
         client.submit([1, 2, 3], 100)
-        wait_for(lambda: not device.is_alive(), 10, "the loop ends")
+        wait_for(lambda: not device.is_alive(), PATIENCE_S, "the loop ends")
         with pytest.raises(EngineFaultError, match="got CUDA_ERROR_LAUNCH_FAILED"):
             engine.check()
         client.poll()
@@ -208,7 +209,7 @@ def test_a_workers_fault_record_is_what_is_reported(driver: Path, tiny: Path) ->
         client,
     ):
         client.submit([1, 2, 3], 100)
-        wait_for(lambda: not device.is_alive(), 10, "the loop ends")
+        wait_for(lambda: not device.is_alive(), PATIENCE_S, "the loop ends")
         with pytest.raises(EngineFaultError, match=r"SPIN_EXPIRED .* at kSiteGridBarrier"):
             engine.check()
         assert engine.status()["state"] == EngineState.FAULTED
@@ -217,7 +218,7 @@ def test_a_workers_fault_record_is_what_is_reported(driver: Path, tiny: Path) ->
 def test_a_step_that_hangs_outlives_its_budget(driver: Path, tiny: Path) -> None:
     with running(driver, tiny, spin_budget_ns=100_000_000, script={"hangs_at_step": 3}) as (engine, device, client):
         client.submit([1, 2, 3], 100)
-        wait_for(lambda: not device.is_alive(), 10, "the loop ends")
+        wait_for(lambda: not device.is_alive(), PATIENCE_S, "the loop ends")
         with pytest.raises(EngineFaultError, match=r"SPIN_EXPIRED .* at kSiteStepWait"):
             engine.check()
 
@@ -225,7 +226,7 @@ def test_a_step_that_hangs_outlives_its_budget(driver: Path, tiny: Path) -> None
 def test_a_hanging_step_does_not_hold_up_the_end(driver: Path, tiny: Path) -> None:
     with running(driver, tiny, script={"hangs_at_step": 3}) as (_, device, client):
         client.submit([1, 2, 3], 100)
-        wait_for(lambda: device.count("steps") == 3, 10, "the step hangs")
+        wait_for(lambda: device.count("steps") == 3, PATIENCE_S, "the step hangs")
         assert device.is_alive()
         assert not device.stop(0.2)
         device.fake = None

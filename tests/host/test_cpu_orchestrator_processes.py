@@ -30,6 +30,7 @@ from tests.host.engine_support import (
     wait_for,
 )
 from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
+from tests.support import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_stopped_host_says_no_token_and_goes_on_afterwards(tiny: Path, orchest
         ids = [client.submit([i % 4, 1], 400) for i in range(32)]
         client.wait_begun(ids)
         os.kill(host.process.pid, signal.SIGSTOP)
-        wait_for(lambda: process_state(host.process.pid) == "T", 5, "the host is stopped")
+        wait_for(lambda: process_state(host.process.pid) == "T", PATIENCE_S, "the host is stopped")
         time.sleep(0.05)
         client.poll()
         assert client.num_unfinished == 32, "the streams must still run when the host stops"
@@ -57,18 +58,18 @@ def test_a_stopped_host_says_no_token_and_goes_on_afterwards(tiny: Path, orchest
         assert client.poll() == 0 and host.status() == before, "somebody schedules although the host is stopped"
         assert process_state(host.device_pid) in "SR", "the device itself is awake"
         os.kill(host.process.pid, signal.SIGCONT)
-        client.wait_all(60)
+        client.wait_all(PATIENCE_S)
         assert all(client.streams[i].end == finished(FinishReason.LENGTH) for i in ids)
         assert all(client.streams[i].tokens == expected for i in ids[::4])
         host.process.send_signal(signal.SIGTERM)
-        assert host.wait(30)[0] == 0
+        assert host.wait(PATIENCE_S)[0] == 0
 
 
 def test_killed_device_is_reported_and_ends_the_host(tiny: Path) -> None:
     with HostProcess(tiny, orchestrator="cpu") as host, PortClient(host.engine_name, 0) as client:
         client.wait_begun([client.submit([i], 400) for i in range(32)])
         os.kill(host.device_pid, signal.SIGKILL)
-        returncode, stderr = host.wait(20)
+        returncode, stderr = host.wait(PATIENCE_S)
         assert returncode == 1
         assert "emulated device" in stderr and "SIGKILL" in stderr
         assert not list(SHM_DIR.glob(f"blinkimp.{host.engine_name}.*"))
@@ -78,7 +79,7 @@ def test_device_dies_with_a_killed_host(tiny: Path) -> None:
     with HostProcess(tiny, orchestrator="cpu") as host:
         host.process.kill()
         host.process.wait()
-        wait_for(lambda: process_state(host.device_pid) in "XZ", 5, "the device is dead")
+        wait_for(lambda: process_state(host.device_pid) in "XZ", PATIENCE_S, "the device is dead")
 
 
 def test_sigterm_drains_the_host(tiny: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_stop_ends_what_runs(tiny: Path) -> None:
         ids = [client.submit([i, 1], 400) for i in range(8)]
         client.wait_begun(ids)
         assert engine.halt() and engine.status()["state"] == EngineState.STOPPED
-        client.wait_all(10)
+        client.wait_all(PATIENCE_S)
         assert {client.streams[i].end for i in ids} <= {finished(FinishReason.DRAINING), finished(FinishReason.LENGTH)}
 
 
@@ -132,7 +133,7 @@ def test_a_server_answers_over_zeromq_and_http_and_recovers(tmp_path: Path) -> N
         (first, _), (second, _) = streams.join()
         assert first == second and len(first) == 400 and first[:24] == expected, "clients go on where they were"
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
 
 
 def device_pid(pid: int) -> int:
