@@ -21,7 +21,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-STREAM_BYTES: Final = 64 << 20  # each of two buffers of a thread: beyond its share of any cache
+STREAM_BYTES: Final = 64 << 20  # each of two buffers of a thread, at most: beyond its share of any cache
+STREAM_TOTAL_BYTES: Final = (
+    1 << 30
+)  # of one of the two, over all threads: many threads take less each, still beyond any cache
 TLB_PAGES: Final = 512
 READ_BYTES: Final = 64
 
@@ -124,7 +127,8 @@ class Work:
         self._kind = kind
         self._state: Any = None
         if kind == "stream":
-            self._state = np.ones(STREAM_BYTES // 8), np.zeros(STREAM_BYTES // 8)
+            num_bytes = min(STREAM_BYTES, STREAM_TOTAL_BYTES // num_threads)
+            self._state = np.ones(num_bytes // 8), np.zeros(num_bytes // 8)
         elif kind == "llc":
             # Together the threads want twice the cache.
             self._state = random_cycle(max(1 << 20, 2 * last_level_cache_bytes() // num_threads), thread_idx)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import json
 import os
 import random
@@ -59,7 +60,7 @@ class Counter:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.units = kind, 0
-        self.has_begun = threading.Event()
+        self.is_prepared = threading.Event()
 
 
 def loop_worker(kind: str, idx: int, num_threads: int) -> Callable[[], int]:
@@ -68,9 +69,16 @@ def loop_worker(kind: str, idx: int, num_threads: int) -> Callable[[], int]:
     return Work(kind, idx, num_threads).step
 
 
+@functools.cache
+def digits() -> bytes:
+    """A block for bzip2: made once, for a hundred threads would make theirs one after the other."""
+    words = random.Random(0)
+    return " ".join(str(words.randrange(10**6)) for _ in range(BZ2_BLOCK_BYTES // 6)).encode()[:BZ2_BLOCK_BYTES]
+
+
 def bz2_worker(idx: int) -> Callable[[], int]:
-    words = random.Random(idx)
-    block = " ".join(str(words.randrange(10**6)) for _ in range(BZ2_BLOCK_BYTES // 6)).encode()[:BZ2_BLOCK_BYTES]
+    begin = idx * 9973 % len(digits())
+    block = digits()[begin:] + digits()[:begin]  # memory of its own, and no two threads in step
 
     def step() -> int:
         bz2.compress(block, 9)  # releases the GIL
@@ -147,20 +155,26 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     for part in parts:
         if part in LOOPS:
             make(0, part)()  # compiled once, before the threads
+        elif part == "bz2":
+            digits()
+
+    go = threading.Event()  # none begins before all are prepared: those that burn would keep the others from it
 
     def work(idx: int, counter: Counter) -> None:
         step = make(idx, counter.kind)
         if counter.kind in LOOPS:
             step()  # touches its buffers: from `ready` on the work is what its name says
-        counter.has_begun.set()
+        counter.is_prepared.set()
+        go.wait()
         while True:
             counter.units += step()
 
     for idx, counter in enumerate(counters):
         threading.Thread(target=work, args=(idx, counter), daemon=True).start()
     for counter in counters:
-        counter.has_begun.wait()
+        counter.is_prepared.wait()
     began = time.monotonic()
+    go.set()
     print("ready", flush=True)
     sys.stdin.buffer.read()
     seconds = time.monotonic() - began
