@@ -83,7 +83,15 @@ class ScanTable:
 
 
 # ---- Native loops --------------------------------------------------------------------------------------------------------
-@njit(nogil=True, cache=True)
+def _native(function: Any) -> Any:
+    """Compiled at the first call; kept on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written to
+        return njit(nogil=True)(function)
+
+
+@_native
 def _survey(words, begin, end, base, counts):  # type: ignore[no-untyped-def]
     """Counts kinds; returns the least and the largest step number of step events, relative to `base`, modulo 2^32."""
     least, most = np.int64(1 << 62), np.int64(-(1 << 62))
@@ -97,7 +105,7 @@ def _survey(words, begin, end, base, counts):  # type: ignore[no-untyped-def]
     return least, most
 
 
-@njit(nogil=True, cache=True)
+@_native
 def _bucket(value):  # type: ignore[no-untyped-def]
     """Of a duration: the power of two, and SUB_BUCKETS parts of it."""
     if value < 16:
@@ -110,7 +118,7 @@ def _bucket(value):  # type: ignore[no-untyped-def]
     return (exponent - 3) * 16 + ((value >> (exponent - 4)) & 15)
 
 
-@njit(nogil=True, cache=True)
+@_native
 def _place(keys, slots, key):  # type: ignore[no-untyped-def]
     """The position of `key` in the open table, or of the free place where it belongs."""
     mask = np.uint64(len(keys) - 1)
@@ -120,7 +128,7 @@ def _place(keys, slots, key):  # type: ignore[no-untyped-def]
     return position
 
 
-@njit(nogil=True, cache=True)
+@_native
 def _rehash(rows, num_rows, keys, slots):  # type: ignore[no-untyped-def]
     for i in range(num_rows):
         key = np.uint64(rows[i, 0])
@@ -128,7 +136,7 @@ def _rehash(rows, num_rows, keys, slots):  # type: ignore[no-untyped-def]
         keys[position], slots[position] = key, i
 
 
-@njit(nogil=True, cache=True)
+@_native
 def _scan(words, begin, end, base, first_step, keys, slots, rows, num_rows, steps, gaps, samples):  # type: ignore[no-untyped-def]
     """Fills rows and steps. Returns where it stopped, for lack of rows, and how many it has."""
     low_mask = np.uint64(0xFFFFFFFF)
