@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from blinkimp.host.child_process import ChildProcess
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
 
-SLEEPER = "import sys, time\nprint('up', *sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+SLEEPER = "import sys, time\nprint('up', *sys.argv[1:], flush=True)\ntime.sleep(600)\n"
 PARENT = (
     "import sys, time, threading\n"
     "from blinkimp.host.child_process import ChildProcess\n"
@@ -23,7 +23,7 @@ PARENT = (
     "    child = ChildProcess('sleeper', 'bk_sleeper')\n"
     "    print(child.pid, flush=True)\n"
     "thread = threading.Thread(target=spawn); thread.start(); thread.join()\n"  # the thread that asked is gone: no reason to die
-    "time.sleep(60)\n"
+    "time.sleep(600)\n"
 )
 
 
@@ -33,7 +33,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bk_echo.py").write_text("import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)\n")
     (tmp_path / "bk_exit.py").write_text("import sys; sys.exit(int(sys.argv[1]))\n")
     (tmp_path / "bk_deaf.py").write_text(
-        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(60)\n"
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 
@@ -63,23 +63,23 @@ def start_and_hear(module: str, *arguments: str) -> tuple[ChildProcess, list[byt
         heard.set()
 
     child = ChildProcess(module, module, arguments, on_line=on_line)
-    assert heard.wait(20), child.describe_exit()
+    assert heard.wait(PATIENCE_S), child.describe_exit()
     return child, lines
 
 
 def test_stdin_arguments_output_and_status_pass_through() -> None:
     lines: list[bytes] = []
     child = ChildProcess("echo", "bk_echo", stdin=b"one\ntwo\n", on_line=lines.append)
-    assert child.wait(20)
+    assert child.wait(PATIENCE_S)
     assert lines == [b"ONE\n", b"TWO\n"] and child.returncode() == 0 and not child.is_alive()
     child, lines = start_and_hear("bk_sleeper", "a", "b c")
     assert lines == [b"up a b c\n"]
-    assert child.end(10) and child.describe_exit().endswith("killed by SIGTERM")
+    assert child.end(PATIENCE_S) and child.describe_exit().endswith("killed by SIGTERM")
 
 
 def test_exit_status_is_described() -> None:
     child = ChildProcess("seven", "bk_exit", ["7"])
-    assert child.wait(20)
+    assert child.wait(PATIENCE_S)
     assert child.returncode() == 7 and "exited with status 7" in child.describe_exit()
 
 
@@ -97,15 +97,15 @@ def test_child_outlives_a_stopped_parent_and_dies_with_a_dead_one() -> None:
         time.sleep(0.3)
         assert not is_gone(child_pid), "SIGSTOP of the parent ended the child"
         os.kill(parent.pid, signal.SIGKILL)
-        assert wait_until_gone(child_pid, 5.0)
+        assert wait_until_gone(child_pid, PATIENCE_S)
 
 
 def test_child_of_a_parent_that_is_already_gone_does_not_start() -> None:
     command = [sys.executable, "-m", "blinkimp.host.child_process", str(os.getppid()), "bk_sleeper"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert result.returncode == 1 and "is gone" in result.stderr
 
 
 def test_module_that_does_not_exist_is_an_exit_status_not_a_hang() -> None:
     child = ChildProcess("nothing", "bk_no_such_module")
-    assert child.wait(20) and child.returncode() == 1
+    assert child.wait(PATIENCE_S) and child.returncode() == 1

@@ -34,8 +34,8 @@ BUILDS = {
 }
 RACE_STATUS = 66
 NEITHER_PREEMPTED_NOR_STALLED = 3  # the program's status when a run was clean but missed preemptions or credit stalls
-# Not a bound on speed: a run takes seconds, and 240 mean that it hangs.
-HANG_TIMEOUT_S = 240
+# Not a bound on speed: a run takes seconds, and minutes mean that it hangs.
+HANG_TIMEOUT_S = 600
 
 
 def build(directory: Path, name: str) -> Path:
