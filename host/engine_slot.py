@@ -75,6 +75,7 @@ class EngineLife:
         self.fault_file = ""
         self.symptom: Symptom | None = None
         self.is_asked_to_end = False
+        self.is_last = False  # however it ends, nothing is left to be done for anybody
         self.ends_since: float | None = None  # from then on its end is a matter of seconds
         self._progress = progress
         self.child = ChildProcess(
@@ -145,7 +146,7 @@ class EngineSlot:
         if self.phase == Phase.BACKOFF:
             self.phase = Phase.ENDED
         elif life.is_asked_to_end or not life.is_running:
-            life.ends_since = now
+            life.ends_since, life.is_last = now, True
         else:
             life.ends_since = now + self._config.drain_timeout_s
         life.is_asked_to_end = True
@@ -177,6 +178,7 @@ class EngineSlot:
                 _log.warning("the engine's process %d does not end and is killed", life.child.pid)
                 life.child.send_signal(signal.SIGKILL)
                 life.ends_since = now
+                life.is_last |= life.is_asked_to_end and not life.fault
         return self.phase
 
     def _on_running(self, now: float) -> None:
@@ -189,7 +191,7 @@ class EngineSlot:
 
     def _on_end(self, now: float) -> None:
         life = self._life
-        if life.is_asked_to_end and (not life.is_running or life.child.returncode() == EXIT_STOPPED):
+        if life.is_last or (life.is_asked_to_end and life.child.returncode() == EXIT_STOPPED):
             self.phase = Phase.ENDED
             return
         if life.is_running:

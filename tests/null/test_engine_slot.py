@@ -243,6 +243,15 @@ def test_engine_that_drains_for_ever_is_killed(bench: Bench) -> None:
     assert bench.child.signals == [signal.SIGTERM]
     bench.look(0.2)
     assert bench.child.signals == [signal.SIGTERM, signal.SIGKILL]
+    assert bench.look(0.1) == Phase.ENDED, "its drain was over"
+
+
+def test_engine_that_dies_when_it_is_to_stop_at_once_is_not_started_again(bench: Bench) -> None:
+    bench.run()
+    bench.slot.ask_to_end()
+    bench.slot.ask_to_end()
+    assert bench.child.signals == [signal.SIGTERM, signal.SIGTERM]
+    assert bench.fault() == Phase.ENDED
 
 
 def test_cut_off_line_of_a_killed_process_is_ignored(bench: Bench) -> None:
