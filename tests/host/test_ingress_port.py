@@ -143,9 +143,7 @@ def test_drop_and_attach_again(director: FakeDirector, port: QueuePairPort) -> N
     ]
 
 
-def test_director_drops_a_stale_ingress_and_the_lease_makes_it_stale(
-    director: FakeDirector, port: QueuePairPort
-) -> None:
+def test_an_ingress_without_a_lease_goes_stale_and_is_dropped(director: FakeDirector, port: QueuePairPort) -> None:
     queue_pair = director.queue_pairs[0]
     port.start_heartbeat(period_ns=10_000_000, lease_s=0.0)
     seen: set[int] = set()
@@ -174,13 +172,8 @@ def test_header_is_checked_word_by_word(director: FakeDirector) -> None:
     region = director.regions.queue_pairs[0]
     check_header(region)
     header = np.frombuffer(region.buffer, dtype=abi.QUEUE_PAIR_HEADER, count=1)
-    bad_values = {
-        "magic": 1,
-        "abi_version": 77,
-        "header_bytes": 64,
-        "region_bytes": 1 << 40,
-        "submission_entry_bytes": 32,
-    }
+    bad_values = {"magic": 1, "abi_version": 77, "header_bytes": 64, "region_bytes": 1 << 40}
+    bad_values |= {"submission_entry_bytes": 32}
     bad_values |= {"completion_entry_bytes": 64, "num_submissions": 3, "num_completions": 0, "arena_bytes": 1000}
     bad_values |= {"submissions_offset": 8, "completions_offset": 1 << 62, "arena_offset": (1 << 64) - 64}
     for field, bad in bad_values.items():
