@@ -67,6 +67,10 @@ def test_batch_of_256_streams_runs_at_once(tiny: Path, device_options: Options) 
     scenarios.batch_of_256_streams_runs_at_once(tiny, **device_options)
 
 
+def test_observers_see_each_start_and_each_step_by_its_rows(tiny: Path, device_options: Options) -> None:
+    scenarios.observers_see_each_start_and_each_step_by_its_rows(tiny, **device_options)
+
+
 def test_reader_that_stops_holds_up_nobody_and_loses_nothing(tiny: Path, device_options: Options) -> None:
     scenarios.reader_that_stops_holds_up_nobody_and_loses_nothing(tiny, **device_options)
 

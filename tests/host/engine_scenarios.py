@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.engine_view import look
 from blinkimp.nic_shim.queue_pair import PortStatus, sampling_record
 from blinkimp.ring_abi import CompletionKind, FinishReason
 from tests.host.engine_support import (
@@ -315,3 +316,29 @@ def context_fills_to_its_end(model: Path | str, num_prompt: int, num_output: int
         refused = client.generate([*prompt, 1], num_output)
         assert refused.end == (CompletionKind.REJECT, int(abi.RejectReason.TOO_LONG))
         assert_all_pages_are_back(engine.status())
+
+
+# ---- Observers -----------------------------------------------------------------------------------------------------
+def observers_see_each_start_and_each_step_by_its_rows(model: Path | str, **options: Any) -> None:
+    """START once for each request, before its first token; steps counted by rows in the engine page."""
+    with running_engine(model, **options) as engine, PortClient(engine.config.engine_name, 0) as client:
+        started: list[int] = []
+        take = client.take
+
+        def count_starts(entry: Any) -> None:
+            if int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT & 0xFF == CompletionKind.START:
+                started.append(int(entry["request_id"]))
+            take(entry)
+
+        client.take = count_starts  # type: ignore[method-assign]
+        ids = [client.submit([idx % 50 + 3] * (1 + 7 * idx % 90), 2 + idx % 5) for idx in range(40)]
+        client.wait_all(PATIENCE_S)
+        assert sorted(started) == sorted(ids)
+        wait_for(lambda: engine.status()["num_finishing"] == 0, PATIENCE_S, "the status page has caught up")
+        status = engine.status()
+        view = look(engine.config.engine_name)
+        assert sum(view.step_counts) == status["step"] > 0 and status["preemptions"] == 0
+        # A request's first token comes with the last row of its prompt; every other one has a row of its own.
+        assert view.num_step_rows == status["prompt_tokens"] + status["output_tokens"] - len(ids)
+        least = sum(num * (1 if idx == 0 else 2 ** (idx - 1) + 1) for idx, num in enumerate(view.step_counts))
+        assert least <= view.num_step_rows <= sum(num << idx for idx, num in enumerate(view.step_counts))

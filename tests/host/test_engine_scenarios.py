@@ -35,5 +35,9 @@ def test_seeded_tokens_do_not_depend_on_the_batch(tiny: Path) -> None:
     scenarios.seeded_tokens_do_not_depend_on_the_batch(tiny)
 
 
+def test_observers_see_each_start_and_each_step_by_its_rows(tiny: Path) -> None:
+    scenarios.observers_see_each_start_and_each_step_by_its_rows(tiny, num_threads=1)
+
+
 def test_context_fills_to_its_end(tiny: Path) -> None:
     scenarios.context_fills_to_its_end(tiny, 460, 52)
