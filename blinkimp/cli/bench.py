@@ -16,6 +16,7 @@ examples:
   blinkimp bench --connect tcp://127.0.0.1:5555 --rate 8 --duration 60 --input-len 512 --output-len 128
   blinkimp bench --url http://127.0.0.1:8000 --concurrency 32 --num-requests 320      any OpenAI-compatible server
   blinkimp bench --connect ... --rate 16 --burstiness 0.5 --lengths sharegpt --duration 120 --warmup 20 --goodput ttft:500 tpot:20
+  blinkimp bench --lengths sharegpt --rate 8 --num-requests 1000 --save-trace requests.jsonl      makes a trace, no server needed
   blinkimp bench --connect ... --trace requests.jsonl                                 arrivals and lengths from a file
   blinkimp bench --connect ... --replay arrivals.jsonl                                a live run again: prompts, seeds, times
 
@@ -78,7 +79,10 @@ def add_parser(subparsers: Any, summary: str) -> None:
         "--details", action="store_true", help="per-request lists in the JSON, as vLLM's --save-detailed"
     )
     output.add_argument(
-        "--save-trace", type=Path, metavar="FILE", help="write the load's arrivals and lengths as a trace"
+        "--save-trace",
+        type=Path,
+        metavar="FILE",
+        help="write the load's arrivals and lengths as a trace; without a target that is all",
     )
 
 
@@ -182,6 +186,10 @@ def run(options: argparse.Namespace) -> int:
         max_total_len=options.max_total_len,
         seed=options.seed,
     )
+    if options.save_trace is not None and options.connect is None and options.url is None:
+        write_trace(options.save_trace, make_plan(load, vocab_size=2))
+        print(f"wrote {options.save_trace}")
+        return 0
     slos = parse_slos(options.goodput)
     with LoadingBars() as bars:
         report = asyncio.run(

@@ -32,6 +32,16 @@ def test_a_load_is_measured_printed_written_and_replayed(tmp_path: Path, capsys:
     assert again["completed"] == 20 and again["total_input_tokens"] == report["total_input_tokens"]
 
 
+def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    flags = ["--lengths", "sharegpt", "--rate", "8", "--num-requests", "300", "--save-trace", str(trace)]
+    assert main(["bench", *flags]) == 0 and f"wrote {trace}" in capsys.readouterr().out
+    lines = read_trace(trace)
+    assert len(lines) == 300 and len({line.output_tokens for line in lines}) > 100
+    times = [line.at_s for line in lines if line.at_s is not None]
+    assert times == sorted(times) and len(times) == 300
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
