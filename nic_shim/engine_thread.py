@@ -15,6 +15,7 @@ import mmap
 import os
 import select
 import threading
+import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.garbage import Collector
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.protocol import Error, Finish, Tokens
 
@@ -89,6 +91,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             num_turns = 0
+            collector = Collector()
             while not self._stop.is_set():
                 touched = self._take_inbox()
                 touched.update(dict.fromkeys(self.link.pump()))
@@ -98,6 +101,7 @@ class EngineThread:
                 if self.link.trace is not None:
                     self.link.trace.handed_over()
                 num_turns += 1
+                collector.look(time.monotonic())
                 if num_turns % MEMORY_CHECK_TURNS == 0:
                     self._check_memory()
                 self._wait()

@@ -30,7 +30,7 @@ from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
-from blinkimp.nic_shim.garbage import calm_collector
+from blinkimp.nic_shim.garbage import Collector, calm_collector
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.request_log import log_zmq_request
@@ -157,6 +157,7 @@ class ZmqIngress:
     def _run(self) -> None:
         try:
             housekeeping_at = 0.0
+            collector = Collector()
             while not self._stop.is_set():
                 self._receive()
                 self.handler.take_tokenised()
@@ -169,6 +170,7 @@ class ZmqIngress:
                 now = time.monotonic()
                 if now >= housekeeping_at:
                     housekeeping_at = now + HOUSEKEEPING_PERIOD_S
+                    collector.look(now)
                     self._look_for_gone_clients()
                     self._check_memory()
                 if self._drain_deadline is not None and self._is_drained(now, self._drain_deadline):

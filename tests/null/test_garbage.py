@@ -1,0 +1,32 @@
+"""An ingress's collector: by the clock, and whatever stands in cycles goes.
+
+Run: pytest tests/null/test_garbage.py
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+
+from blinkimp.nic_shim.garbage import COLLECT_PERIOD_S, Collector
+
+
+class Knot:
+    """An object that holds itself."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_cycles_go_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blinkimp.nic_shim.garbage.time.monotonic", lambda: 100.0)
+    collector = Collector()
+    knot = weakref.ref(Knot())
+    collector.look(100.0 + COLLECT_PERIOD_S - 0.1)
+    assert collector.num_looks == 0
+    collector.look(100.0 + COLLECT_PERIOD_S)
+    assert collector.num_looks == 1 and knot() is None
+    collector.look(100.0 + COLLECT_PERIOD_S + 0.1)
+    collector.look(100.0 + 2 * COLLECT_PERIOD_S)
+    assert collector.num_looks == 2
