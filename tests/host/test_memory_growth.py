@@ -11,8 +11,8 @@ from pathlib import Path
 from tests.host.server_support import ServerProcess
 from tests.support import load_tool
 
-# A request's state is 2 to 3 KB. What waits for the garbage collector comes and goes: some hundred KB, whatever the number of requests.
-MOST_BYTES_A_REQUEST = 600
+# A request's state is 2 to 3 KB. Some 500 bytes of cycles a request wait for the collector, which comes by the clock (nic_shim/garbage.py).
+MOST_BYTES_A_REQUEST = 1200
 NUM_WARM, NUM_MEASURED = 1500, 3000
 
 
