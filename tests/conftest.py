@@ -1,4 +1,4 @@
-"""Before any test: an up-to-date native library. GPU tests are skipped, with the reason, where there is no usable GPU.
+"""Before any test: an up-to-date native library, and no deadlines of hypothesis. GPU tests are skipped, with the reason, where no GPU can be used.
 
 The library is built from the tree under test (tools/build_native.py does nothing when it is current), unless
 BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), pytest -m gpu (on a GPU machine).
@@ -6,6 +6,7 @@ BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), p
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 
@@ -18,6 +19,12 @@ build_error: str | None = None  # why the native library could not be built; tes
 
 def pytest_configure() -> None:
     global build_error
+    if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it; no test there needs it
+        from hypothesis import HealthCheck, settings
+
+        # How long an example takes, or takes to draw, is the machine's business.
+        settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("any-machine")
     if os.environ.get("BLINKIMP_NATIVE_LIBRARY"):
         return
     build_native = load_tool("build_native")
