@@ -112,6 +112,21 @@ def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, capsys: pytest.C
     assert "seconds 0.3 -> 5.0; expected the same" in capsys.readouterr().err
 
 
+def test_an_engine_too_slow_to_finish_is_measured_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is answered before 1.5 s, and a cell ends after 0.5: what is known is a lower bound, and the server is quiet before the next."""
+    for name, seconds in (("OPEN_DRAIN_S", 0.1), ("CLOSED_DRAIN_S", 0.1), ("MIN_DRAIN_S", 0.1), ("QUIET_S", 0.0)):
+        monkeypatch.setattr(f"blinkimp.lab.evidence.{name}", seconds)
+    folder, flags = tmp_path / "evidence", scripted(tmp_path)
+    (tmp_path / "server.py").write_text(SERVER.replace("first_ms=2", "first_ms=1500"))
+    assert main(["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *flags, "--users", ""]) == 0
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
+    assert len(cells) == 2
+    for cell in cells:
+        report = cell["report"]
+        assert "error" not in cell and report["completed"] == 0 and report["num_cut"] > 0
+        assert report["p99_ttft_floor_ms"] >= 100
+
+
 def test_our_engine_is_measured_over_both_transports(tmp_path: Path) -> None:
     folder, own_cpus = tmp_path / "evidence", os.sched_getaffinity(0)
     flags = ["--engines", "persistent", "--serve-flags=--num-threads=1"]
