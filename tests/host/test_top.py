@@ -17,10 +17,10 @@ import pytest
 from rich.console import Console
 
 from blinkimp.cli.top_screen import bar, count, duration, render, spark
-from blinkimp.cli.top_snapshot import Watcher
+from blinkimp.cli.top_snapshot import Watcher, running_engines
 from blinkimp.client import Client
 from blinkimp.host.power import PowerError, Reading
-from blinkimp.host.shared_memory import SharedMemoryError
+from blinkimp.host.shared_memory import SHM_DIR, SharedMemoryError
 from tests.fake_director import FakeDirector
 from tests.host.engine_support import process_state, wait_for
 from tests.host.server_support import GREEDY, ServerProcess
@@ -190,13 +190,26 @@ def test_what_is_wrong_is_said(arguments: list[str], status: int, complaint: str
     assert done.returncode == status and complaint in done.stderr and "Traceback" not in done.stderr, done
 
 
-def test_an_engine_whose_host_was_killed_does_not_run(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path) as server:
-        name = server.config.engine_name
-        server.process.kill()
-        server.process.wait()
-        wait_for(lambda: top("--once", "--engine-name", name).returncode == 1, 20, "top sees that nobody runs it")
-        assert "no engine named" in top("--once", "--engine-name", name).stderr
+def test_an_engine_whose_host_was_killed_does_not_run() -> None:
+    name = engine_name()
+    script = (
+        "import os, sys; from blinkimp.host import shared_memory as shm\n"
+        "geometry = shm.QueuePairGeometry(16, 64, 4096)\n"
+        "shm.create_engine_regions(sys.argv[1], num_queue_pairs=1, max_context=1, vocab_size=1, geometry=geometry)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, name], cwd=ROOT, env={"PYTHONPATH": python_path()}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    try:
+        assert (SHM_DIR / f"blinkimp.{name}.engine").exists(), "what it left looks like an engine"
+        with pytest.raises(SharedMemoryError, match="no engine named"):
+            Watcher(name)
+        assert name not in running_engines()
+    finally:
+        for path in SHM_DIR.glob(f"blinkimp.{name}.*"):
+            path.unlink()
 
 
 def test_small_things_are_readable() -> None:
