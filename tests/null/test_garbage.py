@@ -5,11 +5,13 @@ Run: pytest tests/null/test_garbage.py
 
 from __future__ import annotations
 
+import gc
+import time
 import weakref
 
 import pytest
 
-from blinkimp.nic_shim.garbage import COLLECT_PERIOD_S, Collector
+from blinkimp.nic_shim.garbage import COLLECT_PERIOD_S, FULL_LOOK_PERIOD, Collector
 
 
 class Knot:
@@ -28,5 +30,17 @@ def test_cycles_go_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> 
     collector.look(100.0 + COLLECT_PERIOD_S)
     assert collector.num_looks == 1 and knot() is None
     collector.look(100.0 + COLLECT_PERIOD_S + 0.1)
-    collector.look(100.0 + 2 * COLLECT_PERIOD_S)
-    assert collector.num_looks == 2
+    assert collector.num_looks == 1
+
+
+def test_what_has_grown_old_goes_with_every_third_look() -> None:
+    collector = Collector()
+    held = Knot()
+    knot = weakref.ref(held)
+    gc.collect()  # it survives, and is young no more
+    del held
+    for num_periods in range(1, FULL_LOOK_PERIOD):
+        collector.look(time.monotonic() + num_periods * 2 * COLLECT_PERIOD_S)
+        assert collector.num_looks == num_periods and knot() is not None
+    collector.look(time.monotonic() + FULL_LOOK_PERIOD * 2 * COLLECT_PERIOD_S)
+    assert knot() is None
