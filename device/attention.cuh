@@ -76,8 +76,7 @@ BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, Ring
 // ---- A run -------------------------------------------------------------------------------------------------------
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
 template <int kHeadDim, class Store>
-BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, WorkerShared& shared, RingCursor& keys, u32& others, const Store& store) {
-  const AttentionRun& run = attention_state<kHeadDim>(shared_memory).runs[uniform(compute_warpgroup())];
+BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, u8* shared_memory, WorkerShared& shared, RingCursor& keys, u32& others, const Store& store) {
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
   const u32 scratch = shared_address(shared_memory + kScratchOffset);
   const u32 ring = shared_address(shared_memory + kRingOffset);
@@ -98,22 +97,25 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   SoftmaxState softmax;
   softmax.reset();
 
-  const auto wait_page = [&](const RingCursor& at, u32 page) {  // for its keys; for both tiles where they must be patched
+  const u32 plain_begin = uniform(run.plain_begin);
+  const u32 num_plain = uniform(run.num_plain);
+  const bool takes_turns = uniform(run.kind) == kRunWide;
+  const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {  // for its keys; for both tiles where they must be patched
     wait_stage(params, shared, at);
-    if (uniform(page == run.patch_page)) {
+    if (!is_plain && uniform(page == run.patch_page)) {
       const RingCursor values = values_of<kHeadDim>(at);
       wait_stage(params, shared, values);
       patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return scratch + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim>; };
+  const auto query_tile = [&]() { return scratch + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim> + uniform(run.query_offset); };
 
   const auto release_stage = [&](u32 stage) {
     mbarrier_arrive_count(&shared.weights_empty[stage], is_elected() ? (run.kind == kRunNarrow ? 2 : 1) : 0);  // the only reader of a narrow page
   };
 
   u32 page = uniform(run.page_begin);
-  wait_page(keys, page);
+  wait_page(keys, page, false);
   wgmma_fence();
   issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
   wgmma_commit();
@@ -121,21 +123,22 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
 #pragma unroll 1
   for (bool starts_split = true, is_last = false; !is_last;) {
+    const bool is_plain = page - plain_begin < num_plain;  // then nothing below is looked up in shared memory, which takes its time
     // Scores of this page to weights; the outputs so far are of the pages before it.
     if (has_rows) {
-      if (uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
+      if (!is_plain && uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
       f32 factors[2];
       softmax_block(scores, scale, softmax, weights, factors);
       if (!starts_split) rescale_outputs(outputs, factors);
     }
 
     // Outputs of this page and scores of the next: the tensor cores run through, while the other warpgroup computes its weights.
-    is_last = uniform(page + 1 == run.page_end);
-    const bool in_turn = uniform(page >= run.order_begin && page < run.order_end);
+    is_last = !is_plain && uniform(page + 1 == run.page_end);
+    const bool in_turn = is_plain ? takes_turns : uniform(page >= run.order_begin && page < run.order_end) != 0;
     const RingCursor values = values_of<kHeadDim>(keys);
     next_page<kHeadDim>(keys, others);
     wait_stage(params, shared, values);
-    if (!is_last) wait_page(keys, page + 1);
+    if (!is_last) wait_page(keys, page + 1, is_plain);
     if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
     const u32 values_address = ring + uniform(values.stage) * kWeightStageBytes + kValuesOffset;
     if (is_last) {
@@ -202,27 +205,40 @@ BK_INLINE void compute_run(const EngineParams& params, u8* shared_memory, Worker
   }
 }
 
-// All compute threads; the op's inputs are visible to them. `step`: parity of the schedule. keys: the ring's place; returns where it is after
-// the op, equal in all threads.
-template <int kHeadDim, class Store>
-BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor keys, const Store& store) {
+// The warp of a warpgroup that finds its runs: one that has no rows of a decode row's tile, while the first warp works on the run before.
+BK_INLINE bool is_scout_warp() { return thread_idx() % kWarpgroupThreads >= kWarpgroupThreads - 32; }
+BK_INLINE bool is_scout() { return thread_idx() % kWarpgroupThreads == kWarpgroupThreads - 32; }
+
+// All compute threads, before attend(). Needs the plan, but nothing that the step computes: call it before the wait for the QKV op.
+// step: counts as the planning warp's steps do. op, plan: must stay where they are until the op's end.
+template <int kHeadDim>
+BK_INLINE void prepare_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, AttentionShared& attention) {
   static_assert(kAttentionScratchBytes<kHeadDim> <= kScratchBytes, "the query tiles");
-  static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
   wait_schedule(params, attention, step);
   AttentionState& state = attention_state<kHeadDim>(shared_memory);
-  if (is_elected()) {
-    state.walks[compute_warpgroup()] = schedule_of(attention, op.window).narrow[compute_warpgroup()];
-    state.wide_walks[compute_warpgroup()] = WideWalk{0, 0, 0};
-  }
   if (is_first_thread()) {
     state.op = &op;
     state.plan = plan;
   }
   named_barrier_sync<1, kComputeThreads>();  // op and plan are written
+  if (is_scout()) {
+    const u32 warpgroup = compute_warpgroup();
+    state.walks[warpgroup] = schedule_of(attention, op.window).narrow[warpgroup];
+    state.wide_walks[warpgroup] = WideWalk{0, 0, 0};
+    next_run<kHeadDim>(params, attention, state, 0, warpgroup);
+  }
+}
+
+// All compute threads, after prepare_attention(); the op's inputs are visible to them. keys: the ring's place; returns where it is after the
+// op, equal in all threads.
+template <int kHeadDim, class Store>
+BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor keys, const Store& store) {
+  static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
+  AttentionState& state = attention_state<kHeadDim>(shared_memory);
   keys = RingCursor{uniform(keys.stage), uniform(keys.phase)};
   const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
-  u32 others = uniform(schedule_of(attention, op.window).narrow[1 - warpgroup].num_pages);
+  u32 others = uniform(schedule_of(attention, state.op->window).narrow[1 - warpgroup].num_pages);
   if (warpgroup == 1 && others) {
     advance_by(keys, kPageStages<kHeadDim>);
     others--;
@@ -230,11 +246,9 @@ BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const Step
   // Turns go on from item to item: given anew for each, a warpgroup 1 that is ahead would give the same turn twice.
   if (warpgroup == 1) barrier_arrive(kTurnBarrier, 2 * kWarpgroupThreads);  // warpgroup 0 has the first
 #pragma unroll 1
-  for (;;) {
-    warpgroup_sync();  // hazard: a slow warp still reads the run, or its query tile
-    if (is_elected()) next_run<kHeadDim>(params, attention, state, warpgroup);
-    warpgroup_sync();  // the run is written
-    const AttentionRun& run = state.runs[warpgroup];
+  for (u32 slot = 0, is_first = 1;; slot ^= 1) {
+    warpgroup_sync();  // the run is written, and a narrow one's queries if it is not the first; hazard: a slow warp still reads the other slot
+    const AttentionRun& run = state.runs[warpgroup][slot];
     const u32 kind = uniform(run.kind);
     if (kind != kRunNarrow) {
       advance_by(keys, others * kPageStages<kHeadDim>);  // the other warpgroup's last pages
@@ -243,12 +257,24 @@ BK_INLINE RingCursor attend(const EngineParams& params, const Op& op, const Step
     if (kind == kRunEnd) break;
     // Both warpgroups are done with the narrow pages: one that had fewer is up to six pages ahead, and would take an older phase of its stage for the
     // one it wants (I1 of attention_producer.cuh).
-    if (kind == kRunWide && uniform(state.wide_walks[warpgroup].round) == 1) named_barrier_sync<1, kComputeThreads>();
-    load_queries<kHeadDim>(params, run, shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>);
-    warpgroup_sync();  // the query tile is whole
+    if (uniform(run.joins)) named_barrier_sync<1, kComputeThreads>();
+    u8* query_tile = shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>;
+    if (is_first || kind == kRunWide) {
+      issue_queries<kHeadDim>(params, run, query_tile, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
+      land_queries();
+      warpgroup_sync();  // the query tile is whole
+    }
+    is_first = 0;
+    if (uniform(is_scout_warp())) {  // nobody reads the other slot any more
+      if (is_scout()) next_run<kHeadDim>(params, attention, state, slot ^ 1, warpgroup);
+      __syncwarp();  // the run is written
+      const AttentionRun& next = state.runs[warpgroup][slot ^ 1];
+      if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, query_tile, thread_idx() % 32, 32);
+    }
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
-    if (uniform(run.num_packed)) compute_run<kHeadDim>(params, shared_memory, shared, keys, others, store);
+    if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
+    land_queries();
   }
   if (warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
   return keys;

@@ -45,8 +45,30 @@ BK_INLINE void store_part(const EngineParams& params, u32 item_idx, const f32 (&
   }
 }
 
-// Folds items [item_begin, item_begin + num_items) of one unit in order and writes its rows; the first item is a total. One warp a row, a lane
-// holds head_dim / 32 neighbouring columns; 16 splits are on their way at once.
+// A lane's split of several in a row, with what the fold needs of it. The factors come from prefix maxima, which are exact in any order: so they are
+// those of fold_split() one after the other, without its chain of exponentials.
+struct MergeLane {
+  FoldFactors factors;
+  f32 sum;
+};
+
+// softmax: (maximum, sum) of the lane's split. before: maximum of the total so far; afterwards with these splits.
+BK_INLINE MergeLane merge_factors(float2 softmax, f32 scale, f32& before) {
+  const u32 lane = thread_idx() % 32u;
+  f32 prefix = softmax.x;
+  for (u32 distance = 1; distance < 32; distance *= 2) {
+    const f32 below = __shfl_up_sync(0xffffffffu, prefix, distance);
+    if (lane >= distance) prefix = fmaxf(prefix, below);
+  }
+  prefix = fmaxf(prefix, before);
+  const f32 previous = __shfl_up_sync(0xffffffffu, prefix, 1);
+  const MergeLane merge{fold_factors(lane == 0 ? before : previous, softmax.x, prefix, scale), softmax.y};
+  before = __shfl_sync(0xffffffffu, prefix, 31);
+  return merge;
+}
+
+// Folds the items of one unit in order and writes its rows: the first is the total of num_folded splits, the others are splits num_folded ..
+// num_splits - 1. One warp a row, a lane holds head_dim / 32 neighbouring columns; 16 splits are on their way at once.
 template <int kHeadDim, class Store>
 BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_folded, u32 num_splits, u32 out_row, u32 kv_head, const Store& store) {
   constexpr u32 kColumns = kHeadDim / 32;
@@ -54,38 +76,41 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;
   const u32 lane = thread_idx() % 32u;
   const u32 group = group_of(params);
+#pragma unroll 1
   for (u32 row = thread_idx() % 128u / 32u; row < group; row += 4) {
-    const float2 first = *part_softmax<kHeadDim>(params, item_begin, row);
-    FoldTotal total{first.x, first.y};
+    const float2 first_softmax = *part_softmax<kHeadDim>(params, item_begin, row);
+    FoldTotal total{first_softmax.x, first_softmax.y};
     f32 outputs[kColumns];
-    const float2* values = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin, row) + lane * kColumns);
+    const float2* first = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin, row) + lane * kColumns);
 #pragma unroll
     for (u32 i = 0; i < kColumns / 2; ++i) {
-      const float2 value = values[i];
+      const float2 value = first[i];
       outputs[i * 2] = value.x;
       outputs[i * 2 + 1] = value.y;
     }
+#pragma unroll 1
     for (u32 split_begin = num_folded; split_begin < num_splits; split_begin += kAtOnce) {
       const u32 num_left = min(kAtOnce, num_splits - split_begin);
-      const u32 item_idx = item_begin + split_begin;
       float2 parts[kAtOnce][kColumns / 2];
 #pragma unroll
       for (u32 split = 0; split < kAtOnce; ++split) {
-        const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_idx + min(split, num_left - 1), row) + lane * kColumns);
+        const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin + split_begin + min(split, num_left - 1), row) + lane * kColumns);
 #pragma unroll
         for (u32 i = 0; i < kColumns / 2; ++i) parts[split][i] = part[i];
       }
-      const float2 mine = *part_softmax<kHeadDim>(params, item_idx + min(lane % kAtOnce, num_left - 1), row);
+      // Lanes past the last split bring what changes no maximum.
+      const float2 own = lane < num_left ? *part_softmax<kHeadDim>(params, item_begin + split_begin + lane, row) : make_float2(minus_infinite_score(), 0.0f);
+      const MergeLane merge = merge_factors(own, scale, total.maximum);
 #pragma unroll
       for (u32 split = 0; split < kAtOnce; ++split) {
-        const f32 split_maximum = __shfl_sync(0xffffffffu, mine.x, split);
-        const f32 split_sum = __shfl_sync(0xffffffffu, mine.y, split);
-        if (split >= num_left) continue;
-        const FoldFactors factors = fold_split(total, split_maximum, split_sum, scale);
+        if (split < num_left) {
+          const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, split), __shfl_sync(0xffffffffu, merge.factors.split, split)};
+          total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, split), factors);
 #pragma unroll
-        for (u32 i = 0; i < kColumns / 2; ++i) {
-          outputs[i * 2] = fold_value(outputs[i * 2], parts[split][i].x, factors);
-          outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[split][i].y, factors);
+          for (u32 i = 0; i < kColumns / 2; ++i) {
+            outputs[i * 2] = fold_value(outputs[i * 2], parts[split][i].x, factors);
+            outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[split][i].y, factors);
+          }
         }
       }
     }

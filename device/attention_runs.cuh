@@ -8,20 +8,38 @@ namespace blinkimp {
 
 constexpr u32 kNoPatchPage = 0xffffffffu;
 
+// Places in a query tile of 64 rows, bytes, by the slot of a narrow run: its query rows, and its row's new key and value until the last page is
+// there. In rows that the other run does not use; wgmma reads 64 rows from the first on and nobody the products of the rest.
+constexpr u32 kNarrowQueryBytes = kNarrowRows * kKvBlockDims * 2;
+constexpr u32 kNewRowOffset = 2 * kNarrowQueryBytes;
+constexpr u32 kNewRowBytes = 512;
+static_assert(kNewRowOffset + 2 * kNewRowBytes <= kKvBlockBytes, "within the tile's first block");
+
 // The pages that hold a key which some row between the two positions must not see: page >= mask_from or < mask_until.
 BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_position, u32 window) {
   run.mask_from = (first_position + 1) / kPageTokens;
   run.mask_until = (first_visible_key(last_position, window) + kPageTokens - 1) / kPageTokens;
 }
 
-// The next run of a warpgroup, by its first thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
+// Finds the pages that need nothing special; the rest of the run is written.
+BK_INLINE void set_plain_pages(AttentionRun& run) {
+  const bool is_wide = run.kind == kRunWide;
+  const u32 begin = is_wide && run.order_begin > run.mask_until ? run.order_begin : run.mask_until;
+  u32 end = min(run.mask_from, run.page_end - 1);
+  if (is_wide) end = min(end, run.order_end);
+  if (run.patch_page != kNoPatchPage) end = min(end, run.patch_page == 0 ? 0 : run.patch_page - 1);
+  run.plain_begin = begin > run.page_begin ? begin : run.page_begin;
+  run.num_plain = end > run.plain_begin ? end - run.plain_begin : 0;
+}
+
+// The next run of a warpgroup, by one thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
 // there on, and wgmma's descriptors then leave the uniform registers.
 template <int kHeadDim>
-__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, u32 warpgroup) {
+__device__ __noinline__ void next_run(const EngineParams& params, const AttentionShared& attention, AttentionState& state, u32 slot, u32 warpgroup) {
   const Op& op = *state.op;
   const PlanSeq* seqs = plan_seqs(params, state.plan);
   const u32 num_kv_heads = params.dims.num_kv_heads;
-  AttentionRun& run = state.runs[warpgroup];
+  AttentionRun& run = state.runs[warpgroup][slot];
   run.group = attention.group;
   run.window = op.window;
   if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {
@@ -35,9 +53,11 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.position_begin = walk.position;
     run.packed_begin = 0;
     run.num_packed = attention.group;
+    run.query_offset = slot * kNarrowQueryBytes;
+    run.new_row_offset = kNewRowOffset + slot * kNewRowBytes;
     run.page_begin = walk.page;
     run.page_end = walk.page + num_pages;
-    run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
+    run.joins = run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
     set_mask_pages(run, walk.position, walk.position, op.window);
     run.key_end = walk.position + 1;
     run.patch_page = kNoPatchPage;
@@ -45,6 +65,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
       run.patch_page = unit_end - 1;
       run.patch_source = reinterpret_cast<u64>(kv_tile<kHeadDim>(params, op.layer, walk.last_page_id, walk.kv_head));
     }
+    set_plain_pages(run);
     run.first_split = walk.page / kSplitPages - unit_begin / kSplitPages;
     run.unit_idx = walk.seq_idx * num_kv_heads + walk.kv_head;
     run.item_begin = walk.item_idx - run.first_split;
@@ -61,6 +82,8 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   }
   const PlanSeq& seq = seqs[item.seq_idx];
   run.kind = kRunWide;
+  run.joins = state.wide_walks[warpgroup].round == 1;
+  run.query_offset = 0;
   run.kv_head = item.kv_head;
   run.row_begin = seq.row_begin;
   run.position_begin = seq.position_begin;
@@ -92,6 +115,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   if (run.order_end < run.order_begin) run.order_end = run.order_begin;
   run.patch_page = run.key_end % kPageTokens ? run.key_end / kPageTokens : kNoPatchPage;
   run.first_split = 0;
+  if (run.num_packed) set_plain_pages(run);
 }
 
 }  // namespace blinkimp

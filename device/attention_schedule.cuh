@@ -71,14 +71,19 @@ struct AttentionRun {
   u32 num_packed;
   u32 page_begin;      // pages [page_begin, page_end) are computed
   u32 page_end;
+  u32 joins;           // wide: the first item
   u32 skip_before;     // wide: pages of the item before and after that the other warpgroup needs alone
   u32 skip_after;
   u32 order_begin;     // wide: pages [order_begin, order_end) are computed by both warpgroups, which then take turns
   u32 order_end;
   u32 mask_from;       // pages >= mask_from or < mask_until hold keys that some row must not see
   u32 mask_until;
+  u32 plain_begin;     // pages [plain_begin, plain_begin + num_plain): no mask, neither patched nor before the patched one, not the last,
+  u32 num_plain;       // and all in turn if wide, none if narrow
   u32 key_end;         // keys at and after it do not exist
   u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
+  u32 query_offset;    // bytes from the warpgroup's query tile to the run's first row: narrow runs take turns at two places in it
+  u32 new_row_offset;  // narrow: likewise, to the row's new key and value
   u64 patch_source;    // narrow: K tile of patch_page in the cache
   u32 unit_idx;        // narrow: counter of the unit
   u32 item_begin;      // narrow: number of the unit's first split
@@ -103,10 +108,10 @@ struct AttentionShared {
 struct AttentionState {
   const Op* op;             // as the next one: writer thread 0, before a barrier at the op's start
   const StepPlan* plan;     // of the step
-  NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its first thread
+  NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its scout (attention.cuh)
   WideWalk wide_walks[2];   // likewise
   u32 messages[2];          // [warpgroup] writer: its first thread, between two of its barriers
-  AttentionRun runs[2];     // [warpgroup] likewise
+  AttentionRun runs[2][2];  // [warpgroup][slot] the run and the next one; writer: its scout, while nobody reads that slot
 };
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }

@@ -20,34 +20,32 @@ BK_INLINE u32 compute_warpgroup() { return thread_idx() / kWarpgroupThreads; }
 BK_INLINE bool is_elected() { return thread_idx() % kWarpgroupThreads == 0; }
 BK_INLINE void warpgroup_sync() { barrier_sync(kWarpgroupBarrier + compute_warpgroup(), kWarpgroupThreads); }
 
-// Where a narrow run keeps the row's new key and value until its last page is there: rows of the query tile that a decode row leaves unused.
-constexpr u32 kNewRowOffset = 4096;
-static_assert(kNewRowOffset >= kNarrowRows * kKvBlockDims * 2 && kNewRowOffset + 512 <= kKvBlockBytes, "behind the rows of the tile's first block");
-
-// Brings the run's query rows into the warpgroup's tile of the scratch; rows past them keep old bytes, whose products nobody reads. With a
-// decode row that ends its context here come its new key and value: later, they would cost the last page another trip to L2.
+// Starts the copies of the run's query rows into the warpgroup's tile of the scratch, by `count` threads, each with its `id`; rows past them
+// keep old bytes. With a decode row that ends its context here come its new key and value: later, they would cost the last page another trip
+// to L2.
 template <int kHeadDim>
-BK_INLINE void load_queries(const EngineParams& params, const AttentionRun& run, u8* tile) {
+BK_INLINE void issue_queries(const EngineParams& params, const AttentionRun& run, u8* tile, u32 id, u32 count) {
   constexpr u32 kChunks = kHeadDim / 8;
-  const u32 thread = thread_idx() % kWarpgroupThreads;
   const u32 group = run.group;
   const u16* query = reinterpret_cast<const u16*>(params.workspaces[kWsQuery]);
-  uint4 new_chunk{0, 0, 0, 0};
-  const bool has_new = run.kind == kRunNarrow && run.patch_page != kNoPatchPage && thread < 2 * kChunks;
-  if (has_new) {
-    const u8* source = reinterpret_cast<const u8*>(run.patch_source) + (thread < kChunks ? 0 : kKvTileBytes<kHeadDim>);
-    new_chunk = *reinterpret_cast<const uint4*>(source + kv_byte_offset((run.key_end - 1) % kPageTokens, thread % kChunks * 8));
-  }
-#pragma unroll 4
-  for (u32 idx = thread; idx < run.num_packed * kChunks; idx += kWarpgroupThreads) {
+#pragma unroll 2
+  for (u32 idx = id; idx < run.num_packed * kChunks; idx += count) {
     const u32 packed = run.packed_begin + idx / kChunks;
     const u64 row = run.row_begin + packed / group;
     const u32 head = run.kv_head * group + packed % group;
-    const uint4 chunk = *reinterpret_cast<const uint4*>(query + (row * params.dims.num_heads + head) * kHeadDim + idx % kChunks * 8);
-    *reinterpret_cast<uint4*>(tile + kv_byte_offset(idx / kChunks, idx % kChunks * 8)) = chunk;
+    cp_async_16(shared_address(tile + run.query_offset + kv_byte_offset(idx / kChunks, idx % kChunks * 8)), query + (row * params.dims.num_heads + head) * kHeadDim + idx % kChunks * 8, true);
   }
-  if (has_new) *reinterpret_cast<uint4*>(tile + kNewRowOffset + thread * 16) = new_chunk;
-  fence_proxy_async();  // written by ordinary stores, read by wgmma
+  if (run.kind == kRunNarrow && run.patch_page != kNoPatchPage && id < 2 * kChunks) {
+    const u8* source = reinterpret_cast<const u8*>(run.patch_source) + (id < kChunks ? 0 : kKvTileBytes<kHeadDim>);
+    cp_async_16(shared_address(tile + run.new_row_offset + id * 16), source + kv_byte_offset((run.key_end - 1) % kPageTokens, id % kChunks * 8), true);
+  }
+  cp_async_commit();
+}
+
+// Until this thread's copies are there, and visible to wgmma; a barrier then makes those of all threads visible.
+BK_INLINE void land_queries() {
+  cp_async_wait<0>();
+  fence_proxy_async_shared();  // written by ordinary copies, read by wgmma
 }
 
 // The page that the context ends in, in shared memory: puts in the new key and value of a decode row (the page was fetched before they were
@@ -58,20 +56,20 @@ BK_INLINE void patch_page(const AttentionRun& run, const u8* queries, u8* keys, 
   const u32 thread = thread_idx() % kWarpgroupThreads;
   if (run.kind == kRunNarrow && thread < 2 * kChunks) {
     const u32 offset = kv_byte_offset((run.key_end - 1) % kPageTokens, thread % kChunks * 8);
-    *reinterpret_cast<uint4*>((thread < kChunks ? keys : values) + offset) = *reinterpret_cast<const uint4*>(queries + kNewRowOffset + thread * 16);
+    *reinterpret_cast<uint4*>((thread < kChunks ? keys : values) + offset) = *reinterpret_cast<const uint4*>(queries + run.new_row_offset + thread * 16);
   }
   for (u32 idx = (run.key_end - 1) % kPageTokens * kChunks + kChunks + thread; idx < kPageTokens * kChunks; idx += kWarpgroupThreads) {
     *reinterpret_cast<uint4*>(values + kv_byte_offset(idx / kChunks, idx % kChunks * 8)) = uint4{0, 0, 0, 0};
   }
-  fence_proxy_async();  // written by ordinary stores, read by wgmma
+  fence_proxy_async_shared();  // written by ordinary stores, read by wgmma
   warpgroup_sync();     // the rows are whole before any warp's wgmma reads them
 }
 
 // scores = 64 query rows x 64 keys
 template <int kHeadDim>
 BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
-  const u64 a = wgmma_tile_descriptor(queries, kKvBlockBytes);
-  const u64 b = wgmma_tile_descriptor(keys, kKvBlockBytes);
+  const u64 a = wgmma_tile_descriptor(uniform(queries), kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(uniform(keys), kKvBlockBytes);
   static_assert(kTileRows == kPageTokens, "blocks of 64 dimensions are equally far apart in both tiles");
 #pragma unroll
   for (u32 step = 0; step < kHeadDim / 16; ++step) {
@@ -83,7 +81,7 @@ BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
 // outputs (+)= 64 rows of weights x 64 values
 template <int kHeadDim>
 BK_INLINE void issue_outputs(f32 (&outputs)[kHeadDim / 2], const u32 (&weights)[kWeightWords], u32 values, bool accumulate) {
-  const u64 b = wgmma_tile_descriptor(values, kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(uniform(values), kKvBlockBytes);
 #pragma unroll
   for (u32 step = 0; step < kPageTokens / 16; ++step) {
     wgmma_values_k16<kHeadDim>(outputs, weights + step * 4, b + step * (16 * kKvBlockDims * 2 >> 4), step != 0 || accumulate);

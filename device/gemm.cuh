@@ -204,7 +204,9 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   const u32 num_items = uniform(shape.num_items);
   for (u32 item = uniform(cta_idx()); item < num_items; item += params.num_workers) {
     if constexpr (kScaled) scales.enter(shared, 0);
-    if (warpgroup == 0) {
+    if constexpr (kTileRows == 2 * kFirstColumns) {  // one copy of the code for both: there is much of it, and instructions come from L2, too
+      run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, warpgroup * kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
+    } else if (warpgroup == 0) {
       run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);
     } else {
       run_item<kTileRows, kTileRows - kFirstColumns, kScaled>(params, shape, 0, item, kFirstColumns, shared_memory, shared, cursors, scales, epilogue);

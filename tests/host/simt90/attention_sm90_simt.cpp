@@ -64,12 +64,13 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
   simt::machine.when_stuck = simt90::land_a_copy;
   simt::machine.run(kWorkerThreads, 0, [&] {
     if (thread_idx() < kComputeThreads) {
+      prepare_attention<kHeadDim>(params, op, plan, 0, shared_memory, attention);
       if (is_first_thread()) {
         write_new_rows<kHeadDim>(params, op, plan, new_rows);
         red_add_release_gpu(grid_word(params, kGridWordArrivals), 1);
       }
       named_barrier_sync<1, kComputeThreads>();
-      const RingCursor cursor = attend<kHeadDim>(params, op, plan, 0, shared_memory, shared, attention, RingCursor{first_stage, 0}, PlainStore{output, params.dims.num_heads * kHeadDim});
+      const RingCursor cursor = attend<kHeadDim>(params, shared_memory, shared, attention, RingCursor{first_stage, 0}, PlainStore{output, params.dims.num_heads * kHeadDim});
       if (is_first_thread()) consumed = cursor;
     } else if (thread_idx() == kComputeThreads) {
       // The narrow pages are not to wait for this barrier: they are produced before it, unless the ring is full.

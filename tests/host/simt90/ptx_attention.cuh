@@ -18,6 +18,8 @@ BK_INLINE void barrier_arrive(u32 id, u32 num_threads) {
   }
 }
 
+BK_INLINE void fence_proxy_async_shared() {}
+
 BK_INLINE u64 wgmma_tile_descriptor(u32 address, u32 block_stride_bytes) {
   return static_cast<u64>((address & 0x3FFFF) >> 4) | (static_cast<u64>(block_stride_bytes >> 4) << 16) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 62);
 }

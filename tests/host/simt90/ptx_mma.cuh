@@ -5,9 +5,7 @@
 
 namespace blinkimp {
 
-BK_INLINE u32 opaque(u32 value) { return value; }
-BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
-
+// A copy's bytes are read when it is issued and land when its thread waits.
 BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
   if (shared_destination % 16 != 0) simt::fail("cp.async destination modulo 16", shared_destination % 16, 0);
   simt::PendingCopy copy{shared_destination, {}};
@@ -19,7 +17,6 @@ BK_INLINE void cp_async_commit() {
   fiber.copy_groups.push_back(std::move(fiber.open_group));
   fiber.open_group.clear();
 }
-// Lands no sooner than it is waited for.
 template <int kPending>
 BK_INLINE void cp_async_wait() {
   simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
@@ -28,5 +25,8 @@ BK_INLINE void cp_async_wait() {
     fiber.copy_groups.erase(fiber.copy_groups.begin());
   }
 }
+
+BK_INLINE u32 opaque(u32 value) { return value; }
+BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
 
 }  // namespace blinkimp
