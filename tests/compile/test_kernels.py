@@ -5,13 +5,17 @@ Run: pytest tests/compile/test_kernels.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeAlias
 
 import pytest
 
 from blinkimp.config import Config, model_folder
 from blinkimp.host.checkpoint import read_model_config
-from blinkimp.host.compile import DEFAULT_ARCH, DEVICE_DIR, compile_cubin
+from blinkimp.host.compile import DEFAULT_ARCH, DEVICE_DIR, FunctionReport, compile_cubin
 from blinkimp.host.gpu_kernel import (
     KERNEL_SOURCE,
     PACK_SOURCE,
@@ -25,8 +29,8 @@ from blinkimp.host.model_config import ModelConfig, parse_config
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
 REGISTERS_PER_MULTIPROCESSOR = 65536
 REGISTERS_ALLOCATED_AT_ONCE = 8  # per thread
-# The Hopper kernel's producer warps have 56 registers and spill some words in their loops over ops and items; the loops over slices, which
-# are the hot ones, spill none (device/PERFORMANCE.md). To be brought back to 0.
+# One or two words of the Hopper kernel live through its loop over ops, and some through attention's loop over runs, on the stack; the loops over
+# slices and pages, which are the hot ones, spill none (device/PERFORMANCE.md). To be brought back to 0.
 MOST_SPILL_BYTES = {KERNEL_SOURCE: 192}
 
 LLAMA_3_8B = {
@@ -61,8 +65,11 @@ def models() -> dict[str, ModelConfig]:
     }
 
 
-def assert_fits(source: str, defines: Mapping[str, str], num_threads: int, arch: str = DEFAULT_ARCH) -> None:
-    cubin, functions = compile_cubin(DEVICE_DIR / source, arch, defines)
+Compiled: TypeAlias = tuple[bytes, tuple[FunctionReport, ...]]
+
+
+def assert_fits(source: str, compiled: Compiled, num_threads: int) -> None:
+    cubin, functions = compiled
     assert cubin.startswith(b"\x7fELF")
     budget = REGISTERS_PER_MULTIPROCESSOR // num_threads // REGISTERS_ALLOCATED_AT_ONCE * REGISTERS_ALLOCATED_AT_ONCE
     for function in functions:
@@ -70,30 +77,60 @@ def assert_fits(source: str, defines: Mapping[str, str], num_threads: int, arch:
         assert function.num_registers <= budget, function
 
 
+# A compilation takes a minute: head dimensions 64 and 128 here, the kernel with norms of the heads by `blinkimp compile`.
+HOPPER_MODELS = ("embedded", "llama-3-8b")
+# The oldest and the newest architecture, one with head norms. The others by `blinkimp compile --arch`.
+PORTABLE_MODELS = (("sm_80", "qwen-3-4b"), ("sm_120a", "llama-3-8b"))
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[dict[tuple[str, str], Future[Compiled]]]:
+    """By (architecture, model): all the long ones, side by side on the machine's CPUs."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(4, len(os.sched_getaffinity(0))), spawn) as pool:
+
+        def start(source: str, defines: Mapping[str, str], arch: str) -> Future[Compiled]:
+            return pool.submit(compile_cubin, DEVICE_DIR / source, arch, dict(defines))
+
+        jobs = {}
+        for arch, model in PORTABLE_MODELS:
+            shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
+            jobs[arch, model] = start(shape.source, shape.defines(), arch)
+        for model in HOPPER_MODELS:
+            jobs[DEFAULT_ARCH, model] = start(
+                KERNEL_SOURCE, kernel_shape(models()[model], NUM_WORKERS).defines(), DEFAULT_ARCH
+            )
+        yield jobs
+        pool.shutdown(cancel_futures=True)
+
+
 def test_every_kernel_is_covered_here() -> None:
     sources = {str(path.relative_to(DEVICE_DIR)) for path in DEVICE_DIR.rglob("*.cu")}
     assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE}
 
 
-# A compilation takes a minute: head dimensions 64 and 128 here, the kernel with norms of the heads by `blinkimp compile`.
-@pytest.mark.parametrize("model", ["embedded", "llama-3-8b"])
-@pytest.mark.timeout(900)
-def test_persistent_kernel_compiles_with_few_spills(model: str) -> None:
-    assert_fits(KERNEL_SOURCE, kernel_shape(models()[model], NUM_WORKERS).defines(), WORKER_THREADS)
+@pytest.mark.parametrize("model", HOPPER_MODELS)
+@pytest.mark.timeout(1800)  # minutes where others compile too
+def test_persistent_kernel_compiles_with_few_spills(
+    compilations: dict[tuple[str, str], Future[Compiled]], model: str
+) -> None:
+    assert_fits(KERNEL_SOURCE, compilations[DEFAULT_ARCH, model].result(), WORKER_THREADS)
 
 
-# The oldest and the newest architecture, one with head norms: a compilation takes a minute. The others by `blinkimp compile --arch`.
-@pytest.mark.parametrize(("arch", "model"), [("sm_80", "qwen-3-4b"), ("sm_120a", "llama-3-8b")])
-@pytest.mark.timeout(900)  # minutes where others compile too
-def test_portable_kernel_compiles_without_spills(arch: str, model: str) -> None:
+@pytest.mark.parametrize(("arch", "model"), PORTABLE_MODELS)
+@pytest.mark.timeout(1800)
+def test_portable_kernel_compiles_without_spills(
+    compilations: dict[tuple[str, str], Future[Compiled]], arch: str, model: str
+) -> None:
     shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
-    assert_fits(shape.source, shape.defines(), shape.num_threads, arch)
+    assert_fits(shape.source, compilations[arch, model].result(), shape.num_threads)
 
 
 def test_weight_packing_compiles_without_spills() -> None:
-    assert_fits(PACK_SOURCE, {}, 256)
+    assert_fits(PACK_SOURCE, compile_cubin(DEVICE_DIR / PACK_SOURCE, DEFAULT_ARCH, {}), 256)
 
 
 @pytest.mark.parametrize("arch", [DEFAULT_ARCH, "sm_80"])
 def test_the_start_of_a_launched_step_compiles_without_spills(arch: str) -> None:
-    assert_fits(STEP_SOURCE, {}, 1024, arch)  # kBeginThreads of device/emu/orchestrator_cuda.cpp
+    # 1024: kBeginThreads of device/emu/orchestrator_cuda.cpp
+    assert_fits(STEP_SOURCE, compile_cubin(DEVICE_DIR / STEP_SOURCE, arch, {}), 1024)
