@@ -14,28 +14,46 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 TOOL = ROOT / "tools" / "bench_streams.py"
+NUM_STREAMS = 16
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of a run that was long enough for this machine, or of the longest one."""
     path = tmp_path_factory.mktemp("load") / "load.json"
+    for seconds in (1.5, 6, 24):
+        found = measured(path, seconds)
+        (run,) = found["runs"]["both"]
+        if all(is_enough(run[transport]) for transport in ("zmq", "http")):
+            break
+    return found
+
+
+def is_enough(figures: Any) -> bool:
+    """More requests than streams at once, so that streams end and others begin, and latencies of which there are quantiles."""
+    return figures["requests"] > NUM_STREAMS and figures["latency_samples"] > 100
+
+
+def measured(path: Path, seconds: float) -> Any:
     command = [
         sys.executable,
         str(TOOL),
         "--transport",
         "both",
         "--streams",
-        "16",
+        str(NUM_STREAMS),
         "--connections",
         "3",
         "--rate",
         "800",
     ]
-    command += ["--seconds", "1.5", "--tokens", "16", "--json", str(path)]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path()})
+    command += ["--seconds", str(seconds), "--tokens", "16", "--json", str(path)]
+    subprocess.run(
+        command, check=True, timeout=4 * PATIENCE_S, cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path()}
+    )
     return json.loads(path.read_text())
 
 
@@ -43,7 +61,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_both_transports_are_measured(result: Any, transport: str) -> None:
     (run,) = result["runs"]["both"]
     figures = run[transport]
-    assert figures["requests"] > 16 and figures["latency_samples"] > 100
+    assert is_enough(figures), figures
     assert figures["tokens_per_s"] > 0 and figures["tokens_per_event"] >= 1
     latency = figures["added_latency_ms"]
     assert 0 < latency["p50"] <= latency["p99"] <= latency["max"] < 60_000
@@ -63,5 +81,5 @@ def test_the_figures_say_where_they_are_from(result: Any) -> None:
 
 def test_a_bad_load_is_told(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOL), "--transport", "smoke-signals"]
-    got = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    got = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
     assert got.returncode == 2 and "invalid choice" in got.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.http_support import EMBEDDED, MODEL, embedded
+from tests.support import PATIENCE_S
 
 NUM_REQUESTS, NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 12, 4, 32, 16
 # No look-ups of models or data; one worker, for each of them imports torch.
@@ -34,7 +35,7 @@ def run_guidellm(url: str, folder: Path) -> Any:
     command = [str(Path(sys.executable).parent / "guidellm"), "run", "--disable-console"]
     command += [word for pair in arguments.items() for word in pair]
     environment = {**os.environ, **ENVIRONMENT, "HOME": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10 * PATIENCE_S, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(report.read_text())
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.http_support import Scripted, scripted
 from tests.ingress_support import wait_until
+from tests.support import PATIENCE_S
 
 KEYS = {"time", "level", "logger", "process", "pid", "message", "event"}
 GENERATION = KEYS | {
@@ -99,7 +100,7 @@ def test_what_is_asked_all_the_time_is_not_logged(server: Scripted) -> None:
 def test_a_client_that_goes_away_is_logged_as_such(server: Scripted) -> None:
     server.director.paused = True
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", server.http.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.http.port, timeout=PATIENCE_S)
         body = json.dumps({"prompt": "x", "max_tokens": 50})
         connection.request("POST", "/v1/completions", body, {"X-Request-Id": "gone"})
         wait_until(lambda: server.http.status()["num_running"] == 1, "the request runs")

@@ -19,7 +19,7 @@ from blinkimp.cli import main
 from blinkimp.lab.engines import EngineSpec, RunningEngine, placement_of
 from blinkimp.lab.interference_report import compared
 from tests.scripted_server import Script, scripted_server
-from tests.support import python_path
+from tests.support import PATIENCE_S, python_path
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_an_engine_is_measured_with_and_without_interference(
 def test_ingress_and_device_get_the_reserved_cpus_and_the_host_the_others(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/ingress"
     placement = placement_of("reserved", 1, os.sched_getaffinity(0))
-    with RunningEngine(EngineSpec("persistent", endpoint, serve_command(endpoint)), 60) as engine:
+    with RunningEngine(EngineSpec("persistent", endpoint, serve_command(endpoint)), PATIENCE_S) as engine:
         engine.pin(placement)
         cpus_of = {command: os.sched_getaffinity(pid) for pid, command in engine.processes.items()}
     ingress = [cpus for command, cpus in cpus_of.items() if "zmq_ingress" in command]
@@ -98,7 +98,7 @@ def test_a_server_that_runs_already_is_measured_as_it_is(tmp_path: Path) -> None
 
 def test_an_engine_that_does_not_start_is_explained() -> None:
     spec = EngineSpec("broken", "tcp://127.0.0.1:1", f"{sys.executable} -c 'raise SystemExit(3)'")
-    with pytest.raises(LoadError, match="ended with status 3"), RunningEngine(spec, 30):
+    with pytest.raises(LoadError, match="ended with status 3"), RunningEngine(spec, PATIENCE_S):
         pass
     with (
         pytest.raises(LoadError, match="expected a command that can be run"),

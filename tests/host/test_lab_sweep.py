@@ -16,8 +16,9 @@ import pytest
 
 from blinkimp.cli import main
 from tests.scripted_server import Script, scripted_server
-from tests.support import python_path
+from tests.support import PATIENCE_S, python_path
 
+NUM_TRIES = 5
 FLAGS = ["--scenarios", "8x3,16x2", "--concurrency", "1,2", "--rates", "20", "--duration", "0.5", "--warmup", "0.1"]
 
 
@@ -48,7 +49,7 @@ def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.Captur
         sweep = ["lab", "sweep", "--connect", address, "--folder", str(tmp_path), *FLAGS]
         assert main([*sweep, "--stop-after", "0"]) == 0
         assert not list(tmp_path.iterdir()) and "goes on with 8x3, concurrency 1" in capsys.readouterr().out
-        assert main([*sweep, "--stop-after", "60"]) == 0
+        assert main([*sweep, "--stop-after", "3600"]) == 0
     assert len(list(tmp_path.glob("*.cell.json"))) == 6
 
 
@@ -57,15 +58,20 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureF
     with scripted_server("http", Script(first_ms=50, gap_ms=1)) as address:
         sweep = ["lab", "sweep", "--url", address, "--folder", str(tmp_path), *FLAGS]
         environment = {**os.environ, "PYTHONPATH": python_path()}
-        killed = subprocess.Popen(
-            [sys.executable, "-m", "blinkimp", *sweep], env=environment, stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*.cell.json")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        killed.kill()
-        killed.wait()
-        before = {path.name: path.read_text() for path in tmp_path.glob("*.cell.json")}
+        for _ in range(NUM_TRIES):
+            for path in tmp_path.iterdir():
+                path.unlink()
+            killed = subprocess.Popen(
+                [sys.executable, "-m", "blinkimp", *sweep], env=environment, stdout=subprocess.DEVNULL
+            )
+            deadline = time.monotonic() + PATIENCE_S
+            while not list(tmp_path.glob("*.cell.json")) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            killed.kill()
+            killed.wait()
+            before = {path.name: path.read_text() for path in tmp_path.glob("*.cell.json")}
+            if len(before) < 6:
+                break  # else this process slept while all were measured: once more
         assert 0 < len(before) < 6
         assert main(sweep) == 0
     after = {path.name: path.read_text() for path in tmp_path.glob("*.cell.json")}

@@ -43,7 +43,7 @@ def metrics_server(name: str, *flags: str) -> Iterator[str]:
         assert ready and ready[0] == "ready"
         yield ready[1]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -51,7 +51,7 @@ def metrics_server(name: str, *flags: str) -> Iterator[str]:
 
 
 def get(url: str) -> Scraped:
-    with urllib.request.urlopen(url, timeout=20) as reply:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
         return Scraped(reply.read().decode())
 
 
@@ -87,7 +87,7 @@ def test_one_answer_has_all_ingresses_and_each_engine_counter_once(tmp_path: Pat
                 assert sum(sample.name == "blinkimp:engine_heartbeat_total" for sample in found.samples) == 1
         finally:
             ingress.stop()
-            ingress.join(10)
+            assert ingress.join(PATIENCE_S), "the ingress's loop does not end"
 
 
 def test_an_engine_that_is_gone_is_down_and_its_successor_is_up(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_it_answers_while_the_host_is_stopped_and_ends_with_the_server(tmp_path:
         server.wait_for_log('"serving"', 2)
         lines = [json.loads(line) for line in server.log]
         (url,) = [line["endpoint"] for line in lines if line.get("child") == "metrics"]
-        with Client(server.config.bind, timeout_s=60) as client:
+        with Client(server.config.bind, timeout_s=PATIENCE_S) as client:
             assert len(list(client.submit([17, 33], max_tokens=5, ignore_eos=True).tokens())) == 5
         os.kill(server.process.pid, signal.SIGSTOP)
         try:
@@ -121,7 +121,7 @@ def test_it_answers_while_the_host_is_stopped_and_ends_with_the_server(tmp_path:
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE_S) == 0
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(url, timeout=20)
+        urllib.request.urlopen(url, timeout=PATIENCE_S)
     events = [json.loads(line).get("event") for line in server.log]
     assert events.count("engine_running") == 1 and events.count("request") == 1 and "child_died" not in events
 
@@ -137,7 +137,7 @@ def test_counts_go_to_the_engine_that_runs(tmp_path: Path) -> None:
         endpoint = ingress.start()
         stack.callback(ingress.join, PATIENCE_S)
         stack.callback(ingress.stop)
-        client = stack.enter_context(Client(endpoint, timeout_s=60))
+        client = stack.enter_context(Client(endpoint, timeout_s=PATIENCE_S))
         url = stack.enter_context(metrics_server(name))
         for _ in range(3):
             assert len(list(client.submit([5, 6], max_tokens=2, ignore_eos=True).tokens())) == 2
@@ -170,9 +170,9 @@ def has_ipv6() -> bool:
 def test_other_paths_are_refused(tmp_path: Path) -> None:
     with FakeDirector(engine_name(), vocab_size=258) as director, metrics_server(director.regions.engine_name) as url:
         with pytest.raises(urllib.error.HTTPError, match="404") as caught:
-            urllib.request.urlopen(url.replace("metrics", "etc/passwd"), timeout=20)
+            urllib.request.urlopen(url.replace("metrics", "etc/passwd"), timeout=PATIENCE_S)
         caught.value.close()
-        assert b"/metrics" in urllib.request.urlopen(url.replace("/metrics", "/"), timeout=20).read()
+        assert b"/metrics" in urllib.request.urlopen(url.replace("/metrics", "/"), timeout=PATIENCE_S).read()
 
 
 @pytest.mark.parametrize(
@@ -187,5 +187,5 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(flags: list[str], complaint: str) -> None:
     with FakeDirector(engine_name(), vocab_size=258) as director:
         command = [*COMMAND, "--engine", director.regions.engine_name, "--bind", "127.0.0.1:0", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr

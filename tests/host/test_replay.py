@@ -27,6 +27,7 @@ from blinkimp.trace.tokens import token_streams
 from tests.host.engine_support import make_tiny_checkpoint
 from tests.host.server_support import ServerProcess
 from tests.ingress_support import serve, write_byte_tokenizer
+from tests.support import PATIENCE_S
 
 NUM_SAMPLED = 6
 
@@ -41,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(endpoint: str) -> list[list[int]]:
     """Sampled requests whose seeds the server draws, a greedy one, and one that is cancelled; the tokens that came."""
-    with Client(endpoint, timeout_s=60) as client:
+    with Client(endpoint, timeout_s=PATIENCE_S) as client:
         streams = [
             client.submit([3 + idx, 7], max_tokens=24, temperature=1.5, top_p=0.95, top_k=50 + idx, ignore_eos=True)
             for idx in range(NUM_SAMPLED)
@@ -64,7 +65,7 @@ def test_a_replay_says_the_same(model: Path, tmp_path: Path, capsys: pytest.Capt
             told = ask(server.endpoints[0])
             recorder.run(0.1)
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
     assert [path.stat().st_mode & 0o077 for path in captured.iterdir()] == [0]
     assert main(["trace", "arrivals", str(captured), "-o", str(arrivals)]) == 0
     assert f"{NUM_SAMPLED + 2} with what they came to" in capsys.readouterr().out

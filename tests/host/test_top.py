@@ -25,7 +25,7 @@ from tests.fake_director import FakeDirector
 from tests.host.engine_support import process_state, wait_for
 from tests.host.server_support import GREEDY, ServerProcess
 from tests.ingress_support import engine_name
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 PROMPT = [17, 33, 260, 9]
 
@@ -33,7 +33,9 @@ PROMPT = [17, 33, 260, 9]
 def top(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "blinkimp", "top", "--interval", "0.1", *arguments]
     environment = {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "110"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=PATIENCE_S, check=False
+    )
 
 
 def snapshot(name: str) -> dict[str, Any]:
@@ -47,12 +49,12 @@ def snapshot(name: str) -> dict[str, Any]:
 def test_a_live_server_whose_host_is_stopped(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, max_batch=8) as server:
         name = server.config.engine_name
-        with Client(server.config.bind, timeout_s=60) as client:
+        with Client(server.config.bind, timeout_s=PATIENCE_S) as client:
             for num_tokens in (5, 7):
                 assert len(list(client.submit(PROMPT, max_tokens=num_tokens, **GREEDY).tokens())) == num_tokens
         os.kill(server.process.pid, signal.SIGSTOP)
         try:
-            wait_for(lambda: process_state(server.process.pid) == "T", 20, "the host is stopped")
+            wait_for(lambda: process_state(server.process.pid) == "T", PATIENCE_S, "the host is stopped")
             seen = snapshot(name)
             words = top("--engine-name", name, "--once")
         finally:
@@ -119,7 +121,7 @@ def test_rings_and_who_has_them() -> None:
     with FakeDirector(engine_name(), vocab_size=258, num_queue_pairs=2) as director:
         director.queue_pairs[1].hold_acks = True
         port = QueuePairPort.open(director.regions.engine_name, 1)
-        port.attach(20)
+        port.attach(PATIENCE_S)
         try:
             import numpy as np
 

@@ -21,6 +21,7 @@ from blinkimp.trace.clock import is_ping
 from blinkimp.trace.file import EVENTS_OFFSET, FILE_HEADER, Metadata, TraceFile
 from blinkimp.trace.recorder import LAST_PINGS, Recorder
 from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine, wait_for
+from tests.support import PATIENCE_S, undisturbed
 
 
 @contextmanager
@@ -28,12 +29,12 @@ def recording(recorder: Recorder) -> Iterator[Callable[[], Metadata]]:
     """Runs on a thread until what is yielded is called, which gives its metadata."""
     stop = threading.Event()
     found: list[Metadata] = []
-    thread = threading.Thread(target=lambda: found.append(recorder.run(60.0, should_stop=stop.is_set)))
+    thread = threading.Thread(target=lambda: found.append(recorder.run(10 * PATIENCE_S, should_stop=stop.is_set)))
     thread.start()
 
     def end() -> Metadata:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE_S)
         assert found, "the recorder did not end"
         return found[0]
 
@@ -41,9 +42,10 @@ def recording(recorder: Recorder) -> Iterator[Callable[[], Metadata]]:
         yield end
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE_S)
 
 
+@undisturbed  # the recorder looks at the batch every 5 ms: it has to see one run
 def test_a_recording_has_it_all(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path)
     options: dict[str, Any] = {"trace_events": LEAST_TRACE_EVENTS, "trace_op_period": 4, "num_threads": 2}
@@ -53,7 +55,7 @@ def test_a_recording_has_it_all(tmp_path: Path) -> None:
         with Recorder(name, path) as recorder, PortClient(name, 0) as client, recording(recorder) as end:
             assert recorder.has_pings
             expected = [client.generate([1, 2, 3 + i], 20).tokens for i in range(8)]
-            wait_for(lambda: engine.status()["num_running"] == 0, 10, "the engine is idle")
+            wait_for(lambda: engine.status()["num_running"] == 0, PATIENCE_S, "the engine is idle")
             metadata = end()
     trace = TraceFile(path)
     events = trace.events
@@ -110,7 +112,7 @@ def test_the_end_of_the_engine_ends_the_recording(tmp_path: Path) -> None:
             client.generate([4, 5], 3)
         name = engine.config.engine_name
     with recorder:
-        assert recorder.run(60.0).ended_by == "the engine has ended"
+        assert recorder.run(PATIENCE_S).ended_by == "the engine has ended"
     trace = TraceFile(path)
     assert len(events_of(trace.events, TraceKind.TOKEN)) == 3
     assert not trace.clock.is_known, "neither pings nor an ingress that traces"
@@ -118,7 +120,7 @@ def test_the_end_of_the_engine_ends_the_recording(tmp_path: Path) -> None:
     with running_engine(tmp_path, trace_events=LEAST_TRACE_EVENTS, engine_name=name):
         recorder = Recorder(name, path, pings=False)
     with running_engine(tmp_path, engine_name=name), recorder:
-        assert recorder.run(60.0).ended_by == "the engine was started anew"
+        assert recorder.run(PATIENCE_S).ended_by == "the engine was started anew"
 
 
 def test_two_recorders_do_not_mistake_each_others_pings(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ Run: pytest tests/host/test_zmq_cancel.py
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +20,11 @@ from blinkimp.host.shared_memory import open_trace
 from blinkimp.host.trace_reader import TraceReader
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
-from blinkimp.protocol import Finish
+from blinkimp.protocol import Finish, Health, ServerMessage
 from tests.host.cancel_support import TRACE_EVENTS, assert_let_go_at_the_next_commit
 from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, running_engine
 from tests.ingress_support import RawClient, encoded, wait_until, write_byte_tokenizer
+from tests.support import PATIENCE_S
 
 NUM_CLIENTS = 200
 
@@ -37,7 +40,18 @@ def served(folder: Path) -> Iterator[tuple[Engine, str, ZmqIngress]]:
             yield engine, endpoint, ingress
         finally:
             ingress.stop()
-            ingress.join(10)
+            assert ingress.join(PATIENCE_S), "the ingress's loop does not end"
+
+
+@contextmanager
+def standing_still(engine: Engine) -> Iterator[None]:
+    """Meanwhile no stream gets to its end, on a machine however slow."""
+    assert engine.device.pid is not None
+    os.kill(engine.device.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine.device.pid, signal.SIGCONT)
 
 
 def is_idle(engine: Engine) -> bool:
@@ -63,8 +77,10 @@ def test_200_clients_that_vanish_leave_no_page_behind(tmp_path: Path) -> None:
         wait_until(lambda: engine.status()["requests_accepted"] == NUM_CLIENTS, "all are accepted")
         wait_until(lambda: engine.status()["output_tokens"] > 500, "the first of them run")
         rng.shuffle(clients)
-        for client in clients:
-            client.close()
+        with standing_still(engine):
+            for client in clients:
+                client.close()
+            wait_until(lambda: ingress.sessions.counters.clients_gone > NUM_CLIENTS // 2, "their end is noticed")
         wait_until(lambda: is_idle(engine), "nobody's request runs any more")
         wait_until(lambda: ingress.sessions.is_idle, "nobody is owed anything")
         context.term()
@@ -88,10 +104,14 @@ def test_what_is_cancelled_or_late_ends_with_its_pages(how: str, tmp_path: Path)
                 fields = {"sampling": {"max_tokens": 4000, "ignore_eos": True}, "timeout_s": timeout_s}
                 client.send(encoded(id=idx, prompt=[3 + idx] * 20, **fields))
             wait_until(lambda: engine.status()["requests_accepted"] == 40, "all are accepted")
-            for idx in range(40):
-                if how == "cancel":
-                    client.send_message({"type": "cancel", "id": idx})
-            reasons = []
+            messages: list[ServerMessage] = []
+            if how == "cancel":
+                with standing_still(engine):
+                    for idx in range(40):
+                        client.send_message({"type": "cancel", "id": idx})
+                    client.send_message({"type": "health", "id": 1000})
+                    messages = client.receive_until(lambda message: isinstance(message, Health))
+            reasons = [message.reason for message in messages if isinstance(message, Finish)]
             while len(reasons) < 40:
                 reasons += [message.reason for message in client.receive() if isinstance(message, Finish)]
         status = engine.status()
