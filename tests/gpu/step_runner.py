@@ -106,15 +106,16 @@ class StepRunner:
 
     def __init__(
         self, folder: Path, *, max_step_tokens: int = 2048, max_batch: int = 256, num_requests: int = 256, max_context: int = 4096,
-        num_pages: int = 256, load_format: Any = "auto", kernel: KernelKind = "hopper",
+        num_pages: int = 256, load_format: Any = "auto", kernel: KernelKind = "hopper", num_workers: int = 0, cubin: bytes = b"",
     ) -> None:  # fmt: skip
+        """num_workers: 0, all SMs but one. cubin: of the kernel, where it is compiled already."""
         self.context = GpuContext()
         self.config = read_model_config(folder)
-        self.num_workers = self.context.properties.num_multiprocessors - 1
+        self.num_workers = num_workers or self.context.properties.num_multiprocessors - 1
         self.shape = kernel_shape(self.config, self.num_workers, kernel, self.context.properties.arch)
         device = ROOT / "device"
         options = tuple(f"-D{name}={value}" for name, value in self.shape.defines().items())
-        self.kernel = compile_path(device / self.shape.source, options)
+        self.cubin = cubin or compile_path(device / self.shape.source, options).cubin
         target = GpuTarget(self.context, self.config, compile_path(device / PACK_SOURCE, ()).cubin, self.num_workers)
         max_context = min(max_context, self.config.max_positions)
         self.model = load_model(folder, target, compute="bf16", max_context=max_context, load_format=load_format)
@@ -131,7 +132,7 @@ class StepRunner:
             mmap.mmap(-1, mmap.PAGESIZE), np.uint8
         )  # the engine page: where a fault would be recorded
         self.params["engine_page"] = self.context.register_host(self.page.ctypes.data, self.page.nbytes)
-        self.function = self.context.load_kernel(self.kernel.cubin, KERNEL_NAME, self.shape.shared_memory_bytes)
+        self.function = self.context.load_kernel(self.cubin, KERNEL_NAME, self.shape.shared_memory_bytes)
         self.page_tables = np.zeros((num_requests, self.sizes.max_pages_per_request), np.uint32)
         self.free_pages = list(np.random.default_rng(1).permutation(num_pages))  # scattered, as after hours of serving
         self.num_pages_of = np.zeros(num_requests, int)
@@ -193,16 +194,16 @@ class StepRunner:
     def run(
         self, requests: list[Request], *, ops: Callable[[NDArray[np.void]], NDArray[np.void]] | None = None
     ) -> None:
-        """One step. `ops` picks the part of the program that runs."""
+        """One step; without requests, none. `ops` picks the part of the program that runs."""
         params = self.params.copy()
         if ops is not None:
             part = np.ascontiguousarray(ops(self.model.ops))
             self.context.upload(int(params["ops"][0]), part)
             params["num_ops"] = len(part)
         context = self.context
-        context.upload(int(params["plans"][0, 0]), self.plan(requests))
         exit_plan = np.zeros(1, abi.STEP_PLAN)
         exit_plan["flags"] = PLAN_EXIT
+        context.upload(int(params["plans"][0, 0]), self.plan(requests) if requests else exit_plan)
         context.upload(int(params["plans"][0, 1]), exit_plan)
         context.upload(int(params["page_tables"][0]), self.page_tables)
         context.upload(int(params["requests"][0]), self.requests)

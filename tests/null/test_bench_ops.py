@@ -1,0 +1,94 @@
+"""tools/bench_ops.py without a GPU: variants, parts of a program, the table, and that logits which differ are said.
+
+Run: pytest tests/null/test_bench_ops.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blinkimp import ring_abi as abi
+from blinkimp.ring_abi import BufferId, OpKind
+from tests.support import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import bench_ops as tool
+
+
+def program(num_layers: int) -> np.ndarray[Any, Any]:
+    layer = [
+        (OpKind.QKV, BufferId.HIDDEN),
+        (OpKind.ATTENTION, BufferId.QUERY),
+        (OpKind.PROJECT, BufferId.ATTENTION),
+        (OpKind.GATE_UP, BufferId.HIDDEN),
+        (OpKind.PROJECT, BufferId.ACTIVATION),
+    ]
+    steps = [(OpKind.EMBED, 0), *layer * num_layers, (OpKind.LM_HEAD, BufferId.HIDDEN), (OpKind.SAMPLE, 0)]
+    ops = np.zeros(len(steps), abi.OP)
+    ops["kind"], ops["input"] = [int(kind) for kind, _ in steps], [int(source) for _, source in steps]
+    return ops
+
+
+def test_parts_are_the_whole_program_but_its_first_op() -> None:
+    ops = program(3)
+    sizes = {name: len(pick(ops)) for name, pick in tool.PARTS.items()}
+    assert sizes == {"all": 18, "qkv": 3, "attention": 3, "o": 3, "gate_up": 3, "down": 3, "lm_head": 1, "sample": 1}
+
+
+def test_a_variant_is_named_with_its_macros() -> None:
+    variant = tool.parse_variant("paired:BK_PAIRED=1,BK_X=2")
+    assert variant == tool.Variant("paired", (("BK_PAIRED", "1"), ("BK_X", "2")))
+    assert variant.is_paired and not tool.Variant("base").is_paired
+    for wrong in ("paired", ":BK_PAIRED=1", "paired:", "paired:BK_PAIRED"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected NAME:MACRO=VALUE"):
+            tool.parse_variant(wrong)
+
+
+class FakeRunner:
+    """Answers as StepRunner does; its logits are a function of the request's tokens."""
+
+    class config:  # noqa: N801  # an attribute of StepRunner
+        vocab = 50
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, int]] = []
+        self.released: list[int] = []
+
+    def run(self, requests: list[Any], *, ops: Any = None) -> None:
+        self.launches.append((len(requests), 0 if ops is None else len(ops(program(2)))))
+
+    def logits(self, num: int) -> Any:
+        return np.arange(num * 50, dtype=np.float32).reshape(num, 50)
+
+    def release(self, request_idx: int) -> None:
+        self.released.append(request_idx)
+
+
+def test_a_row_is_measured_whole_and_by_parts() -> None:
+    runner = FakeRunner()
+    parts, bits = tool.measure_row(runner, tool.Row("decode", 3, 128), seed=1)  # type: ignore[arg-type]
+    assert list(parts) == list(tool.PARTS)
+    assert bits.shape == (3, 50)
+    assert runner.released == [0, 1, 2]
+    assert {num for num, _ in runner.launches} == {0, 3}  # launches that leave at once, and steps of three requests
+    requests = tool.requests_of(tool.Row("prefill", 1, 70), np.random.default_rng(0), 50)
+    assert [(len(r.tokens), r.num_computed) for r in requests] == [(70, 0)]
+
+
+def test_the_table_has_a_line_for_each_row_and_variant() -> None:
+    rows = [tool.Row("decode", 1, 64), tool.Row("prefill", 1, 128)]
+    by_row = {row.name: dict.fromkeys(tool.PARTS, 1.5) for row in rows}
+    lines = tool.table(rows, {"base": by_row, "paired": by_row}).splitlines()
+    assert lines[2].startswith("| d1@64 | base | 1.500 |") and lines[5].startswith("| p128 | paired |")
+    assert len(lines) == 6
+
+
+def test_other_logits_are_found() -> None:
+    base = {"d1@64": np.zeros((1, 4), np.uint32), "p128": np.ones((1, 4), np.uint32)}
+    assert tool.differing(base, base) == []
+    assert tool.differing(base, base | {"p128": np.zeros((1, 4), np.uint32)}) == ["p128"]
