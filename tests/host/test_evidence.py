@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from blinkimp.cli import main
 from blinkimp.lab.evidence_state import start_time
-from tests.support import python_path
+from tests.support import PATIENCE_S, python_path
 
 # An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.
 SERVER = """
@@ -31,6 +32,7 @@ async def main():
 
 asyncio.run(main())
 """
+NUM_TRIES = 5
 LOADS = ["--rates", "40", "--users", "2", "--open-lengths", "8x3", "--closed-lengths", "8x3", "--device", "emulated"]
 LENGTH = ["--seconds", "0.3", "--warmup", "0.1", "--threads", "0", "--placements", "sharing", "--model", "embedded"]
 
@@ -53,12 +55,16 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
     """kill -9 after the first cell: its engine is left behind; the next call ends it, and measures only what is missing."""
     folder = tmp_path / "evidence"
     flags = ["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, "--rates", "20,40,60", *scripted(tmp_path)]
-    call = subprocess.Popen([sys.executable, "-m", "blinkimp", *flags], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not cells_in(folder) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    call.kill()
-    call.wait()
+    for _ in range(NUM_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        call = subprocess.Popen([sys.executable, "-m", "blinkimp", *flags], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE_S
+        while not cells_in(folder) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        call.kill()
+        call.wait()
+        if len(cells_in(folder)) < 5:
+            break  # else this process slept while all were measured: once more
     left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
     assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 5
     assert main(flags) == 0
@@ -78,7 +84,9 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
 
 def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
     folder = tmp_path / "evidence"
-    flags = ["--resume", str(folder), *LOADS, *LENGTH, "--seconds", "60", *scripted(tmp_path)]
+    flags = ["--resume", str(folder), *LOADS, *LENGTH, "--seconds", "10", *scripted(tmp_path)]
+    # Seconds of a closed loop: a faster server would use up its requests before their end, on a machine that keeps pace.
+    (tmp_path / "server.py").write_text(SERVER.replace("first_ms=2", "first_ms=50"))
     call = subprocess.Popen(
         [sys.executable, "-m", "blinkimp", "lab", "evidence", *flags], stdout=subprocess.PIPE, text=True
     )
@@ -89,7 +97,7 @@ def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
         assert said[-1], f"the call has ended: {''.join(said)}"
     left = json.loads((folder / "engine.json").read_text())
     call.send_signal(signal.SIGTERM)
-    assert call.wait(60) == 128 + signal.SIGTERM
+    assert call.wait(PATIENCE_S) == 128 + signal.SIGTERM
     call.stdout.close()
     assert start_time(left["pid"]) != left["started"]
 
