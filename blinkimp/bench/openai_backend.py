@@ -83,6 +83,7 @@ class OpenAiBackend:
         self._free: deque[_Connection] = deque()
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.is_closing = False
         self._decoder = msgspec.json.Decoder(_Event)
         self._encoder = msgspec.json.Encoder()
 
@@ -146,6 +147,8 @@ class OpenAiBackend:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        """Requests that still run end without a word."""
+        self.is_closing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -264,7 +267,7 @@ class _Connection(asyncio.Protocol):
         self.is_closed = True
         self._response.finish()
         self._backend.lost(self)
-        if self._record is not None:
+        if self._record is not None and not self._backend.is_closing:
             if self._num_served and not self._response.status:
                 # The server had closed an idle connection when the request was written to it: that is nobody's failure.
                 record, self._record = self._record, None

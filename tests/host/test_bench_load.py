@@ -6,6 +6,7 @@ Run: pytest tests/host/test_bench_load.py
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.openai_backend import OpenAiBackend
+from blinkimp.bench.record import Record
 from blinkimp.bench.report import table_of
 from blinkimp.bench.runner import Target, run_load
 from blinkimp.host.power import Reading
 from tests.scripted_server import Script, scripted_server
-from tests.support import undisturbed
+from tests.support import PATIENCE_S, undisturbed
 
 KINDS = ["http", "zmq"]
 SLACK_MS = 40.0  # beyond what was scripted, of an undisturbed request; what is scripted is the least, on any machine
@@ -144,6 +147,27 @@ def test_what_does_not_end_has_failed() -> None:
     got = load("http", Script(first_ms=5000), LoadOptions(concurrency=2, num_requests=2, output_len=1), drain_s=0.3)
     assert got["failed"] == got["num_cut"] == 2 and "unfinished" in next(iter(got["error_counts"]))
     assert got["median_ttft_floor_ms"] >= 300 and "2 cut off at the end" in table_of(got)
+
+
+def test_a_used_connection_that_waits_for_an_answer_is_closed_for_good() -> None:
+    """Closed by this side: nobody connects again in its place, as for one that the server had closed."""
+    script = Script(first_ms=0, gap_ms=0)
+
+    async def run(address: str) -> None:
+        ended = asyncio.Event()
+        backend = OpenAiBackend(address, lambda record: ended.set())
+        await backend.open(PATIENCE_S)
+        backend.submit(Record(0, 4, 2, time.monotonic_ns()), backend.prepare(2, [1, 2, 3, 4]))
+        await asyncio.wait_for(ended.wait(), PATIENCE_S)
+        script.first_ms = PATIENCE_S * 1e4
+        backend.submit(Record(1, 4, 2, time.monotonic_ns()), backend.prepare(2, [1, 2, 3, 4]))
+        while len(script.prompts) < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(backend.close(), PATIENCE_S)
+        assert len(script.prompts) == 2
+
+    with scripted_server("http", script) as address:
+        asyncio.run(run(address))
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "http://127.0.0.1:1"])
