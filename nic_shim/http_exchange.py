@@ -22,10 +22,11 @@ class ClientGoneError(Exception):
 
 class Exchange:
     """`choices[i]` has client_id i. on_end runs once, when every choice has ended, and everything else that the exchange waits for:
-    then it is out of the engine. Helpers are requests whose output is no choice's."""
+    then it is out of the engine, and lets go of the choices, whose `session` it is: what it was goes without the collector.
+    Helpers are requests whose output is no choice's."""
 
     def __init__(self, engine: EngineThread, on_end: Callable[[Exchange], None]) -> None:
-        self.choices: list[LiveRequest] = []
+        self.choices: list[LiveRequest] = []  # while any of them runs
         self.num_unfinished = 0  # choices, and 1 while held
         self._is_held = False
         self._helpers: set[LiveRequest] = set()  # that run
@@ -93,6 +94,7 @@ class Exchange:
     def _count_end(self) -> None:
         self.num_unfinished -= 1
         if self.num_unfinished == 0:
+            self.choices = []  # not clear(): the list is the caller's as well
             self._on_end(self)
 
     # ---- What comes ------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
     try:
         return msgspec.json.decode(payload, type=body_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        problem = error
+        problem = error.with_traceback(None)  # which holds this frame, which holds the error
     try:
         content = msgspec.json.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -47,7 +47,7 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
             try:
                 return msgspec.convert(plain, type=body_type, str_keys=True)
             except msgspec.ValidationError as error:
-                problem, content = error, plain
+                problem, content = error.with_traceback(None), plain
         complaint = complaint_of(problem, content, lambda path: tuple(sorted(known_at(body_type, path))))
     remedy = "correct the field, or leave it out; nic_shim/HTTP.md lists what is supported"
     raise bad_field(complaint.field, complaint.what, complaint.got, complaint.expected, remedy) from None

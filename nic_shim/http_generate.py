@@ -123,10 +123,10 @@ async def compile_constraint(context: Context, constraint: Constraint | None) ->
     if constraint is None:
         return None
     try:
-        compiling = asyncio.get_running_loop().run_in_executor(
+        # No name for the future: it holds the exception, whose traceback holds this frame.
+        return await asyncio.get_running_loop().run_in_executor(
             context.compile_pool, context.compiler.compile, constraint
         )
-        return await compiling
     except ConstraintProblem as problem:
         raise http_error_of(problem.error) from None
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
@@ -60,18 +62,23 @@ async def score_prompt(
             return await _score_piece(engine, exchange, prompt_ids, begin, num_top, body)
 
     scores = Tokens(0, 1, [], [], "")
-    jobs = [asyncio.ensure_future(one(begin)) for begin in range(1, len(prompt_ids), PIECE_TOKENS)]
+    jobs = deque(asyncio.ensure_future(one(begin)) for begin in range(1, len(prompt_ids), PIECE_TOKENS))
     try:
-        for job in jobs:
-            piece = await job
+        while jobs:
+            piece = await jobs.popleft()
             scores.token_ids += piece.token_ids
             scores.logprobs += piece.logprobs
             scores.top = scores.top + piece.top
     finally:
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await _cancel(jobs)
+        jobs.clear()  # a job holds its exception, whose traceback holds this frame
     return scores
+
+
+async def _cancel(jobs: Collection[asyncio.Future[Tokens]]) -> None:
+    for job in jobs:
+        job.cancel()
+    await asyncio.gather(*jobs, return_exceptions=True)
 
 
 async def _score_piece(

@@ -35,6 +35,8 @@ HEARTBEAT_TIMEOUT_S = 2.0  # an owner whose heartbeat is older is taken over
 POLL_ENTRIES = 4096  # completions per poll at most
 # RequestOrder of device/ingress_port.cuh, up to its SamplingParams.
 _ORDER: Final = struct.Struct("=QQQ QQQ IIII IIII iI")
+# One type for all: one made for each would be a cycle.
+_OrderBytes: Final = ctypes.c_char * (_ORDER.size + abi.SAMPLING_PARAMS.itemsize)
 _NO_IDS: Final = np.zeros(0, dtype=np.uint32)
 _NO_BIAS: Final = np.zeros(0, dtype=abi.LOGIT_BIAS)
 
@@ -329,7 +331,7 @@ class QueuePairPort:
                 f"a word of the request does not fit: {error}; expected ids and counts of 32 bits, request_id, timeout_ns and "
                 "cache_salt of 64 bits, priority of 32 bits signed; check them before they come here"
             ) from error
-        order = ctypes.create_string_buffer(
+        order = _OrderBytes.from_buffer_copy(
             words + sampling.tobytes()
         )  # aligned for any type, as all of ctypes' memory is
         return PortStatus(self._library.bk_port_try_submit(self._handle, order))
