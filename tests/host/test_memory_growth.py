@@ -11,8 +11,9 @@ from pathlib import Path
 from tests.host.server_support import ServerProcess
 from tests.support import load_tool
 
-# A request's state is 2 to 3 KB. Some 500 bytes of cycles a request wait for the collector, which comes by the clock (nic_shim/garbage.py).
-MOST_BYTES_A_REQUEST = 1200
+# A request's state is 2 to 3 KB; with a cycle of references, which only the collector frees, 700 bytes of it stay over such a run. Without any
+# an ingress grows by 30 to 80 bytes a request while its heap finds its size. The device's grows by whole megabytes, seldom.
+MOST_BYTES_A_REQUEST = {"zmq ingress": 400, "http ingress": 400, "host": 1200, "device": 1200}
 NUM_WARM, NUM_MEASURED = 1500, 3000
 
 
@@ -31,7 +32,7 @@ def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
     ) as server:
         server.wait_for_log("serves on", 2)
         processes = bench.processes_of(server.process.pid)
-        assert {process.name for process in processes} == {"host", "device", "zmq ingress", "http ingress"}
+        assert {process.name for process in processes} == set(MOST_BYTES_A_REQUEST)
 
         def serve(num_requests: int) -> None:
             for transport, address in (("zmq", server.endpoints[0]), ("http", http)):
@@ -49,4 +50,5 @@ def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
             process.sample()
             before, after = process.anonymous_kb
             grown = (after - before) * 1024 / NUM_MEASURED
-            assert grown < MOST_BYTES_A_REQUEST, f"{process.name}: {grown:.0f} bytes a request, {before} -> {after} KB"
+            most = MOST_BYTES_A_REQUEST[process.name]
+            assert grown < most, f"{process.name}: {grown:.0f} bytes a request, {before} -> {after} KB"

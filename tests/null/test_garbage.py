@@ -33,7 +33,7 @@ def test_cycles_go_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> 
     assert collector.num_looks == 1
 
 
-def test_what_has_grown_old_goes_with_every_third_look() -> None:
+def test_what_has_grown_old_goes_with_the_full_looks() -> None:
     collector = Collector()
     held = Knot()
     knot = weakref.ref(held)
