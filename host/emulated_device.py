@@ -112,7 +112,9 @@ class EmulatedDevice:
         )
         if channel is not None:
             channel.close_descriptor()
-            self._wait(lambda: not loaded)
+        # Then all words on the progress were passed on, too: they come by a thread that reads a pipe.
+        self._wait(lambda: not loaded)
+        if channel is not None:
             self._start_director(launch, channel, loaded[0])
         status = launch.regions.engine_page.view(abi.ENGINE_PAGE)["status"]
         self._wait(lambda: int(status["state"][0]) == EngineState.STARTING)

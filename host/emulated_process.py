@@ -148,8 +148,8 @@ def run(order: Order, emit: Callable[[Event], None]) -> int:
         trace = open_trace(order.engine_name, writable=True)
         fill_trace(trace, trace.address, params)
     check_params(params)
+    emit(Event(stage="loaded", dims=model.dims.tobytes(), num_ops=len(model.ops)))
     if order.channel_fd >= 0:
-        emit(Event(stage="loaded", dims=model.dims.tobytes(), num_ops=len(model.ops)))
         return exit_status(StepChannel.open(order.channel_fd, order.sizes).run_device(params), params)
     # The GIL is free inside; the director reads COMMAND_STOP from the engine page.
     doorbell = Doorbell(engine_page, queue_pairs)

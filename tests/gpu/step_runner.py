@@ -47,10 +47,10 @@ def write_checkpoint(
     head_dim = config.get("head_dim", hidden // heads)
 
     def matrix(rows: int, columns: int) -> NDArray[Any]:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(dtype)
+        return np.asarray(rng.standard_normal((rows, columns)) / np.sqrt(columns), dtype)
 
     def gain(size: int) -> NDArray[Any]:
-        return (1 + 0.1 * rng.standard_normal(size)).astype(dtype)
+        return np.asarray(1 + 0.1 * rng.standard_normal(size), dtype)
 
     tensors = {
         "model.embed_tokens.weight": rng.standard_normal((vocab, hidden)).astype(dtype),
