@@ -33,12 +33,15 @@ def with_async_client(served: Served, use: Callable[[AsyncClient], Awaitable[Res
 
 
 async def first_tokens(served: Served, streams: Sequence[AsyncTokenStream]) -> None:
-    """Of all streams that there are, of a model that stands still: it is let go for one step."""
-    while len(served.director.queue_pairs[0].running) != len(streams):
+    """Of a model that stands still: it is let go for a step, and for another one while a stream has no token (one that ends may have had the last)."""
+    while len(served.director.queue_pairs[0].running) < len(streams):
         await asyncio.sleep(0.005)
-    served.director.num_allowed_steps = 1
     for stream in streams:
-        await anext(aiter(stream))
+        first = asyncio.ensure_future(anext(aiter(stream)))
+        while not first.done():
+            served.director.num_allowed_steps = 1
+            await asyncio.wait({first}, timeout=0.05)
+        await first
 
 
 def restart_ingress(served: Served) -> ZmqIngress:
