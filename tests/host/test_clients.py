@@ -33,7 +33,7 @@ def with_async_client(served: Served, use: Callable[[AsyncClient], Awaitable[Res
 
 
 async def first_tokens(served: Served, streams: Sequence[AsyncTokenStream]) -> None:
-    """Of a model that stands still: it is let go for a step, and for another one while a stream has no token (one that ends may have had the last)."""
+    """Of a model that stands still: it is let go for a step, and another while a stream has none (one that ends may have had the last)."""
     while len(served.director.queue_pairs[0].running) < len(streams):
         await asyncio.sleep(0.005)
     for stream in streams:
