@@ -30,10 +30,10 @@ enum FaultSite : u32 {
   kSiteWeightRing = 103,         // a stage of the shared-memory ring outlived its budget
   kSiteUnknownOp = 104,
   kSiteInputRing = 105,          // likewise, of the activations
-  kSiteScales = 107,             // of the row scales
+  kSiteScales = 107,             // likewise, of the row scales
   kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
-  kSiteAttentionSchedule = 107,  // the step's schedule of attention was not ready in time
   kSiteAttentionWindows = 108,   // more window sizes among the layers than attention plans for
+  kSiteAttentionSchedule = 109,  // the step's schedule of attention was not ready in time
   kSiteEmulatedOp = 200,
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.watchdog import Symptom, Verdict, Watchdog, describe_fault, fault_site_names
+from tests.support import ROOT
 
 
 class FakeDevice:
@@ -109,6 +111,8 @@ def test_fault_sites_are_those_of_the_header() -> None:
     names = fault_site_names()
     assert len(names) >= 10 and all(name.startswith("kSite") for name in names.values())
     assert "kSitePageCount" in names.values() and "kSiteGridBarrier" in names.values()
+    in_code = set(re.findall(r"\bkSite\w+", (ROOT / "device" / "fault.cuh").read_text()))
+    assert set(names.values()) == in_code, "two sites of one number: a report would name the wrong wait"
 
 
 def test_dead_device_is_reported_with_its_reason(bench: Bench) -> None:

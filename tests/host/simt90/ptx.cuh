@@ -29,7 +29,6 @@ inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline void __syncwarp() { __any_sync(0xffffffffu, false); }
 inline void __syncthreads() { simt::machine.barrier(0, static_cast<unsigned>(simt::machine.fibers.size())); }
-inline float2 __ldcg(const float2* source) { return *source; }
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == 0xffffffffu; }
 
 namespace simt90 {
