@@ -29,13 +29,9 @@ from blinkimp.host.model_config import ModelConfig
 from blinkimp.host.program import load_model, num_weight_elements
 from blinkimp.host.weight_stream import WeightStream
 from blinkimp.host.weights import MatrixSource, PlacedMatrix, Weights
+from blinkimp.lab.shapes import LLAMA_3_8B
 
-LLAMA_3_8B: Final[dict[str, Any]] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 32, "vocab_size": 128256,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "eos_token_id": 2,
-}  # fmt: skip
+WRITTEN: Final[dict[str, Any]] = LLAMA_3_8B | {"eos_token_id": 2}
 SHARD_BYTES: Final = 5 << 30  # as transformers cuts them
 TARGET_GB_PER_S: Final = 3.0
 REQUIRED_HEADROOM_BYTES: Final = 1 << 30
@@ -220,7 +216,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None, base: dict[str, Any] = LLAMA_3_8B) -> int:
+def main(arguments: list[str] | None = None, base: dict[str, Any] = WRITTEN) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--gb", type=float, default=16.1, metavar="N", help="size of the checkpoint (default %(default)s)"

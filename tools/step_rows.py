@@ -14,27 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from blinkimp.lab.shapes import LLAMA_3_8B
+
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED_CONFIG: Final = ROOT / "blinkimp" / "models" / "embedded" / "config.json"
 
 # config.json by shape. Llama 3 was trained for 8,192 positions; a long row needs only the rotary table to be longer.
 SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "llama-3-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 65536,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    },
+    "llama-3-8b": LLAMA_3_8B | {"max_position_embeddings": 65536},
     "embedded": json.loads(EMBEDDED_CONFIG.read_text()),
 }
 

@@ -14,39 +14,23 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from blinkimp.lab.shapes import LLAMA_3_8B
+
 NUM_BYTES: Final = 256
-LLAMA_3_8B: Final[dict[str, Any]] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 500000.0,
-    },  # its name in transformers 5; the one above is older
-    "tie_word_embeddings": False,
+SERVED: Final[dict[str, Any]] = LLAMA_3_8B | {
+    # Where transformers 5 has rope_theta.
+    "rope_parameters": {"rope_type": "default", "rope_theta": LLAMA_3_8B["rope_theta"]},
     "attention_bias": False,
     "mlp_bias": False,
     "bos_token_id": 128254,
     "eos_token_id": 128255,
-    "dtype": "bfloat16",
-    "torch_dtype": "bfloat16",
 }
 
 
 def write_llama_3_8b(folder: Path) -> int:
     """Returns the size of the vocabulary."""
-    write_model(folder, LLAMA_3_8B)
-    return int(LLAMA_3_8B["vocab_size"])
+    write_model(folder, SERVED)
+    return int(SERVED["vocab_size"])
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:

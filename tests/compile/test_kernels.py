@@ -25,6 +25,7 @@ from blinkimp.host.gpu_kernel import (
     kernel_shape,
 )
 from blinkimp.host.model_config import ModelConfig, parse_config
+from blinkimp.lab.shapes import LLAMA_3_8B
 
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -33,22 +34,9 @@ REGISTERS_ALLOCATED_AT_ONCE = 8  # per thread
 # slices and pages, which are the hot ones, spill none (device/PERFORMANCE.md). To be brought back to 0.
 MOST_SPILL_BYTES = {KERNEL_SOURCE: 192}
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
 QWEN_3_4B = LLAMA_3_8B | {
     "architectures": ["Qwen3ForCausalLM"],
-    "head_dim": 128,
+    "model_type": "qwen3",
     "hidden_size": 2560,
     "intermediate_size": 9728,
     "num_hidden_layers": 36,

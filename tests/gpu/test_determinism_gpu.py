@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from blinkimp.lab.shapes import LLAMA_3_8B_SIZES
 from tests.host import determinism_scenario as scenario
 from tests.host.engine_support import Stream, make_tiny_checkpoint
 
@@ -20,17 +21,8 @@ Options = dict[str, Any]
 Asked = tuple[Path | str, Options, list[scenario.Request], list[Stream]]
 
 NUM_REQUESTS = 64
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "num_hidden_layers": 2,
-}
-VOCABS = {"embedded": 4096, "llama_3_8b": LLAMA_3_8B["vocab_size"]}
+TWO_LAYERS = LLAMA_3_8B_SIZES | {"num_hidden_layers": 2}
+VOCABS = {"embedded": 4096, "llama_3_8b": TWO_LAYERS["vocab_size"]}
 RUNS = [("embedded", "hopper"), ("embedded", "portable"), ("llama_3_8b", "hopper"), ("llama_3_8b", "portable")]
 
 
@@ -41,7 +33,7 @@ def alone(request: pytest.FixtureRequest, device_options: Options, tmp_path_fact
     model: Path | str = "embedded"
     options = {**device_options, "kernel": kernel}
     if name != "embedded":
-        model = make_tiny_checkpoint(tmp_path_factory.mktemp(name), config_only=True, **LLAMA_3_8B)
+        model = make_tiny_checkpoint(tmp_path_factory.mktemp(name), config_only=True, **TWO_LAYERS)
         options["load_format"] = "dummy"  # the same random weights at every start
     requests = scenario.make_requests(NUM_REQUESTS, VOCABS[name])
     return model, options, requests, scenario.reference(model, requests, **options)

@@ -35,7 +35,7 @@ def test_figures_of_a_tiny_checkpoint(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "REQUIRED_HEADROOM_BYTES", 0)
-    base = tool.LLAMA_3_8B | TINY
+    base = tool.WRITTEN | TINY
     file = tmp_path / "load.json"
     assert (
         tool.main(
@@ -51,7 +51,7 @@ def test_figures_of_a_tiny_checkpoint(
 
 
 def test_shards_hold_every_tensor_once(tool: ModuleType, tmp_path: Path) -> None:
-    config = tool.config_of(10**6, tool.LLAMA_3_8B | TINY)
+    config = tool.config_of(10**6, tool.WRITTEN | TINY)
     num_bytes = tool.write_checkpoint(tmp_path, config, shard_bytes=300_000)
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
@@ -72,6 +72,6 @@ def test_a_folder_that_is_too_small_is_refused(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "REQUIRED_HEADROOM_BYTES", 1 << 60)
-    assert tool.main(["--gb", "0.001", "--folder", str(tmp_path)], tool.LLAMA_3_8B | TINY) == 1
+    assert tool.main(["--gb", "0.001", "--folder", str(tmp_path)], tool.WRITTEN | TINY) == 1
     assert "lower --gb" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ from blinkimp.lab.evidence_plan import (
     simulate,
 )
 from blinkimp.lab.evidence_state import merged
-from blinkimp.lab.shape_model import LLAMA_3_8B, write_model
+from blinkimp.lab.shape_model import SERVED, write_model
 from blinkimp.lab.sweep import Point, parse_scenario
 
 ENGINES = (
@@ -219,7 +219,7 @@ def test_what_cannot_be_run_is_explained(
 
 
 def test_the_made_up_model_streams_a_word_for_every_id(tmp_path: Path) -> None:
-    config = {**LLAMA_3_8B, "vocab_size": 600, "bos_token_id": 598, "eos_token_id": 599}
+    config = {**SERVED, "vocab_size": 600, "bos_token_id": 598, "eos_token_id": 599}
     write_model(tmp_path, config)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size(with_added_tokens=True) == 600

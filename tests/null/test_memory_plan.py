@@ -21,26 +21,14 @@ from blinkimp.host.memory_plan import (
     table_bytes_of,
 )
 from blinkimp.host.model_config import ModelConfig, parse_config
+from blinkimp.lab.shapes import LLAMA_3_8B
 from blinkimp.ring_abi import DType
 
 GIB = 1 << 30
 
 
 def llama(**changes: Any) -> ModelConfig:
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-    }
-    return parse_config({**raw, **changes})
+    return parse_config(LLAMA_3_8B | {"max_position_embeddings": 131072} | changes)
 
 
 def workspace(sizes: EngineSizes) -> int:
