@@ -32,7 +32,6 @@ from blinkimp.ring_abi import (
     PLAN_SEQ,
     REQUEST_BYTES,
     SAMPLE_RESULT,
-    SAMPLING_PARAMS,
     STEP_PLAN,
     BufferId,
     DType,
@@ -148,12 +147,6 @@ class ReferenceRunner:
         plan_bytes = STEP_PLAN.itemsize + max_batch * (PLAN_SEQ.itemsize + 4) + max_step_tokens * PLAN_ROW.itemsize
         self._plan = aligned_empty((plan_bytes,), np.uint8)
         check_program(self.params)
-
-    def set_sampling(self, request_idx: int, **members: float) -> None:
-        """Members of SamplingParams; greedy unless set."""
-        sampling = self._requests[request_idx, : SAMPLING_PARAMS.itemsize].view(SAMPLING_PARAMS)
-        for name, value in members.items():
-            sampling[name] = value
 
     def step(self, chunks: Sequence[Chunk], output_idx: int = 0) -> StepResult:
         num_sample_rows = self.plan(chunks, output_idx)

@@ -48,11 +48,6 @@ def op_names(num_layers: int) -> list[str]:
     return ["embed", *layers, "lm_head", "sample"]
 
 
-def op_kind(name: str) -> str:
-    """`qkv` of `layer.3.qkv`."""
-    return name.rpartition(".")[2]
-
-
 def engine_info(config: Config, model: ModelConfig, device: str, limits: dict[str, int], num_ops: int) -> bytes:
     names = op_names(model.num_layers)
     if len(names) != num_ops:  # a program of another shape: better numbers than wrong names

@@ -1,28 +1,23 @@
 """Reads an engine's trace while it runs: new events since the last look, op times, and how many events came too fast.
 
     with TraceReader(open_trace("blinkimp")) as reader:
-        events = reader.read()                  # [n] TRACE_EVENT, in order; reader.num_lost counts what was overwritten before it was read
-        reader.record(Path("run.trace"), 10.0)  # or to a file: raw TRACE_EVENT records, read back by load_events()
+        events = reader.read()  # [n] TRACE_EVENT, in order; reader.num_lost counts what was overwritten before it was read
 
-Any number of readers may look at the same time: the device never waits for one. Used by `blinkimp trace` and tools/director_gap.py.
+Any number of readers may look at the same time: the device never waits for one. Used by blinkimp/trace/recorder.py, which writes
+files, and tools/director_gap.py.
 Test: pytest tests/host/test_trace.py
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import Region
-
-READ_PERIOD_S: Final = 0.002  # of record(): 100,000 events a second fill a ring of 65,536 in 0.6 s
 
 
 class TraceReader:
@@ -80,19 +75,6 @@ class TraceReader:
         offset = self.header["op_times_offset"] + int(event["argument"]) * count * 8
         return np.frombuffer(self._region.buffer, np.uint64, count, offset).reshape(shape).copy()
 
-    def record(self, path: Path, seconds: float, should_stop: Callable[[], bool] = lambda: False) -> int:
-        """Appends what happens to a file. Returns the number of events."""
-        num_events, end = 0, time.monotonic() + seconds
-        with path.open("ab") as file:
-            while True:
-                is_last = time.monotonic() >= end or should_stop()
-                events = self.read()
-                file.write(events.tobytes())
-                num_events += len(events)
-                if is_last:
-                    return num_events
-                time.sleep(READ_PERIOD_S)
-
     def close(self) -> None:
         del self._ring, self._producer_pos
         self._region.close()
@@ -104,19 +86,6 @@ class TraceReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def load_events(path: Path) -> NDArray[np.void]:
-    """What record() wrote, mapped, not read."""
-    num_bytes = path.stat().st_size
-    if num_bytes % abi.TRACE_EVENT.itemsize:
-        raise ValueError(
-            f"{path} has {num_bytes} bytes, expected a multiple of {abi.TRACE_EVENT.itemsize}; it is cut short, or no trace"
-        )
-    if num_bytes == 0:
-        return np.zeros(0, abi.TRACE_EVENT)
-    events: NDArray[np.void] = np.memmap(path, abi.TRACE_EVENT, "r")
-    return events
 
 
 def events_of(events: NDArray[np.void], kind: abi.TraceKind) -> NDArray[np.void]:

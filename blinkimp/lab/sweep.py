@@ -19,7 +19,6 @@ from blinkimp.bench.runner import Progress, Target, run_load
 from blinkimp.host.power import PowerSource
 from blinkimp.lab.store import Store, key_of
 
-CONCURRENCIES: Final = (4, 8, 16, 32, 64, 128, 256)
 REQUESTS_A_USER: Final = 10  # of a closed loop
 RANGE_RATIO: Final = 0.8
 

@@ -28,7 +28,6 @@ SEGMENT_NS: Final = 10_000_000_000
 BINS_A_SEGMENT: Final = 128  # of each bin the tightest bound is kept
 MAX_DRIFT: Final = 1e-3  # a crystal is within 1e-4; the host's clock may be slewed by 5e-4
 CHUNK_EVENTS: Final = 1 << 22
-FIRST_INGRESS_KIND: Final = int(TraceKind.RECEIVED)
 UNKNOWN_NS: Final = float("inf")
 
 

@@ -243,7 +243,7 @@ class TraceFile:
         return max(0, self.end_ns - self.begin_ns) / 1e9
 
     def op_kinds(self) -> list[str]:
-        """[num_ops]"""
+        """[num_ops]; `qkv` of `layer.3.qkv`."""
         names = self.metadata.engine.op_names or [f"op.{idx}" for idx in range(int(self.header["num_ops"]))]
         return [name.rpartition(".")[2] for name in names]
 
