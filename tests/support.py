@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 # How long a test waits for what must come. No assertion about speed: only a test that fails waits this long, on a machine however slow.
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
