@@ -11,7 +11,6 @@ I2  Every request that was submitted gets exactly one Finish or Error, also when
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import select
 import threading
@@ -19,12 +18,12 @@ import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector
 from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.memory_limit import MemoryLimit
 from blinkimp.protocol import Error, Finish, Tokens
 
 _log = logging.getLogger("blinkimp.ingress")
@@ -54,7 +53,7 @@ class EngineThread:
         self._loop = loop
         self._deliver = deliver
         self._on_failure = on_failure
-        self._max_memory_bytes = max_memory_bytes
+        self._memory = MemoryLimit(max_memory_bytes)
         # Appended by the loop, emptied here; deque's methods are atomic.
         self._inbox: deque[tuple[bool, LiveRequest]] = deque()
         self._live: dict[LiveRequest, None] = {}
@@ -73,6 +72,7 @@ class EngineThread:
         self._wake()
         self._thread.join()
         os.close(self._event_fd)
+        self._memory.close()
 
     # ---- For the loop ----------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
@@ -103,7 +103,7 @@ class EngineThread:
                 num_turns += 1
                 collector.look(time.monotonic())
                 if num_turns % MEMORY_CHECK_TURNS == 0:
-                    self._check_memory()
+                    self._memory.check()
                 self._wait()
         except BaseException as error:  # the process cannot go on without this thread: the loop ends it
             _log.exception("the engine thread failed")
@@ -152,14 +152,6 @@ class EngineThread:
             os.eventfd_read(self._event_fd)
         except BlockingIOError:
             return
-
-    def _check_memory(self) -> None:
-        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-        if resident_bytes > self._max_memory_bytes:
-            raise MemoryError(
-                f"the ingress uses {resident_bytes} bytes, expected at most {self._max_memory_bytes}; it ends, to be started anew; "
-                "find the client that floods it, or raise --max-memory-bytes"
-            )
 
     def _fail_all(self, error: BaseException) -> None:
         message = Error(

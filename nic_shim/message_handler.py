@@ -317,7 +317,7 @@ class MessageHandler:
     # ---- Stats and health ------------------------------------------------------------------------------------------
     def _ingress_counters(self) -> dict[str, int]:
         sources = (self.counters, self._link.counters, self._sessions.counters)
-        counters = {name: value for source in sources for name, value in dataclasses.asdict(source).items()}
+        counters = {name: value for source in sources for name, value in vars(source).items()}
         counters["num_clients"] = len(self._sessions.sessions)
         counters["num_unfinished"] = self._sessions.num_requests
         return counters

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import mmap
 import signal
 import sys
 import threading
@@ -31,6 +30,7 @@ from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
+from blinkimp.nic_shim.memory_limit import MemoryLimit
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.request_log import log_zmq_request
@@ -90,6 +90,7 @@ class ZmqIngress:
         self._socket = self._context.socket(zmq.ROUTER)
         self._bind = bind
         self._limits = limits
+        self._memory = MemoryLimit(limits.max_memory_bytes)
         self._security = security
         self._curve = curve
         self._thread: threading.Thread | None = None
@@ -174,7 +175,7 @@ class ZmqIngress:
                     housekeeping_at = now + HOUSEKEEPING_PERIOD_S
                     collector.look(now)
                     self._look_for_gone_clients()
-                    self._check_memory()
+                    self._memory.check()
                 if self._drain_deadline is not None and self._is_drained(now, self._drain_deadline):
                     break
                 self._wait()
@@ -231,15 +232,6 @@ class ZmqIngress:
         else:
             self._socket.poll(IDLE_WAIT_MS)
 
-    def _check_memory(self) -> None:
-        """Ends the process rather than the machine: what runs here goes on in the next ingress, the clients see to that."""
-        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-        if resident_bytes > self._limits.max_memory_bytes:
-            raise MemoryError(
-                f"the ingress uses {resident_bytes} bytes, expected at most {self._limits.max_memory_bytes}; it ends, to be started "
-                "anew; find the client that floods it, or raise --max-memory-bytes"
-            )
-
     def _is_drained(self, now: float, deadline: float) -> bool:
         if not self.handler.is_draining:
             self.handler.is_draining = self.link.is_ending = True
@@ -267,6 +259,7 @@ class ZmqIngress:
         self._context.term()  # waits LINGER_MS at most for unsent frames
         self.handler.close()
         self.link.close()
+        self._memory.close()
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------

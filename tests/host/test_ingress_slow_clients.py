@@ -177,7 +177,7 @@ def test_clients_with_zmtp_heartbeats_cannot_abort_the_ingress(tmp_path: Path) -
 
 def test_memory_is_bounded_by_an_end(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
-        served.ingress._limits = IngressLimits(max_memory_bytes=1)
+        served.ingress._memory.max_bytes = 1
         with pytest.raises(MemoryError, match="expected at most 1; it ends"):
             served.ingress.join(PATIENCE_S)
         served.ingress.error = None

@@ -5,6 +5,7 @@ Run: pytest tests/null/test_request_metrics.py
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -17,9 +18,11 @@ import pytest
 from blinkimp import ring_abi as abi
 from blinkimp.host import metrics_memory as memory
 from blinkimp.host import shared_memory as shm
+from blinkimp.nic_shim.engine_link import LinkCounters
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.request_metrics import RequestMetrics, Siblings, finished_reason, times_of
 from blinkimp.protocol import Sampling, Submit
+from tests.support import blocks_kept_by
 
 MS = 1_000_000
 
@@ -185,3 +188,10 @@ def test_without_an_engine_nothing_is_lost_but_the_counts(engine: str) -> None:
     metrics = RequestMetrics("there-is-none", 0)
     run(metrics, request_of(), [3])
     assert metrics.slot[memory.word("finished_length")] == 1
+
+
+def test_publishing_ten_times_a_second_keeps_no_memory(engine: str) -> None:
+    metrics, counters, times = RequestMetrics(engine, 0), LinkCounters(tokens=3), itertools.count(1)
+    assert blocks_kept_by(lambda: metrics.publish(float(next(times)), counters, 2), 1000) < 100
+    assert look(engine)[memory.word("ingress_num_waiting")] == 2
+    metrics.close()
