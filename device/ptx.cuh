@@ -242,14 +242,6 @@ BK_INLINE void st_publish_sys(u32* address, u32 value) {
 #endif
 }
 
-BK_INLINE void fence_acq_rel_gpu() {
-#if BK_GPU
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#else
-  __atomic_thread_fence(__ATOMIC_ACQ_REL);
-#endif
-}
-
 // Device clock in ns: %globaltimer on the GPU, CLOCK_MONOTONIC on the emulated device.
 BK_INLINE u64 device_clock_ns() {
 #if BK_GPU

@@ -17,7 +17,6 @@ namespace blinkimp {
 
 constexpr u32 kFairUnitTokens = 8;                       // shares are compared in units of so many tokens
 constexpr u32 kFairWindowTokens = (1 << 14) * kFairUnitTokens;
-constexpr i32 kMostAging = 4000;                         // levels; more than any sane wait is worth
 
 // ---- Levels ------------------------------------------------------------------------------------------------------
 // Priorities from -kNumLevels / 2 to kNumLevels / 2 - 1 have a level each, 0 is the best; those beyond count as the nearest.

@@ -92,7 +92,7 @@ class GpuContext:
         context = check(driver.cuDevicePrimaryCtxRetain(self._device), "cuDevicePrimaryCtxRetain")
         check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
         self._context = context
-        self._allocations: dict[int, int] = {}  # address -> bytes
+        self._allocations: set[int] = set()  # addresses
         self._registered: list[int] = []
         self._modules: list[Any] = []
         self.stream = check(driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)), "cuStreamCreate")
@@ -107,10 +107,6 @@ class GpuContext:
         check(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
 
     # ---- Memory --------------------------------------------------------------------------------------------------
-    @property
-    def allocated_bytes(self) -> int:
-        return sum(self._allocations.values())
-
     def free_bytes(self) -> int:
         free, _total = check(driver.cuMemGetInfo(), "cuMemGetInfo")
         return int(free)
@@ -119,14 +115,14 @@ class GpuContext:
         """Address of num_bytes of device memory (256-byte aligned)."""
         num_bytes = max(num_bytes, 256)
         address = int(check(driver.cuMemAlloc(num_bytes), f"cuMemAlloc({num_bytes} bytes for {what})"))
-        self._allocations[address] = num_bytes
+        self._allocations.add(address)
         if zero:
             self.fill(address, 0, num_bytes)
         return address
 
     def free(self, address: int) -> None:
         check(driver.cuMemFree(address), "cuMemFree")
-        del self._allocations[address]
+        self._allocations.remove(address)
 
     def fill(self, address: int, value: int, num_bytes: int) -> None:
         check(driver.cuMemsetD8Async(address, value, num_bytes, self.stream), "cuMemsetD8Async")

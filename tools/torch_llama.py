@@ -48,10 +48,6 @@ class Dims:
             rope_theta=config["rope_theta"],
         )
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 @dataclass(frozen=True)
 class LayerWeights:

@@ -50,8 +50,6 @@ FIRST_PINGS: Final = 20
 LAST_PINGS: Final = 5
 ATTACH_TIMEOUT_S: Final = 2.0
 
-Progress = Callable[[str, int, int], None]
-
 
 class Pinger:
     """Round trips on a queue pair of our own. Each leaves the device's POLLED event and ours of the answer (blinkimp/trace/clock.py)."""

@@ -147,13 +147,6 @@ class StepRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def set_sampling(self, request_idx: int, **values: Any) -> None:
-        sampling = np.zeros(1, abi.SAMPLING_PARAMS)
-        sampling["top_p"] = 1.0
-        for name, value in values.items():
-            sampling[name] = value
-        self.requests[request_idx, : sampling.nbytes] = sampling.view(np.uint8)
-
     def release(self, request_idx: int) -> None:
         """Gives a request's pages back."""
         num = self.num_pages_of[request_idx]

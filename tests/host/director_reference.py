@@ -20,7 +20,6 @@ STEP_CREDIT = 2
 START_CREDIT = 64  # kStartCredit of device/admission.cuh
 MAX_STAGED_BY_POLL = 512
 MAX_TAKE_ROUNDS = 8
-ROOT_IDENTITY = 1
 STALL_PATIENCE = 16
 FAIR_UNIT_TOKENS = 8
 FAIR_WINDOW_TOKENS = FAIR_UNIT_TOKENS << 14
@@ -45,7 +44,6 @@ class Job:
     num_computed: int = 0
     pages: list[CachedPage | None] = field(default_factory=list)  # None: its own, unknown to the cache
     links: list[int] = field(default_factory=list)  # identities of the cached pages that its full pages equal, 0 = none
-    num_hashed: int = 0  # full pages that were registered, or looked up at its last admission
     num_cached_tokens: int = 0
     age_hours: int = 0
     running_level: int = 0

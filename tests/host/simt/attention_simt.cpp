@@ -49,8 +49,4 @@ long long bk_attention_simt(const blinkimp::AttentionArgs* args, unsigned int he
   return static_cast<long long>(simt::machine.num_bank_conflicts);
 }
 
-unsigned long long bk_attention_slots(unsigned int max_batch, unsigned int max_pages_per_request) {
-  return blinkimp::attention_slots(max_batch, max_pages_per_request);
-}
-
 }  // extern "C"

@@ -20,10 +20,6 @@
 
 namespace simt {
 
-struct Dim {
-  unsigned x;
-};
-
 [[noreturn]] inline void fail(const char* what, unsigned long long got, unsigned long long expected) {
   std::fprintf(stderr, "simt: %s: got %llu, expected %llu\n", what, got, expected);
   std::abort();
