@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from tests.http_support import MODEL, HttpServer, embedded
+from tests.support import PATIENCE_S
 
 PROMPT = "def read_file(path):"
 GREEDY = {"ignore_eos": True}
@@ -29,7 +30,7 @@ def server() -> Iterator[HttpServer]:
 
 @pytest.fixture
 def client(server: HttpServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -94,7 +95,9 @@ def test_async_streams_side_by_side(server: HttpServer) -> None:
         return "".join([choice.text async for chunk in stream for choice in chunk.choices])
 
     async def all_of_them() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE_S
+        ) as client:
             return await asyncio.gather(*(one(client, idx % 4) for idx in range(16)))
 
     texts = asyncio.run(all_of_them())
@@ -133,7 +136,7 @@ def test_curl(server: HttpServer) -> None:
         "-d",
         body,
     ]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split("\n\n")
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     text = "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-2])
     assert text == server.complete(PROMPT, max_tokens=8, temperature=0)["choices"][0]["text"]

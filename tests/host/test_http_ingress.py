@@ -9,13 +9,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blinkimp import __version__
 from blinkimp.nic_shim.tokenizer import Tokenizer
-from tests.http_support import EMBEDDED, MODEL, HttpServer, embedded, http_ingress
+from tests.http_support import EMBEDDED, MODEL, HttpServer, embedded, http_ingress, scripted
 from tests.ingress_support import wait_until
 from tests.support import PATIENCE_S
 
@@ -201,7 +202,7 @@ def test_a_prompt_that_was_seen_comes_from_the_cache_unless_salted_or_opted_out(
 
 
 def test_a_deadline_ends_a_request_with_what_it_has(server: HttpServer) -> None:
-    reply = server.complete(PROMPT, max_tokens=1900, timeout=0.05, **GREEDY)
+    reply = server.complete(PROMPT, max_tokens=1900, timeout=0.01, **GREEDY)
     assert reply["choices"][0]["finish_reason"] == "timeout"
     assert 0 <= reply["usage"]["completion_tokens"] < 1900
 
@@ -230,11 +231,13 @@ def test_small_endpoints(server: HttpServer) -> None:
     assert "max_completion_tokens" in page and "http://" not in page and "https://" not in page
 
 
-def test_a_drain_finishes_running_requests_and_refuses_new_ones() -> None:
-    with embedded(max_batch=2) as (first, engine):
-        with http_ingress(engine.config.engine_name, EMBEDDED, queue_pair_idx=1) as http:
+def test_a_drain_finishes_running_requests_and_refuses_new_ones(tmp_path: Path) -> None:
+    """The model is a scripted one, which stands still until the new ones have been refused."""
+    with scripted(tmp_path, num_queue_pairs=2) as first:
+        with http_ingress(first.http.engine_name, tmp_path, queue_pair_idx=1) as http:
+            first.director.paused = True
             results: list[Any] = []
-            fields = {"prompt": PROMPT, "max_tokens": 600, **GREEDY}
+            fields = {"prompt": PROMPT, "max_tokens": 100, **GREEDY}
             thread = threading.Thread(target=lambda: results.append(http.post("/v1/completions", fields)))
             thread.start()
             wait_until(lambda: http.status()["num_running"] == 1, "the request runs")
@@ -244,7 +247,8 @@ def test_a_drain_finishes_running_requests_and_refuses_new_ones() -> None:
             assert (
                 refused.status == 503 and refused.headers["retry-after"] and refused.json["error"]["code"] == "draining"
             )
+            first.director.paused = False
             thread.join(PATIENCE_S)
-            assert results[0].json["usage"]["completion_tokens"] == 600
+            assert results[0].json["usage"]["completion_tokens"] == 100
             assert http.process.wait(PATIENCE_S) == 0
-        assert first.get("/ready").status == 200, "the other ingress goes on"
+        assert first.http.get("/ready").status == 200, "the other ingress goes on"

@@ -21,7 +21,7 @@ from blinkimp.nic_shim.metrics_names import STATUS_GAUGES, STATUS_HELP
 from tests.http_support import HttpServer, embedded, scripted
 from tests.ingress_support import wait_until
 from tests.metrics_support import HTTP_SERIES, OLDER_VLLM, VLLM_HISTOGRAMS, VLLM_SERIES, Scraped, families, queried
-from tests.support import load_tool
+from tests.support import PATIENCE_S, load_tool
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 PROMPT = [17, 33, 260, 9]
@@ -224,7 +224,7 @@ def test_a_scrape_grows_with_nothing_that_clients_do(server: HttpServer) -> None
 
 def test_an_overdue_request_has_a_reason_of_its_own(server: HttpServer) -> None:
     before = settled(server)
-    server.complete(PROMPT, max_tokens=1900, timeout=0.02, **GREEDY)
+    server.complete(PROMPT, max_tokens=1900, timeout=0.01, **GREEDY)
     after = settled(server)
     name = "vllm:request_success_total"
     for reason, num in {"timeout": 1, "length": 0, "abort": 0}.items():
@@ -234,7 +234,7 @@ def test_an_overdue_request_has_a_reason_of_its_own(server: HttpServer) -> None:
 def test_a_client_that_leaves_is_an_abort_and_nothing_is_outstanding(tmp_path: Path) -> None:
     with scripted(tmp_path) as server:
         server.director.paused = True
-        connection = http.client.HTTPConnection("127.0.0.1", server.http.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.http.port, timeout=PATIENCE_S)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 50, "n": 2}))
         wait_until(lambda: scrape(server.http).value("blinkimp:num_requests_running") == 2, "both choices run")
         assert scrape(server.http).value("blinkimp:ingress_num_outstanding", protocol="http") == 2
@@ -243,9 +243,22 @@ def test_a_client_that_leaves_is_an_abort_and_nothing_is_outstanding(tmp_path: P
         server.director.paused = False
         aborted = "blinkimp:request_success_total"
         wait_until(lambda: scrape(server.http).value(aborted, finished_reason="abort") == 2, "both are counted")
-        found = scrape(server.http)
-        assert found.value("blinkimp:ingress_num_outstanding", protocol="http") == 0
-        assert found.value("http_requests_total", handler="/v1/completions", status="4xx") == 1
+        wait_until(
+            lambda: scrape(server.http).value("blinkimp:ingress_num_outstanding", protocol="http") == 0,
+            "nothing is outstanding",
+        )
+        answered = {"handler": "/v1/completions", "status": "4xx"}
+        wait_until(
+            lambda: (
+                [
+                    one.value
+                    for one in scrape(server.http).samples
+                    if one.name == "http_requests_total" and answered.items() <= one.labels.items()
+                ]
+                == [1]
+            ),
+            "the answer that nobody reads is counted",
+        )
 
 
 def test_text_is_what_other_parsers_take(server: HttpServer) -> None:
