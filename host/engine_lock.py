@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 SHM_DIR = Path("/dev/shm")
-LOOK_S = 0.1  # longer than anybody who is no host holds a lock
+LOOK_S = 0.1  # longer than anybody who tidies up after the dead holds a lock
+LOOKERS_S = 10.0  # who only looks can be told from a host, and may have been held up while it looked
 _ENGINE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -70,8 +71,8 @@ class EngineLock:
         return fd
 
     def _acquire(self) -> int:
-        # Others hold the lock for a moment only to look (engine_is_alive) or to tidy up after the dead (remove_dead_engines).
-        give_up_at = time.monotonic() + LOOK_S
+        # Others hold the lock for a moment only to look (engine_is_alive, shared) or to tidy up after the dead (remove_dead_engines).
+        began = time.monotonic()
         while True:
             try:
                 fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -84,8 +85,9 @@ class EngineLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                patience_s = LOOKERS_S if _is_only_looked_at(fd) else LOOK_S
                 os.close(fd)
-                if time.monotonic() < give_up_at:
+                if time.monotonic() < began + patience_s:
                     time.sleep(0.005)
                     continue
                 raise EngineAlreadyRunningError(
@@ -111,6 +113,15 @@ class EngineLock:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = None
+
+
+def _is_only_looked_at(fd: int) -> bool:
+    """Nobody holds the lock alone. Closing the descriptor gives back what this takes."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def engine_is_alive(engine_name: str) -> bool:

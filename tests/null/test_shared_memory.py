@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import stat
@@ -11,11 +12,13 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.host import engine_lock
 from blinkimp.host import shared_memory as shm
 
 SMALL = shm.QueuePairGeometry(num_submissions=16, num_completions=64, arena_bytes=4096)
@@ -191,6 +194,24 @@ def test_somebody_who_only_looks_does_not_keep_an_engine_from_starting(engine_na
     finally:
         stop.set()
         thread.join()
+
+
+def test_somebody_who_is_held_up_while_he_looks_is_taken_for_no_engine(
+    engine_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of the test's: each nap of the starter takes a second, and the look ends with the third."""
+    looker = os.open(shm.SHM_DIR / f"blinkimp.{engine_name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    naps_s: list[float] = []
+
+    def nap(duration_s: float) -> None:
+        naps_s.append(duration_s)
+        if len(naps_s) == 3:
+            os.close(looker)
+
+    monkeypatch.setattr(engine_lock, "time", SimpleNamespace(monotonic=lambda: float(len(naps_s)), sleep=nap))
+    create(engine_name).unlink()
+    assert len(naps_s) == 3
 
 
 def test_one_of_many_starters_wins(engine_name: str) -> None:
