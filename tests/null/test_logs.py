@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from typing import Any
@@ -125,7 +126,7 @@ def test_uncaught_exceptions_are_lines_too(how: str) -> None:
         text=True,
         cwd=ROOT,
         check=False,
-        env={"PYTHONPATH": python_path()},
+        env={**os.environ, "PYTHONPATH": python_path()},
     )
     (line,) = done.stderr.splitlines()
     assert json.loads(line)["level"] == "critical" and "Error" in json.loads(line)["exception"]
@@ -140,14 +141,15 @@ def test_text_does_not_say_twice_what_the_message_says() -> None:
 @pytest.mark.parametrize("num_lines", [0, 3, 30_000])
 def test_a_reader_that_stands_still_stops_nobody_and_loses_only_what_is_said_to_be_lost(num_lines: int) -> None:
     script = (
-        "import logging\nfrom blinkimp.logs import log_event, set_up_logging\n"
+        "import logging\nfrom blinkimp import logs\nfrom blinkimp.logs import log_event, set_up_logging\n"
+        f"logs.FLUSH_TIMEOUT_S = {PATIENCE_S}\n"  # at its end it waits for this test, however long that is held up
         "set_up_logging('info', 'json', 'ingress', in_background=True)\n"
         f"for idx in range({num_lines}): log_event(logging.getLogger('x'), logging.INFO, 'request', idx=idx, text='-' * 100)\n"
         "print('done', flush=True); input()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env={"PYTHONPATH": python_path()},
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path()},
     )  # fmt: skip
     try:
         assert process.stdout is not None
