@@ -68,7 +68,7 @@ def test_attach_detach_epochs(director: FakeDirector) -> None:
 
 
 def test_second_ingress_is_refused_while_the_first_lives(director: FakeDirector, port: QueuePairPort) -> None:
-    with QueuePairPort.open(director.regions.engine_name, 0) as rival:
+    with QueuePairPort.open(director.regions.engine_name, 0, heartbeat_timeout_s=60) as rival:
         assert rival.try_attach() == PortStatus.BUSY
         with pytest.raises(QueuePairBusyError, match=f"belongs to process {os.getpid()}"):
             rival.attach(timeout_s=0.02)
@@ -78,9 +78,9 @@ def test_second_ingress_is_refused_while_the_first_lives(director: FakeDirector,
 
 
 def test_stale_owner_is_taken_over_and_notices(director: FakeDirector, port: QueuePairPort) -> None:
-    with QueuePairPort.open(director.regions.engine_name, 0, heartbeat_timeout_s=20) as rival:
+    with QueuePairPort.open(director.regions.engine_name, 0, heartbeat_timeout_s=60) as rival:
         assert rival.try_attach() == PortStatus.BUSY
-        director.queue_pairs[0].ingress["heartbeat_ns"] -= 21 * 10**9  # as if its last one had been so long ago
+        director.queue_pairs[0].ingress["heartbeat_ns"] -= 61 * 10**9  # as if its last one had been so long ago
         attach(rival, director.queue_pairs[0])
         assert rival.epoch > port.epoch
         # I5: the old owner writes nothing any more, not even a heartbeat that would keep its successor alive
@@ -103,7 +103,7 @@ def test_dead_owner_is_taken_over_soon(director: FakeDirector) -> None:
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, env=environment
     )
     assert (done.returncode, done.stdout.strip()) == (9, "0")
-    with QueuePairPort.open(name, 0, heartbeat_timeout_s=20) as port:
+    with QueuePairPort.open(name, 0, heartbeat_timeout_s=60) as port:
         fresh_ns = time.monotonic_ns()
         director.queue_pairs[0].ingress["heartbeat_ns"] = fresh_ns
         status = port.try_attach()

@@ -65,8 +65,10 @@ def test_drain_is_bounded(served: Served, client: Client) -> None:
 
 def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) -> None:
     tokenizer = write_byte_tokenizer(tmp_path)
-    with FakeDirector(engine_name(), num_queue_pairs=2, vocab_size=258, ingress_timeout_s=2) as director:
-        first, first_endpoint = start_process(director.regions.engine_name, tokenizer, 0)
+    with FakeDirector(engine_name(), num_queue_pairs=2, vocab_size=258) as director:
+        # A path: nobody else takes it between the one process and the next.
+        bind = f"ipc://{tmp_path}/first"
+        first, first_endpoint = start_process(director.regions.engine_name, tokenizer, 0, "--bind", bind)
         second, second_endpoint = start_process(director.regions.engine_name, tokenizer, 1)
         try:
             with (
@@ -81,6 +83,7 @@ def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) ->
                 next(lost), next(stream)
                 first.kill()
                 first.wait()
+                director.queue_pairs[0].timeout_s = 1  # of its silence
                 wait_until(lambda: not director.queue_pairs[0].running, "the dead one's requests are gone")
                 assert director.queue_pairs[1].running, "the other one's are not"
                 second.send_signal(signal.SIGTERM)
@@ -88,9 +91,7 @@ def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) ->
                 assert stream.result().num_output_tokens == 400  # untouched, and finished during the drain
                 assert second.wait(PATIENCE_S) == 0
                 # A new process takes the dead one's place, and the client's request goes on where it stopped.
-                third, third_endpoint = start_process(
-                    director.regions.engine_name, tokenizer, 0, "--bind", first_endpoint
-                )
+                third, third_endpoint = start_process(director.regions.engine_name, tokenizer, 0, "--bind", bind)
                 try:
                     assert third_endpoint == first_endpoint
                     assert lost.result().num_output_tokens == 400
