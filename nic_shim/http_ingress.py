@@ -27,7 +27,7 @@ import uvicorn
 import uvloop
 
 from blinkimp.host.shared_memory import SharedMemoryError
-from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
+from blinkimp.logs import fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
@@ -41,6 +41,7 @@ from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
 from blinkimp.nic_shim.http_request_log import RequestLog
+from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
@@ -257,14 +258,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _parser() -> argparse.ArgumentParser:
-    limits = HttpLimits()
     parser = argparse.ArgumentParser(
         prog="python -m blinkimp.nic_shim.http_ingress",
         description="Serves one engine's queue pair over HTTP, as OpenAI's API (nic_shim/HTTP.md).",
         epilog="Prints `ready URL` once clients can connect. SIGTERM drains and exits 0. API keys: --api-key-file, BLINKIMP_API_KEY.",
     )
-    parser.add_argument("--engine", required=True, help="name of the running engine (blinkimp serve --engine-name)")
-    parser.add_argument("--queue-pair", type=int, default=0, help="index; each ingress needs its own (default 0)")
+    add_ingress_flags(parser)
     parser.add_argument("--bind", required=True, help="HOST:PORT, e.g. 127.0.0.1:8000; port 0: any free one")
     parser.add_argument(
         "--model-folder", type=Path, required=True, help="the checkpoint's folder: tokenizer, chat template, defaults"
@@ -275,18 +274,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what clients call the model; may be repeated (default: the folder's name)",
     )
     parser.add_argument("--api-key-file", default="", help="one key a line, mode 600; without keys anybody may ask")
-    parser.add_argument("--eos-ids", help="comma-separated; default: the checkpoint's")
     parser.add_argument(
         "--metrics-prefix", default=DEFAULT_PREFIX, help="of vLLM's names in /metrics (default %(default)s)"
     )
-    add_log_flags(parser)
-    parser.add_argument(
-        "--capture-arrivals",
-        type=Path,
-        metavar="FOLDER",
-        help="write down every request there, prompts and all, for a replay (nic_shim/arrival_capture.py)",
-    )
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
     texts = {
         "max_body_bytes": "bytes of one request's body; larger ones get 413",
         "max_prompt_chars": "characters of a prompt given as text",
@@ -297,10 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         "burst_requests": "requests of one API key at once",
         "loss_timeout_s": "without an engine for so long, requests fail",
     }
-    for name, text in texts.items():
-        default = getattr(limits, name)
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default {default:g})")
+    add_limit_flags(parser, HttpLimits(), texts)
     return parser
 
 
@@ -312,7 +299,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of its start and end, we say
     try:
         limits = HttpLimits(**{name: getattr(arguments, name) for name in HttpLimits.__dataclass_fields__})
-        eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
         return HttpIngress(
             arguments.engine,
             arguments.queue_pair,
@@ -320,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.model_folder,
             model_names=arguments.model_name or [arguments.model_folder.name],
             api_keys=read_keys(arguments.api_key_file),
-            eos_ids=eos_ids,
+            eos_ids=eos_ids_of(arguments),
             limits=limits,
             drain_timeout_s=arguments.drain_timeout,
             metrics_prefix=arguments.metrics_prefix,

@@ -25,11 +25,12 @@ from pathlib import Path
 import zmq
 
 from blinkimp.host.shared_memory import SharedMemoryError
-from blinkimp.logs import add_log_flags, fail_start, log_event, set_up_logging
+from blinkimp.logs import fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
+from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
 from blinkimp.nic_shim.memory_limit import MemoryLimit
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
@@ -264,14 +265,12 @@ class ZmqIngress:
 
 # ---- The process -----------------------------------------------------------------------------------------------------
 def _parser() -> argparse.ArgumentParser:
-    limits = IngressLimits()
     parser = argparse.ArgumentParser(
         prog="python -m blinkimp.nic_shim.zmq_ingress",
         description="Serves one engine's queue pair to ZeroMQ clients (nic_shim/PROTOCOL.md).",
         epilog="Prints `ready ENDPOINT` once clients can connect. SIGTERM drains and exits 0.",
     )
-    parser.add_argument("--engine", required=True, help="name of the running engine (blinkimp serve --engine-name)")
-    parser.add_argument("--queue-pair", type=int, default=0, help="index; each ingress needs its own (default 0)")
+    add_ingress_flags(parser)
     parser.add_argument(
         "--bind", required=True, help="endpoint, e.g. tcp://127.0.0.1:5555, tcp://127.0.0.1:*, ipc:///path"
     )
@@ -282,18 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--curve-clients", type=Path, help="CURVE: public keys of the clients that may connect, one a line"
     )
-    parser.add_argument(
-        "--eos-ids", help="comma-separated; default: generation_config.json or config.json beside the tokenizer"
-    )
-    add_log_flags(parser)
-    parser.add_argument(
-        "--capture-arrivals",
-        type=Path,
-        metavar="FOLDER",
-        help="write down every request there, prompts and all, for a replay (nic_shim/arrival_capture.py)",
-    )
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
-    integer_limits = {
+    texts = {
         "max_message_bytes": "bytes of one message; larger ones get an error reply",
         "max_prompt_bytes": "characters of a prompt given as text",
         "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
@@ -303,24 +291,10 @@ def _parser() -> argparse.ArgumentParser:
         "max_requests_per_s": "requests a second of one CURVE key; without keys, of one connection",
         "burst_requests": "requests of one such at once",
         "max_requests": "unfinished requests of this ingress",
+        "stall_timeout_s": "a client that reads nothing for so long is dropped",
+        "loss_timeout_s": "without an engine for so long, requests fail",
     }
-    for name, text in integer_limits.items():
-        default = getattr(limits, name)
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=int, default=default, help=f"{text} (default {default})"
-        )
-    parser.add_argument(
-        "--stall-timeout-s",
-        type=float,
-        default=limits.stall_timeout_s,
-        help=f"a client that reads nothing for so long is dropped (default {limits.stall_timeout_s:g})",
-    )
-    parser.add_argument(
-        "--loss-timeout-s",
-        type=float,
-        default=limits.loss_timeout_s,
-        help=f"without an engine for so long, requests fail (default {limits.loss_timeout_s:g})",
-    )
+    add_limit_flags(parser, IngressLimits(), texts)
     return parser
 
 
@@ -331,7 +305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = IngressLimits(
             **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
         )
-        eos_ids = None if arguments.eos_ids is None else [int(token) for token in arguments.eos_ids.split(",") if token]
         if (arguments.curve_key is None) != (arguments.curve_clients is None):
             raise ValueError(
                 "--curve-key and --curve-clients go together: got one of them, expected both or neither; give both"
@@ -348,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.queue_pair,
             arguments.bind,
             Tokenizer(arguments.tokenizer),
-            eos_ids=eos_ids,
+            eos_ids=eos_ids_of(arguments),
             limits=limits,
             curve=curve,
         )
