@@ -88,6 +88,7 @@ def test_outputs_are_the_same_bits_with_and_without(model: Path) -> None:
                     client.submit(prompt, 40, sampling)
                 client.wait_all(PATIENCE_S)
             brought[prefix_cache] = [(stream.tokens, stream.logprobs) for stream in client.streams.values()]
+            wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "every page is free")
             status = engine.status()
             assert (status["prefix_hit_tokens"] > 1000) == prefix_cache
             assert_all_pages_are_back(status)

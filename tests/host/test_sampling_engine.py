@@ -34,6 +34,7 @@ from tests.host.engine_support import (
     wait_for,
 )
 from tests.host.sampling_jobs import EOS_ID, Job, digits_table, random_job, text_of
+from tests.host.standing_still import standing_still
 from tests.sampling_reference import NativeSampler, Params
 from tests.support import PATIENCE_S
 
@@ -93,8 +94,9 @@ def test_preemption_keeps_counts_and_outputs(tiny: Path, runner: ReferenceRunner
             for job in jobs:
                 job.max_tokens, job.ignore_eos = 110, job.table is None
                 job.stop_ids = ()
-            ids = [job.submit(client) for job in jobs]
-            client.wait_all(120)
+            with standing_still(engine.device.pid):  # so that they run side by side, and want pages at once
+                ids = [job.submit(client) for job in jobs]
+            client.wait_all(PATIENCE_S)
             for job, request_id in zip(jobs, ids, strict=True):
                 job.check(client.streams[request_id], runner, sampler)
         wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
@@ -247,7 +249,7 @@ def test_random_words_and_automata_are_rejected_or_served(tiny: Path) -> None:
                 flags=int(rng.choice([0, 1, 0, 1, 2])),
                 cache_salt=int(rng.integers(0, 3)),
             )
-        client.wait_all(120)
+        client.wait_all(PATIENCE_S)
         ends: dict[tuple[CompletionKind, int], int] = {}
         for stream in client.streams.values():
             assert stream.end is not None
