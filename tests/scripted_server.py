@@ -38,15 +38,20 @@ class Script:
     fail_each: int = 0  # 0: none
     stall_after: int = 0  # the whole server stops for stall_ms when it has taken so many requests; 0: never
     stall_ms: float = 0.0
+    hold_for: int = 0  # nobody gets a token before so many requests ran at once, on any machine; 0: no hold
     prompts: list[Any] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
     num_connections: int = 0
     clients: set[bytes] = field(default_factory=set)
     stalled_until: float = 0.0
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
+        if self.hold_for:
+            with contextlib.suppress(TimeoutError):  # they were never so many: the test says so
+                await asyncio.wait_for(self.let_go.wait(), PATIENCE_S)
         await asyncio.sleep(seconds)
         while loop.time() < self.stalled_until:
             await asyncio.sleep(self.stalled_until - loop.time())
@@ -60,6 +65,8 @@ class Script:
             return False
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
+        if self.at_once >= self.hold_for:
+            self.let_go.set()
         return True
 
 
@@ -174,10 +181,14 @@ def scripted_server(kind: str, script: Script) -> Iterator[str]:
         with contextlib.suppress(asyncio.CancelledError):
             loop.run_until_complete(task)
         others = asyncio.all_tasks(loop)
-        for other in others:
-            other.cancel()
-        loop.run_until_complete(asyncio.gather(*others, return_exceptions=True))
-        loop.run_until_complete(asyncio.sleep(0.01))  # transports close in the loop's next rounds
+        while True:
+            for other in others:
+                other.cancel()
+            loop.run_until_complete(asyncio.gather(*others, return_exceptions=True))
+            loop.run_until_complete(asyncio.sleep(0.01))  # transports close in the loop's next rounds
+            others = asyncio.all_tasks(loop)
+            if not others:  # else they are of connections that came at the last moment
+                break
         loop.close()
 
     thread = threading.Thread(target=run)

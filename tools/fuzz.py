@@ -112,7 +112,7 @@ def mutated(payload: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz_http(server: HttpServer, num_inputs: int, rng: random.Random, counts: collections.Counter[str]) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
     for idx in range(num_inputs):
         path, payload = http_body(rng)
         connection.request("POST", path, payload)
@@ -177,10 +177,10 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
                 endpoint = ingress.start()
                 try:
                     fuzz_zmq(ingress, endpoint, num_inputs - num_inputs // 2, rng, counts)
-                    wait_until(lambda: ingress.sessions.is_idle, "the client's requests are gone", 20)
+                    wait_until(lambda: ingress.sessions.is_idle, "the client's requests are gone")
                 finally:
                     ingress.stop()
-                    ingress.join(10)
+                    ingress.join(PATIENCE_S)
                 status = server.wait_until_idle()
                 outstanding = b'blinkimp:ingress_num_outstanding{protocol="http",queue_pair="0"} 0.0'
                 assert outstanding in server.get("/metrics").body

@@ -27,9 +27,7 @@ from tests.host.engine_support import (
     Stream,
     assert_all_pages_are_back,
     running_engine,
-    wait_for,
 )
-from tests.support import PATIENCE_S
 
 MAX_CONTEXT = 768  # tokens: the longest prompt and output, 12 pages
 LONGEST_PROMPT = 600
@@ -170,10 +168,9 @@ def run_case(
             for token in range(case.num_growing):
                 client.submit([3 + token], 250)
             streams = _ask(client, requests, order, case.arrival, rng)
-        wait_for(lambda: status()["num_running"] == status()["num_finishing"] == 0, PATIENCE_S, "the engine is idle")
+        assert_all_pages_are_back(status)
         num_tokens = sum(len(stream.tokens) for stream in streams)
         counters = Counters(status(), look(engine_name).step_counts, num_tokens)
-        assert_all_pages_are_back(counters.status)
     print(
         f"{name}: {num_tokens} tokens, {sum(counters.step_counts)} steps (by rows {counters.step_counts}), "
         f"{counters.status['prefix_hit_tokens']} tokens found in the prefix cache, {counters.status['preemptions']} preemptions"

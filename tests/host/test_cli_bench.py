@@ -17,7 +17,7 @@ from tests.scripted_server import Script, scripted_server
 
 def test_a_load_is_measured_printed_written_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, trace = tmp_path / "load.json", tmp_path / "trace.jsonl"
-    flags = ["--output-len", "2", "--input-len", "6", "--lengths", "range", "--goodput", "ttft:2000", "tpot:2000"]
+    flags = ["--output-len", "2", "--input-len", "6", "--lengths", "range", "--goodput", "ttft:60000", "tpot:60000"]
     with scripted_server("http", Script(gap_ms=2)) as address:
         sent = ["--url", address, "--rate", "50", "--num-requests", "20", "--label", "scripted"]
         assert main(["bench", *sent, *flags, "--out", str(out), "--save-trace", str(trace), "--details"]) == 0

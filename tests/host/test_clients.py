@@ -89,7 +89,7 @@ def test_server_of_another_protocol_is_noticed() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.closing(context.socket(zmq.ROUTER)) as router:
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        with Client(f"tcp://127.0.0.1:{port}", timeout_s=5) as client:
+        with Client(f"tcp://127.0.0.1:{port}", timeout_s=PATIENCE_S) as client:
             stream = client.submit("x")
             identity, _ = router.recv_multipart()
             router.send_multipart([identity, b"what?"])

@@ -20,6 +20,7 @@ from tests.host.engine_support import (
     PortClient,
     Stream,
     assert_all_pages_are_back,
+    held,
     make_tiny_checkpoint,
     running_engine,
     wait_for,
@@ -41,10 +42,12 @@ def run_jobs(tiny: Path, jobs: list[Job], orchestrator: str, **options: Any) -> 
         with PortClient(engine.config.engine_name, 0) as client:
             for slot in {job.slot for job in jobs if job.slot is not None}:
                 assert client.port.load_constraint(slot, digits_table().data) == PortStatus.OK
-            streams = answers(client, jobs)
-            wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
+            with held(engine):  # all are there before one of them ends
+                ids = [job.submit(client) for job in jobs]
+            client.wait_all(PATIENCE_S)
+            streams = [client.streams[request_id] for request_id in ids]
+            assert_all_pages_are_back(engine.status)
             status = engine.status()
-        assert_all_pages_are_back(status)
         return streams, status
 
 
@@ -138,7 +141,8 @@ def test_a_slot_of_counts_that_others_had_meanwhile(tiny: Path) -> None:
             running_engine(tiny, orchestrator=orchestrator, **options) as engine,
             PortClient(engine.config.engine_name, 0) as client,
         ):
-            ids = [client.submit([50 + i, 7, 9], 220, sampling) for i in range(6)]
+            with held(engine):
+                ids = [client.submit([50 + i, 7, 9], 220, sampling) for i in range(6)]
             client.wait_begun(ids)
             ids += [client.submit([i % 40 + 3] * 60, 6, sampling, priority=-8) for i in range(80)]
             client.wait_all(PATIENCE_S)

@@ -10,12 +10,14 @@ import pytest
 
 from blinkimp import ring_abi as abi
 from blinkimp.ring_abi import TraceKind
-from tests.support import load_tool
+from tests.support import load_tool, undisturbed
 
 director_gap = load_tool("director_gap")
 
 
+@undisturbed
 def test_a_run_on_the_emulated_device(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once more where the client slept between the requests of a batch: then fewer steps had all of them."""
     out = tmp_path / "gap.json"
     flags = ["--device", "emulated", "--shape", "embedded", "--batches", "1,4", "--steps", "24", "--pings", "40"]
     assert director_gap.main([*flags, "--commit", "abc", "--out", str(out)]) == 0

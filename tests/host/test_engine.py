@@ -26,6 +26,7 @@ from tests.host.engine_support import (
     assert_all_pages_are_back,
     engine_config,
     finished,
+    held,
     make_tiny_checkpoint,
     running_engine,
     wait_for,
@@ -47,7 +48,8 @@ def test_tokens_do_not_depend_on_batch_threads_or_chunks(tiny: Path) -> None:
     assert len({tuple(tokens) for tokens in alone}) > 20, "a model that ignores its prompt proves nothing"
     options = {"num_threads": 2, "max_batch": 16, "max_step_tokens": 48, "prefill_chunk_tokens": 17, "num_pages": 24}
     with running_engine(tiny, **options) as engine, PortClient(engine.config.engine_name, 1) as client:
-        ids = [client.submit(prompt, 40) for prompt in prompts]
+        with held(engine):  # all of them are there before one ends
+            ids = [client.submit(prompt, 40) for prompt in prompts]
         client.wait_all(2 * PATIENCE_S)
         assert [client.streams[request_id].tokens for request_id in ids] == alone
         assert engine.status()["preemptions"] > 0, (
@@ -62,7 +64,7 @@ def test_stop_conditions(tiny: Path) -> None:
         stop_at = next(i for i in range(5, 50) if tokens[i] not in tokens[:i])
         stream = client.generate([5, 6, 7], 50, stop_ids=(tokens[stop_at],))
         assert stream.end == finished(FinishReason.STOP_ID) and stream.tokens == tokens[: stop_at + 1]
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
 
 
 def test_eos_ends_a_request_unless_ignored(tiny: Path, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_bad_requests_are_rejected_with_their_reason(tiny: Path) -> None:
             stream = client.generate(*arguments, **options)  # type: ignore[arg-type]  # a table of mixed cases
             assert stream.end is not None and stream.end[1] == reason, (arguments, options, stream.end)
         assert client.generate([1], 4).end == finished(FinishReason.LENGTH)
-        assert engine.status()["requests_rejected"] == len(cases)
+        wait_for(lambda: engine.status()["requests_rejected"] == len(cases), PATIENCE_S, "the status has caught up")
 
 
 # ---- Idle, batches and long steps ----------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_streams_share_steps() -> None:
             return engine.status()["step"] - before
 
         alone, batch = num_steps(1), num_steps(8)
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
     print(f"128 tokens alone: {alone} steps; of 8 streams: {batch}")
     assert 128 <= alone <= 130, "a token a step, and perhaps one planned ahead"
     assert 128 <= batch <= 8 * 128 // 3
@@ -147,6 +149,7 @@ def test_director_goes_on_during_a_long_step() -> None:
     with running_engine("embedded", **options) as engine, PortClient(engine.config.engine_name, 0) as client:
         num_pongs = 0
         for attempt in range(5):  # this client may be too slow for a second ping; then another prompt
+            assert_all_pages_are_back(engine.status)
             step = engine.status()["step"]
             prompt = [int(token) for token in np.random.default_rng(attempt).integers(3, engine.model.vocab, 2000)]
             num_pongs = pongs_before_the_end(client, client.submit(prompt, 1))
@@ -191,13 +194,13 @@ def test_drain_finishes_what_runs_and_rejects_what_comes(tiny: Path) -> None:
         assert all(
             client.streams[i].end == finished(FinishReason.LENGTH) and len(client.streams[i].tokens) == 100 for i in ids
         )
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
         assert engine.status()["state"] == EngineState.DRAINING
 
 
 def test_drain_is_bounded_by_a_client_that_does_not_read(tiny: Path) -> None:
     with (
-        running_engine(tiny, num_threads=1, num_completions=64) as engine,
+        running_engine(tiny, num_threads=1, num_completions=64, ingress_timeout_s=2.0) as engine,
         PortClient(engine.config.engine_name, 0) as client,
     ):
         for i in range(4):

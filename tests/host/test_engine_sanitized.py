@@ -64,7 +64,7 @@ def test_device_process_is_clean(sanitizer: str, orchestrator: str, tmp_path: Pa
             other.port.try_cancel(long_ids[0])
             other.port.try_ping(1, 0)
             other.close()  # in the middle: its requests are cancelled
-            client.wait_all(120)
+            client.wait_all(PATIENCE_S)
             assert all(client.streams[i].tokens == expected for i in ids)
             last = client.submit([1, 2, 3], 200)
             wait_for(lambda: client.poll() >= 0 and client.streams[last].tokens, PATIENCE_S, "the last stream runs")

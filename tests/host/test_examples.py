@@ -9,7 +9,6 @@ import ast
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.host.server_support import ServerProcess
-from tests.support import ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, python_path
 
 EXAMPLES = ROOT / "tools" / "examples"
 PROMPT = "def read_file(path):"
@@ -35,20 +34,17 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    with ServerProcess(tmp_path_factory.mktemp("server"), http=address, num_queue_pairs=2) as server:
-        server.wait_for_log("serves on", 2)
-        assert any(f"serves on http://{address}" in line for line in server.log)
+    with ServerProcess(tmp_path_factory.mktemp("server"), http="127.0.0.1:0", num_queue_pairs=2) as server:
+        address = f"127.0.0.1:{server.http_port}"
         body = json.dumps({"model": "embedded", "prompt": PROMPT, "max_tokens": 32, "temperature": 0}).encode()
-        with urllib.request.urlopen(f"http://{address}/v1/completions", body, timeout=60) as reply:
+        with urllib.request.urlopen(f"http://{address}/v1/completions", body, timeout=PATIENCE_S) as reply:
             text = json.load(reply)["choices"][0]["text"]
         yield Served(f"http://{address}", server.endpoints[0], text)
 
 
 def output_of(*command: str) -> str:
     environment = {"PYTHONPATH": python_path(), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -78,7 +74,7 @@ def test_c(served: Served, tmp_path: Path) -> None:
     path = EXAMPLES / "minimal_http.c"
     assert num_code_lines(path) <= 20
     client = tmp_path / "client"
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-o", client, path], check=True, timeout=60)
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-o", client, path], check=True, timeout=PATIENCE_S)
     host, _, port = served.url.removeprefix("http://").partition(":")
     head, _, body = output_of(str(client), host, port, PROMPT).partition("\n\n")
     assert re.match(r"HTTP/1\.[01] 200", head)

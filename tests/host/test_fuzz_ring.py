@@ -1,23 +1,20 @@
-"""A slice of tools/fuzz_ring.py: the same seed each time, and a drawn one. tools/results/fuzz_ring.json has the last long run.
+"""A slice of tools/fuzz_ring.py: the same inputs each time. tools/results/fuzz_ring.json has the last long run, with others.
 
 Run: pytest tests/host/test_fuzz_ring.py
 """
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from tests.host.ring_fuzzer import FuzzError
 from tests.support import load_tool
 
-SEEDS = pytest.mark.parametrize("seed", [1, random.randrange(2**32)], ids=["fixed", "drawn"])
+SEEDS = pytest.mark.parametrize("seed", [1, 2])
 
 
 @SEEDS
 def test_no_entry_gets_another_answer_than_the_abi_says(seed: int) -> None:
-    print(f"seed {seed}")
     result = load_tool("fuzz_ring").run(4000, seed, ("engine", "rig single"))
     assert result["inputs"] == 4000 * (0.5 + 0.15 + 0.15), "engine, hostile, rig"
     counts = result["engine"]
@@ -28,7 +25,6 @@ def test_no_entry_gets_another_answer_than_the_abi_says(seed: int) -> None:
 
 @SEEDS
 def test_nor_on_the_lanes_of_a_warp(seed: int) -> None:
-    print(f"seed {seed}")
     assert load_tool("fuzz_ring").fuzz_rig("lanes", 200, seed)["reject malformed"] > 10
 
 
