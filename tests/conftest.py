@@ -1,7 +1,9 @@
-"""Before any test: an up-to-date native library, and no deadlines of hypothesis. GPU tests are skipped, with the reason, where no GPU can be used.
+"""Before any test: an up-to-date native library, and hypothesis without deadlines and chance. GPU tests are skipped, with the reason, where
+no GPU can be used.
 
 The library is built from the tree under test (tools/build_native.py does nothing when it is current), unless
-BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), pytest -m gpu (on a GPU machine).
+BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), pytest -m gpu (on a GPU machine),
+pytest --hypothesis-profile explore (examples of hypothesis that no run has tried yet).
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ def pytest_configure() -> None:
     if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it; no test there needs it
         from hypothesis import HealthCheck, settings
 
-        # How long an example takes, or takes to draw, is the machine's business.
-        settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        # How long an example takes, or takes to draw, is the machine's business. Each run takes the same examples: a new one that fails
+        # is found by who looks for it, not by who runs the tests of an unchanged tree.
+        checks = [HealthCheck.too_slow]
+        settings.register_profile("any-machine", deadline=None, suppress_health_check=checks, derandomize=True)
+        settings.register_profile("explore", deadline=None, suppress_health_check=checks, derandomize=False)
         settings.load_profile("any-machine")
     if os.environ.get("BLINKIMP_NATIVE_LIBRARY"):
         return

@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.support import ROOT, load_tool
 
 MAX_LINES = 400
@@ -162,7 +160,6 @@ def test_ruff_format() -> None:
     run_tool("ruff", "format", "--check", ".")
 
 
-@pytest.mark.timeout(600)
 def test_mypy_strict() -> None:
     """The package as it is imported, and the tools."""
     run_tool("mypy", "-p", "blinkimp")
