@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.tuning import NEVER
 from tests.host.director_rig import PlannedSeq, Rig, Shape, outputs, plain_sampler
 from tests.host.py_ingress import Completion
 
@@ -47,6 +48,7 @@ def order_of_admission(rig: Rig, num_turns: int) -> list[int]:
 @BOTH
 def test_lower_priorities_run_first_and_equal_ones_in_order(kind: str) -> None:
     rig = attached(kind, max_batch=1)
+    rig.tune(aging_ms=NEVER)  # the turns themselves may take seconds
     for request_id, priority in ((1, 3), (2, 0), (3, -5), (4, 0), (5, 3), (6, -5), (7, 99), (8, -99)):
         assert rig.ingresses[0].submit(request_id, [1, 2], 2, priority=priority)
     assert order_of_admission(rig, 20) == [8, 3, 6, 2, 4, 1, 5, 7]
@@ -79,7 +81,7 @@ def test_by_default_a_second_is_worth_a_level(kind: str) -> None:
 def test_a_stream_of_short_urgent_requests_does_not_starve_a_patient_one(kind: str) -> None:
     """W2. Each turn takes a tenth of an aging period for those that wait; without aging the patient one never runs."""
     admitted = {}
-    for aging_ms in (1_000_000, 0xFFFFFFFF):  # so long that the time of the turns themselves is nothing
+    for aging_ms in (1_000_000, NEVER):  # so long that the time of the turns themselves is nothing
         rig = attached(kind, max_batch=1, num_requests=16)
         rig.tune(aging_ms=aging_ms)
         ingress = rig.ingresses[0]
@@ -169,6 +171,7 @@ def test_deadlines_end_waiting_and_running_requests(kind: str) -> None:
 @BOTH
 def test_a_page_shortage_preempts_the_worst_level_then_the_youngest(kind: str) -> None:
     rig = attached(kind, num_pages=7, max_batch=4, max_context=320)
+    rig.tune(aging_ms=NEVER)
     for request_id, priority in ((1, 5), (2, 0), (3, 0), (4, 5)):
         assert rig.ingresses[0].submit(request_id, [request_id] * 50, 200, priority=priority)
     gone: list[int] = []
