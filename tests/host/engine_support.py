@@ -191,7 +191,6 @@ class Stream:
     num_prior_outputs: int = 0
     is_accepted: bool = False
     end: tuple[CompletionKind, int] | None = None  # FINISH or REJECT, and its reason
-    last_index: int = -1
 
 
 class PortClient:

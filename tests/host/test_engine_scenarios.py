@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.host import engine_scenarios as scenarios
-from tests.host.engine_support import make_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def test_ten_thousand_random_requests_leave_nothing_behind(tiny: Path) -> None:

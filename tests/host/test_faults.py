@@ -26,17 +26,11 @@ from tests.host.engine_support import (
     PortClient,
     engine_config,
     finished,
-    make_tiny_checkpoint,
     process_state,
     running_engine,
     wait_for,
 )
 from tests.support import PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def test_32_streams_finish_while_the_host_is_stopped(tiny: Path) -> None:

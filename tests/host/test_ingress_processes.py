@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,24 +21,11 @@ from tests.ingress_support import (
     end_process,
     engine_name,
     hold_after_first_tokens,
-    serve,
     start_process,
     wait_until,
     write_byte_tokenizer,
 )
 from tests.support import PATIENCE_S, python_path
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serve(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    with Client(served.endpoint, timeout_s=PATIENCE_S) as connected:
-        yield connected
 
 
 def test_drain_finishes_what_runs_and_refuses_the_rest(served: Served, client: Client) -> None:

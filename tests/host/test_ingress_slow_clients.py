@@ -6,7 +6,6 @@ Run: pytest tests/host/test_ingress_slow_clients.py
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,19 +29,6 @@ from tests.ingress_support import (
     write_byte_tokenizer,
 )
 from tests.support import PATIENCE_S
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serve(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    with Client(served.endpoint, timeout_s=PATIENCE_S) as connected:
-        yield connected
-
 
 SMALL_BUFFERS = {"recv_hwm": 1, "recv_bytes": 4096}  # of a client, so that it is soon seen not to read
 

@@ -10,13 +10,8 @@ from pathlib import Path
 import pytest
 
 from blinkimp.host.tuning import NEVER, TuningError
-from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine
+from tests.host.engine_support import PortClient, running_engine
 from tests.support import PATIENCE_S, ROOT, python_path
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def tune(engine_name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ Run: pytest tests/host/test_zmq_ingress.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from tests.ingress_support import (
     wait_until,
 )
 from tests.support import PATIENCE_S
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serve(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    with Client(served.endpoint, timeout_s=PATIENCE_S) as connected:
-        yield connected
 
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
