@@ -6,11 +6,12 @@ Used by tests/host/test_attention_simt.py (emulated warps) and tests/gpu/test_at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from blinkimp import ring_abi
 
@@ -192,6 +193,44 @@ def check_step(run: RunStep, step: Step, num_ctas: int) -> Array:
     error = largest_error(step, output)
     assert error <= tolerance(step), f"largest error {error:.4f} > {tolerance(step):.4f}"
     return output
+
+
+def check_spans(
+    run: RunStep,
+    rng: np.random.Generator,
+    shape: Shape,
+    spans: Iterable[tuple[int, int]],
+    num_ctas: int,
+    sharpness: float = 2.0,
+) -> None:
+    """One step of sequences of their own: of each its tokens [begin, end)."""
+    shares = [Share(random_sequence(rng, shape, end, sharpness), begin, end) for begin, end in spans]
+    check_step(run, make_step(rng, shape, shares), num_ctas)
+
+
+def decode_rows(contexts: Iterable[int]) -> list[tuple[int, int]]:
+    """Spans of one token each, the last one of such a context."""
+    return [(int(context) - 1, int(context)) for context in contexts]
+
+
+def check_grids(
+    run: RunStep, rng: np.random.Generator, shape: Shape, spans: list[tuple[int, int]], grids: list[int]
+) -> None:
+    """As many CTAs as each of `grids` says: the same bits."""
+    step = make_step(rng, shape, [Share(random_sequence(rng, shape, end), begin, end) for begin, end in spans])
+    outputs = [run(step, num_ctas) for num_ctas in grids]
+    for output in outputs[1:]:
+        assert (output == outputs[0]).all()
+
+
+def check_that_a_planted_wrong_key_is_seen(run: RunStep, rng: np.random.Generator) -> None:
+    """The comparison can fail: one visible key that differs from the reference's."""
+    shape = Shape(2, 1, 64)
+    sequence = random_sequence(rng, shape, 100, 2.0)
+    step = make_step(rng, shape, [Share(sequence, 99, 100)])
+    step.kv[step.page_tables[step.seqs["request_idx"][0], 1], 0, 0, 30] = sequence.query[99, 0]
+    with pytest.raises(AssertionError, match="largest error"):
+        check_step(run, step, num_ctas=1)
 
 
 def check_chunking(

@@ -8,7 +8,6 @@ Run: pytest -m gpu tests/gpu/test_attention_sm90.py          times: add -s -k ti
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,7 +21,10 @@ from tests.attention_reference import (
     Share,
     Step,
     check_chunking,
+    check_grids,
+    check_spans,
     check_step,
+    decode_rows,
     make_step,
     random_sequence,
 )
@@ -32,19 +34,6 @@ from tests.gpu.gpu_harness import DeviceArray, KernelRunner, compile_kernel
 NUM_CTAS = 131  # the worker's: one SM is the director's
 NUM_THREADS = 384
 SHARED_BYTES = 227 * 1024
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[KernelRunner]:
-    with KernelRunner() as kernel_runner:
-        yield kernel_runner
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().entropy) % 2**32
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture
@@ -83,32 +72,26 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_rows(run: RunStep, rng: np.random.Generator, shape: Shape) -> None:
     contexts = [1, 2, 63, 64, 65, 255, 256, 257, 1000, 2049, *rng.integers(1, 3000, 20)]
-    shares = [Share(random_sequence(rng, shape, int(n), 2.0), int(n) - 1, int(n)) for n in contexts]
-    check_step(run, make_step(rng, shape, shares), NUM_CTAS)
+    check_spans(run, rng, shape, decode_rows(contexts), NUM_CTAS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_chunks(run: RunStep, rng: np.random.Generator, shape: Shape) -> None:
     spans = [(0, 2), (0, 64), (60, 70), (0, 513), (255, 300), (1000, 1257), (3, 4)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), NUM_CTAS)
+    check_spans(run, rng, shape, spans, NUM_CTAS)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 300, 1024])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_sliding_window(run: RunStep, rng: np.random.Generator, window: int, head_dim: int) -> None:
-    shape = Shape(8, 2, head_dim, window)
     spans = [(0, 40), (1500, 1501), (1400, 1530), (63, 64), (64, 65), (0, 700)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), NUM_CTAS)
+    check_spans(run, rng, Shape(8, 2, head_dim, window), spans, NUM_CTAS)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("begin", "end"), [(32_767, 32_768), (32_700, 32_768)])
 def test_context_of_32k(run: RunStep, rng: np.random.Generator, head_dim: int, begin: int, end: int) -> None:
-    shape = Shape(4, 1, head_dim)
-    step = make_step(rng, shape, [Share(random_sequence(rng, shape, end, 3.0), begin, end)])
-    check_step(run, step, NUM_CTAS)
+    check_spans(run, rng, Shape(4, 1, head_dim), [(begin, end)], NUM_CTAS, sharpness=3.0)
 
 
 def test_batch_of_256_and_prefill(run: RunStep, rng: np.random.Generator) -> None:
@@ -145,12 +128,7 @@ def test_a_decode_row_at_32k_equals_the_chunk_s(run: RunStep, rng: np.random.Gen
 
 
 def test_number_of_ctas_does_not_change_a_bit(run: RunStep, rng: np.random.Generator) -> None:
-    shape = Shape(8, 2, 128)
-    shares = [Share(random_sequence(rng, shape, end), begin, end) for begin, end in [(2599, 2600), (3, 400), (9, 10)]]
-    step = make_step(rng, shape, shares)
-    outputs = [run(step, num_ctas) for num_ctas in (1, 2, 13, 131, 131, 132)]
-    for output in outputs[1:]:
-        assert (output == outputs[0]).all()
+    check_grids(run, rng, Shape(8, 2, 128), [(2599, 2600), (3, 400), (9, 10)], [1, 2, 13, 131, 131, 132])
 
 
 # ---- Times -----------------------------------------------------------------------------------------------------------

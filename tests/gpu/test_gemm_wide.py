@@ -34,13 +34,6 @@ def runner() -> Iterator[WideRunner]:
         yield wide_runner
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def product(weights: NDArray[np.uint16], inputs: NDArray[np.uint16]) -> NDArray[np.float64]:
     return f32_from_bf16(inputs).astype(np.float64) @ f32_from_bf16(weights).astype(np.float64).T
 

@@ -5,7 +5,6 @@ Run: pytest -m gpu tests/gpu/test_sampling_gpu.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -27,12 +26,6 @@ from tests.sampling_reference import (
 ROWS = hard_rows(seed=int(np.random.SeedSequence().entropy) % 2**32)  # fresh each run: the CPU is the reference
 
 SHARED_BYTES = 64 << 10  # of SampleScratch, the worker's scratch
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[KernelRunner]:
-    with KernelRunner() as kernel_runner:
-        yield kernel_runner
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ Run: pytest tests/host/test_attention_simt.py
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +20,21 @@ from tests.attention_reference import (
     Share,
     Step,
     check_chunking,
+    check_grids,
+    check_spans,
     check_step,
+    check_that_a_planted_wrong_key_is_seen,
+    decode_rows,
     make_step,
     random_sequence,
 )
+from tests.host.simt_support import SIMT, build_simt
 from tests.support import ROOT
-
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("simt") / "attention_simt.so"
-    simt = ROOT / "tests" / "host" / "simt"
-    command = ["g++", *FLAGS, f"-I{simt}", f"-I{ROOT / 'device'}", "-o", str(path), str(simt / "attention_simt.cpp")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
-    loaded = ctypes.CDLL(str(path))
+    loaded = build_simt(SIMT / "attention_simt.cpp", tmp_path_factory.mktemp("simt"))
     loaded.bk_attention_simt.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
     loaded.bk_attention_simt.restype = ctypes.c_longlong
     return loaded
@@ -72,34 +69,23 @@ SHAPES = [Shape(4, 4, 64), Shape(6, 2, 128), Shape(8, 2, 64), Shape(8, 1, 128)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_rows(run: RunStep, shape: Shape) -> None:
-    rng = np.random.default_rng(1)
-    contexts = [1, 5, 64, 65, 256, 257, 700]
-    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in contexts]
-    check_step(run, make_step(rng, shape, shares), num_ctas=5)
+    check_spans(run, np.random.default_rng(1), shape, decode_rows([1, 5, 64, 65, 256, 257, 700]), num_ctas=5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_chunks(run: RunStep, shape: Shape) -> None:
-    rng = np.random.default_rng(2)
     spans = [(0, 2), (60, 70), (0, 130), (255, 300)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), num_ctas=3)
+    check_spans(run, np.random.default_rng(2), shape, spans, num_ctas=3)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 100, 300])
 def test_sliding_window(run: RunStep, window: int) -> None:
-    rng = np.random.default_rng(3)
-    shape = Shape(4, 2, 64, window)
     spans = [(0, 40), (600, 601), (500, 530), (63, 64), (64, 65)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), num_ctas=4)
+    check_spans(run, np.random.default_rng(3), Shape(4, 2, 64, window), spans, num_ctas=4)
 
 
 def test_group_of_more_than_16_heads(run: RunStep) -> None:
-    rng = np.random.default_rng(4)
-    shape = Shape(20, 1, 64)
-    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in (3, 300)]
-    check_step(run, make_step(rng, shape, shares), num_ctas=2)
+    check_spans(run, np.random.default_rng(4), Shape(20, 1, 64), decode_rows([3, 300]), num_ctas=2)
 
 
 def test_more_than_32_requests(run: RunStep) -> None:
@@ -122,23 +108,11 @@ def test_chunking_and_batch_do_not_change_a_bit(run: RunStep, shape: Shape) -> N
 
 
 def test_number_of_ctas_does_not_change_a_bit(run: RunStep) -> None:
-    rng = np.random.default_rng(7)
-    shape = Shape(4, 2, 64)
-    shares = [Share(random_sequence(rng, shape, end), begin, end) for begin, end in [(599, 600), (3, 80), (9, 10)]]
-    step = make_step(rng, shape, shares)
-    outputs = [run(step, num_ctas) for num_ctas in (1, 2, 13)]
-    assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
+    check_grids(run, np.random.default_rng(7), Shape(4, 2, 64), [(599, 600), (3, 80), (9, 10)], [1, 2, 13])
 
 
 def test_a_planted_wrong_key_is_seen(run: RunStep) -> None:
-    """The comparison can fail: one visible key that differs from the reference's."""
-    rng = np.random.default_rng(8)
-    shape = Shape(2, 1, 64)
-    sequence = random_sequence(rng, shape, 100, 2.0)
-    step = make_step(rng, shape, [Share(sequence, 99, 100)])
-    step.kv[step.page_tables[step.seqs["request_idx"][0], 1], 0, 0, 30] = sequence.query[99, 0]
-    with pytest.raises(AssertionError, match="largest error"):
-        check_step(run, step, num_ctas=1)
+    check_that_a_planted_wrong_key_is_seen(run, np.random.default_rng(8))
 
 
 def test_simt_headers_cover_ptx_mma(library: ctypes.CDLL) -> None:
@@ -148,5 +122,6 @@ def test_simt_headers_cover_ptx_mma(library: ctypes.CDLL) -> None:
     def functions(path: Path) -> set[str]:
         return set(re.findall(r"^BK_INLINE \w+ (\w+)\(", path.read_text(), re.MULTILINE))
 
-    missing = functions(ROOT / "device" / "ptx_mma.cuh") - functions(ROOT / "tests" / "host" / "simt" / "ptx_mma.cuh")
+    emulated = functions(SIMT / "ptx_mma.cuh") | functions(SIMT / "ptx_mma_common.cuh")
+    missing = functions(ROOT / "device" / "ptx_mma.cuh") - emulated
     assert not missing, f"tests/host/simt/ptx_mma.cuh lacks {sorted(missing)}"

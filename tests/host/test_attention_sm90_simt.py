@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +21,22 @@ from tests.attention_reference import (
     Share,
     Step,
     check_chunking,
+    check_grids,
+    check_spans,
     check_step,
+    check_that_a_planted_wrong_key_is_seen,
+    decode_rows,
     make_step,
     random_sequence,
 )
 from tests.attention_sm90_support import device_step
+from tests.host.simt_support import SIMT90, build_simt
 from tests.support import ROOT
-
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SIMT90 = ROOT / "tests" / "host" / "simt90"
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("simt90") / "attention_sm90_simt.so"
-    folders = [f"-I{folder}" for folder in (SIMT90, ROOT / "tests" / "host" / "simt", ROOT / "device")]
-    command = ["g++", *FLAGS, *folders, "-o", str(path), str(SIMT90 / "attention_sm90_simt.cpp")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
-    loaded = ctypes.CDLL(str(path))
+    loaded = build_simt(SIMT90 / "attention_sm90_simt.cpp", tmp_path_factory.mktemp("simt"))
     loaded.bk_attention_sm90_simt.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     loaded.bk_attention_sm90_simt.restype = ctypes.c_int
     return loaded
@@ -77,27 +73,19 @@ SHAPES = [Shape(4, 4, 64), Shape(6, 2, 128), Shape(7, 1, 64), Shape(16, 1, 128),
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_rows(run: RunStep, shape: Shape) -> None:
-    rng = np.random.default_rng(1)
-    contexts = [1, 5, 64, 65, 256, 257, 700]
-    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in contexts]
-    check_step(run, make_step(rng, shape, shares), num_ctas=5)
+    check_spans(run, np.random.default_rng(1), shape, decode_rows([1, 5, 64, 65, 256, 257, 700]), num_ctas=5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_chunks(run: RunStep, shape: Shape) -> None:
-    rng = np.random.default_rng(2)
     spans = [(0, 2), (60, 70), (0, 130), (255, 300)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), num_ctas=3)
+    check_spans(run, np.random.default_rng(2), shape, spans, num_ctas=3)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 100, 300])
 def test_sliding_window(run: RunStep, window: int) -> None:
-    rng = np.random.default_rng(3)
-    shape = Shape(4, 2, 64, window)
     spans = [(0, 40), (600, 601), (500, 530), (63, 64), (64, 65)]
-    shares = [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans]
-    check_step(run, make_step(rng, shape, shares), num_ctas=4)
+    check_spans(run, np.random.default_rng(3), Shape(4, 2, 64, window), spans, num_ctas=4)
 
 
 def test_more_than_32_requests(run: RunStep) -> None:
@@ -114,10 +102,7 @@ def test_more_than_32_requests(run: RunStep) -> None:
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 3, 40])
 def test_units_shared_by_many_warpgroups(run: RunStep, num_ctas: int) -> None:
-    rng = np.random.default_rng(9)
-    shape = Shape(4, 2, 64)
-    shares = [Share(random_sequence(rng, shape, n, 2.0), n - 1, n) for n in (5000, 30, 1025, 2048)]
-    check_step(run, make_step(rng, shape, shares), num_ctas)
+    check_spans(run, np.random.default_rng(9), Shape(4, 2, 64), decode_rows([5000, 30, 1025, 2048]), num_ctas)
 
 
 def test_a_chunk_after_unequal_decode_rows(run: RunStep) -> None:
@@ -139,23 +124,11 @@ def test_chunking_and_batch_do_not_change_a_bit(run: RunStep, shape: Shape) -> N
 
 
 def test_number_of_ctas_does_not_change_a_bit(run: RunStep) -> None:
-    rng = np.random.default_rng(7)
-    shape = Shape(4, 2, 64)
-    shares = [Share(random_sequence(rng, shape, end), begin, end) for begin, end in [(599, 600), (3, 80), (9, 10)]]
-    step = make_step(rng, shape, shares)
-    outputs = [run(step, num_ctas) for num_ctas in (1, 2, 13)]
-    assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
+    check_grids(run, np.random.default_rng(7), Shape(4, 2, 64), [(599, 600), (3, 80), (9, 10)], [1, 2, 13])
 
 
 def test_a_planted_wrong_key_is_seen(run: RunStep) -> None:
-    """The comparison can fail: one visible key that differs from the reference's."""
-    rng = np.random.default_rng(8)
-    shape = Shape(2, 1, 64)
-    sequence = random_sequence(rng, shape, 100, 2.0)
-    step = make_step(rng, shape, [Share(sequence, 99, 100)])
-    step.kv[step.page_tables[step.seqs["request_idx"][0], 1], 0, 0, 30] = sequence.query[99, 0]
-    with pytest.raises(AssertionError, match="largest error"):
-        check_step(run, step, num_ctas=1)
+    check_that_a_planted_wrong_key_is_seen(run, np.random.default_rng(8))
 
 
 @pytest.mark.parametrize("name", ["ptx_attention.cuh", "ptx_wgmma_attention.cuh", "ptx_wgmma.cuh"])

@@ -6,7 +6,6 @@ Run: pytest tests/host/test_portable_epilogues_simt.py
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from blinkimp import ring_abi as abi
 from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
 from blinkimp.host.gpu_weights import rotated_order
 from blinkimp.ring_abi import OpKind
-from tests.host.test_portable_gemm_simt import FLAGS, pack
-from tests.support import ROOT
+from tests.host.simt_support import SIMT, build_simt
+from tests.host.test_portable_gemm_simt import pack
 
 F64 = NDArray[np.float64]
 HIDDEN, NORMED, QUERY, ATTENTION, ACTIVATION, SQUARES, LOGITS = range(7)
@@ -37,12 +36,7 @@ NUM_ROWS = (1, 16, 33, 150)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("simt") / "epilogues_simt.so"
-    simt = ROOT / "tests" / "host" / "simt"
-    command = ["g++", *FLAGS, f"-I{simt}", f"-I{ROOT / 'device'}", "-o", str(path), str(simt / "epilogues_simt.cpp")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
-    loaded = ctypes.CDLL(str(path))
+    loaded = build_simt(SIMT / "epilogues_simt.cpp", tmp_path_factory.mktemp("simt"), "-O1")
     loaded.bk_op_simt.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     loaded.bk_op_simt.restype = ctypes.c_bool
     return loaded

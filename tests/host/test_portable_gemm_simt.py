@@ -7,16 +7,14 @@ Run: pytest tests/host/test_portable_gemm_simt.py
 from __future__ import annotations
 
 import ctypes
-import subprocess
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
-from tests.support import ROOT
+from tests.host.simt_support import SIMT, build_simt
 
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 ARGS = np.dtype(
     [
         ("weights", np.uint64),
@@ -39,12 +37,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("simt") / "gemm_simt.so"
-    simt = ROOT / "tests" / "host" / "simt"
-    command = ["g++", *FLAGS, f"-I{simt}", f"-I{ROOT / 'device'}", "-o", str(path), str(simt / "gemm_simt.cpp")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
-    loaded = ctypes.CDLL(str(path))
+    loaded = build_simt(SIMT / "gemm_simt.cpp", tmp_path_factory.mktemp("simt"), "-O1")
     loaded.bk_gemm_simt.argtypes = [
         ctypes.c_void_p,
         *[ctypes.c_uint] * 6,

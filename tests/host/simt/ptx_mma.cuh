@@ -10,6 +10,7 @@ namespace blinkimp {
 BK_INLINE u32 shared_address(const void* pointer) {
   return static_cast<u32>(static_cast<const unsigned char*>(pointer) - simt::machine.shared_memory.data());
 }
+BK_INLINE u8* shared_bytes(u32 address, u32 num_bytes) { return simt::machine.shared(address, num_bytes); }
 template <int kId, int kNumThreads>
 BK_INLINE void named_barrier_sync() {
   simt::machine.barrier(kId, kNumThreads);
@@ -23,22 +24,6 @@ BK_INLINE u32 bf16_bits(f32 value) {  // round to nearest even
 BK_INLINE f32 bf16_value(u32 bits) { return __builtin_bit_cast(f32, (bits & 0xffff) << 16); }
 BK_INLINE u32 pack_bf16x2(f32 low, f32 high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
-BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
-  if (shared_destination % 16 != 0) simt::fail("cp.async destination modulo 16", shared_destination % 16, 0);
-  simt::PendingCopy copy{shared_destination, {}};
-  if (valid) std::memcpy(copy.bytes, source, 16);
-  simt::machine.fibers[simt::machine.current].open_group.push_back(copy);
-}
-BK_INLINE void cp_async_commit() {
-  simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
-  fiber.copy_groups.push_back(std::move(fiber.open_group));
-  fiber.open_group.clear();
-}
-template <int kPending>
-BK_INLINE void cp_async_wait() {
-  simt::machine.land_copies(kPending);
-}
-
 template <bool kTransposed>
 BK_INLINE void ldmatrix_x4_any(u32 shared_row, u32 (&result)[4]) {
   const std::uint64_t in = shared_row;
@@ -50,7 +35,7 @@ BK_INLINE void ldmatrix_x4_any(u32 shared_row, u32 (&result)[4]) {
       for (u32 row = 0; row < 8; ++row) {
         const u32 address = static_cast<u32>(inputs[(matrix * 8 + row) * 16]);
         if (address % 16 != 0) simt::fail("ldmatrix address modulo 16", address % 16, 0);
-        std::memcpy(elements[row], simt::machine.shared(address, 16), 16);
+        std::memcpy(elements[row], shared_bytes(address, 16), 16);
         simt::machine.num_bank_conflicts += (banks >> (address / 16 % 8)) & 1;
         banks |= 1u << (address / 16 % 8);
       }
@@ -95,7 +80,6 @@ BK_INLINE void mma_bf16_16x8x16(f32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) 
   for (u32 i = 0; i < 4; ++i) d[i] = __builtin_bit_cast(f32, static_cast<u32>(out[i]));
 }
 
-BK_INLINE u32 opaque(u32 value) { return value; }
-BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
-
 }  // namespace blinkimp
+
+#include <ptx_mma_common.cuh>

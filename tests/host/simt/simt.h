@@ -95,14 +95,6 @@ struct Machine {
     return shared_memory.data() + address;
   }
 
-  void land_copies(unsigned num_kept) {
-    Fiber& fiber = fibers[current];
-    while (fiber.copy_groups.size() > num_kept) {
-      for (const PendingCopy& copy : fiber.copy_groups.front()) std::memcpy(shared(copy.destination, 16), copy.bytes, 16);
-      fiber.copy_groups.erase(fiber.copy_groups.begin());
-    }
-  }
-
   // run() in parts, for machines that take turns (simt90/grid.h): start, then pass after pass until none is left.
   struct Pass {
     bool any_left, any_ran;

@@ -5,28 +5,11 @@
 
 namespace blinkimp {
 
-// A copy's bytes are read when it is issued and land when its thread waits.
-BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
-  if (shared_destination % 16 != 0) simt::fail("cp.async destination modulo 16", shared_destination % 16, 0);
-  simt::PendingCopy copy{shared_destination, {}};
-  if (valid) std::memcpy(copy.bytes, source, 16);
-  simt::machine.fibers[simt::machine.current].open_group.push_back(copy);
+BK_INLINE u8* shared_bytes(u32 address, u32 num_bytes) {
+  if (address + num_bytes > sizeof(dynamic_shared)) simt::fail("shared memory access ends at", address + num_bytes, sizeof(dynamic_shared));
+  return dynamic_shared + address;
 }
-BK_INLINE void cp_async_commit() {
-  simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
-  fiber.copy_groups.push_back(std::move(fiber.open_group));
-  fiber.open_group.clear();
-}
-template <int kPending>
-BK_INLINE void cp_async_wait() {
-  simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
-  while (fiber.copy_groups.size() > kPending) {
-    for (const simt::PendingCopy& copy : fiber.copy_groups.front()) std::memcpy(dynamic_shared + copy.destination, copy.bytes, 16);
-    fiber.copy_groups.erase(fiber.copy_groups.begin());
-  }
-}
-
-BK_INLINE u32 opaque(u32 value) { return value; }
-BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
 
 }  // namespace blinkimp
+
+#include <ptx_mma_common.cuh>
