@@ -24,7 +24,7 @@ from blinkimp.trace.file import TraceFile
 from blinkimp.trace.recorder import Recorder
 from blinkimp.trace.scan import scan
 from blinkimp.trace.tokens import token_streams
-from tests.host.engine_support import make_tiny_checkpoint
+from tests.host.engine_support import make_tiny_checkpoint, wait_for
 from tests.host.server_support import ServerProcess
 from tests.ingress_support import serve, write_byte_tokenizer
 from tests.support import PATIENCE_S
@@ -57,12 +57,18 @@ def ask(endpoint: str) -> list[list[int]]:
     return told
 
 
+def wait_until_published(server: ServerProcess) -> None:
+    """What clients have been told stands in the trace: a status comes behind it."""
+    wait_for(lambda: server.status()["num_running"] + server.status()["num_finishing"] == 0, PATIENCE_S, "it is idle")
+
+
 def test_a_replay_says_the_same(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured, arrivals = tmp_path / "captured", tmp_path / "arrivals.jsonl"
     options: dict[str, Any] = {"num_threads": 2, "trace_events": LEAST_TRACE_EVENTS}
     with ServerProcess(tmp_path, model, capture_arrivals=str(captured), **options) as server:
         with Recorder(server.config.engine_name, tmp_path / "live.trace", pings=False) as recorder:
             told = ask(server.endpoints[0])
+            wait_until_published(server)
             recorder.run(0.1)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE_S) == 0
@@ -82,6 +88,7 @@ def test_a_replay_says_the_same(model: Path, tmp_path: Path, capsys: pytest.Capt
     ):
         target = Target(connect=server.endpoints[0])
         report = asyncio.run(run_load(LoadOptions(replay=arrivals, time_scale=0.5), target))
+        wait_until_published(server)
         recorder.run(0.1)
     assert report["completed"] == NUM_SAMPLED + 2 and report["failed"] == 0
     replay = report["replay"]

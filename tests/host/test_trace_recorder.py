@@ -21,7 +21,9 @@ from blinkimp.trace.clock import is_ping
 from blinkimp.trace.file import EVENTS_OFFSET, FILE_HEADER, Metadata, TraceFile
 from blinkimp.trace.recorder import LAST_PINGS, Recorder
 from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine, wait_for
-from tests.support import PATIENCE_S, undisturbed
+from tests.support import PATIENCE_S
+
+OP_PERIOD = 32  # steps
 
 
 @contextmanager
@@ -45,16 +47,25 @@ def recording(recorder: Recorder) -> Iterator[Callable[[], Metadata]]:
         thread.join(PATIENCE_S)
 
 
-@undisturbed  # the recorder looks at the batch every 5 ms: it has to see one run
 def test_a_recording_has_it_all(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path)
-    options: dict[str, Any] = {"trace_events": LEAST_TRACE_EVENTS, "trace_op_period": 4, "num_threads": 2}
+    # Op times of no more steps than the engine keeps: a recorder that comes late loses none.
+    options: dict[str, Any] = {"trace_events": LEAST_TRACE_EVENTS, "trace_op_period": OP_PERIOD, "num_threads": 2}
     path = tmp_path / "run.trace"
-    with running_engine(tmp_path, **options) as engine:
+    with running_engine(tmp_path, **options, num_completions=64) as engine:
         name = engine.config.engine_name
         with Recorder(name, path) as recorder, PortClient(name, 0) as client, recording(recorder) as end:
             assert recorder.has_pings
             expected = [client.generate([1, 2, 3 + i], 20).tokens for i in range(8)]
+            last = client.submit([4, 5], 80)  # more than the ring holds: it runs until it is read
+
+            def batch_was_seen() -> bool:
+                samples = list(recorder._last_samples.items())
+                return any(place[0] == TraceKind.BATCH and value & 0xFFFFFFFF == 1 for place, value in samples)
+
+            wait_for(batch_was_seen, PATIENCE_S, "the recorder has seen one run")
+            client.wait_all(PATIENCE_S)
+            expected.append(client.streams[last].tokens)
             wait_for(lambda: engine.status()["num_running"] == 0, PATIENCE_S, "the engine is idle")
             metadata = end()
     trace = TraceFile(path)
@@ -73,12 +84,12 @@ def test_a_recording_has_it_all(tmp_path: Path) -> None:
     batch = events_of(events, TraceKind.BATCH)
     assert low_half(batch["argument"]).max() == 1 and low_half(batch["argument"])[-1] == 0
     assert len(events_of(events, TraceKind.PAGES)) and len(events_of(events, TraceKind.RINGS)) >= 2
-    # Op times of every fourth step, with names.
+    # Op times of every so many steps, with names.
     info = trace.metadata.engine
-    assert info.engine_name == name and info.config["trace_op_period"] == 4 and info.model["num_layers"] == 2
+    assert info.engine_name == name and info.config["trace_op_period"] == OP_PERIOD and info.model["num_layers"] == 2
     assert len(info.op_names) == 13 and trace.op_kinds()[:3] == ["embed", "qkv", "attention"]
     sampled = events_of(events, TraceKind.OP_TIMES)["step"].tolist()
-    assert trace.op_samples["step"].tolist() == sampled and len(sampled) >= 8 * 20 // 4 - 1
+    assert trace.op_samples["step"].tolist() == sampled and len(sampled) >= (8 * 20 + 80) // OP_PERIOD - 1
     times = trace.op_samples["times"]
     assert times.shape[1:] == (13, 2, 2) and (times[..., 0] <= times[..., 1]).all() and (times > 0).all()
     assert (times.max(axis=(1, 2, 3)) <= trace.op_samples["time_ns"]).all()
