@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from blinkimp.protocol import Error, Sampling, Submit, quote
+from blinkimp.complaints import quote
+from blinkimp.protocol import Error, Sampling, Submit
 
 
 class ModelLimits(Protocol):

@@ -24,9 +24,10 @@ from typing import Final
 
 import msgspec
 
+from blinkimp.complaints import quote
 from blinkimp.nic_shim.constraint_table import ConstraintTable
 from blinkimp.nic_shim.constraint_worker import LENGTH, Compiled
-from blinkimp.protocol import Constraint, Error, ErrorCode, quote
+from blinkimp.protocol import Constraint, Error, ErrorCode
 
 COMPILE_TIMEOUT_S: Final = 10.0  # of CPU time: what a constraint costs does not depend on who else computes
 MOST_WAIT_FACTOR: Final = 6

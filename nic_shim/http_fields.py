@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from blinkimp.complaints import Complaint, complaint_of, known_at
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
 from blinkimp.nic_shim.http_neutral import without_neutral
 from blinkimp.nic_shim.http_types import (
@@ -22,7 +23,7 @@ from blinkimp.nic_shim.http_types import (
     ResponseFormat,
     TokenizeRequest,
 )
-from blinkimp.protocol import Complaint, Constraint, Sampling, complaint_of, known_at
+from blinkimp.protocol import Constraint, Sampling
 
 DEFAULT_COMPLETION_TOKENS: Final = 16  # OpenAI's and vLLM's, of /v1/completions; a chat reply may fill the context
 

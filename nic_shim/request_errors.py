@@ -6,8 +6,9 @@ Called by nic_shim/engine_link.py. Test: pytest tests/host/test_zmq_ingress.py t
 from __future__ import annotations
 
 from blinkimp import ring_abi as abi
+from blinkimp.complaints import MAX_QUOTED_CHARS
 from blinkimp.nic_shim.live_request import LiveRequest
-from blinkimp.protocol import MAX_QUOTED_CHARS, ErrorCode
+from blinkimp.protocol import ErrorCode
 
 _REJECT_CODES: dict[int, tuple[ErrorCode, str]] = {
     abi.REJECT_PROMPT_EMPTY: ("prompt_empty", "give at least one token"),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blinkimp import protocol, ring_abi
+from blinkimp.complaints import quote
 from blinkimp.protocol import BadMessageError, Submit, decode_client_message
 from tests.support import ROOT
 
@@ -82,7 +83,7 @@ def test_unknown_field_of_the_message_is_named() -> None:
 def test_sampling_ranges(field: str, value: Any, expected: str) -> None:
     error = refusal(encode({"type": "submit", "id": 1, "prompt": "a", "sampling": {field: value}}))
     assert error.code == "bad_sampling" and field in error.what
-    assert error.expected == expected and error.got == protocol.quote(value)
+    assert error.expected == expected and error.got == quote(value)
 
 
 @pytest.mark.parametrize(
