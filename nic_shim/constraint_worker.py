@@ -17,16 +17,10 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from blinkimp.nic_shim.byte_automaton import DEAD, PatternError, byte_automaton
 from blinkimp.nic_shim.constraint_table import ConstraintError, ConstraintTable, ConstraintTooLargeError
 from blinkimp.nic_shim.json_schema_regex import SchemaError, escaped, schema_regex
-from blinkimp.nic_shim.token_automaton import (
-    DEAD,
-    PatternError,
-    TokenTrie,
-    byte_automaton,
-    deepest_json_object,
-    token_table,
-)
+from blinkimp.nic_shim.token_automaton import TokenTrie, deepest_json_object, token_table
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.protocol import Constraint

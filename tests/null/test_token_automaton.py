@@ -11,15 +11,9 @@ import re
 
 import pytest
 
+from blinkimp.nic_shim.byte_automaton import PatternError, byte_automaton, json_object_automaton
 from blinkimp.nic_shim.constraint_table import ConstraintTable, ConstraintTooLargeError
-from blinkimp.nic_shim.token_automaton import (
-    PatternError,
-    TokenTrie,
-    byte_automaton,
-    deepest_json_object,
-    json_object_automaton,
-    token_table,
-)
+from blinkimp.nic_shim.token_automaton import TokenTrie, deepest_json_object, token_table
 
 EOS = 0
 TOKENS = {1 + byte: bytes([byte]) for byte in range(256)} | {
