@@ -25,7 +25,7 @@ from numpy.typing import NDArray  # noqa: E402
 from step_engine import EngineBench  # noqa: E402
 from step_requests import BenchError, Times, Wave  # noqa: E402
 from step_rows import SHAPES  # noqa: E402
-from step_stats import header, write_report  # noqa: E402
+from step_stats import finish, header  # noqa: E402
 
 from blinkimp.cli.terminal import set_up_logging  # noqa: E402
 from blinkimp.host.device_protocol import DeviceError  # noqa: E402
@@ -128,10 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{chunk:6}{worst['steady_tpot_ms']:11.3f}{worst['worst_gap_ms']:11.3f}{worst['ratio']:8.2f}"
             f"{worst['client_worst_gap_ms']:14.3f}{worst['newcomer_ttft_ms']:18.1f}"
         )
-    write_report(report, arguments.out)
-    for message in report["errors"]:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if report["errors"] else 0
+    return finish(report, arguments.out)
 
 
 if __name__ == "__main__":

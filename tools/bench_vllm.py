@@ -32,7 +32,7 @@ from step_cost import Limits, decode_cost, prefill_cost  # noqa: E402
 from step_report import side_of  # noqa: E402
 from step_requests import BenchError, steady_state  # noqa: E402
 from step_rows import SHAPES, Row, parse_rows  # noqa: E402
-from step_stats import header, spread, write_report  # noqa: E402
+from step_stats import finish, header, spread  # noqa: E402
 
 from blinkimp.host.model_config import parse_config  # noqa: E402
 from blinkimp.host.power import PowerMeter, PowerSource, idle_power_w, open_nvml  # noqa: E402
@@ -224,10 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             bench(side, arguments.rows, arguments.shape, arguments.seconds, report)
         except BenchError as error:
             report["errors"].append(str(error))
-    write_report(report, arguments.out)
-    for message in report["errors"]:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if report["errors"] else 0
+    return finish(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402  (the path above comes first)
 from step_engine import EngineBench  # noqa: E402
 from step_requests import BenchError, Wave  # noqa: E402
 from step_rows import SHAPES  # noqa: E402
-from step_stats import header, spread, write_report  # noqa: E402
+from step_stats import finish, header, spread  # noqa: E402
 
 from blinkimp.cli.terminal import set_up_logging  # noqa: E402
 from blinkimp.config import keys  # noqa: E402
@@ -109,10 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             f"engine that {parks}: idle {power}; first token of {arguments.prompt} tokens {at_once['median_ms']:.3f} ms at once, "
             f"{later['median_ms']:.3f} ms after an idle time (p90 {later['p90_ms']:.3f})"
         )
-    write_report(report, arguments.out)
-    for message in report["errors"]:
-        print(f"error: {message}", file=sys.stderr)
-    return 1 if report["errors"] else 0
+    return finish(report, arguments.out)
 
 
 if __name__ == "__main__":

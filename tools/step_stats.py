@@ -69,3 +69,11 @@ def write_report(report: dict[str, Any], path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {path}")
+
+
+def finish(report: dict[str, Any], path: Path | None) -> int:
+    """Writes a report that may have errors, and tells them. Returns the exit status."""
+    write_report(report, path)
+    for message in report["errors"]:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if report["errors"] else 0
