@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from blinkimp.cli import main
-from blinkimp.lab.evidence_state import start_time
-from tests.support import PATIENCE_S, python_path
+from blinkimp.lab.evidence_state import end_leftover, start_time
+from tests.support import PATIENCE_S, python_path, undisturbed
 
 # An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.
 SERVER = """
@@ -65,6 +65,7 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
         call.wait()
         if len(cells_in(folder)) < 5:
             break  # else this process slept while all were measured: once more
+        end_leftover(folder, print)
     left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
     assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 5
     assert main(flags) == 0
@@ -120,12 +121,14 @@ def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, capsys: pytest.C
     assert "seconds 0.3 -> 5.0; expected the same" in capsys.readouterr().err
 
 
+@undisturbed
 def test_an_engine_too_slow_to_finish_is_measured_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is answered before 1.5 s, and a cell ends after 0.5: what is known is a lower bound, and the server is quiet before the next."""
+    """Nothing is answered before 2 s, and a cell ends after 0.5: what is known is a lower bound, and the server is quiet before the next."""
     for name, seconds in (("OPEN_DRAIN_S", 0.1), ("CLOSED_DRAIN_S", 0.1), ("MIN_DRAIN_S", 0.1), ("QUIET_S", 0.0)):
         monkeypatch.setattr(f"blinkimp.lab.evidence.{name}", seconds)
     folder, flags = tmp_path / "evidence", scripted(tmp_path)
-    (tmp_path / "server.py").write_text(SERVER.replace("first_ms=2", "first_ms=1500"))
+    shutil.rmtree(folder, ignore_errors=True)
+    (tmp_path / "server.py").write_text(SERVER.replace("first_ms=2", "first_ms=2000"))
     assert main(["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *flags, "--users", ""]) == 0
     cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
     assert len(cells) == 2
