@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-MOST_BUCKETS: Final = 4096  # beyond it the full ones are looked for
+MOST_BUCKETS: Final = 512  # beyond it the full ones are looked for: 200 bytes each
 
 
 class RateLimiter:

@@ -29,7 +29,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +38,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from stream_clients import NUM_KEY_TOKENS, TICK_NS, Plan  # noqa: E402  (the path above comes first)
+from process_memory import Process, memory_of, processes_of  # noqa: E402  (the path above comes first)
+from process_memory import describe as describe_memory  # noqa: E402
+from stream_clients import NUM_KEY_TOKENS, TICK_NS, Plan  # noqa: E402
 from stream_latency import TokenTimes, added_latencies_ns, quantiles_ms  # noqa: E402
 
 from blinkimp.host.shared_memory import open_trace  # noqa: E402
@@ -48,50 +49,15 @@ from blinkimp.host.trace_reader import TraceReader  # noqa: E402
 TARGETS: Final = {"zmq": 40_000, "http": 10_000}  # streamed tokens/s with 512 streams on 2 cores
 DEFAULT_RATES: Final = {"zmq": 42_000, "http": 10_500}
 WARM_S: Final = 2.0  # after every stream has begun; less in a shorter run
+# A ZeroMQ queue takes its memory in two blocks of 256 messages, whose pages count as messages reach them: with both in use from the start, what
+# grows later is a leak.
+NUM_WARM_MESSAGES: Final = 600  # each way on each ZeroMQ connection
 TRACE_EVENTS: Final = 1 << 20
 TRACE_READ_S: Final = 0.5
 SAMPLED_STREAMS: Final = 128  # so many streams' arrivals are kept, of a long run fewer
 MAX_SAMPLED_TOKENS: Final = 2_000_000
 START_TIMEOUT_S: Final = 60.0
 SCHEDULERS: Final = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
-
-
-@dataclass
-class Process:
-    """One of the server's processes, sampled once a second."""
-
-    name: str
-    pid: int
-    cpu_begin_s: float = 0.0
-    cpu_end_s: float = 0.0
-    anonymous_kb: list[int] = field(default_factory=list)  # heaps and stacks: what can leak
-    pss_kb: list[int] = field(
-        default_factory=list
-    )  # and its share of libraries and of the rings, which count as they are first touched
-
-    def sample(self) -> None:
-        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        values = {line.split(":")[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
-        self.anonymous_kb.append(values["Anonymous"])
-        self.pss_kb.append(values["Pss"])
-
-    def cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def processes_of(host_pid: int) -> list[Process]:
-    """The host and what it started; not the helpers of those."""
-    names = {"emulated_process": "device", "zmq_ingress": "zmq ingress", "http_ingress": "http ingress"}
-    found, pids = [Process("host", host_pid)], [host_pid]
-    while pids:
-        pid = pids.pop()
-        pids += [
-            int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
-        ]
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        found += [Process(name, pid) for module, name in names.items() if module in command]
-    return found
 
 
 class Server:
@@ -200,6 +166,7 @@ def run_once(transport: str, options: argparse.Namespace, rate: float) -> dict[s
                 transport=name, address=server.addresses[name], num_streams=num_streams, num_connections=min(options.connections, num_streams),
                 seconds=options.seconds + warm_s, least_tokens=max(1, options.tokens // 2), most_tokens=options.tokens * 3 // 2,
                 sample_period=sample_period, seed=secrets.randbits(31), output=f"{folder}/{idx}.npz",
+                num_warm_messages=NUM_WARM_MESSAGES,
             )  # fmt: skip
             command = [sys.executable, str(ROOT / "tools" / "stream_clients.py"), msgspec.json.encode(plan).decode()]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -232,6 +199,7 @@ def run_once(transport: str, options: argparse.Namespace, rate: float) -> dict[s
         times = TokenTimes(events, NUM_KEY_TOKENS)
         result: dict[str, Any] = {
             "streams": options.streams, "rate_asked": rate, "step_us": step_us, "seconds": round((end_ns - begin_ns) / 1e9, 2),
+            "warm_messages_a_zmq_connection": NUM_WARM_MESSAGES,
             "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)], "trace_events_lost": num_lost,
         }  # fmt: skip
         for idx, name in enumerate(transports):
@@ -265,22 +233,6 @@ def summary_of(arrivals: dict[str, Any], times: TokenTimes, begin_ns: int, end_n
     }
 
 
-def memory_of(process: Process) -> dict[str, Any]:
-    """MB: medians of the first and of the last tenth of the run, and the slope of a straight line through the second half."""
-    anonymous, pss = (np.array(values, float) / 1024 for values in (process.anonymous_kb, process.pss_kb))
-    tenth, rest = max(1, len(pss) // 10), anonymous[len(anonymous) // 2 :]
-    slope = float(np.polyfit(np.arange(len(rest)), rest, 1)[0]) if len(rest) > 2 else 0.0
-    return {
-        "anonymous_mb_first": round(float(np.median(anonymous[:tenth])), 2),
-        "anonymous_mb_last": round(float(np.median(anonymous[-tenth:])), 2),
-        "anonymous_mb_max": round(float(anonymous.max()), 2),
-        "anonymous_slope_kb_per_minute_second_half": round(slope * 1024 * 60, 2),
-        "pss_mb_first": round(float(np.median(pss[:tenth])), 2),
-        "pss_mb_last": round(float(np.median(pss[-tenth:])), 2),
-        "num_samples": len(pss),
-    }
-
-
 # ---- Reports -----------------------------------------------------------------------------------------------------------
 def describe(run: dict[str, Any]) -> str:
     lines = []
@@ -293,12 +245,7 @@ def describe(run: dict[str, Any]) -> str:
             f"{name:5} {figures['tokens_per_s']:9,.0f} tokens/s (asked {run['rate_asked']:,.0f}), {figures['tokens_per_event']:.2f} an event; "
             f"added latency ms: {latency}; CPU % {run['cpu_percent']}; load {run['load_average']}"
         )
-    for name, figures in run["memory"].items():
-        lines.append(
-            f"      {name:13} anonymous {figures['anonymous_mb_first']:7.2f} -> {figures['anonymous_mb_last']:7.2f} MB, "
-            f"{figures['anonymous_slope_kb_per_minute_second_half']:+.1f} KB a minute over the second half; "
-            f"PSS {figures['pss_mb_first']:.1f} -> {figures['pss_mb_last']:.1f} MB"
-        )
+    lines += [describe_memory(name, figures) for name, figures in run["memory"].items()]
     return "\n".join(lines)
 
 

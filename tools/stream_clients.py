@@ -23,11 +23,22 @@ import msgspec
 import numpy as np
 import zmq
 
-from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens, decode_server_messages, encode_client_message
+from blinkimp.protocol import (
+    Alive,
+    AliveReply,
+    Error,
+    Finish,
+    Sampling,
+    Submit,
+    Tokens,
+    decode_server_messages,
+    encode_client_message,
+)
 
 PROMPT: Final = "def read_file(path):"
 NUM_KEY_TOKENS: Final = 4  # a request's first tokens name it: by them the trace's request is found
 TICK_NS: Final = 100_000_000
+ANSWER_TIMEOUT_MS: Final = 60_000
 END: Final = b"data: [DONE]\n\n"
 _TOKEN_IDS: Final = re.compile(rb'"token_ids":\[([0-9][0-9,]*)\]')
 
@@ -46,6 +57,7 @@ class Plan(msgspec.Struct, frozen=True):
     seed: int
     output: str  # .npz
     most_requests: int = 0  # ends early once so many are done; 0: by time alone
+    num_warm_messages: int = 0  # zmq: so many go to and fro on each connection before its streams begin
 
 
 @dataclass
@@ -130,16 +142,32 @@ class ZmqClient:
         self._poller = zmq.Poller()
 
     def open(self) -> None:
-        for idx in range(self._plan.num_connections):
+        for _ in range(self._plan.num_connections):
             dealer = self._context.socket(zmq.DEALER)
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.setsockopt(zmq.RCVHWM, 0)
             dealer.connect(self._plan.address)
-            connection = self._connections[dealer] = Connection(dealer)
+            self._connections[dealer] = Connection(dealer)
             self._poller.register(dealer, zmq.POLLIN)
+        for _ in range(self._plan.num_warm_messages):
+            self._warm()
+        for idx, connection in enumerate(self._connections.values()):
             share = self._plan.num_streams // self._plan.num_connections
             for _ in range(share + (idx < self._plan.num_streams % self._plan.num_connections)):
                 self._submit(connection)
+
+    def _warm(self) -> None:
+        """One message to and fro on each connection."""
+        for dealer in self._connections:
+            dealer.send(encode_client_message(Alive()))
+        for dealer in self._connections:
+            messages: list[Any] = []
+            while not any(isinstance(message, AliveReply) for message in messages):
+                if not dealer.poll(ANSWER_TIMEOUT_MS):
+                    raise RuntimeError(
+                        f"{self._plan.address} is silent, expected an answer to `alive`; its log says why"
+                    )
+                messages = decode_server_messages(dealer.recv())
 
     def _submit(self, connection: Connection) -> None:
         request, max_tokens, seed = self._recorder.new_request()

@@ -72,6 +72,10 @@ def test_every_process_is_watched(result: Any) -> None:
     (run,) = result["runs"]["both"]
     assert set(run["memory"]) == set(run["cpu_percent"]) == {"host", "device", "zmq ingress", "http ingress"}
     assert all(figures["anonymous_mb_last"] > 1 for figures in run["memory"].values())
+    shared = {name: figures["shared_mb_last"] for name, figures in run["memory"].items()}
+    assert min(shared["device"], shared["zmq ingress"], shared["http ingress"]) > 0, (
+        "the rings that they share are told apart"
+    )
 
 
 def test_the_figures_say_where_they_are_from(result: Any) -> None:

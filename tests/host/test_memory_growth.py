@@ -1,4 +1,5 @@
-"""What a request leaves behind in the processes that serve it: nothing. Bytes a request, whatever the machine's speed.
+"""What a request leaves behind in the processes that serve it, and what an ingress does that has none: nothing. Bytes a request and blocks a
+turn, whatever the machine's speed.
 
 The long version: python tools/bench_streams.py --transport both --rate 4000 --seconds 600.
 Run: pytest tests/host/test_memory_growth.py
@@ -6,13 +7,22 @@ Run: pytest tests/host/test_memory_growth.py
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from blinkimp.nic_shim import engine_thread, request_metrics, zmq_ingress
+from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.engine_thread import EngineThread
+from blinkimp.nic_shim.garbage import Collector
+from tests.fake_director import FakeDirector
 from tests.host.server_support import ServerProcess
+from tests.ingress_support import engine_name, serve, wait_until
 from tests.support import PATIENCE_S, load_tool
 
 # A request's state is 2 to 3 KB; with a cycle of references, which only the collector frees, 700 bytes of it stay over such a run. Without any
@@ -31,7 +41,7 @@ def _no_huge_pages() -> Iterator[None]:
 
 
 def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
-    clients, bench = load_tool("stream_clients"), load_tool("bench_streams")
+    clients, memory = load_tool("stream_clients"), load_tool("process_memory")
     with ServerProcess(
         tmp_path,
         wait=False,
@@ -43,7 +53,7 @@ def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
         max_requests_per_s=1 << 20,
     ) as server:
         server.wait_for_log("serves on", 2)
-        processes = bench.processes_of(server.process.pid)
+        processes = memory.processes_of(server.process.pid)
         assert {process.name for process in processes} == set(MOST_BYTES_A_REQUEST)
 
         def serve(num_requests: int) -> None:
@@ -60,8 +70,76 @@ def test_requests_leave_no_memory_behind(tmp_path: Path) -> None:
         serve(NUM_MEASURED)
         for process in processes:
             process.sample()
-            before, after = process.anonymous_kb
+            before, after = process.resident_kb["anonymous"]
             grown = (after - before) * 1024 / NUM_MEASURED
             print(f"{process.name}: {grown:.0f} bytes a request, {before} -> {after} KB")
             most = MOST_BYTES_A_REQUEST[process.name]
             assert grown < most, f"{process.name}: {grown:.0f} bytes a request, {before} -> {after} KB"
+
+
+# ---- Idle ------------------------------------------------------------------------------------------------------------
+NUM_TURNS = 1500
+
+
+class CountedLooks(Collector):
+    """Says how often a loop has come round, and never looks: that would empty the free lists, which count here."""
+
+    num_turns = 0
+
+    def look(self, now: float) -> None:
+        type(self).num_turns += 1
+
+
+@pytest.fixture
+def busy_idlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Loops that do in each turn what they otherwise do some times a second."""
+    monkeypatch.setattr(zmq_ingress, "HOUSEKEEPING_PERIOD_S", 0.0)
+    monkeypatch.setattr(zmq_ingress, "IDLE_WAIT_MS", 0)
+    monkeypatch.setattr(zmq_ingress, "Collector", CountedLooks)
+    monkeypatch.setattr(engine_thread, "MEMORY_CHECK_TURNS", 1)
+    monkeypatch.setattr(engine_thread, "IDLE_WAIT_MS", 0)
+    monkeypatch.setattr(engine_thread, "Collector", CountedLooks)
+    monkeypatch.setattr(request_metrics, "PUBLISH_PERIOD_S", 0.0)
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def wait_for_turns(num_turns: int) -> None:
+    last = CountedLooks.num_turns + num_turns
+    wait_until(lambda: CountedLooks.num_turns >= last, "the loop goes round")
+
+
+def blocks_kept_by_turns() -> float:
+    """Python's memory blocks a turn of the loop that runs in this process; the least of some measurements, as other threads allocate too."""
+    kept = []
+    for _ in range(3):
+        gc.collect()  # empties the free lists
+        wait_for_turns(10)
+        first, before = CountedLooks.num_turns, sys.getallocatedblocks()
+        wait_for_turns(NUM_TURNS)
+        kept.append((sys.getallocatedblocks() - before) / (CountedLooks.num_turns - first))
+    return min(kept)
+
+
+@pytest.mark.usefixtures("busy_idlers")
+def test_an_idle_zmq_ingress_keeps_nothing(tmp_path: Path) -> None:
+    with serve(tmp_path):
+        assert blocks_kept_by_turns() < 0.1
+
+
+@pytest.mark.usefixtures("busy_idlers")
+def test_an_idle_engine_thread_of_the_http_ingress_keeps_nothing() -> None:
+    failures: list[BaseException] = []
+    with FakeDirector(engine_name()) as director:
+        link = EngineLink(director.regions.engine_name, 0, eos_ids=(), loss_timeout_s=PATIENCE_S)
+        link.attach(PATIENCE_S)
+        loop = asyncio.new_event_loop()
+        engine = EngineThread(link, loop, lambda batch: None, failures.append, max_memory_bytes=1 << 50)
+        engine.start()
+        try:
+            assert blocks_kept_by_turns() < 0.1
+        finally:
+            engine.stop()
+            loop.close()
+    assert not failures
