@@ -93,9 +93,9 @@ def measure_analysis(arguments: argparse.Namespace) -> dict[str, Any]:
             first_s, best_s, cpu_s = best_of(what, arguments.runs)
             rate, cpu_rate = num_events / best_s / 1e6, num_events / cpu_s / 1e6
             rates[name] = {
-                "first_s": round(first_s, 3),
-                "best_s": round(best_s, 3),
-                "cpu_s": round(cpu_s, 3),
+                "first_s": round(first_s, 6),
+                "best_s": round(best_s, 6),
+                "cpu_s": round(cpu_s, 6),
                 "million_events_per_s": round(rate, 1),
                 "million_events_per_cpu_second": round(cpu_rate, 1),
             }

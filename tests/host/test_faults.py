@@ -119,7 +119,7 @@ def test_parked_device_that_cannot_go_on_is_a_fault(tiny: Path) -> None:
                 engine.check()
                 ingress = queue_pair.view(abi.QUEUE_PAIR)["ingress"]
                 ingress["epoch"] = 1  # somebody attaches
-                wait_for(lambda: engine._wake.failure is not None, 30, "the relaunch fails")  # type: ignore[union-attr]
+                wait_for(lambda: engine._wake.failure is not None, PATIENCE_S, "the relaunch fails")  # type: ignore[union-attr]
                 with pytest.raises(EngineFaultError, match="COOPERATIVE_LAUNCH_TOO_LARGE") as caught:
                     engine.check()
                 assert caught.value.verdict is not None and caught.value.verdict.symptom == Symptom.CUDA_ERROR
