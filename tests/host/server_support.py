@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,20 @@ from blinkimp.client import Client, RequestRefusedError
 from blinkimp.config import Config
 from blinkimp.host.shared_memory import SHM_DIR, open_engine_page, open_queue_pair
 from tests.host.engine_support import engine_config, process_state, wait_for
+from tests.host.standing_still import standing_still
 from tests.support import PATIENCE_S, ROOT, python_path
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPT = [17, 33, 260, 9]
+NUM_TRIES = 20
 
 
 class ServerProcess:
     """Runs once the constructor has returned: every ingress has said that it serves, unless wait is False."""
 
     def __init__(self, folder: Path, model: Path | str = "embedded", *, wait: bool = True, **changes: Any) -> None:
-        self.config: Config = engine_config(
-            model, **{"bind": f"ipc://{folder}/ingress", "log_level": "info", **changes}
-        )
+        defaults = {"bind": f"ipc://{folder}/ingress", "log_level": "info", "drain_timeout_s": PATIENCE_S}
+        self.config: Config = engine_config(model, **{**defaults, **changes})
         self.log: list[str] = []
         lines: queue.Queue[str] = queue.Queue()
         # Settings go through a file, as an operator's would; strings and numbers look alike in TOML and in repr().
@@ -67,7 +69,9 @@ class ServerProcess:
     def wait_for_log(self, text: str, num_times: int = 1, timeout_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while sum(text in line for line in self.log) < num_times:
-            assert self.process.poll() is None, f"the server ended:\n{''.join(self.log)}"
+            if self.process.poll() is not None:
+                self._reader.join(timeout_s)  # what it said last may be on its way
+                assert sum(text in line for line in self.log) >= num_times, f"the server ended:\n{''.join(self.log)}"
             assert time.monotonic() < deadline, f"{text!r} was not logged {num_times} times:\n{''.join(self.log)}"
             time.sleep(0.01)
 
@@ -89,6 +93,24 @@ class ServerProcess:
     def pid_of(self, module: str) -> int:
         """The process that runs blinkimp.<module>; 0 where there is none."""
         return next((pid for pid, command in self.pids.items() if f"blinkimp.{module}" in command), 0)
+
+    def wait_for_pid_of(self, module: str) -> int:
+        """Of a process that must be there: a look at a tree that changes may miss a part of it."""
+        pid = 0
+
+        def is_there() -> bool:
+            nonlocal pid
+            pid = self.pid_of(module)
+            return pid != 0
+
+        wait_for(is_there, PATIENCE_S, f"blinkimp.{module} runs")
+        return pid
+
+    def kill(self, module: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Sends a signal to the process that runs blinkimp.<module>; its id."""
+        pid = self.wait_for_pid_of(module)
+        os.kill(pid, number)
+        return pid
 
     def ingress_pid(self, idx: int) -> int:
         """The process that owns queue pair idx."""
@@ -125,17 +147,22 @@ class ServerProcess:
 def tree_of(pid: int) -> dict[int, str]:
     """Command lines of a process's descendants, itself not included; of those that end meanwhile, perhaps."""
     found: dict[int, str] = {}
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, (task / "children").read_text().split()):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends; its siblings do not
+    gone = (FileNotFoundError, ProcessLookupError)  # a process or a thread that ends; its siblings do not
+    tasks: list[str] = []
+    with contextlib.suppress(*gone):
+        tasks = os.listdir(f"/proc/{pid}/task")
+    for task in tasks:
+        with contextlib.suppress(*gone):
+            for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
+                with contextlib.suppress(*gone):
                     found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
                     found |= tree_of(child)
     return found
 
 
 class Streams:
-    """`num_streams` greedy requests of one client, read on a thread of their own. join() gives their tokens."""
+    """`num_streams` greedy requests of one client, read on a thread of their own: the first token of each, the rest when go_on() or join()
+    says so. join() gives their tokens."""
 
     def __init__(self, endpoint: str, num_streams: int, max_tokens: int) -> None:
         self.num_begun = 0
@@ -143,6 +170,7 @@ class Streams:
         self.results: list[Any] = []
         self._error: BaseException | None = None
         self._arguments = (endpoint, num_streams, max_tokens)
+        self._may_go_on = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -155,6 +183,7 @@ class Streams:
                 for stream in streams:
                     firsts.append(next(stream))
                     self.num_begun += 1
+                self._may_go_on.wait()
                 for first, stream in zip(firsts, streams, strict=True):
                     tokens = [*first.token_ids, *stream.tokens()]
                     assert stream.finish is not None
@@ -166,9 +195,12 @@ class Streams:
     def wait_begun(self, timeout_s: float = PATIENCE_S) -> None:
         wait_for(lambda: self.num_begun == self._arguments[1] or self._error, timeout_s, "every stream has begun")
         assert self._error is None, self._error
-        assert self.num_ended == 0, "the streams must still run for this test to say anything"
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
 
     def join(self, timeout_s: float = 2 * PATIENCE_S) -> list[Any]:
+        self.go_on()
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"{self.num_ended} of {self._arguments[1]} streams ended in {timeout_s} s"
         if self._error is not None:
@@ -176,16 +208,35 @@ class Streams:
         return self.results
 
 
-# ---- Scenarios: `options` are fields of Config; streams must be long enough to outlive what happens to the server ----------
+@contextlib.contextmanager
+def streams_held(server: ServerProcess, *groups: tuple[str, int, int]) -> Iterator[list[Streams]]:
+    """Streams of each group's arguments, all of them in their middle: the emulated device stands still meanwhile, on a machine however fast or
+    slow. A GPU cannot be stopped: there they must be long enough to outlive what happens to the server."""
+    for _ in range(NUM_TRIES):
+        streams = [Streams(*group) for group in groups]
+        for one in streams:
+            one.wait_begun()
+        if server.config.device != "emulated":
+            yield streams
+            return
+        with standing_still(server.wait_for_pid_of("host.emulated_process")):
+            if server.status()["num_running"] >= sum(num_streams for _, num_streams, _ in groups):
+                yield streams
+                return
+        for one in streams:  # this process was too slow for some stream: once more
+            one.join()
+    raise AssertionError(f"a stream was over before all had begun, {NUM_TRIES} times")
+
+
+# ---- Scenarios: `options` are fields of Config ---------------------------------------------------------------------------
 def streams_through_an_ingress_finish_while_the_supervisor_is_stopped(
     folder: Path, num_streams: int, max_tokens: int, **options: Any
 ) -> None:
     with ServerProcess(folder, **options) as server:
-        streams = Streams(server.endpoints[0], num_streams, max_tokens)
-        streams.wait_begun()
-        hosts = (server.process.pid, server.pid_of("host.engine_process"))
-        for pid in hosts:
-            os.kill(pid, signal.SIGSTOP)
+        with streams_held(server, (server.endpoints[0], num_streams, max_tokens)) as (streams,):
+            hosts = (server.process.pid, server.kill("host.engine_process", signal.SIGSTOP))
+            server.process.send_signal(signal.SIGSTOP)
+            wait_for(lambda: [process_state(pid) for pid in hosts] == ["T", "T"], PATIENCE_S, "both stand still")
         results = streams.join()
         assert [process_state(pid) for pid in hosts] == ["T", "T"], "supervisor or engine host ran in between"
         assert len(results) == num_streams
@@ -203,12 +254,12 @@ def sigterm_finishes_running_streams_and_refuses_new_ones(
 ) -> None:
     with ServerProcess(folder, **options) as server, Client(server.endpoints[0]) as late:
         late.health()
-        streams = Streams(server.endpoints[0], num_streams, max_tokens)
-        streams.wait_begun()
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for_log("draining")
-        with pytest.raises(RequestRefusedError, match="drain"):
-            late.generate(PROMPT, max_tokens=4, **GREEDY)
+        with streams_held(server, (server.endpoints[0], num_streams, max_tokens)) as (streams,):
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("draining")
+            wait_for(lambda: late.health().status == "draining", PATIENCE_S, "the ingress drains too")
+            with pytest.raises(RequestRefusedError, match="drain"):
+                late.generate(PROMPT, max_tokens=4, **GREEDY)
         results = streams.join()
         assert len(results) == num_streams
         assert all(len(tokens) == max_tokens and reason == "length" for tokens, reason in results)

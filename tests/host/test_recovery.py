@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,10 @@ from blinkimp.host.shared_memory import SHM_DIR
 from blinkimp.host.watchdog import Symptom
 from tests.host.engine_support import assert_all_pages_are_back, wait_for
 from tests.host.recovery_support import Jobs, find_stop_string, num_restarts, record_fault
-from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
-from tests.support import PATIENCE_S
+from tests.host.server_support import GREEDY, NUM_TRIES, PROMPT, ServerProcess, streams_held
+from tests.support import PATIENCE_S, undisturbed
 
 DEVICE = "host.emulated_process"
-NUM_TRIES = 20
 # A device that hangs is waited out for this long, once. A machine that stands still for less is not taken for one.
 STALL_TIMEOUT_S = 10.0
 OPTIONS: dict[str, Any] = {"max_restarts": 100, "constraint_slots": 2, "num_queue_pairs": 3}
@@ -68,19 +68,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPro
         assert left_behind(server) == []
 
 
-def kill_device(server: ServerProcess) -> None:
-    os.kill(server.pid_of(DEVICE), signal.SIGKILL)
-
-
 def begin_and_freeze(server: ServerProcess, stop: str) -> Jobs:
     """All jobs, each in the middle of its stream, and a device that stands still."""
     for _ in range(NUM_TRIES):
         jobs = Jobs(server, stop)
         jobs.wait_begun()
-        os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
+        server.kill(DEVICE, signal.SIGSTOP)
         if jobs.num_ended == 0:
             return jobs
-        os.kill(server.pid_of(DEVICE), signal.SIGCONT)  # this process was too slow for some stream: once more
+        server.kill(DEVICE, signal.SIGCONT)  # this process was too slow for some stream: once more
         jobs.join()
     raise AssertionError(f"a stream was over before all had begun, {NUM_TRIES} times")
 
@@ -116,7 +112,7 @@ def test_dead_device_and_a_fault_while_the_next_one_loads(
     jobs = begin_and_freeze(server, stop)
     server.process.send_signal(signal.SIGSTOP)  # nobody starts another engine for now
     try:
-        kill_device(server)
+        server.kill(DEVICE)
         wait_for(lambda: get(server, "/ready")[0] == 503, PATIENCE_S, "the loss is noticed")
         assert get(server, "/health")[0] == 200
         with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
@@ -129,7 +125,7 @@ def test_dead_device_and_a_fault_while_the_next_one_loads(
             assert cancelled.result().finish_reason == "cancelled"
             server.process.send_signal(signal.SIGCONT)
             wait_for(lambda: server.pid_of(DEVICE) != 0, PATIENCE_S, "the next device loads")
-            kill_device(server)
+            server.kill(DEVICE)
             assert len(waiting.result().token_ids) == 20
     finally:
         server.process.send_signal(signal.SIGCONT)
@@ -139,12 +135,12 @@ def test_dead_device_and_a_fault_while_the_next_one_loads(
     assert reports(folder)[num_reports].symptom == Symptom.DEVICE_DEATH
 
 
+@undisturbed  # the signal must come before the next engine runs
 def test_sigterm_while_recovering_finishes_the_streams(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, cache_dir=str(tmp_path)) as server:
-        streams = Streams(server.endpoints[0], 4, 400)
-        streams.wait_begun()
-        os.kill(server.pid_of(DEVICE), signal.SIGSTOP)
-        os.kill(server.pid_of("host.engine_process"), signal.SIGKILL)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    with ServerProcess(folder, cache_dir=str(folder)) as server:
+        with streams_held(server, (server.endpoints[0], 4, 400)) as (streams,):
+            server.kill("host.engine_process")  # and the device dies with it
         server.wait_for_log("started again")
         server.process.send_signal(signal.SIGTERM)
         results = streams.join()
@@ -152,32 +148,41 @@ def test_sigterm_while_recovering_finishes_the_streams(tmp_path: Path) -> None:
         assert len({tuple(tokens) for tokens, _ in results}) == 1
         assert server.wait(PATIENCE_S) == 0
         assert any("draining while" in line for line in server.log) and left_behind(server) == []
-        assert [report.symptom for report in reports(tmp_path)] == [Symptom.HOST_DEATH]
+        assert [report.symptom for report in reports(folder)] == [Symptom.HOST_DEATH]
 
 
+@undisturbed
 def test_sigterm_while_recovering_with_nothing_to_finish_ends_at_once(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, cache_dir=str(tmp_path)) as server:
-        kill_device(server)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    with ServerProcess(folder, cache_dir=str(folder)) as server:
+        server.kill(DEVICE)
         server.wait_for_log("started again")
         server.process.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE_S) == 0
         assert left_behind(server) == [] and not any("is back" in line for line in server.log)
 
 
+@undisturbed  # the next device must be killed before the stream is over
 def test_server_gives_up_when_the_restarts_are_used_up(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, cache_dir=str(tmp_path), max_restarts=1) as server:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    with ServerProcess(folder, cache_dir=str(folder), max_restarts=1) as server:
         with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
-            stream = client.submit(PROMPT, max_tokens=1500, **GREEDY)
-            next(stream)
-            first = server.pid_of(DEVICE)
-            os.kill(first, signal.SIGSTOP)  # the stream is in its middle and stays there
+            for _ in range(NUM_TRIES):
+                stream = client.submit(PROMPT, max_tokens=1500, **GREEDY)
+                next(stream)
+                first = server.kill(DEVICE, signal.SIGSTOP)
+                if server.status()["num_running"]:  # the stream is in its middle and stays there
+                    break
+                os.kill(first, signal.SIGCONT)
+                stream.result()
             os.kill(first, signal.SIGKILL)
             wait_for(lambda: server.pid_of(DEVICE) not in (0, first), PATIENCE_S, "the next device loads")
-            kill_device(server)
-            with pytest.raises(RequestRefusedError) as caught:
-                stream.result()
-            assert caught.value.code == "engine_lost"
+            server.kill(DEVICE)
+            try:
+                raise AssertionError(f"the stream ended: {stream.result().finish_reason}")
+            except RequestRefusedError as refused:
+                assert refused.code == "engine_lost"
         assert server.wait(PATIENCE_S) == 1
         assert any("max_restarts is 1 within 10 minutes" in line for line in server.log)
         assert left_behind(server) == []
-        assert reports(tmp_path)[0].symptom == Symptom.DEVICE_DEATH
+        assert reports(folder)[0].symptom == Symptom.DEVICE_DEATH
