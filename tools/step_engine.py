@@ -77,7 +77,7 @@ class LoadWatch:
         return {
             "compile_s": round(compiled - self._began, 3),
             "weights_s": round(weights_s, 3),
-            "weights_gb_per_s": round(weight_bytes / 1e9 / weights_s, 3),
+            "weights_gb_per_s": round(weight_bytes / 1e9 / weights_s, 6),
             "start_s": round(time.monotonic() - self._began, 3),
         }
 
