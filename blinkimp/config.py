@@ -97,7 +97,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             pattern=r"^([a-zA-Z_][a-zA-Z0-9_]*[:_])?$",
-            description="of metrics that vLLM has too; `vllm:`: its dashboards read them as they are",
+            description="of metrics that vLLM has too; with `vllm:` its dashboards read them as they are",
         ),
     ] = "blinkimp:"
     served_model_name: Annotated[str, Meta(description="what HTTP clients call the model; empty: as `model` says")] = ""

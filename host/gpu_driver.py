@@ -62,7 +62,7 @@ def probe_gpu(device_idx: int = 0) -> GpuProperties:
         raise
     except RuntimeError as error:  # cuda.bindings found no libcuda
         raise GpuError(
-            f"cuInit: got {error}, expected an installed NVIDIA driver; install one, or use device=emulated"
+            "cuInit: got no libcuda.so.1 to load, expected an installed NVIDIA driver; install one, or use device=emulated"
         ) from error
     device = check(driver.cuDeviceGet(device_idx), "cuDeviceGet")
     attribute = driver.CUdevice_attribute

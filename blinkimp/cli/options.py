@@ -38,7 +38,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: tuple[str, ...
     for name, key in keys().items():
         if name in without:
             continue
-        default = f"default {key.default}" if key.default != "" else "default empty"
+        value = str(key.default).lower() if isinstance(key.default, bool) else key.default  # as TOML writes it
+        default = "default empty" if value == "" else f"default {value}"
         group = common if name in COMMON_KEYS else other
         metavar = "|".join(key.choices) if key.choices else name.rpartition("_")[2].upper()
         text = f"{key.description.replace('`', '')} ({default})".replace("%", "%%")

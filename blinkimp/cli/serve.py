@@ -29,7 +29,7 @@ where next:
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 16}'      with --http; nic_shim/HTTP.md
   blinkimp top                                           in another terminal: what it is doing
   blinkimp generate --connect tcp://127.0.0.1:5555 'import os'
-  python -c 'from blinkimp.client import Client; ...'   README, "Clients"; the wire is nic_shim/PROTOCOL.md
+  python -c 'from blinkimp.client import Client; ...'   README, "Serve and ask"; the wire is nic_shim/PROTOCOL.md
 """
 
 
