@@ -67,6 +67,14 @@ def parse_stat(text: str) -> tuple[int | None, float | None]:
     return switches, busy_s
 
 
+def threads_of(pid: int) -> list[int]:
+    """None of a process that is gone, or goes while one looks."""
+    try:
+        return [int(name) for name in os.listdir(PROC / str(pid) / "task")]
+    except OSError:
+        return []
+
+
 def process_counters(pid: int) -> ProcessCounters | None:
     """None for a process that is gone."""
     stat = read_text(PROC / str(pid) / "stat")
@@ -74,8 +82,8 @@ def process_counters(pid: int) -> ProcessCounters | None:
         return None
     name, fields = stat[stat.index("(") + 1 : stat.rindex(")")], stat.rpartition(")")[2].split()
     voluntary = involuntary = 0
-    for status in (PROC / str(pid) / "task").glob("*/status"):
-        for line in read_text(status).splitlines():
+    for thread in threads_of(pid):
+        for line in read_text(PROC / str(pid) / "task" / str(thread) / "status").splitlines():
             if line.startswith("voluntary_ctxt_switches:"):
                 voluntary += int(line.split()[1])
             elif line.startswith("nonvoluntary_ctxt_switches:"):
@@ -157,8 +165,8 @@ def tree_of(pid: int) -> dict[int, str]:
 
 def set_affinity(pid: int, cpus: set[int]) -> None:
     """Of every thread of a process; threads that it starts later inherit it."""
-    for path in (PROC / str(pid) / "task").glob("[0-9]*"):
+    for thread in threads_of(pid):
         try:
-            os.sched_setaffinity(int(path.name), cpus)
+            os.sched_setaffinity(thread, cpus)
         except (ProcessLookupError, PermissionError):
             continue  # it has just ended, or belongs to someone else

@@ -65,7 +65,12 @@ def test_an_engine_is_measured_with_and_without_interference(
         assert len(names) >= 1 and cell["host"]["context_switches_per_s"] > 0
         assert (cell["interference_units_per_s"] is None) == (name == "none")
         against = compared(cell, cells["none"])
-        assert against["ttft"] is not None and (name != "none" or against == {"ttft": 1, "tpot": 1, "retained": 1})
+        assert against["ttft"] is not None and against["retained"] is not None
+        # None: all tokens of every request came to a client that slept in one message.
+        assert name != "none" or against in (
+            {"ttft": 1, "tpot": 1, "retained": 1},
+            {"ttft": 1, "tpot": None, "retained": 1},
+        )
     text = report.read_text()
     assert text.count("<svg") == 3 + 2 and "placement reserved (1 CPUs for client and ingress" in text
     capsys.readouterr()
