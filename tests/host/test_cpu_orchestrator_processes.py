@@ -23,18 +23,12 @@ from tests.host.engine_support import (
     HostProcess,
     PortClient,
     finished,
-    make_tiny_checkpoint,
     process_state,
     running_engine,
     wait_for,
 )
 from tests.host.server_support import GREEDY, PROMPT, ServerProcess, Streams
 from tests.support import PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("orchestrator", ["cpu", "cpu-ahead"])

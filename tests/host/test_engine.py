@@ -27,16 +27,10 @@ from tests.host.engine_support import (
     engine_config,
     finished,
     held,
-    make_tiny_checkpoint,
     running_engine,
     wait_for,
 )
 from tests.support import PATIENCE_S
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 # ---- Tokens --------------------------------------------------------------------------------------------------------
