@@ -142,7 +142,7 @@ def http_ingress(
     finally:
         process.kill()
         process.wait()
-        reader.join(5)
+        reader.join(PATIENCE_S)
         process.stdout.close()
         process.stderr.close()
 

@@ -119,7 +119,7 @@ class ServerProcess:
 
     def wait(self, timeout_s: float) -> int:
         returncode = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         return returncode
 
     def __enter__(self) -> ServerProcess:
@@ -137,7 +137,7 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
         for path in SHM_DIR.glob(f"blinkimp.{self.config.engine_name}.*"):
