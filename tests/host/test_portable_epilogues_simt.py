@@ -50,7 +50,7 @@ class OpRun:
     """One op over num_rows rows of two requests, at positions from 60 on, so that pages change under way."""
 
     def __init__(self, library: ctypes.CDLL, num_rows: int, **dims: int) -> None:
-        self.library, self.num_rows, self.rng = library, num_rows, np.random.default_rng()
+        self.library, self.num_rows, self.rng = library, num_rows, np.random.default_rng(num_rows)
         self.keep: list[Any] = []
         self.params = np.zeros(1, abi.ENGINE_PARAMS)
         for name, value in dims.items():
