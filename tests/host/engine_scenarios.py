@@ -27,11 +27,11 @@ from tests.host.engine_support import (
     PortClient,
     assert_all_pages_are_back,
     finished,
-    held,
     process_state,
     running_engine,
     wait_for,
 )
+from tests.host.standing_still import held
 from tests.support import PATIENCE_S, ROOT, python_path
 
 # Owns a queue pair, starts requests, reads nothing: they fill the completion ring and hold pages until somebody takes them away.

@@ -121,19 +121,6 @@ def running_engine(model: Path | str, **changes: Any) -> Iterator[Engine]:
     assert not left, f"left behind: {left}"
 
 
-@contextmanager
-def held(engine: Engine) -> Iterator[None]:
-    """An emulated device stands still meanwhile: what is submitted has not begun before all of it is there. A GPU goes on."""
-    if not isinstance(engine.device, EmulatedDevice):
-        yield
-        return
-    os.kill(engine.device.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(engine.device.pid, signal.SIGCONT)
-
-
 class HostProcess:
     """An engine host in a process of its own, as under `blinkimp serve`. `prefix`, `environment`: for sanitizer builds."""
 

@@ -20,13 +20,13 @@ from tests.host.engine_support import (
     PortClient,
     Stream,
     assert_all_pages_are_back,
-    held,
     make_tiny_checkpoint,
     running_engine,
     wait_for,
 )
 from tests.host.orchestrator_jobs import answers, large_table, long_jobs, mixed_jobs, walk_large_table
 from tests.host.sampling_jobs import Job, digits_table, table_of_dfa
+from tests.host.standing_still import held
 from tests.support import PATIENCE_S
 
 IN_THE_HOST = ("cpu", "cpu-ahead")

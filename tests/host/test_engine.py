@@ -26,10 +26,10 @@ from tests.host.engine_support import (
     assert_all_pages_are_back,
     engine_config,
     finished,
-    held,
     running_engine,
     wait_for,
 )
+from tests.host.standing_still import held
 from tests.support import PATIENCE_S
 
 
