@@ -17,7 +17,10 @@ from typing import Any, Final
 import numpy as np
 
 PARTS: Final = ("anonymous", "file", "shared")
-_MODULES: Final = {"emulated_process": "device", "zmq_ingress": "zmq ingress", "http_ingress": "http ingress"}
+_MODULES: Final = {
+    "host.engine_process": "engine", "host.emulated_process": "device",
+    "nic_shim.zmq_ingress": "zmq ingress", "nic_shim.http_ingress": "http ingress",
+}  # fmt: skip
 
 
 @dataclass
@@ -51,8 +54,8 @@ def _numbers(text: str, prefix: str) -> dict[str, int]:
 
 
 def processes_of(host_pid: int) -> list[Process]:
-    """The host and what it started; not the helpers of those."""
-    found, pids = [Process("host", host_pid)], [host_pid]
+    """The supervisor (`blinkimp serve`) and what it started; not the helpers of those."""
+    found, pids = [Process("supervisor", host_pid)], [host_pid]
     while pids:
         pid = pids.pop()
         pids += [

@@ -70,7 +70,11 @@ def test_both_transports_are_measured(result: Any, transport: str) -> None:
 
 def test_every_process_is_watched(result: Any) -> None:
     (run,) = result["runs"]["both"]
-    assert set(run["memory"]) == set(run["cpu_percent"]) == {"host", "device", "zmq ingress", "http ingress"}
+    assert (
+        set(run["memory"])
+        == set(run["cpu_percent"])
+        == {"supervisor", "engine", "device", "zmq ingress", "http ingress"}
+    )
     assert all(figures["anonymous_mb_last"] > 1 for figures in run["memory"].values())
     shared = {name: figures["shared_mb_last"] for name, figures in run["memory"].items()}
     assert min(shared["device"], shared["zmq ingress"], shared["http ingress"]) > 0, (

@@ -27,7 +27,7 @@ from tests.support import PATIENCE_S, load_tool
 
 # A request's state is 2 to 3 KB; with a cycle of references, which only the collector frees, 700 bytes of it stay over such a run. Without any
 # an ingress grows by 30 to 80 bytes a request while its heap finds its size. The device's grows by whole megabytes, seldom.
-MOST_BYTES_A_REQUEST = {"zmq ingress": 400, "http ingress": 400, "host": 1200, "device": 1200}
+MOST_BYTES_A_REQUEST = {"zmq ingress": 400, "http ingress": 400, "supervisor": 1200, "engine": 1200, "device": 1200}
 NUM_WARM, NUM_MEASURED = 1500, 3000
 
 
