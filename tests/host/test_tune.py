@@ -17,7 +17,9 @@ from tests.support import PATIENCE_S, ROOT, python_path
 def tune(engine_name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "blinkimp", "tune", "--engine-name", engine_name, *arguments]
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
 
 
 def test_a_lower_limit_lets_those_that_run_go_on_and_admits_no_more(tiny: Path) -> None:

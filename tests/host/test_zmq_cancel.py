@@ -92,12 +92,14 @@ def test_200_clients_that_vanish_leave_no_page_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_what_is_cancelled_or_late_ends_with_its_pages(how: str, tmp_path: Path) -> None:
-    with served(tmp_path) as (engine, endpoint, _), TraceReader(open_trace(engine.config.engine_name)) as trace:
+    with served(tmp_path) as (engine, endpoint, ingress), TraceReader(open_trace(engine.config.engine_name)) as trace:
         with RawClient(endpoint) as client:
             timeout_s = 0.3 if how == "deadline" else None
-            for idx in range(40):
-                fields = {"sampling": {"max_tokens": 4000, "ignore_eos": True}, "timeout_s": timeout_s}
-                client.send(encoded(id=idx, prompt=[3 + idx] * 20, **fields))
+            with standing_still(engine.device.pid):
+                for idx in range(40):
+                    fields = {"sampling": {"max_tokens": 4000, "ignore_eos": True}, "timeout_s": timeout_s}
+                    client.send(encoded(id=idx, prompt=[3 + idx] * 20, **fields))
+                wait_until(lambda: ingress.link.num_live == 40, "all have come")
             wait_until(lambda: engine.status()["requests_accepted"] == 40, "all are accepted")
             messages: list[ServerMessage] = []
             if how == "cancel":
