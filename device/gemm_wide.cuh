@@ -43,12 +43,19 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
     return;
   }
   const u32 middle = (num_tiles + 1) / 2;
+  const u32 begin = rank ? middle : 0;
   const u32 end = kPaired && rank == 0 ? middle : num_tiles;
+  const u32 tile_bytes = tiling.num_slices * slice_bytes;
 #pragma unroll 1
-  for (u32 stacked = rank ? middle : 0; stacked < end; stacked++) {
-    const u8* tile = source + static_cast<u64>(stacked * tiling.num_slices) * slice_bytes;
+  for (u32 i = 0; i < num_copies; i++) {
+    const u8* from = source + static_cast<u64>(begin) * tile_bytes + i * slice_bytes;
+    u8* to = place + begin * tile_step + i * tiling.stack * slice_bytes;
 #pragma unroll 1
-    for (u32 i = 0; i < num_copies; i++) copy_weights(place + stacked * tile_step + i * tiling.stack * slice_bytes, tile + i * slice_bytes, copy_bytes, full);
+    for (u32 stacked = begin; stacked < end; stacked++) {  // few instructions: a slice may be 8 copies
+      copy_weights(to, from, copy_bytes, full);
+      from += tile_bytes;
+      to += tile_step;
+    }
   }
 }
 

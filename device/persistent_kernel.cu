@@ -57,7 +57,7 @@ extern "C" __global__ void BK_CLUSTER __launch_bounds__(kWorkerThreads, 1) persi
     const u32 role = warp - kComputeThreads / 32;
     if (role >= 2) {
       scale_producer(params, role - 2);
-    } else if (threadIdx.x % 32 == 0) {
+    } else if (elect_one()) {
       if (role == 0) weight_producer(params);
       else input_producer(params);
     }

@@ -110,6 +110,14 @@ BK_INLINE float2 load_l2(const float2* source) { return __ldcg(source); }
 // uniform registers.
 BK_INLINE u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// True in one lane of a warp all of whose lanes call it. The compiler knows that a branch on it has one thread: a copy in there is one instruction. In a
+// branch on a lane number it is a loop over the lanes that might be there.
+BK_INLINE bool elect_one() {
+  u32 elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+
 // Two floats to bf16, round to nearest even; `low` stands at the lower address.
 BK_INLINE u32 pack_bf16x2(f32 low, f32 high) {
   u32 packed;

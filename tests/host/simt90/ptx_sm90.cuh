@@ -156,6 +156,7 @@ BK_INLINE u32 uniform(u32 value) {  // also checks that it is
   if (first != value) simt::fail("a value that should be equal in all lanes of a warp", value, first);
   return first;
 }
+BK_INLINE bool elect_one() { return uniform(1) != 0 && thread_idx() % 32 == 0; }
 template <class T>
 BK_INLINE T* opaque(T* pointer) {
   return pointer;
