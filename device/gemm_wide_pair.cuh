@@ -8,32 +8,11 @@
 //              at stage 0, partner told, partner's word awaited. Consumers put their cursor at stage 0 too. Between paired ops nothing is needed,
 //              unless the next one must begin at an even stage and stands at an odd one: then the same again.
 //   a stage    is refilled when the own warpgroups gave it back (weights_empty, as always) and the partner's did (stage_empty).
-// Hazards: the last arrivals at a CTA come from its partner, so the cluster leaves the kernel together. The last worker's partner is the director,
-// who takes no part: with an odd number of workers the last one has no items of a paired op.
 // Used by device/gemm_wide.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
-#include <ptx_cluster.cuh>
-#include <worker_memory.cuh>
-
-// Compile-time switch: whether the kernel is launched in clusters of two.
-#ifndef BK_PAIRED
-#define BK_PAIRED 0
-#endif
+#include <cta_pair.cuh>
 
 namespace blinkimp {
-
-constexpr bool kPaired = BK_PAIRED != 0;
-
-// By one thread, before fence_mbarrier_init() and cluster_sync().
-BK_INLINE void init_pair(PairShared& pair) {
-  for (u32 i = 0; i < kWeightStages; i++) mbarrier_init(&pair.stage_empty[i], 2);  // the partner's two warpgroups
-  mbarrier_init(&pair.ready, 2);  // both producers: so none can be two handshakes ahead of the other
-  pair.stage_parity = (1u << kWeightStages) - 1;  // the first wait passes
-  pair.ready_parity = 0;
-}
-
-BK_INLINE u32 pair_rank() { return cta_idx() % 2; }
-BK_INLINE bool has_partner(const EngineParams& params) { return kPaired && cta_idx() / 2 < params.num_workers / 2; }
 
 // ---- Weight producer ---------------------------------------------------------------------------------------------
 BK_INLINE void wait_partner_stage(const EngineParams& params, PairShared& pair, u32 stage) {
@@ -57,10 +36,7 @@ BK_INLINE void enter_paired(const EngineParams& params, WorkerShared& shared, Ri
     ahead.advance(kWeightStages);
   }
   while (cursor.stage != 0) pass_stage(params, shared, cursor);
-  mbarrier_arrive(&shared.pair.ready);
-  mbarrier_arrive_cluster_if(&shared.pair.ready, pair_rank() ^ 1, true);
-  wait_mbarrier(params, &shared.pair.ready, shared.pair.ready_parity, kSiteWeightRing);
-  shared.pair.ready_parity ^= 1;
+  meet_partner(params, &shared.pair.ready, shared.pair.ready_parity, kSiteWeightRing);
 }
 
 // ---- Both ends of the ring ---------------------------------------------------------------------------------------

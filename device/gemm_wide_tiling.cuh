@@ -109,13 +109,6 @@ BK_INLINE GemmItem gemm_item(const WideTiling& tiling, u32 item) {
   return GemmItem{(first_unit + in_group % group_units) * kUnit + (kPaired ? pair_rank() : 0), in_group / group_units};
 }
 
-// The items of this CTA: first, first + stride, ... below `end`.
-struct GemmWalk {
-  u32 first;
-  u32 stride;
-  u32 end;
-};
-
 BK_INLINE GemmWalk gemm_walk(const EngineParams& params, const WideTiling& tiling) {
   if (!kPaired) return GemmWalk{cta_idx(), params.num_workers, tiling.num_items};
   const u32 num_pairs = params.num_workers / 2;

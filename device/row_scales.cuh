@@ -5,22 +5,9 @@
 // whose next item has the same rows goes on with the buffer it has. Writers and readers step through the items alike.
 // Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
-#include <worker_memory.cuh>
+#include <gemm_pair.cuh>
 
 namespace blinkimp {
-
-// The work of one GEMM op of at most 64 rows: an item is a weight tile, CTA c takes c, c + num_workers, ... All roles iterate the same way.
-struct GemmShape {
-  u32 num_rows;
-  u32 num_slices;
-  u32 num_items;  // weight tiles; none without rows
-  u32 tile_rows;
-  u32 input_rows;  // of a tile of the tiled input
-};
-
-BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
-  return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
-}
 
 // The epilogues' side. Both warpgroups hold a reader; kNoRow is no group yet.
 struct ScaleReader {
@@ -78,7 +65,7 @@ BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u3
 
 // The scale warps' side of one op of at most 64 rows, after the grid barrier that completes `squares`: one buffer for all items.
 BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares, const GemmShape& shape, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  if (cta_idx() >= shape.num_items) return;
+  if (cta_idx() >= min(tile_walk(params, shape).end, shape.num_items)) return;
   wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
   sum_row_scales(params, squares, shape.num_rows, warp, shared.row_scale[cursor.stage]);
   __syncwarp();

@@ -102,6 +102,7 @@ BK_INLINE void input_producer(const EngineParams& params) {
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
+        if (kPaired && !is_wide(num_rows)) enter_shared_inputs(params, gemm_shape(op, num_rows), shared, cursor);
         wait_grid(params, num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
         if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
@@ -320,7 +321,7 @@ BK_INLINE void compute(const EngineParams& params) {
     }
     if (is_gemm(kind)) {
       const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
-      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : cta_idx() < gemm_shape(op, num_rows).num_items;
+      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : has_tiles(params, gemm_shape(op, num_rows));
       run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
     } else if (kind == kOpAttention) {
       prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));

@@ -63,12 +63,16 @@ struct ComputeState {
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
-// What the CTAs of a pair tell each other (gemm_wide_pair.cuh).
+// What the CTAs of a pair tell each other: about weights (gemm_wide_pair.cuh) and about inputs (gemm_pair.cuh).
 struct PairShared {
   u64 stage_empty[kWeightStages];  // [stage]; a phase per use in a paired op; writers: the partner's compute warpgroups; reader: own weight producer
-  u64 ready;                       // a phase per handshake; writer: the partner's weight producer; reader: own
+  u64 ready;                       // a phase per handshake; writers: both weight producers; reader: own
+  u64 inputs_empty[kInputStages];  // [stage] as stage_empty; reader: own input producer
+  u64 inputs_ready;                // as `ready`, of the input producers
   u32 stage_parity;                // bit per stage: which phase of stage_empty to wait for next; weight producer only
   u32 ready_parity;                // likewise of `ready`
+  u32 inputs_parity;               // likewise of inputs_empty; input producer only
+  u32 inputs_ready_parity;         // likewise of inputs_ready
 };
 
 struct WorkerShared {
@@ -93,7 +97,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232176;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 

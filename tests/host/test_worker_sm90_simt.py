@@ -128,11 +128,20 @@ def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np
     return got
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
-def test_steps_in_a_row(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, paired: bool) -> None:
-    """Three workers: paired, the third one's partner is the director."""
+@pytest.mark.parametrize(
+    "defines",
+    [{}, {"BK_PAIRED": "1"}, {"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8"}],
+    ids=["alone", "paired", "paired-always"],
+)  # fmt: skip
+def test_steps_in_a_row(
+    checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, defines: dict[str, str]
+) -> None:
+    """Three workers, also in pairs that share weights in wide steps, and inputs in narrow ones: the third one's partner is the director.
+
+    The LM head has three tiles: in a pair, the second CTA has none in the last round, but the inputs come to it, too.
+    """
     folder, tensors = checkpoint
-    workers = EmulatedWorkers(folder, tmp_path, num_workers=3, paired=paired)
+    workers = EmulatedWorkers(folder, tmp_path, num_workers=3, defines=defines)
     script = make_script(workers, np.random.default_rng(2))
     expected = [reference_logits(tensors, CONFIG, tokens) for tokens in script.tokens]
     wanted = np.stack([expected[idx][position] for _, _, idx, position in script.places])
@@ -140,6 +149,23 @@ def test_steps_in_a_row(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_pa
     errors = np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert errors.max() < 2e-2, f"(step, row, request, position) {script.places[int(errors.argmax())]}: {errors}"
     np.testing.assert_array_equal(logits_of(workers, script, seed=1), got)  # in another order of things: the same bits
+
+
+def test_a_pair_shares_more_inputs_than_its_ring_holds(tmp_path: Path) -> None:
+    """18 slices of 64 rows in a ring of 8: a stage is filled again only when both CTAs gave it back."""
+    config = CONFIG | {"intermediate_size": 1152, "num_hidden_layers": 1}
+    tensors = write_checkpoint(tmp_path, config, np.random.default_rng(1))
+    workers = EmulatedWorkers(
+        tmp_path, tmp_path, num_workers=4, defines={"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8"}
+    )
+    script = Script(workers, [np.arange(60, dtype=np.uint32)])
+    for num_rows in (40, 1, 12, 7):
+        script.step((0, num_rows))
+    expected = reference_logits(tensors, config, script.tokens[0])
+    wanted = expected[[position for _, _, _, position in script.places]]
+    for seed in range(2):
+        got = logits_of(workers, script, seed)
+        assert (np.linalg.norm(got - wanted, axis=1) < 2e-2 * np.linalg.norm(wanted, axis=1)).all()
 
 
 def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:

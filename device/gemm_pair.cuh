@@ -1,0 +1,118 @@
+// Which tiles of a GEMM of at most 64 rows are whose, and how a pair of CTAs shares the inputs: each brings half of every stage into both SMs. GPU only.
+//
+// Problem: every CTA reads all of the step's inputs, 64 rows x K x 2 bytes, beside its tile's weights. In `down` at 64 rows these are 8 KB of inputs a
+// slice to 4 KB of weights, more than L2 gives to an SM (35 B/clk) at HBM's pace. A multicast is one read of L2 for two SMs.
+// Rule: where inputs are shared, pairs of CTAs walk pairs of tiles, 2i and 2i + 1. The last pair of tiles may lack the second: its CTA only takes part
+// in the copies (drain_inputs). Below kSharedInputRows the weights are the most of the bytes, and nothing is shared.
+//   entering   own input ring drained, cursor at stage 0, partner told, partner's word awaited: before the producer waits for the grid, so the
+//              handshake is over when the inputs are there. Consumers put their cursor at stage 0 too.
+//   a stage    is refilled when the own warpgroups gave it back (inputs_empty) and the partner's did (pair.inputs_empty).
+// Hazard: the input ring lies in the scratch, which attention and sampling use. A grid barrier, which the copying CTA has waited for, is between the
+// partner's use of it and the copy.
+// Called by device/gemm.cuh, device/worker.cuh. Test: pytest tests/host/test_worker_sm90_simt.py
+#pragma once
+#include <cta_pair.cuh>
+
+// Rows of an input tile from which on a pair shares its inputs, of 8, 16, 32 and 64; 65 is never.
+#ifndef BK_SHARED_INPUT_ROWS
+#define BK_SHARED_INPUT_ROWS 32
+#endif
+
+namespace blinkimp {
+
+constexpr u32 kSharedInputRows = BK_SHARED_INPUT_ROWS;
+
+// The work of one GEMM op of at most 64 rows: an item is a weight tile. All roles walk alike (tile_walk).
+struct GemmShape {
+  u32 num_rows;
+  u32 num_slices;
+  u32 num_items;  // weight tiles; none without rows
+  u32 tile_rows;
+  u32 input_rows;  // of a tile of the tiled input
+};
+
+BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
+  return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
+}
+
+BK_INLINE bool shares_inputs(const GemmShape& shape) { return kPaired && shape.input_rows >= kSharedInputRows; }
+
+// The items of a CTA: first, first + stride, ... below `end`.
+struct GemmWalk {
+  u32 first;
+  u32 stride;
+  u32 end;
+};
+
+// The tiles of this CTA. With shared inputs the last one may be one past the op's last: no tile, but inputs to be brought and drained.
+BK_INLINE GemmWalk tile_walk(const EngineParams& params, const GemmShape& shape) {
+  if (!shares_inputs(shape)) return GemmWalk{cta_idx(), params.num_workers, shape.num_items};
+  return GemmWalk{cta_idx(), params.num_workers / 2 * 2, has_partner(params) ? shape.num_items + pair_rank() : 0};
+}
+BK_INLINE bool has_tiles(const EngineParams& params, const GemmShape& shape) {
+  const GemmWalk walk = tile_walk(params, shape);
+  return walk.first < walk.end;
+}
+
+// ---- Input producer ----------------------------------------------------------------------------------------------
+// The handshake before an op's inputs, if it shares them. Both CTAs of a pair have items, or neither.
+BK_INLINE void enter_shared_inputs(const EngineParams& params, const GemmShape& shape, WorkerShared& shared, RingCursor& cursor) {
+  if (!shares_inputs(shape) || !has_tiles(params, shape)) return;
+  RingCursor ahead = cursor;
+  for (u32 i = 0; i < kInputStages; i++) {
+    wait_mbarrier(params, &shared.inputs_empty[ahead.stage], ahead.phase, kSiteInputRing);
+    ahead.advance(kInputStages);
+  }
+  while (cursor.stage != 0) {  // a stage's phases end without data, in the compute warpgroups' place too
+    mbarrier_arrive(&shared.inputs_full[cursor.stage]);
+    for (u32 i = 0; i < 2; i++) mbarrier_arrive(&shared.inputs_empty[cursor.stage]);
+    cursor.advance(kInputStages);
+  }
+  meet_partner(params, &shared.pair.inputs_ready, shared.pair.inputs_ready_parity, kSiteInputRing);
+}
+
+// num_bytes of inputs into an empty stage: all of them, or this CTA's half of them for both.
+BK_INLINE void copy_inputs(const EngineParams& params, bool is_shared, WorkerShared& shared, u32 stage, u8* place, const u8* source, u32 num_bytes) {
+  u64* full = &shared.inputs_full[stage];
+  if (kPaired && is_shared) {
+    PairShared& pair = shared.pair;
+    wait_mbarrier(params, &pair.inputs_empty[stage], pair.inputs_parity >> stage & 1, kSiteInputRing);
+    pair.inputs_parity ^= 1u << stage;
+    mbarrier_arrive_expect_bytes(full, num_bytes);
+    const u32 half = num_bytes / 2;
+    bulk_copy_to_cluster(place + pair_rank() * half, source + pair_rank() * half, half, full, 3);
+  } else {
+    mbarrier_arrive_expect_bytes(full, num_bytes);
+    bulk_copy_to_shared(place, source, num_bytes, full);
+  }
+}
+
+// ---- Compute warpgroups ------------------------------------------------------------------------------------------
+// The consumer's side of the handshake: it only counts along.
+BK_INLINE void align_inputs(const EngineParams& params, const GemmShape& shape, RingCursor& cursor) {
+  if (!shares_inputs(shape) || !has_tiles(params, shape)) return;
+  while (cursor.stage != 0) cursor.advance(kInputStages);
+}
+
+// An input stage that is given back, to the partner first: when the own ring is drained, the partner has been told of every stage.
+BK_INLINE void give_input_stage(WorkerShared& shared, u32 stage, bool is_shared, bool arrives) {
+  if constexpr (kPaired) mbarrier_arrive_cluster_if(&shared.pair.inputs_empty[stage], pair_rank() ^ 1, arrives && is_shared);
+  mbarrier_arrive_if(&shared.inputs_empty[stage], arrives);
+}
+
+// The inputs of a tile that does not exist, the last of this CTA's walk: its partner's copies come here, too. One warp of each warpgroup; the others
+// only count along, up to the barrier at the op's end.
+BK_INLINE void drain_inputs(const EngineParams& params, const GemmShape& shape, WorkerShared& shared, RingCursor& cursor) {
+  const u32 input_bytes = shape.num_slices * shape.input_rows * 128;
+  const bool is_giver = uniform(thread_idx() % 128 / 32) == 0;
+#pragma unroll 1
+  for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
+    if (is_giver) {
+      wait_mbarrier_warp(params, &shared.inputs_full[cursor.stage], cursor.phase, kSiteInputRing);
+      give_input_stage(shared, cursor.stage, true, thread_idx() % 32 == 0);
+    }
+    cursor.advance(kInputStages);
+  }
+}
+
+}  // namespace blinkimp
