@@ -63,6 +63,25 @@ BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
 }
 
 // ---- Producers ---------------------------------------------------------------------------------------------------
+// Bytes of the next op's tile that are on their way to L2 while the ring is full of this op's; 0: none. For measurements (PERFORMANCE.md).
+#ifndef BK_PREFETCH_BYTES
+#define BK_PREFETCH_BYTES 0
+#endif
+
+// HBM has nothing to do once the ring is full and an op's end is waited for, longest in attention and between two steps. Only once an op and not
+// more than L2 holds beside what is in use: a prefetch that ran ahead of the ring all the time made steps 1.5 times slower.
+BK_INLINE void prefetch_next_weights(const EngineParams& params, const Op* ops, u32 op_idx) {
+  if constexpr (BK_PREFETCH_BYTES != 0) {
+    u32 next = op_idx;
+    do next = next + 1 == params.num_ops ? 0 : next + 1;
+    while (ops[next].kind == kOpEmbed || ops[next].kind == kOpSample);
+    const Op& op = ops[next];
+    if (!is_gemm(op.kind) || cta_idx() >= op.num_tiles) return;
+    const u32 tile_bytes = op.in_features * 2 * op.tile_rows;
+    bulk_prefetch_to_l2(reinterpret_cast<const u8*>(op.weight) + static_cast<u64>(cta_idx()) * tile_bytes, min(tile_bytes, static_cast<u32>(BK_PREFETCH_BYTES)));
+  }
+}
+
 BK_INLINE void weight_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
@@ -81,6 +100,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, plan, step, shared_memory, shared, attention_shared(shared_memory), cursor, num_barriers);
       }
+      if (!is_wide(plan->num_rows) && (is_gemm(op.kind) || op.kind == kOpAttention)) prefetch_next_weights(params, ops, op_idx);
       num_barriers += phases_in_step(op.kind, *plan);
     }
     mbarrier_arrive(&shared.producers_done);
