@@ -41,7 +41,7 @@ from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
 from blinkimp.nic_shim.http_request_log import RequestLog
-from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
+from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, parse_bind
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
@@ -236,14 +236,6 @@ class HttpIngress:
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------
-def parse_bind(bind: str) -> tuple[str, int]:
-    """HOST:PORT, [IPV6]:PORT, :PORT (loopback). Raises ValueError."""
-    host, colon, port = bind.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:8000; correct it")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -1,7 +1,8 @@
-"""Command-line flags that the ZeroMQ and the HTTP ingress have in common: the engine, what is written down, how it ends, limits by name.
+"""Command-line flags that the ZeroMQ and the HTTP ingress have in common: the engine, what is written down, how it ends, limits by name;
+and an address of HTTP.
 
-The supervisor gives them to every ingress that it starts (host/supervisor.py). Called by nic_shim/zmq_ingress.py and nic_shim/http_ingress.py.
-Test: pytest tests/host/test_zmq_ingress.py tests/host/test_http_ingress.py
+The supervisor gives them to every ingress that it starts (host/supervisor.py). Called by nic_shim/zmq_ingress.py, http_ingress.py and
+metrics_server.py. Test: pytest tests/host/test_zmq_ingress.py tests/host/test_http_ingress.py tests/host/test_metrics_server.py
 """
 
 from __future__ import annotations
@@ -42,3 +43,11 @@ def eos_ids_of(arguments: argparse.Namespace) -> list[int] | None:
     if arguments.eos_ids is None:
         return None
     return [int(token) for token in arguments.eos_ids.split(",") if token]
+
+
+def parse_bind(bind: str) -> tuple[str, int]:
+    """HOST:PORT, [IPV6]:PORT, :PORT (loopback). Raises ValueError."""
+    host, colon, port = bind.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:8000; correct it")
+    return host.strip("[]") or "127.0.0.1", int(port)

@@ -23,18 +23,11 @@ from blinkimp.host.engine_view import look
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.logs import add_log_flags, fail_start, set_up_logging
 from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
+from blinkimp.nic_shim.ingress_flags import parse_bind
 
 log = logging.getLogger("blinkimp.metrics")
 
 MAX_SECONDS_OF_A_CLIENT: Final = 10.0  # that does not finish its request
-
-
-def parse_bind(bind: str) -> tuple[str, int]:
-    """HOST:PORT, [IPV6]:PORT, :PORT (loopback). Raises ValueError."""
-    host, colon, port = bind.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"--bind {bind!r} cannot be used; expected HOST:PORT such as 127.0.0.1:9090; correct it")
-    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 class MetricsServer(ThreadingHTTPServer):
