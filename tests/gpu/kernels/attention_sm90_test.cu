@@ -58,15 +58,16 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
     shared.compute = ComputeState{};
   }
   __syncthreads();  // mbarriers are initialised before any role uses them
-  if (uniform(threadIdx.x / 32) >= kComputeThreads / 32) {
+  const u32 warp = uniform(threadIdx.x / 32);
+  if (warp >= kComputeThreads / 32) {
     set_registers_down<56>();
-    if (threadIdx.x == kComputeThreads) {
+    if (warp == kComputeThreads / 32 && elect_one()) {
       RingCursor cursor{0, 1};
       for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
         produce_attention<HEAD_DIM>(params, reinterpret_cast<const Op*>(params.ops)[op_idx], plan, 0, shared_memory, shared, attention, cursor, op_idx + 1);
       }
     }
-    if (threadIdx.x / 32 == 10) {
+    if (warp == kComputeThreads / 32 + 2) {
       find_windows(params, attention);
       plan_attention(params, plan, attention);
     }

@@ -85,10 +85,11 @@ extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gem
   if (threadIdx.x >= kComputeThreads) {
     set_registers_down<56>();
     RingCursor cursor{0, 1};
-    if (works && threadIdx.x == kComputeThreads) {
+    const u32 role = uniform(threadIdx.x / 32) - kComputeThreads / 32;
+    if (works && role == 0 && elect_one()) {
       for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, i && ops_follow, memory + kRingOffset, shared, cursor);
     }
-    if (works && threadIdx.x == kComputeThreads + 32) {
+    if (works && role == 1 && elect_one()) {
       for (u32 i = 0; i < params.num_ops; i++) {
         wait_grid(params, i);  // as if the op before had made the input
         fence_proxy_async();
