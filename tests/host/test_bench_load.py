@@ -24,7 +24,9 @@ from tests.scripted_server import Script, scripted_server
 from tests.support import PATIENCE_S, undisturbed
 
 KINDS = ["http", "zmq"]
-SLACK_MS = 40.0  # beyond what was scripted, of an undisturbed request; what is scripted is the least, on any machine
+# Beyond what was scripted, of the least disturbed of many requests, on a machine that does something else most of the time: a wrong unit is
+# beyond that, too. What is scripted is the least, on any machine.
+SLACK_MS = 2000.0
 
 
 def target_of(address: str, **more: Any) -> Target:
@@ -84,7 +86,7 @@ def test_a_stall_of_the_server_is_not_omitted() -> None:
     script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=600)
     options = LoadOptions(rate=50, num_requests=50, concurrency=2, input_len=4, output_len=2)
     got = load("http", script, options, slos={"ttft": 200})
-    assert got["median_ttft_ms"] < 100  # only those two that ran into it show it
+    assert got["median_ttft_ms"] < 300  # only those two that ran into it show it
     assert got["p90_ttft_intended_ms"] > 300 and got["max_send_delay_ms"] > 300
     assert got["good_requests"] < 40
     assert got["request_goodput"] > got["request_goodput_intended"]
@@ -95,9 +97,11 @@ def test_a_stall_of_the_server_is_not_omitted() -> None:
 @undisturbed
 def test_an_open_loop_sends_on_while_the_server_stalls() -> None:
     script = Script(first_ms=10, gap_ms=1, stall_after=10, stall_ms=500)
-    got = load("zmq", script, LoadOptions(rate=50, num_requests=50, input_len=4, output_len=2))
-    assert got["max_send_delay_ms"] < 250 and got["max_concurrent_requests"] > 10
-    assert got["p99_ttft_ms"] > 400 and got["p99_ttft_intended_ms"] == pytest.approx(got["p99_ttft_ms"], abs=50)
+    got = load("zmq", script, LoadOptions(rate=50, num_requests=50, input_len=4, output_len=2), details=True)
+    stall_began_s = script.stalled_until - script.stall_ms / 1e3
+    num_sent_meanwhile = sum(stall_began_s < at_s < script.stalled_until for at_s in got["start_times"])
+    assert num_sent_meanwhile > 5 and got["max_concurrent_requests"] > 5  # 25, but for a client that sleeps
+    assert got["p99_ttft_ms"] > 400 and got["p99_ttft_intended_ms"] >= got["p99_ttft_ms"]
 
 
 class SteadyGpu:
@@ -136,11 +140,10 @@ def test_a_load_is_many_clients_to_a_server() -> None:
     assert len(script.clients) == 3
 
 
-@undisturbed
 def test_warm_up_requests_are_sent_and_not_counted() -> None:
     got = load("zmq", Script(gap_ms=1), LoadOptions(rate=50, duration_s=1.0, warmup_s=0.5, output_len=2, input_len=4))
     assert got["num_not_counted"] > 5 and got["completed"] > 5
-    assert got["sending_duration"] == pytest.approx(0.5, abs=0.2)
+    assert 0.5 <= got["sending_duration"] < 0.5 + SLACK_MS / 1e3
 
 
 def test_what_does_not_end_has_failed() -> None:
