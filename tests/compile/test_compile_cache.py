@@ -167,14 +167,19 @@ def test_two_processes_may_compile_the_same_kernel_at_once(device_dir: Path, cac
         )
         for _ in range(2)
     ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # both start now
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outputs = {process.communicate(timeout=60)[0] for process in processes}
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:  # both start now
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        outputs = {process.communicate()[0] for process in processes}
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     assert all(process.returncode == 0 for process in processes)
     assert len(outputs) == 1
     assert len(list((cache_dir / "kernels").iterdir())) == 1  # one entry, no scratch folder left
