@@ -311,7 +311,7 @@ def process_state(pid: int) -> str:
     """R, S, T (stopped), Z (dead, not reaped), or X where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "X"
 
 

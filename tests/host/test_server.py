@@ -11,7 +11,7 @@ from blinkimp import ring_abi as abi
 from blinkimp.client import Client
 from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive, open_engine_page
 from blinkimp.ring_abi import EngineCommand
-from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, wait_for
+from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, process_state, wait_for
 from tests.host.server_support import (
     GREEDY,
     PROMPT,
@@ -115,6 +115,4 @@ def test_killed_supervisor_takes_its_tree_with_it(tmp_path: Path) -> None:
         pids = list(server.pids)
         server.process.kill()
         server.wait(PATIENCE_S)
-        wait_for(
-            lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), PATIENCE_S, "all of the tree are gone"
-        )
+        wait_for(lambda: all(process_state(pid) in ("X", "Z") for pid in pids), PATIENCE_S, "all of the tree are gone")
