@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.engine_view import look
 from blinkimp.nic_shim.queue_pair import sampling_record
 from tests.host.engine_support import (
@@ -28,6 +29,7 @@ from tests.host.engine_support import (
     assert_all_pages_are_back,
     running_engine,
 )
+from tests.host.standing_still import standing_still
 
 MAX_CONTEXT = 768  # tokens: the longest prompt and output, 12 pages
 LONGEST_PROMPT = 600
@@ -163,10 +165,12 @@ def run_case(
     case = CASES[name]
     rng = np.random.default_rng(len(name))
     order = [int(idx) for idx in rng.permutation(len(requests))]
-    with _hosted(case, model, {**BASE_SIZES, **case.sizes, **options}) as (engine_name, status):
+    with _hosted(case, model, {**BASE_SIZES, **case.sizes, **options}) as (engine_name, status, emulated_pid):
         with PortClient(engine_name, 0) as client:
-            for token in range(case.num_growing):
-                client.submit([3 + token], 250)
+            # They begin together, so that they grow together.
+            with standing_still(emulated_pid) if emulated_pid else nullcontext():
+                for token in range(case.num_growing):
+                    client.submit([3 + token], 250)
             streams = _ask(client, requests, order, case.arrival, rng)
         assert_all_pages_are_back(status)
         num_tokens = sum(len(stream.tokens) for stream in streams)
@@ -181,14 +185,17 @@ def run_case(
 
 # ---- Asking --------------------------------------------------------------------------------------------------------
 @contextmanager
-def _hosted(case: Case, model: Path | str, sizes: dict[str, Any]) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
-    """The name of a new engine, and its status."""
+def _hosted(
+    case: Case, model: Path | str, sizes: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], dict[str, int]], int]]:
+    """The name of a new engine, its status, and the process of its emulated device; 0 for a GPU."""
     if case.is_own_process:
         with HostProcess(model, **sizes) as host:
-            yield host.engine_name, host.status
+            yield host.engine_name, host.status, host.device_pid
     else:
         with running_engine(model, **sizes) as engine:
-            yield engine.config.engine_name, engine.status
+            device = engine.device
+            yield engine.config.engine_name, engine.status, device.pid if isinstance(device, EmulatedDevice) else 0
 
 
 def _ask(
