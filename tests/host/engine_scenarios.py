@@ -81,9 +81,11 @@ def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: A
         command = [sys.executable, "-c", VICTIM, host.engine_name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as victim:
             assert victim.stdout is not None and victim.stdout.readline() == "submitted\n"
-            wait_for(lambda: host.status()["num_running"] == 8, PATIENCE_S, "the victim's requests run")
-            wait_for(lambda: host.status()["credit_stalls"] > 0, PATIENCE_S, "the victim's ring is full")
-            assert host.status()["num_pages_used"] >= 8
+            # How many of its eight are taken before its ring is full is a matter of speed: a request is taken only with credit for its answer.
+            wait_for(lambda: host.status()["requests_accepted"] > 1, PATIENCE_S, "the victim's requests run")
+            num_stalls = host.status()["credit_stalls"]
+            wait_for(lambda: host.status()["credit_stalls"] > num_stalls, PATIENCE_S, "the victim's ring is full")
+            assert host.status()["num_pages_used"] > 0
             stream = client.streams[client.submit([9, 8, 7], 300)]
             wait_for(lambda: client.poll() >= 0 and len(stream.tokens) > 0, PATIENCE_S, "our stream runs beside it")
             assert stream.end is None
@@ -97,8 +99,13 @@ def killed_ingress_frees_its_pages_and_disturbs_nobody(model: Path, **options: A
         assert_all_pages_are_back(host.status)
         freed_s = time.monotonic() - died_at
         print(f"the dead ingress's pages were free after {freed_s:.2f} s")
-        status = host.status()
-        assert status["finished_cancelled"] == 8 and status["num_queue_pairs_attached"] == 1
+
+        def is_counted() -> bool:
+            status = host.status()
+            num_of_victim = status["requests_accepted"] - status["finished_length"]
+            return status["finished_cancelled"] == num_of_victim > 0 and status["num_queue_pairs_attached"] == 1
+
+        wait_for(is_counted, PATIENCE_S, "all requests of the victim are counted as cancelled")
         with PortClient(host.engine_name, 1) as successor:  # the place can be taken again
             assert successor.generate([9, 8, 7], 300).tokens == expected
 
