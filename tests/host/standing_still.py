@@ -1,7 +1,7 @@
 """An emulated device that stands still while a test does what must not be overtaken, on a machine however slow or fast.
 
-Used by tests/host/determinism_scenario.py, engine_scenarios.py, server_support.py, test_engine.py, test_cpu_orchestrator.py, test_null_program.py, test_recovery.py,
-test_sampling_engine.py, test_zmq_cancel.py.
+Used by tests/host/determinism_scenario.py, engine_scenarios.py, server_support.py, test_engine.py, test_cpu_orchestrator.py,
+test_null_program.py, test_recovery.py, test_sampling_engine.py, test_zmq_cancel.py.
 """
 
 from __future__ import annotations
