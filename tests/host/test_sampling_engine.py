@@ -99,9 +99,8 @@ def test_preemption_keeps_counts_and_outputs(tiny: Path, runner: ReferenceRunner
             client.wait_all(PATIENCE_S)
             for job, request_id in zip(jobs, ids, strict=True):
                 job.check(client.streams[request_id], runner, sampler)
-        wait_for(lambda: engine.status()["num_pages_used"] == 0, PATIENCE_S, "pages are back")
+        assert_all_pages_are_back(engine.status)
         assert engine.status()["preemptions"] >= 3
-        assert_all_pages_are_back(engine.status())
 
 
 def test_second_life_goes_on_as_the_first(client: PortClient, runner: ReferenceRunner, sampler: NativeSampler) -> None:

@@ -79,8 +79,8 @@ def test_200_clients_that_vanish_leave_no_page_behind(tmp_path: Path) -> None:
         wait_until(lambda: is_idle(engine), "nobody's request runs any more")
         wait_until(lambda: ingress.sessions.is_idle, "nobody is owed anything")
         context.term()
+        assert_all_pages_are_back(engine.status)
         status = engine.status()
-        assert_all_pages_are_back(status)
         num_ended = sum(value for name, value in status.items() if name.startswith("finished_"))
         assert num_ended == NUM_CLIENTS and status["finished_cancelled"] > NUM_CLIENTS // 2
         assert_let_go_at_the_next_commit(trace, status["finished_cancelled"])
@@ -118,4 +118,4 @@ def test_what_is_cancelled_or_late_ends_with_its_pages(how: str, tmp_path: Path)
         if how == "cancel":
             assert num_stopped > 20
             assert_let_go_at_the_next_commit(trace, num_stopped)
-        assert_all_pages_are_back(engine.status())
+        assert_all_pages_are_back(engine.status)
