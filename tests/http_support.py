@@ -18,12 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blinkimp import ring_abi as abi
 from blinkimp.config import Config, model_folder
 from blinkimp.host.engine import Engine
-from blinkimp.host.shared_memory import open_engine_page
 from tests.fake_director import FakeDirector
-from tests.host.engine_support import running_engine
+from tests.host.engine_support import running_engine, status_of
 from tests.ingress_support import TEXT, engine_name, wait_until, write_byte_tokenizer
 from tests.support import PATIENCE_S, ROOT, python_path
 
@@ -94,9 +92,7 @@ class HttpServer:
 
     def status(self) -> dict[str, int]:
         """The engine's status page."""
-        with open_engine_page(self.engine_name) as page:
-            record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
-        return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+        return status_of(self.engine_name)
 
     def wait_until_idle(self, timeout_s: float = PATIENCE_S) -> dict[str, int]:
         """Until nothing runs in the engine and every page is free or cached: two words of its status may be a moment apart."""

@@ -121,6 +121,13 @@ def running_engine(model: Path | str, **changes: Any) -> Iterator[Engine]:
     assert not left, f"left behind: {left}"
 
 
+def status_of(engine_name: str) -> dict[str, int]:
+    """Engine.status() from outside."""
+    with open_engine_page(engine_name) as page:
+        record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
+    return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+
+
 class HostProcess:
     """An engine host in a process of its own, as under `blinkimp serve`. `prefix`, `environment`: for sanitizer builds."""
 
@@ -147,9 +154,7 @@ class HostProcess:
         self.device_pid = int(line.split()[1])  # of the emulated device; a GPU has none: 0
 
     def status(self) -> dict[str, int]:
-        with open_engine_page(self.engine_name) as page:
-            record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
-        return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+        return status_of(self.engine_name)
 
     def wait(self, timeout_s: float) -> tuple[int, str]:
         """Exit status and stderr."""

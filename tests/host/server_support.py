@@ -24,8 +24,8 @@ import pytest
 from blinkimp import ring_abi as abi
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.config import Config
-from blinkimp.host.shared_memory import SHM_DIR, open_engine_page, open_queue_pair
-from tests.host.engine_support import engine_config, process_state, wait_for
+from blinkimp.host.shared_memory import SHM_DIR, open_queue_pair
+from tests.host.engine_support import engine_config, process_state, status_of, wait_for
 from tests.host.standing_still import standing_still
 from tests.support import PATIENCE_S, ROOT, python_path
 
@@ -76,9 +76,7 @@ class ServerProcess:
             time.sleep(0.01)
 
     def status(self) -> dict[str, int]:
-        with open_engine_page(self.config.engine_name) as page:
-            record = page.view(abi.ENGINE_PAGE)["status"][0].copy()
-        return {name: int(record[name]) for name in abi.STATUS_LINES.names or () if name != "reserved"}
+        return status_of(self.config.engine_name)
 
     @property
     def http_port(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from blinkimp.host.child_process import ChildProcess
+from tests.host.engine_support import process_state
 from tests.support import PATIENCE_S, ROOT
 
 SLEEPER = "import sys, time\nprint('up', *sys.argv[1:], flush=True)\ntime.sleep(600)\n"
@@ -38,17 +39,10 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def wait_until_gone(pid: int, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if is_gone(pid):
+        if process_state(pid) in "XZ":
             return True
         time.sleep(0.01)
     return False
@@ -95,7 +89,7 @@ def test_child_outlives_a_stopped_parent_and_dies_with_a_dead_one() -> None:
         child_pid = int(parent.stdout.readline())
         os.kill(parent.pid, signal.SIGSTOP)
         time.sleep(0.3)
-        assert not is_gone(child_pid), "SIGSTOP of the parent ended the child"
+        assert process_state(child_pid) not in "XZ", "SIGSTOP of the parent ended the child"
         os.kill(parent.pid, signal.SIGKILL)
         assert wait_until_gone(child_pid, PATIENCE_S)
 
