@@ -184,6 +184,8 @@ def run_once(transport: str, options: argparse.Namespace, rate: float) -> dict[s
             while time.monotonic_ns() - begin_ns < options.seconds * 1e9 - 0.5e9:
                 for process in processes:
                     process.sample()
+                if any(client.poll() for client in clients):
+                    raise RuntimeError("a client failed; its message is above")
                 time.sleep(min(1.0, max(0.0, begin_ns / 1e9 + options.seconds - 0.4 - time.monotonic())))
             for process in processes:
                 process.cpu_end_s = process.cpu_s()
@@ -221,13 +223,14 @@ def summary_of(arrivals: dict[str, Any], times: TokenTimes, begin_ns: int, end_n
     per_tick[arrivals["ticks"][is_inside] - first] = arrivals["tokens"][is_inside]
     ticks_a_second = 10**9 // TICK_NS
     per_second = np.convolve(per_tick, np.ones(min(ticks_a_second, len(per_tick))), mode="valid")
-    num_tokens, num_events, num_requests = arrivals["totals"].tolist()
+    num_tokens, num_events, num_requests, num_refused = arrivals["totals"].tolist()
     latencies = added_latencies_ns(times, arrivals, begin_ns, end_ns)
     return {
         "tokens_per_s": round(float(per_tick.mean()) * ticks_a_second, 1),
         "least_tokens_in_a_second": int(per_second.min()),
         "tokens_per_event": round(num_tokens / max(1, num_events), 3),
         "requests": num_requests,
+        "refused_and_asked_again": num_refused,
         "latency_samples": len(latencies),
         "added_latency_ms": quantiles_ms(latencies),
     }

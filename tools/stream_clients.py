@@ -15,6 +15,7 @@ import select
 import socket
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -39,7 +40,9 @@ PROMPT: Final = "def read_file(path):"
 NUM_KEY_TOKENS: Final = 4  # a request's first tokens name it: by them the trace's request is found
 TICK_NS: Final = 100_000_000
 ANSWER_TIMEOUT_MS: Final = 60_000
+RETRY_S: Final = 1.0  # after a 503, as its Retry-After says
 END: Final = b"data: [DONE]\n\n"
+_STATUS: Final = re.compile(rb"HTTP/1\.1 (\d\d\d)")
 _TOKEN_IDS: Final = re.compile(rb'"token_ids":\[([0-9][0-9,]*)\]')
 
 
@@ -76,7 +79,7 @@ class Recorder:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.num_tokens = self.num_events = self.num_requests = self.num_begun = 0
+        self.num_tokens = self.num_events = self.num_requests = self.num_begun = self.num_refused = 0
         self.sampled: list[Request] = []
         self.by_tick: dict[int, int] = {}  # tokens that came in each TICK_NS of the monotonic clock
         self._rng = random.Random(plan.seed)
@@ -114,7 +117,7 @@ class Recorder:
             counts=np.array([count for request in requests for count in request.counts], np.int64),
             ticks=np.array(list(self.by_tick), np.int64),
             tokens=np.array(list(self.by_tick.values()), np.int64),
-            totals=np.array([self.num_tokens, self.num_events, self.num_requests], np.int64),
+            totals=np.array([self.num_tokens, self.num_events, self.num_requests, self.num_refused], np.int64),
         )
 
 
@@ -212,6 +215,7 @@ class SseStream:
     connection: socket.socket
     request: Request
     tail: bytes = b""
+    retry_at: float | None = None  # was refused: what still comes is the rest of that answer
 
 
 class HttpClient:
@@ -221,6 +225,7 @@ class HttpClient:
         self._plan, self._recorder = plan, recorder
         self._epoll = select.epoll()
         self._streams: dict[int, SseStream] = {}
+        self._refused: deque[SseStream] = deque()  # in the order of their retry_at
 
     def open(self) -> None:
         host, _, port = self._plan.address.rpartition(":")
@@ -243,15 +248,29 @@ class HttpClient:
     def turn(self, timeout_s: float) -> None:
         for fd, _ in self._epoll.poll(timeout_s):
             self._take(self._streams[fd])
+        now = time.monotonic()
+        while self._refused and now >= (self._refused[0].retry_at or 0.0):
+            stream = self._refused.popleft()
+            stream.retry_at = None
+            self._ask(stream)
 
     def _take(self, stream: SseStream) -> None:
         data = stream.connection.recv(1 << 18)
         now_ns = time.monotonic_ns()
         if not data:
             raise RuntimeError(f"the ingress closed a connection, after {stream.tail[-500:]!r}")
+        if stream.retry_at is not None:
+            return
         data = stream.tail + data
-        if (status := data.find(b"HTTP/1.1 ", 0, 32)) >= 0 and data[status + 9 : status + 12] not in b"200":
-            raise RuntimeError(f"the ingress refused a request: {data[:500]!r}")
+        found = _STATUS.search(data, 0, 48)  # behind the end of the answer before it
+        if found and found[1] != b"200":
+            if found[1] != b"503":
+                raise RuntimeError(f"the ingress refused a request: {data[:500]!r}")
+            # It takes the engine for lost, on a machine that stands still for two seconds: any client would ask again.
+            self._recorder.num_refused += 1
+            stream.tail, stream.retry_at = b"", time.monotonic() + RETRY_S
+            self._refused.append(stream)
+            return
         whole, mark, stream.tail = data.rpartition(b"\n\n")  # whole events only
         if not mark:
             return

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import PATIENCE_S, ROOT, python_path
+from tests.support import PATIENCE_S, ROOT, load_tool, python_path
 
 TOOL = ROOT / "tools" / "bench_streams.py"
 NUM_STREAMS = 16
@@ -91,3 +93,33 @@ def test_a_bad_load_is_told(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOL), "--transport", "smoke-signals"]
     got = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
     assert got.returncode == 2 and "invalid choice" in got.stderr
+
+
+ANSWERS = [
+    b'HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 22\r\n\r\n{"error":"no engine"}\n\n',
+    b'HTTP/1.1 200 OK\r\n\r\ndata: {"token_ids":[7,8]}\n\ndata: [DONE]\n\n',
+]
+
+
+def test_a_stream_that_is_refused_for_the_moment_is_asked_for_again() -> None:
+    """A machine that stands still for seconds makes an ingress take its engine for lost: no reason to give up ten minutes' work."""
+    clients = load_tool("stream_clients")
+
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for text in ANSWERS:
+                connection.recv(1 << 16)
+                connection.sendall(text)
+            connection.recv(1 << 16)  # the next request, or the client's end
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer, args=(listener,), daemon=True)
+        server.start()
+        plan = clients.Plan(
+            transport="http", address=f"127.0.0.1:{listener.getsockname()[1]}", num_streams=1, num_connections=1, seconds=PATIENCE_S,
+            least_tokens=2, most_tokens=2, sample_period=1, seed=1, output="", most_requests=1,
+        )  # fmt: skip
+        recorder = clients.run(plan)
+        server.join(PATIENCE_S)
+    assert (recorder.num_requests, recorder.num_refused, recorder.num_tokens) == (1, 1, 2)
