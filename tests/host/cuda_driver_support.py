@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from blinkimp import native
+from blinkimp.host.gpu_kernel import SHARED_MEMORY_BYTES
 from tests.support import ROOT
 
 CONTEXT, STREAM, BEGIN_STEP, PERSISTENT_KERNEL = 0x11, 0x22, 0x33, 0x44  # its handles
@@ -31,7 +32,8 @@ def build_fake_driver(folder: Path) -> Path:
     library = folder / "libcuda.so.1"
     source = ROOT / "tests" / "host" / "fake_cuda" / "fake_cuda.cpp"
     options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(["g++", *options, f"-I{ROOT / 'device'}", str(source), "-o", str(library)], check=True)
+    options += [f"-DBK_SHARED_MEMORY_BYTES={SHARED_MEMORY_BYTES}", f"-I{ROOT / 'device'}"]
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
     return library
 
 

@@ -220,7 +220,7 @@ int cuLaunchCooperativeKernel(u64 function, u32 blocks_x, u32 blocks_y, u32 bloc
                               u64 stream_handle, void** arguments) {
   if (const int error = ready(stream_handle)) return error;
   const EngineParams params = *static_cast<const EngineParams*>(arguments[0]);
-  if (function != kPersistentKernel || blocks_x != params.num_workers || threads_x != 384 || shared_bytes != 232'128 ||
+  if (function != kPersistentKernel || blocks_x != params.num_workers || threads_x != 384 || shared_bytes != BK_SHARED_MEMORY_BYTES ||
       blocks_y * blocks_z * threads_y * threads_z != 1)
     violation("not the persistent kernel without its director");
   stream->queue([params] { run_step(params); });
