@@ -36,4 +36,13 @@ BK_INLINE u64 tiled_offset(u32 row, u32 column, u32 num_slices, u32 tile_rows) {
   return (static_cast<u64>(row / tile_rows) * num_slices + column / kSliceColumns) * (tile_rows * kSliceColumns) + within;
 }
 
+// The same in bytes and in two parts, for loops over the columns of a row: 2 * tiled_offset() = the row's + that of its 8 columns from `column`, a
+// multiple of 8, + 2 * (column mod 8). Of the second part only the exchange depends on the row, and that on row mod 8.
+BK_INLINE u64 tiled_row_bytes(u32 row, u32 num_slices, u32 tile_rows) {
+  return (static_cast<u64>(row / tile_rows) * num_slices * tile_rows + row % tile_rows) * (kSliceColumns * 2);
+}
+BK_INLINE u32 tiled_chunk_bytes(u32 row, u32 column, u32 tile_rows) {
+  return column / kSliceColumns * (tile_rows * kSliceColumns * 2) + ((column % kSliceColumns / 8 * 16) ^ (row % 8 * 16));
+}
+
 }  // namespace blinkimp

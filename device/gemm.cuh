@@ -176,7 +176,10 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
 
 // Where a fragment register lies: thread t of a warpgroup holds, for h in {0, 1} and block j, columns 8j + 2(t mod 4) + {0, 1} of row
 // 16(t / 32) + (t mod 32) / 4 + 8h in d[4j + 2h] and d[4j + 2h + 1].
-BK_INLINE u32 fragment_row(u32 half) { return (thread_idx() % 128) / 32 * 16 + (thread_idx() % 32) / 4 + 8 * half; }
+BK_INLINE u32 fragment_row(u32 half) {
+  const u32 thread = thread_idx();  // once: it is read anew at each call
+  return thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * half;
+}
 BK_INLINE u32 fragment_column(u32 block) { return 8 * block + (thread_idx() % 4) * 2; }
 
 // One item for one warpgroup. Epilogue: prefetch<kColumns>(row, column) -> what it wants to have loaded before the products end;

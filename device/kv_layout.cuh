@@ -17,9 +17,10 @@ template <int kHeadDim>
 constexpr u32 kKvTileBytes = kPageTokens * kHeadDim * 2;  // K or V of one page and kv head
 
 // Bytes from a tile's first byte to dimension `dim` of `token`, both within the page and head.
-BK_INLINE u32 kv_byte_offset(u32 token, u32 dim) {
-  return dim / kKvBlockDims * kKvBlockBytes + token * (kKvBlockDims * 2) + (((dim % kKvBlockDims / 8) ^ (token % 8)) * 16) + dim % 8 * 2;
-}
+// In two parts, for loops over the dimensions of a token: the token's, and that of the 8 dimensions from dim / 8 * 8 on.
+BK_INLINE u32 kv_token_bytes(u32 token) { return token * (kKvBlockDims * 2); }
+BK_INLINE u32 kv_chunk_bytes(u32 token, u32 dim) { return dim / kKvBlockDims * kKvBlockBytes + ((dim % kKvBlockDims / 8 * 16) ^ (token % 8 * 16)); }
+BK_INLINE u32 kv_byte_offset(u32 token, u32 dim) { return kv_token_bytes(token) + kv_chunk_bytes(token, dim) + dim % 8 * 2; }
 
 // Bytes from the cache's first byte to the K tile of (layer, page, kv head); its V tile stands right behind.
 template <int kHeadDim>

@@ -53,6 +53,13 @@ BK_INLINE u32 opaque(u32 value) {
   return value;
 }
 
+// 1 / x to 1 ulp; 1 / inf = 0.
+BK_INLINE f32 reciprocal_approx(f32 x) {
+  f32 result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 2^x to 2 ulp; 2^-inf = 0, 2^0 = 1 exactly.
 BK_INLINE f32 exp2_approx(f32 x) {
   f32 result;

@@ -7,8 +7,11 @@
 #pragma once
 #include <attention.cuh>
 #include <gemm_wide.cuh>
+#include <gate_up_epilogue.cuh>
 #include <logits_epilogue.cuh>
 #include <phases.cuh>
+#include <project_epilogue.cuh>
+#include <qkv_epilogue.cuh>
 #include <sample_op.cuh>
 #include <trace.cuh>
 

@@ -151,6 +151,44 @@ def test_steps_in_a_row(
     np.testing.assert_array_equal(logits_of(workers, script, seed=1), got)  # in another order of things: the same bits
 
 
+FAMILIES = {
+    "qwen2": CONFIG | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_attention_heads": 3, "head_dim": 64, "hidden_size": 192},
+    "qwen3": CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_attention_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_and_norms_of_heads(family: str, tmp_path: Path) -> None:
+    """What Llama's epilogues leave out, against transformers; narrow and wide steps leave the same bits."""
+    config = FAMILIES[family] | {"num_hidden_layers": 1}
+    write_checkpoint(tmp_path, config, np.random.default_rng(3))
+    workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=3)
+    tokens = np.random.default_rng(4).integers(0, workers.config.vocab, 150, dtype=np.uint32)
+    script = Script(workers, [tokens, tokens])
+    script.step((0, 70))
+    script.step((0, 80), (1, 3))
+    for num_rows in (40, 1, 25, 1, 80):
+        script.step((1, num_rows))
+    got = logits_of(workers, script, seed=0)
+    np.testing.assert_array_equal(got[-1], got[1])
+    expected = transformers_logits(tmp_path, tokens)
+    for (_, _, _, position), logits in zip(script.places, got, strict=True):
+        assert np.linalg.norm(logits - expected[position]) < 2e-2 * np.linalg.norm(expected[position])
+
+
+def transformers_logits(folder: Path, tokens: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """[tokens, vocab], its matrices rounded to bf16, all else in float32."""
+    torch = pytest.importorskip("torch", reason="transformers is the reference: pip install .[dev]")
+    transformers = pytest.importorskip("transformers", reason="it is the reference: pip install .[dev]")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.to(torch.bfloat16).float())
+        logits = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+    return np.asarray(logits.double().numpy())
+
+
 def test_a_pair_shares_more_inputs_than_its_ring_holds(tmp_path: Path) -> None:
     """18 slices of 64 rows in a ring of 8: a stage is filled again only when both CTAs gave it back."""
     config = CONFIG | {"intermediate_size": 1152, "num_hidden_layers": 1}

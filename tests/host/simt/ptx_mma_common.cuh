@@ -27,5 +27,6 @@ BK_INLINE void cp_async_wait() {
 
 BK_INLINE u32 opaque(u32 value) { return value; }
 BK_INLINE f32 exp2_approx(f32 x) { return __builtin_exp2f(x); }
+BK_INLINE f32 reciprocal_approx(f32 x) { return 1.0f / x; }
 
 }  // namespace blinkimp
