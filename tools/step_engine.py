@@ -31,12 +31,12 @@ from blinkimp.host.engine import Engine
 from blinkimp.host.power import PowerMeter, PowerSource
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
 
-ATTACH_TIMEOUT_S: Final = 10.0
+ATTACH_TIMEOUT_S: Final = 60.0
 MIN_PREFILLS: Final = 7  # measured ones of each length, after one that warms up
 MAX_PREFILLS: Final = 100
 MAX_DECODE_STEPS: Final = 2000
 NUM_PINGS: Final = 400
-PING_TIMEOUT_NS: Final = 2_000_000_000
+PING_TIMEOUT_NS: Final = 60_000_000_000
 
 
 def config_of(folder: Path, shape: str, device: str, max_context: int, settings: dict[str, Any]) -> Config:

@@ -18,7 +18,7 @@ from blinkimp.host.engine import Engine
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort, WaitEvent, sampling_record
 from blinkimp.ring_abi import CompletionKind, RejectReason
 
-IDLE_TIMEOUT_S: Final = 5.0
+IDLE_TIMEOUT_S: Final = 60.0
 # What --sampling asks of every token. `full` is all that a request can ask for but constraints; the penalties count prompt and output.
 SAMPLING: Final[dict[str, dict[str, float]]] = {
     "greedy": {"temperature": 0.0},

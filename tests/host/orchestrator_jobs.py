@@ -58,6 +58,6 @@ def large_table() -> ConstraintTable:
 
 def walk_large_table(client: PortClient, table: ConstraintTable) -> list[Stream]:
     """A request under it, admitted while another one runs."""
-    assert client.port.load_constraint(3, table.data) == PortStatus.OK
+    assert client.port.load_constraint(3, table.data, PATIENCE_S) == PortStatus.OK
     walk = Job([5, 6, 7], 60, table=table, slot=3, ignore_eos=True)
     return answers(client, [Job([1, 2], 80, ignore_eos=True), walk])

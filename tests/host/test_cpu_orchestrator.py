@@ -41,7 +41,7 @@ def run_jobs(tiny: Path, jobs: list[Job], orchestrator: str, **options: Any) -> 
     with running_engine(tiny, orchestrator=orchestrator, **options) as engine:
         with PortClient(engine.config.engine_name, 0) as client:
             for slot in {job.slot for job in jobs if job.slot is not None}:
-                assert client.port.load_constraint(slot, digits_table().data) == PortStatus.OK
+                assert client.port.load_constraint(slot, digits_table().data, PATIENCE_S) == PortStatus.OK
             with held(engine):  # all are there before one of them ends
                 ids = [job.submit(client) for job in jobs]
             client.wait_all(PATIENCE_S)
@@ -93,11 +93,11 @@ def test_a_constraint_that_is_loaded_again_is_the_new_one(tiny: Path) -> None:
     with running_engine(tiny, orchestrator="cpu") as engine, PortClient(engine.config.engine_name, 0) as client:
         table, only_a = digits_table(), table_of_dfa(lambda state, text: state if text == "a" else None, 1, set())
         job = Job([5, 6, 7], 6, table=table, slot=2)
-        assert client.port.load_constraint(2, table.data) == PortStatus.OK
+        assert client.port.load_constraint(2, table.data, PATIENCE_S) == PortStatus.OK
         first = answers(client, [job])[0]
-        assert client.port.load_constraint(2, only_a.data) == PortStatus.OK
+        assert client.port.load_constraint(2, only_a.data, PATIENCE_S) == PortStatus.OK
         second = answers(client, [job])[0]
-        assert client.port.load_constraint(2, table.data) == PortStatus.OK
+        assert client.port.load_constraint(2, table.data, PATIENCE_S) == PortStatus.OK
         third = answers(client, [job])[0]
         assert third.tokens == first.tokens != second.tokens
         assert second.tokens == [ord("a")] * 6

@@ -160,7 +160,7 @@ def running(
 
 def load_constraints(client: PortClient, jobs: list[Job]) -> None:
     for slot in {job.slot for job in jobs if job.slot is not None}:
-        assert client.port.load_constraint(slot, digits_table().data) == PortStatus.OK
+        assert client.port.load_constraint(slot, digits_table().data, PATIENCE_S) == PortStatus.OK
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cpu-ahead"])

@@ -114,7 +114,7 @@ def test_a_server_answers_over_zeromq_and_http_and_recovers(tmp_path: Path) -> N
     ):
         expected = port.generate(PROMPT, 24).tokens
     with ServerProcess(tmp_path, num_threads=1, orchestrator="cpu", http="127.0.0.1:0") as server:
-        with Client(server.endpoints[0]) as client:
+        with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
             assert client.generate(PROMPT, max_tokens=24, **GREEDY).token_ids == expected
         server.wait_for_log("serves on", 2)
         text = complete(f"http://127.0.0.1:{server.http_port}", PROMPT, 24)

@@ -23,7 +23,7 @@ def submit_with_everything(client: PortClient) -> None:
         table = build_constraint_table(TINY_VOCAB, [{i + 3: 1, i + 4: 0}, {i + 5: 0, i + 6: 1}], max_bytes=1 << 20)
         slot = i % client.port.num_constraint_slots
         if i < client.port.num_constraint_slots:
-            assert client.port.load_constraint(slot, table.data) == PortStatus.OK
+            assert client.port.load_constraint(slot, table.data, PATIENCE_S) == PortStatus.OK
         sampling = sampling_record(
             temperature=0.5 * (i % 3),
             top_k=5 * (i % 2),
