@@ -199,7 +199,7 @@ def test_drain_finishes_what_runs_and_rejects_what_comes(tiny: Path) -> None:
 
 def test_drain_is_bounded_by_a_client_that_does_not_read(tiny: Path) -> None:
     with (
-        running_engine(tiny, num_threads=1, num_completions=64, ingress_timeout_s=2.0) as engine,
+        running_engine(tiny, num_threads=1, num_completions=64, ingress_timeout_s=5.0) as engine,
         PortClient(engine.config.engine_name, 0) as client,
     ):
         for i in range(4):
