@@ -19,8 +19,8 @@ import datetime
 import json
 import os
 import platform
+import re
 import secrets
-import socket
 import statistics
 import subprocess
 import sys
@@ -56,7 +56,7 @@ TRACE_EVENTS: Final = 1 << 20
 TRACE_READ_S: Final = 0.5
 SAMPLED_STREAMS: Final = 128  # so many streams' arrivals are kept, of a long run fewer
 MAX_SAMPLED_TOKENS: Final = 2_000_000
-START_TIMEOUT_S: Final = 60.0
+START_TIMEOUT_S: Final = 180.0
 SCHEDULERS: Final = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_BATCH: "batch"}
 
 
@@ -65,10 +65,10 @@ class Server:
 
     def __init__(self, num_streams: int, step_us: int, folder: Path) -> None:
         self.engine_name = f"bench-{secrets.token_hex(4)}"
-        self.addresses = {"zmq": f"tcp://127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}"}
+        self.addresses: dict[str, str] = {}  # by transport, once it serves
         flags: dict[str, Any] = {
             "load_format": "null", "null_step_us": step_us, "device": "emulated", "engine_name": self.engine_name,
-            "bind": self.addresses["zmq"], "http": self.addresses["http"], "num_queue_pairs": 2, "max_batch": 512,
+            "bind": "tcp://127.0.0.1:*", "http": "127.0.0.1:0", "num_queue_pairs": 2, "max_batch": 512,
             "max_context": 2048, "num_completions": 1 << 16, "arena_bytes": 1 << 20, "max_outstanding": 4 * num_streams,
             "max_requests_per_s": 1 << 20, "trace_events": TRACE_EVENTS, "log_level": "info",
         }  # fmt: skip
@@ -83,10 +83,13 @@ class Server:
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while self._log_path.read_text().count("serves on") < 2:
+        while len(found := re.findall(r"serves on (\S+)\n", self._log_path.read_text())) < 2:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{self._log_path.read_text()}")
             time.sleep(0.05)
+        for endpoint in found:
+            scheme, _, address = endpoint.partition("://")
+            self.addresses |= {"http": address} if scheme == "http" else {"zmq": endpoint}
 
     def processes(self) -> list[Process]:
         return processes_of(self._process.pid)
@@ -111,11 +114,6 @@ def running_server(num_streams: int, step_us: int) -> Iterator[Server]:
             yield server
         finally:
             server.stop()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class TraceCollector:
@@ -164,7 +162,7 @@ def run_once(transport: str, options: argparse.Namespace, rate: float) -> dict[s
         for idx, name in enumerate(transports):
             plan = Plan(
                 transport=name, address=server.addresses[name], num_streams=num_streams, num_connections=min(options.connections, num_streams),
-                seconds=options.seconds + warm_s, least_tokens=max(1, options.tokens // 2), most_tokens=options.tokens * 3 // 2,
+                seconds=options.seconds + START_TIMEOUT_S, least_tokens=max(1, options.tokens // 2), most_tokens=options.tokens * 3 // 2,
                 sample_period=sample_period, seed=secrets.randbits(31), output=f"{folder}/{idx}.npz",
                 num_warm_messages=NUM_WARM_MESSAGES,
             )  # fmt: skip
@@ -190,6 +188,8 @@ def run_once(transport: str, options: argparse.Namespace, rate: float) -> dict[s
             for process in processes:
                 process.cpu_end_s = process.cpu_s()
             end_ns = time.monotonic_ns()
+            for client in clients:  # which began at different times: all of them run until here
+                client.terminate()
             for client in clients:
                 if client.wait(START_TIMEOUT_S) != 0:
                     raise RuntimeError("a client failed; its message is above")
