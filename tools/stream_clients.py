@@ -12,8 +12,10 @@ import json
 import random
 import re
 import select
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -291,6 +293,9 @@ class HttpClient:
         self._epoll.close()
 
 
+is_told_to_end = threading.Event()  # by SIGTERM: what was seen until then is saved
+
+
 def run(plan: Plan) -> Recorder:
     """Every stream begins; then `seconds` more."""
     recorder = Recorder(plan)
@@ -300,7 +305,11 @@ def run(plan: Plan) -> Recorder:
         client.turn(0.1)
     print("started", flush=True)
     deadline = time.monotonic() + plan.seconds
-    while time.monotonic() < deadline and not 0 < plan.most_requests <= recorder.num_requests:
+    while (
+        time.monotonic() < deadline
+        and not is_told_to_end.is_set()
+        and not 0 < plan.most_requests <= recorder.num_requests
+    ):
         client.turn(0.1)
     client.close()
     return recorder
@@ -308,6 +317,7 @@ def run(plan: Plan) -> Recorder:
 
 def main() -> int:
     plan = msgspec.json.decode(sys.argv[1], type=Plan)
+    signal.signal(signal.SIGTERM, lambda *_: is_told_to_end.set())
     run(plan).save()
     print(Path(plan.output).resolve(), flush=True)
     return 0
