@@ -85,26 +85,38 @@ BK_INLINE void prefetch_next_weights(const EngineParams& params, const Op* ops, 
   }
 }
 
+// Begins a producer's step. Null: the workers leave.
+BK_INLINE const StepPlan* begin_producer_step(const EngineParams& params, ProducerState& state) {
+  const StepPlan* plan = wait_plan(params, state.step);
+  state.op_idx = 0;
+  return plan->flags & kPlanExit ? nullptr : plan;
+}
+
+// The plan of the producer's step, looked up where it is used.
+BK_INLINE const StepPlan* producer_plan(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]); }
+BK_INLINE const Op& producer_op(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const Op*>(params.ops)[state.op_idx]; }
+
 BK_INLINE void weight_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
-  const Op* ops = reinterpret_cast<const Op*>(params.ops);
+  ProducerState& state = shared.producers[kWeightProducer];
   RingCursor cursor{0, 1};
-  u32 num_barriers = 0;
-  for (u32 step = 0;; step++) {
-    const StepPlan* plan = wait_plan(params, step);
-    if (plan->flags & kPlanExit) return;
-    for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-      const Op& op = ops[op_idx];
+  for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
+#pragma unroll 1
+    for (; state.op_idx < params.num_ops; state.op_idx++) {
+      const StepPlan* plan = producer_plan(params, state);
+      const Op& op = producer_op(params, state);
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
-        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, op_idx), shared_memory + kRingOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, state.op_idx), shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
-        produce_attention<kHeadDim>(params, op, plan, step, shared_memory, shared, attention_shared(shared_memory), cursor, num_barriers);
+        produce_attention<kHeadDim>(params, op, plan, state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
       }
-      if (!is_wide(plan->num_rows) && (is_gemm(op.kind) || op.kind == kOpAttention)) prefetch_next_weights(params, ops, op_idx);
-      num_barriers += phases_in_step(op.kind, *plan);
+      const StepPlan& done = *producer_plan(params, state);
+      const u32 kind = producer_op(params, state).kind;
+      if (!is_wide(done.num_rows) && (is_gemm(kind) || kind == kOpAttention)) prefetch_next_weights(params, reinterpret_cast<const Op*>(params.ops), state.op_idx);
+      state.num_barriers += phases_in_step(kind, done);
     }
     mbarrier_arrive(&shared.producers_done);
   }
@@ -113,25 +125,24 @@ BK_INLINE void weight_producer(const EngineParams& params) {
 BK_INLINE void input_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
-  const Op* ops = reinterpret_cast<const Op*>(params.ops);
+  ProducerState& state = shared.producers[kInputProducer];
   RingCursor cursor{0, 1};
-  u32 num_barriers = 0;
-  for (u32 step = 0;; step++) {
-    const StepPlan* plan = wait_plan(params, step);
-    if (plan->flags & kPlanExit) return;
-    for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-      const Op& op = ops[op_idx];
-      num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
+  for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
+#pragma unroll 1
+    for (; state.op_idx < params.num_ops; state.op_idx++) {
+      const StepPlan* plan = producer_plan(params, state);
+      const Op& op = producer_op(params, state);
+      state.num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
         if (kPaired && !is_wide(num_rows)) enter_shared_inputs(params, gemm_shape(op, num_rows), shared, cursor);
-        wait_grid(params, num_barriers);
+        wait_grid(params, state.num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
         if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
         else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
       }
-      num_barriers++;
+      state.num_barriers++;
     }
     mbarrier_arrive(&shared.producers_done);
   }

@@ -60,6 +60,16 @@ struct ComputeState {
   u32 leaves;           // the plan says exit
 };
 
+// Where a producer is in the program. In shared memory, because what lives through all ops would take registers that some op lacks.
+struct ProducerState {
+  u32 step;
+  u32 op_idx;
+  u32 num_barriers;  // grid barriers of the ops before
+  u32 reserved0;
+};
+constexpr u32 kWeightProducer = 0;
+constexpr u32 kInputProducer = 1;
+
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
@@ -89,6 +99,7 @@ struct WorkerShared {
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
   PairShared pair;
+  ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
@@ -97,7 +108,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232176;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232208;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
