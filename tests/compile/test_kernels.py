@@ -30,8 +30,8 @@ from blinkimp.lab.shapes import LLAMA_3_8B
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
 REGISTERS_PER_MULTIPROCESSOR = 65536
 REGISTERS_ALLOCATED_AT_ONCE = 8  # per thread
-# On the Hopper kernel's stack: a word of predicates that live through the loop over ops, a convergence barrier of the roles' branch, three words of the
-# warp that plans attention. The loops over slices and pages, which are the hot ones, spill none (device/PERFORMANCE.md). To be brought back to 0.
+# On the Hopper kernel's stack: a word of predicates that live through the loop over ops, a convergence barrier of the roles' branch, three words of
+# the warp that plans attention. The loops over slices and pages, which are the hot ones, spill none (device/PERFORMANCE.md). To be brought back to 0.
 MOST_SPILL_BYTES = {KERNEL_SOURCE: 136}
 
 QWEN_3_4B = LLAMA_3_8B | {
