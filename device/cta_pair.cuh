@@ -35,7 +35,7 @@ BK_INLINE bool has_partner(const EngineParams& params) { return kPaired && cta_i
 // One producer's word to the partner's, and the partner's awaited.
 BK_INLINE void meet_partner(const EngineParams& params, u64* ready, u32& parity, u32 site) {
   mbarrier_arrive(ready);
-  mbarrier_arrive_cluster_if(ready, pair_rank() ^ 1, true);
+  mbarrier_arrive_cluster(ready, pair_rank() ^ 1, 1);
   wait_mbarrier(params, ready, parity, site);
   parity ^= 1;
 }

@@ -72,15 +72,15 @@ struct MainLoop {
   RingCursor inputs;
   u64 a_base;
   u64 b_base;
-  bool elected;  // the warpgroup's thread that gives stages back
-  bool shares_inputs;  // they are to be given back to the partner, too
+  u32 num_arrivals;    // of this thread where a stage is given back: 0 but for one of the warpgroup, 2 for a warpgroup that is alone
+  bool shares_inputs;  // input stages are to be given back to the partner, too
 
   BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
   BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
-  BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_if(&shared.weights_empty[stage], elected && used); }
-  BK_INLINE void give_inputs(u32 stage, bool used) const { give_input_stage(shared, stage, shares_inputs, elected && used); }
+  BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[stage], used ? num_arrivals : 0); }
+  BK_INLINE void give_inputs(u32 stage, bool used) const { give_input_stage(shared, stage, shares_inputs, used ? num_arrivals : 0); }
 };
 
 template <int kColumns>
@@ -168,7 +168,7 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
-                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0, shares_inputs(shape)};
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? (kTileRows == kColumns ? 2u : 1u) : 0u, shares_inputs(shape)};
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
   else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
@@ -198,6 +198,12 @@ BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 
   epilogue.template finish<kColumns, false>(row_begin, column, d, prefetched, row_scale);
 }
 
+// Tiles of at most so many weight rows are warpgroup 0's alone. A warpgroup reads all of the inputs from shared memory for its weight rows, which for few of
+// them takes longer than the products: 160 clk a slice of 32 rows for both warpgroups, 96 for one (device/PERFORMANCE.md). 0: all tiles are divided.
+#ifndef BK_LONE_ROWS
+#define BK_LONE_ROWS 0
+#endif
+
 // Runs all items of an op for this CTA.
 // kFirstColumns: the weight rows of a tile that are warpgroup 0's in the narrow shape. kScaled: the op normalises its input.
 template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
@@ -214,7 +220,9 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
       break;
     }
     if constexpr (kScaled) scales.enter(shared, 0);
-    if constexpr (kTileRows == 2 * kFirstColumns) {  // one copy of the code for both: there is much of it, and instructions come from L2, too
+    if constexpr (kTileRows <= BK_LONE_ROWS) {
+      if (warpgroup == 0) run_item<kTileRows, kTileRows, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);
+    } else if constexpr (kTileRows == 2 * kFirstColumns) {  // one copy of the code for both: there is much of it, and instructions come from L2, too
       run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, warpgroup * kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
     } else if (warpgroup == 0) {
       run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);

@@ -95,9 +95,10 @@ BK_INLINE void align_inputs(const EngineParams& params, const GemmShape& shape, 
 }
 
 // An input stage that is given back, to the partner first: when the own ring is drained, the partner has been told of every stage.
-BK_INLINE void give_input_stage(WorkerShared& shared, u32 stage, bool is_shared, bool arrives) {
-  if constexpr (kPaired) mbarrier_arrive_cluster_if(&shared.pair.inputs_empty[stage], pair_rank() ^ 1, arrives && is_shared);
-  mbarrier_arrive_if(&shared.inputs_empty[stage], arrives);
+// count: 0 (nothing), 1, or 2 for both warpgroups.
+BK_INLINE void give_input_stage(WorkerShared& shared, u32 stage, bool is_shared, u32 count) {
+  if constexpr (kPaired) mbarrier_arrive_cluster(&shared.pair.inputs_empty[stage], pair_rank() ^ 1, is_shared ? count : 0);
+  mbarrier_arrive_count(&shared.inputs_empty[stage], count);
 }
 
 // The inputs of a tile that does not exist, the last of this CTA's walk: its partner's copies come here, too. One warp of each warpgroup; the others
@@ -109,7 +110,7 @@ BK_INLINE void drain_inputs(const EngineParams& params, const GemmShape& shape, 
   for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
     if (is_giver) {
       wait_mbarrier_warp(params, &shared.inputs_full[cursor.stage], cursor.phase, kSiteInputRing);
-      give_input_stage(shared, cursor.stage, true, thread_idx() % 32 == 0);
+      give_input_stage(shared, cursor.stage, true, thread_idx() % 32 == 0 ? 1 : 0);
     }
     cursor.advance(kInputStages);
   }

@@ -132,7 +132,7 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
 // A weight stage that is given back, to the partner first: its producer may count on the order (align_producer).
 BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool used) {
   for (u32 i = 0; i < num_stages; i++) {
-    if constexpr (kPaired) mbarrier_arrive_cluster_if(&loop.shared.pair.stage_empty[stage + i], pair_rank() ^ 1, loop.elected && used);
+    if constexpr (kPaired) mbarrier_arrive_cluster(&loop.shared.pair.stage_empty[used ? stage + i : 0], pair_rank() ^ 1, used ? loop.num_arrivals : 0);
     loop.give_weights(stage + i, used);
   }
 }
@@ -216,7 +216,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tili
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
   MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
-                thread_idx() % 128 == 0, false};
+                thread_idx() % 128 == 0 ? 1u : 0u, false};
 #pragma unroll 1
   for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
     const GemmItem item = gemm_item(tiling, idx);

@@ -51,7 +51,7 @@ struct ProjectEpilogue {
   template <int kColumns, bool kWide, class Prefetched>
   BK_INLINE void finish(u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Prefetched& loaded, const f32*) const {
     constexpr u32 kNumParts = kColumns / kHalfColumns;
-    static_assert(kWide ? kColumns == kSquaresColumns : kColumns == kHalfColumns, "a group of the sums of squares, or half of one");
+    static_assert(kColumns == kSquaresColumns || (kColumns == kHalfColumns && !kWide), "a group of the sums of squares, or a warpgroup's half of one");
     const u32 column_begin = uniform(first_column);
     const u32 hidden = params.dims.hidden;
     const u32 tile_rows = kWide ? kRowTile : input_tile_rows(num_rows);
@@ -83,17 +83,17 @@ struct ProjectEpilogue {
     }
 #pragma unroll
     for (u32 i = 0; i < 2 * kNumParts; i++) sums[i / kNumParts][i % kNumParts] = quad_sum(sums[i / kNumParts][i % kNumParts]);
-    store_squares<kColumns, kWide>(first_row, column_begin, sums);
+    store_squares<kColumns>(first_row, column_begin, sums);
   }
 
  private:
-  template <int kColumns, bool kWide>
+  template <int kColumns>
   BK_INLINE void store_squares(u32 first_row, u32 column_begin, const f32 (&sums)[2][kColumns / kHalfColumns]) const {
     const u32 num_parts = params.dims.hidden / kSquaresColumns;
     const u32 part = column_begin / kSquaresColumns;
     f32* parts = reinterpret_cast<f32*>(params.workspaces[kWsSquares]) + part;
     const bool stores = thread_idx() % 4 == 0 && part < num_parts;
-    if constexpr (kWide) {
+    if constexpr (kColumns == kSquaresColumns) {
 #pragma unroll
       for (u32 half = 0; half < 2; half++) {
         const u32 row = first_row + half * 8;

@@ -1,15 +1,10 @@
-// PTX that attention alone needs: barriers with a run-time number, counted mbarrier arrivals, a transposed operand. GPU only.
+// PTX that attention alone needs: barriers with a run-time number, a transposed operand. GPU only.
 //
 // Called by device/attention*.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; tests/host/simt90/ptx_attention.cuh stands in for it without a GPU.
 #pragma once
 #include <ptx_sm90.cuh>
 
 namespace blinkimp {
-
-// Arrives `count` times at once (0: not at all), without a branch: a warpgroup that alone read a stage arrives for both.
-BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0], %1;}" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
 
 // Barrier `id` of num_threads threads: sync waits for all, arrive only counts.
 BK_INLINE void barrier_sync(u32 id, u32 num_threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory"); }

@@ -13,15 +13,15 @@ BK_INLINE void bulk_copy_to_cluster(void* destination, const void* source, u32 n
                : "memory");
 }
 
-// Arrives on the mbarrier at this address in CTA `rank` of the cluster. Without a branch, as mbarrier_arrive_if(). Orders the completion of this
+// Arrives `count` times (0: not at all) on the mbarrier at this address in CTA `rank` of the cluster, without a branch. Orders the completion of this
 // thread's wgmma reads (awaited before) against copies that the other CTA starts after its wait; no plain stores: release at cluster scope would be
 // a fence of the whole GPU's memory (MEMBAR.ALL.GPU) in every slice. mapa without the predicate: a register that is written only sometimes lives through
 // the loop around, and was spilled in every main loop.
-BK_INLINE void mbarrier_arrive_cluster_if(u64* barrier, u32 rank, bool arrives) {
+BK_INLINE void mbarrier_arrive_cluster(u64* barrier, u32 rank, u32 count) {
   asm volatile(
       "{.reg .pred p; .reg .b32 remote; setp.ne.u32 p, %2, 0; mapa.shared::cluster.u32 remote, %0, %1;"
-      " @p mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(shared_address(barrier)),
-      "r"(rank), "r"(static_cast<u32>(arrives))
+      " @p mbarrier.arrive.shared::cluster.b64 _, [remote], %2;}" ::"r"(shared_address(barrier)),
+      "r"(rank), "r"(count)
       : "memory");
 }
 

@@ -26,6 +26,11 @@ BK_INLINE void mbarrier_arrive_if(u64* barrier, bool arrives) {
   asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(shared_address(barrier)), "r"(static_cast<u32>(arrives)) : "memory");
 }
 
+// Arrives `count` times at once (0: not at all), without a branch: a warpgroup that alone read a stage arrives for both.
+BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0], %1;}" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
 BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_bytes) : "memory");
 }

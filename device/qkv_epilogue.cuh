@@ -80,7 +80,7 @@ struct QkvEpilogue {
     const f32 scales[2] = {row_scale[row], row_scale[row + 8]};
     scale_fragment(d, scales);
     add_bias(d, op, column_begin);
-    if (op.q_norm != 0 && column_begin < num_rotated()) norm_head<kColumns, kWide>(d, column_begin);
+    if (op.q_norm != 0 && column_begin < num_rotated()) norm_head<kColumns>(d, column_begin);
     if constexpr (kWide) {
       float2 turns[2][kColumns / 8];
       load_turns<kColumns>(loaded.places, column_begin, turns);
@@ -126,16 +126,17 @@ struct QkvEpilogue {
 
   // The head that the tile is (host/gpu_weights.py sees to it that it is one), over its rms, times its gain. A head's halves are summed apart and
   // then added, because in the narrow shape they are two warpgroups'.
-  template <int kColumns, bool kWide>
+  template <int kColumns>
   BK_INLINE void norm_head(f32 (&d)[kColumns / 2], u32 column_begin) const {
-    constexpr u32 kHalfBlocks = kWide ? kColumns / 16 : kColumns / 8;
+    constexpr bool kWhole = kColumns == kTileRows;
+    constexpr u32 kHalfBlocks = kWhole ? kColumns / 16 : kColumns / 8;
     f32 sums[2];
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       sums[half] = squares_of<kHalfBlocks>(d, half, 0);
-      if constexpr (kWide) sums[half] = __fadd_rn(sums[half], squares_of<kHalfBlocks>(d, half, kHalfBlocks));
+      if constexpr (kWhole) sums[half] = __fadd_rn(sums[half], squares_of<kHalfBlocks>(d, half, kHalfBlocks));
     }
-    if constexpr (!kWide) {
+    if constexpr (!kWhole) {
       const u32 thread = thread_idx();
       const u32 row = fragment_row(0);
       if (thread % 4 == 0) {

@@ -5,10 +5,6 @@
 
 namespace blinkimp {
 
-BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
-  if (count) simt90::arrive(barrier, count);
-}
-
 BK_INLINE void barrier_sync(u32 id, u32 num_threads) { simt::machine.barrier(id, num_threads); }
 BK_INLINE void barrier_arrive(u32 id, u32 num_threads) {
   simt::Rendezvous& place = simt::machine.barriers[id];

@@ -15,8 +15,8 @@ BK_INLINE void bulk_copy_to_cluster(void* destination, const void* source, u32 n
   }
 }
 
-BK_INLINE void mbarrier_arrive_cluster_if(u64* barrier, u32 rank, bool arrives) {
-  if (arrives) simt90::arrive(simt90::partner_slot(rank).barriers.at(barrier), 1);
+BK_INLINE void mbarrier_arrive_cluster(u64* barrier, u32 rank, u32 count) {
+  if (count) simt90::arrive(simt90::partner_slot(rank).barriers.at(barrier), count);
 }
 
 BK_INLINE void cluster_sync() {

@@ -100,6 +100,9 @@ BK_INLINE void mbarrier_arrive(u64* barrier) { simt90::arrive(barrier, 1); }
 BK_INLINE void mbarrier_arrive_if(u64* barrier, bool arrives) {
   if (arrives) simt90::arrive(barrier, 1);
 }
+BK_INLINE void mbarrier_arrive_count(u64* barrier, u32 count) {
+  if (count) simt90::arrive(barrier, count);
+}
 BK_INLINE void mbarrier_arrive_expect_bytes(u64* barrier, u32 num_bytes) {
   simt90::barriers.at(barrier).num_bytes += num_bytes;
   simt90::arrive(barrier, 1);
