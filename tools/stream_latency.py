@@ -2,7 +2,8 @@
 
 The trace says when the director committed each token of each request (by ring id), the client when each event of its requests came. A
 request's first tokens are its name in both: the null program draws them by the seed, of thousands of tokens, so no two requests of a run
-begin alike, but for one that was submitted again, to an engine that had dropped its ingress: neither counts. Both clocks are CLOCK_MONOTONIC. Used by tools/bench_streams.py. Test: pytest tests/null/test_stream_latency.py
+begin alike, but for one that was submitted again, to an engine that had dropped its ingress: neither counts. Both clocks are CLOCK_MONOTONIC.
+Used by tools/bench_streams.py. Test: pytest tests/null/test_stream_latency.py
 """
 
 from __future__ import annotations
