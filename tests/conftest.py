@@ -1,5 +1,5 @@
-"""Before any test: an up-to-date native library, and hypothesis without deadlines and chance. GPU tests are skipped, with the reason, where
-no GPU can be used.
+"""Before any test: an environment without the settings of whoever runs them, an up-to-date native library, and hypothesis without deadlines
+and chance. GPU tests are skipped, with the reason, where no GPU can be used.
 
 The library is built from the tree under test (tools/build_native.py does nothing when it is current), unless
 BLINKIMP_NATIVE_LIBRARY names another build. Run: pytest (everything but gpu), pytest -m gpu (on a GPU machine),
@@ -19,8 +19,22 @@ from tests.support import load_tool
 build_error: str | None = None  # why the native library could not be built; tests that need it fail with this
 
 
+# What the tests are run with; whatever else begins with BLINKIMP_ is a setting of whoever runs them.
+OUR_VARIABLES = frozenset({"BLINKIMP_NATIVE_LIBRARY", "BLINKIMP_CACHE_DIR", "BLINKIMP_TEST_SEED"})
+TERMINAL_VARIABLES = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+
+
+def leave_settings_outside() -> None:
+    """Programs that the tests start inherit the environment: their output is read as text, and their servers are this machine's."""
+    for name in [*TERMINAL_VARIABLES, *(key for key in os.environ if key.startswith("BLINKIMP_"))]:
+        if name not in OUR_VARIABLES:
+            os.environ.pop(name, None)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
+
+
 def pytest_configure() -> None:
     global build_error
+    leave_settings_outside()
     if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it; no test there needs it
         from hypothesis import HealthCheck, settings
 
