@@ -24,6 +24,7 @@ from blinkimp.trace.arrivals import collect_arrivals
 from tests.fake_director import FakeDirector
 from tests.http_support import MODEL, scripted
 from tests.ingress_support import Served, engine_name, serve, wait_until
+from tests.support import PATIENCE_S
 
 LIFE = [
     TraceKind.RECEIVED, TraceKind.CLAIMED, TraceKind.COMMITTED, TraceKind.FIRST_DRAINED, TraceKind.STREAMED,
@@ -56,7 +57,7 @@ def lives(events: NDArray[np.void]) -> list[list[TraceKind]]:
 def test_the_life_of_a_request_at_an_ingress(tmp_path: Path) -> None:
     with traced(tmp_path) as served, reader_of(served) as reader:
         began_ns = time.monotonic_ns()
-        with Client(served.endpoint) as client:
+        with Client(served.endpoint, timeout_s=PATIENCE_S) as client:
             for _ in range(3):
                 assert client.generate([5, 6, 7], max_tokens=9, ignore_eos=True).finish.num_output_tokens == 9
         wait_until_forgotten(served)
@@ -77,7 +78,7 @@ def test_a_cancelled_request_says_so_and_is_forgotten(tmp_path: Path) -> None:
     with traced(tmp_path) as served, reader_of(served) as reader:
         served.director.paused = True
         served.director.num_allowed_steps = 1
-        with Client(served.endpoint) as client:
+        with Client(served.endpoint, timeout_s=PATIENCE_S) as client:
             stream = client.submit([5, 6], max_tokens=50, ignore_eos=True)
             assert len(next(iter(stream)).token_ids) == 1
             stream.cancel()
@@ -95,7 +96,7 @@ def test_a_resubmitted_request_goes_on_under_its_new_id(tmp_path: Path) -> None:
     with traced(tmp_path) as served, reader_of(served) as reader:
         served.director.paused = True
         served.director.num_allowed_steps = 2
-        with Client(served.endpoint) as client:
+        with Client(served.endpoint, timeout_s=PATIENCE_S) as client:
             stream = client.submit([5, 6], max_tokens=20, ignore_eos=True)
             num_tokens = 0
             while num_tokens < 2:
@@ -146,7 +147,7 @@ def test_without_a_trace_nothing_is_written(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         assert served.ingress.link.trace is None
         assert not list(SHM_DIR.glob(f"blinkimp.{served.director.regions.engine_name}.trace*"))
-        with Client(served.endpoint) as client:
+        with Client(served.endpoint, timeout_s=PATIENCE_S) as client:
             assert client.generate([5], max_tokens=2, ignore_eos=True).finish.num_output_tokens == 2
 
 

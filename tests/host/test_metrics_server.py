@@ -65,7 +65,7 @@ def test_one_answer_has_all_ingresses_and_each_engine_counter_once(tmp_path: Pat
             with (
                 http_ingress(name, tmp_path) as http,
                 metrics_server(name, "--metrics-prefix", "vllm:", "--model-name", "m") as url,
-                Client(endpoint) as client,
+                Client(endpoint, timeout_s=PATIENCE_S) as client,
             ):
                 http.complete([5, 6, 7], max_tokens=4, ignore_eos=True)
                 assert len(list(client.submit([5, 6], max_tokens=6, ignore_eos=True).tokens())) == 6

@@ -111,7 +111,7 @@ def _streams(path: Path) -> list[list[int]]:
 
 
 def test_an_ingress_that_was_not_asked_to_writes_nothing_down(tmp_path: Path) -> None:
-    with serve(tmp_path) as served, Client(served.endpoint) as client:
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
         client.generate([3, 4], max_tokens=2)
         assert not list(tmp_path.rglob("*.jsonl"))
         served.ingress.link.capture_arrivals(tmp_path / "captured")

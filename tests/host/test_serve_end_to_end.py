@@ -46,7 +46,10 @@ def tokenizer() -> Tokenizer:
 
 def test_text_streams_and_is_the_same_over_every_way_in(server: ServerProcess, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(PROMPT).tolist()
-    with Client(server.endpoints[0]) as first, Client(server.endpoints[1]) as second:
+    with (
+        Client(server.endpoints[0], timeout_s=PATIENCE_S) as first,
+        Client(server.endpoints[1], timeout_s=PATIENCE_S) as second,
+    ):
         assert first.health().status == second.health().status == "ok"
         assert [first.health().queue_pair_idx, second.health().queue_pair_idx] == [0, 1]
         for _ in range(NUM_TRIES):  # should all of it have come at once, to a process that slept meanwhile: once more
@@ -70,7 +73,10 @@ def test_text_streams_and_is_the_same_over_every_way_in(server: ServerProcess, t
 
 def test_seed_decides_sampled_tokens(server: ServerProcess) -> None:
     options = {"max_tokens": 24, "temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
-    with Client(server.endpoints[0]) as first, Client(server.endpoints[1]) as second:
+    with (
+        Client(server.endpoints[0], timeout_s=PATIENCE_S) as first,
+        Client(server.endpoints[1], timeout_s=PATIENCE_S) as second,
+    ):
         drawn = first.generate(PROMPT, **options)
         again = second.generate(PROMPT, seed=drawn.seed, **options)
         others = [second.generate(PROMPT, seed=drawn.seed ^ bit, **options).token_ids for bit in (1, 2, 4)]
@@ -79,7 +85,7 @@ def test_seed_decides_sampled_tokens(server: ServerProcess) -> None:
 
 def test_wild_output_is_whole_characters(server: ServerProcess, tokenizer: Tokenizer) -> None:
     """At this temperature most tokens are drawn from everywhere, pieces of characters among them."""
-    with Client(server.endpoints[0]) as client:
+    with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
         streams = [
             client.submit("naïve 😀", max_tokens=48, temperature=100.0, seed=seed, ignore_eos=True) for seed in range(8)
         ]
@@ -91,7 +97,7 @@ def test_wild_output_is_whole_characters(server: ServerProcess, tokenizer: Token
 
 
 def test_stop_ids_and_eos(server: ServerProcess, tokenizer: Tokenizer) -> None:
-    with Client(server.endpoints[0]) as client:
+    with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
         free = client.generate(PROMPT, max_tokens=32, temperature=0, ignore_eos=True).token_ids
         stop = free[10]
         stopped = client.generate(PROMPT, max_tokens=32, temperature=0, stop_token_ids=[stop], ignore_eos=True)
@@ -101,7 +107,7 @@ def test_stop_ids_and_eos(server: ServerProcess, tokenizer: Tokenizer) -> None:
 
 def test_ingress_that_was_stopped_for_too_long_comes_back(server: ServerProcess) -> None:
     """The director drops it and frees its pages; once it runs again it attaches and resubmits, and no token is lost or doubled."""
-    with Client(server.endpoints[0]) as client:
+    with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
         expected = client.generate(PROMPT, max_tokens=500, temperature=0, ignore_eos=True).token_ids
         before = client.stats()
         pid = server.ingress_pid(0)
@@ -138,8 +144,8 @@ def test_client_that_stops_reading_gets_everything_later(server: ServerProcess) 
     sampling = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
     with (
         RawClient(server.endpoints[0], recv_hwm=1, recv_bytes=4096) as slow,
-        Client(server.endpoints[0]) as same_ingress,
-        Client(server.endpoints[1]) as other_ingress,
+        Client(server.endpoints[0], timeout_s=PATIENCE_S) as same_ingress,
+        Client(server.endpoints[1], timeout_s=PATIENCE_S) as other_ingress,
     ):
         expected = same_ingress.generate("x", max_tokens=max_tokens, temperature=0, ignore_eos=True).token_ids
         for request_id in range(num_requests):

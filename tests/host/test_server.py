@@ -30,7 +30,7 @@ def test_32_streams_through_an_ingress_finish_while_the_supervisor_is_stopped(tm
 def test_killed_ingress_is_started_again_and_the_other_one_does_not_notice(tmp_path: Path) -> None:
     # The ring holds few completions: streams of an ingress that does not read them do not end before its death is noticed.
     with ServerProcess(tmp_path, num_ingress=2, num_completions=256, ingress_timeout_s=1.0) as server:
-        with Client(server.endpoints[1]) as client:
+        with Client(server.endpoints[1], timeout_s=PATIENCE_S) as client:
             expected = client.generate(PROMPT, max_tokens=300, **GREEDY).token_ids
         victim_pid = server.ingress_pid(0)
         with streams_held(server, (server.endpoints[1], 4, 300), (server.endpoints[0], 4, 600)) as (untouched, doomed):

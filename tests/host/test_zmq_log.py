@@ -31,7 +31,7 @@ def test_every_request_leaves_one_line_of_json(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             endpoint = process.stdout.readline().split()[1]
-            with Client(endpoint) as client:
+            with Client(endpoint, timeout_s=PATIENCE_S) as client:
                 assert len(list(client.submit([5, 6, 7], max_tokens=4, ignore_eos=True).tokens())) == 4
                 refusals = 0
                 for prompt in ([], [999999]):
