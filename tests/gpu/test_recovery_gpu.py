@@ -106,8 +106,7 @@ def test_streams_go_on_after_a_fault(
         if symptom == Symptom.FAULT_RECORD:
             record_fault(server)  # the kernel knows nothing of it and runs on: it must go with its process
         else:
-            number = signal.SIGUSR1 if symptom == "trap" else signal.SIGKILL
-            os.kill(server.pid_of("host.engine_process"), number)
+            server.kill("host.engine_process", signal.SIGUSR1 if symptom == "trap" else signal.SIGKILL)
         began_at = time.monotonic()
         assert jobs.num_ended < len(jobs.jobs), "some streams must still run"
         wait_for(lambda: num_restarts(server) == 1, PATIENCE_S, "the next engine has made its memory")
