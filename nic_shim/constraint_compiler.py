@@ -4,7 +4,8 @@ Called on a thread of its own by nic_shim/message_handler.py and nic_shim/http_a
 
 Invariants
 I1  No constraint can keep a stream waiting: compiling happens in another process, which is killed once it has computed for
-    COMPILE_TIMEOUT_S. On a machine that gives it less than all of a CPU that takes longer, but not beyond MOST_WAIT_FACTOR times.
+    COMPILE_TIMEOUT_S. On a machine that gives it less than all of a CPU that takes longer, but not beyond MOST_WAIT_FACTOR times: then the
+    machine is too busy, and the constraint may be sent again. What is the machine's fault is not kept in the cache.
 I2  The cache holds CACHE_BYTES at most; the least recently used goes first.
 """
 
@@ -32,18 +33,17 @@ from blinkimp.protocol import Constraint, Error, ErrorCode
 COMPILE_TIMEOUT_S: Final = 10.0  # of CPU time: what a constraint costs does not depend on who else computes
 MOST_WAIT_FACTOR: Final = 6
 LOOK_PERIOD_S: Final = 0.25  # at the CPU time
-START_TIMEOUT_S: Final = 30.0  # of the worker, until it is ready
+START_TIMEOUT_S: Final = 60.0  # of the worker, until it is ready
 CACHE_BYTES: Final = 64 << 20
 MAX_CONSTRAINT_CHARS: Final = 256 << 10
+REMEDIES: Final = {"constraint_too_large": "simplify it", "busy": "send it again"}
 
 
 class ConstraintProblem(Exception):  # noqa: N818  (it is the client's problem)
     """The constraint is refused; `error` is the reply, with id 0."""
 
     def __init__(self, code: ErrorCode, problem: str, constraint: Constraint) -> None:
-        remedy = (
-            "simplify it" if code == "constraint_too_large" else "correct it; nic_shim/HTTP.md says what is supported"
-        )
+        remedy = REMEDIES.get(code, "correct it; nic_shim/HTTP.md says what is supported")
         self.error = Error(
             0,
             code,
@@ -132,7 +132,16 @@ class ConstraintCompiler:
 
     def _compile(self, constraint: Constraint, key: bytes) -> LoadedConstraint | ConstraintProblem:
         try:
-            answer = self._ask(constraint)
+            worker = self._worker or self._start_worker()
+        except (TimeoutError, OSError, EOFError) as error:
+            self._end_worker()
+            problem = f"what compiles it did not start within {START_TIMEOUT_S:g} s ({type(error).__name__})"
+            raise ConstraintProblem("busy", problem, constraint) from error
+        try:
+            answer = self._ask(worker, constraint)
+        except ConstraintProblem:
+            self._end_worker()
+            raise
         except TimeoutError:
             self._end_worker()
             problem = f"compiling it takes more than {self._timeout_s:g} s"
@@ -146,14 +155,21 @@ class ConstraintCompiler:
             return ConstraintProblem(code, answer.problem, constraint)
         return LoadedConstraint(key, ConstraintTable.parse(answer.table))
 
-    def _ask(self, constraint: Constraint) -> Compiled:
-        worker = self._worker or self._start_worker()
+    def _ask(self, worker: subprocess.Popen[bytes], constraint: Constraint) -> Compiled:
+        """Raises TimeoutError for the constraint's own time, ConstraintProblem for that of a machine which has too little for it."""
         assert worker.stdin is not None and worker.stdout is not None
         pid, begin_s = worker.pid, _cpu_seconds(worker.pid)
-        most_wait_at = time.monotonic() + MOST_WAIT_FACTOR * self._timeout_s
+        most_wait_s = MOST_WAIT_FACTOR * self._timeout_s
+        began_at = time.monotonic()
 
         def is_over() -> bool:
-            return time.monotonic() > most_wait_at or _cpu_seconds(pid) - begin_s > self._timeout_s
+            if _cpu_seconds(pid) - begin_s > self._timeout_s:
+                return True
+            if time.monotonic() > began_at + most_wait_s:
+                raise ConstraintProblem(
+                    "busy", f"it was not compiled within {most_wait_s:g} s, on a busy machine", constraint
+                )
+            return False
 
         payload = msgspec.msgpack.encode(constraint)
         worker.stdin.write(LENGTH.pack(len(payload)) + payload)
