@@ -96,7 +96,7 @@ def test_every_kernel_is_covered_here() -> None:
     assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE}
 
 
-@pytest.mark.parametrize("build", map("".join, HOPPER_BUILDS))
+@pytest.mark.parametrize("build", ["".join(build) for build in HOPPER_BUILDS])
 @pytest.mark.timeout(1800)  # minutes where others compile too
 def test_persistent_kernel_compiles_with_few_spills(
     compilations: dict[tuple[str, str], Future[Compiled]], build: str
