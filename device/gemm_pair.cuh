@@ -101,16 +101,16 @@ BK_INLINE void give_input_stage(WorkerShared& shared, u32 stage, bool is_shared,
   mbarrier_arrive_count(&shared.inputs_empty[stage], count);
 }
 
-// The inputs of a tile that does not exist, the last of this CTA's walk: its partner's copies come here, too. One warp of each warpgroup; the others
-// only count along, up to the barrier at the op's end.
+// The inputs of a tile that does not exist, the last of this CTA's walk: its partner's copies come here, too. Warpgroup 0 for both, because it alone has
+// counted along where tiles are not divided; by one warp, the others only count, up to the barrier at the op's end.
 BK_INLINE void drain_inputs(const EngineParams& params, const GemmShape& shape, WorkerShared& shared, RingCursor& cursor) {
   const u32 input_bytes = shape.num_slices * shape.input_rows * 128;
-  const bool is_giver = uniform(thread_idx() % 128 / 32) == 0;
+  const bool is_giver = uniform(thread_idx() / 32) == 0;
 #pragma unroll 1
   for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
     if (is_giver) {
       wait_mbarrier_warp(params, &shared.inputs_full[cursor.stage], cursor.phase, kSiteInputRing);
-      give_input_stage(shared, cursor.stage, true, thread_idx() % 32 == 0 ? 1 : 0);
+      give_input_stage(shared, cursor.stage, true, is_first_thread() ? 2 : 0);
     }
     cursor.advance(kInputStages);
   }

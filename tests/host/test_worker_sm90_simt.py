@@ -130,7 +130,7 @@ def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np
 
 @pytest.mark.parametrize(
     "defines",
-    [{"BK_PREFETCH_BYTES": "20000"}, {"BK_PAIRED": "1"}, {"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8", "BK_LONE_ROWS": "64"}],
+    [{"BK_PREFETCH_BYTES": "20000"}, {"BK_PAIRED": "1"}, {"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8", "BK_LONE_ROWS": "128"}],
     ids=["alone", "paired", "paired-always"],
 )  # fmt: skip
 def test_steps_in_a_row(
