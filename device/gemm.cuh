@@ -9,6 +9,7 @@
 // slices as fit.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
+#include <gemm_pair.cuh>
 #include <ptx_wgmma.cuh>
 #include <row_scales.cuh>
 

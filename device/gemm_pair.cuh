@@ -1,9 +1,9 @@
-// Which tiles of a GEMM of at most 64 rows are whose, and how a pair of CTAs shares the inputs: each brings half of every stage into both SMs. GPU only.
+// How a pair of CTAs shares the inputs of a GEMM of at most 64 rows: each brings half of every stage into both SMs. GPU only.
 //
 // Problem: every CTA reads all of the step's inputs, 64 rows x K x 2 bytes, beside its tile's weights. In `down` at 64 rows these are 8 KB of inputs a
 // slice to 4 KB of weights, more than L2 gives to an SM (35 B/clk) at HBM's pace. A multicast is one read of L2 for two SMs.
-// Rule: where inputs are shared, pairs of CTAs walk pairs of tiles, 2i and 2i + 1. The last pair of tiles may lack the second: its CTA only takes part
-// in the copies (drain_inputs). Below kSharedInputRows the weights are the most of the bytes, and nothing is shared.
+// Rule: where inputs are shared, pairs of CTAs walk pairs of tiles, 2i and 2i + 1 (gemm_shape.cuh). The last pair of tiles may lack the second: its CTA
+// only takes part in the copies (drain_inputs). Below kSharedInputRows the weights are the most of the bytes, and nothing is shared.
 //   entering   own input ring drained, cursor at stage 0, partner told, partner's word awaited: before the producer waits for the grid, so the
 //              handshake is over when the inputs are there. Consumers put their cursor at stage 0 too.
 //   a stage    is refilled when the own warpgroups gave it back (inputs_empty) and the partner's did (pair.inputs_empty).
@@ -11,48 +11,9 @@
 // partner's use of it and the copy.
 // Called by device/gemm.cuh, device/worker.cuh. Test: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
-#include <cta_pair.cuh>
-
-// Rows of an input tile from which on a pair shares its inputs, of 8, 16, 32 and 64; 65 is never.
-#ifndef BK_SHARED_INPUT_ROWS
-#define BK_SHARED_INPUT_ROWS 32
-#endif
+#include <gemm_shape.cuh>
 
 namespace blinkimp {
-
-constexpr u32 kSharedInputRows = BK_SHARED_INPUT_ROWS;
-
-// The work of one GEMM op of at most 64 rows: an item is a weight tile. All roles walk alike (tile_walk).
-struct GemmShape {
-  u32 num_rows;
-  u32 num_slices;
-  u32 num_items;  // weight tiles; none without rows
-  u32 tile_rows;
-  u32 input_rows;  // of a tile of the tiled input
-};
-
-BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
-  return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
-}
-
-BK_INLINE bool shares_inputs(const GemmShape& shape) { return kPaired && shape.input_rows >= kSharedInputRows; }
-
-// The items of a CTA: first, first + stride, ... below `end`.
-struct GemmWalk {
-  u32 first;
-  u32 stride;
-  u32 end;
-};
-
-// The tiles of this CTA. With shared inputs the last one may be one past the op's last: no tile, but inputs to be brought and drained.
-BK_INLINE GemmWalk tile_walk(const EngineParams& params, const GemmShape& shape) {
-  if (!shares_inputs(shape)) return GemmWalk{cta_idx(), params.num_workers, shape.num_items};
-  return GemmWalk{cta_idx(), params.num_workers / 2 * 2, has_partner(params) ? shape.num_items + pair_rank() : 0};
-}
-BK_INLINE bool has_tiles(const EngineParams& params, const GemmShape& shape) {
-  const GemmWalk walk = tile_walk(params, shape);
-  return walk.first < walk.end;
-}
 
 // ---- Input producer ----------------------------------------------------------------------------------------------
 // The handshake before an op's inputs, if it shares them. Both CTAs of a pair have items, or neither.

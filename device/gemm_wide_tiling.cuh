@@ -10,6 +10,7 @@
 // one round, 132 are two. Of equals the larger tile: fewer bytes. Examples (Llama-3-8B): device/GEMM_WIDE.md.
 // Used by device/gemm_wide.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
+#include <gemm_shape.cuh>
 #include <gemm_wide_pair.cuh>
 
 namespace blinkimp {

@@ -5,7 +5,7 @@
 // whose next item has the same rows goes on with the buffer it has. Writers and readers step through the items alike.
 // Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
-#include <gemm_pair.cuh>
+#include <gemm_shape.cuh>
 
 namespace blinkimp {
 
