@@ -3,7 +3,8 @@
 Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: once whole, and each kind of op
 of all layers by itself. Wall time of a launch less that of a launch whose workers leave at once; the least of some repeats. Variants are builds
 with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. BK_PAIRED=1 runs on an even number of
-workers. Needs a GPU; compiling takes a minute, all variants side by side. Writes JSON with --out.
+workers. A variant is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
+takes a minute, all variants side by side, and nothing where the cache of compiled kernels has them. Writes JSON with --out.
 Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant paired:BK_PAIRED=1] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +34,8 @@ from step_rows import SHAPES, Row, parse_rows
 from step_stats import header, write_report
 
 from blinkimp import ring_abi as abi
-from blinkimp.host.compile import DEVICE_DIR, compile_cubin
+from blinkimp.config import Config, cache_folder
+from blinkimp.host.compile_cache import get_kernel
 from blinkimp.host.gpu_driver import GpuError, probe_gpu
 from blinkimp.host.gpu_kernel import kernel_shape
 from blinkimp.host.memory_plan import page_bytes_of
@@ -42,11 +45,15 @@ from blinkimp.ring_abi import BufferId, DType, OpKind
 from tests.gpu.step_runner import Request, StepRunner
 
 DEFAULT_ROWS: Final = "d1@1024,d16@1024,d64@1024,d128@1024,d256@1024,p128,p1024,p8192"
+MODEL: Final = "llama-3-8b"
 KV_BYTE: Final = 0x3C  # bf16 0.0115: keys and values that nobody computed
 NUM_REPEATS: Final = 5
+VARIANT_TIMEOUT_S: Final = 240.0
 WHOLE: Final = "all"
 
 Ops = NDArray[np.void]
+Bits = dict[str, NDArray[np.uint32]]  # of the logits, by row
+Times = dict[str, dict[str, float]]  # ms by row and part
 PARTS: Final[dict[str, Callable[[Ops], Ops]]] = {
     WHOLE: lambda ops: ops,
     "qkv": lambda ops: ops[ops["kind"] == OpKind.QKV],
@@ -112,17 +119,69 @@ def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, floa
     return parts, logits
 
 
-def compile_variants(variants: Sequence[Variant], config: Any, num_workers: Callable[[Variant], int]) -> list[bytes]:
+def num_workers_of(variant: Variant, num_sms: int) -> int:
+    """All SMs but the director's; of pairs, an even number."""
+    return (num_sms - 1) // 2 * 2 if variant.is_paired else num_sms - 1
+
+
+def compile_variant(variant: Variant, num_workers: int) -> bytes:
+    shape = kernel_shape(parse_config(SHAPES[MODEL]), num_workers)
+    defines = shape.defines() | dict(variant.defines)
+    return get_kernel(shape.source, cache_folder(Config()), defines=defines).cubin
+
+
+def compile_variants(variants: Sequence[Variant], num_sms: int) -> list[bytes]:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        futures = []
-        for variant in variants:
-            shape = kernel_shape(config, num_workers(variant))
-            defines = shape.defines() | dict(variant.defines)
-            futures.append(pool.submit(compile_cubin, DEVICE_DIR / shape.source, defines=defines))
-        return [future.result()[0] for future in futures]
+        futures = [pool.submit(compile_variant, variant, num_workers_of(variant, num_sms)) for variant in variants]
+        return [future.result() for future in futures]
 
 
-def table(rows: Sequence[Row], results: dict[str, dict[str, dict[str, float]]]) -> str:
+def measure_variant(name: str, cubin: bytes, num_workers: int, rows: Sequence[Row]) -> tuple[Times, Bits]:
+    longest = max(row.context for row in rows)
+    num_pages = max((row.batch if row.phase == "decode" else 1) * -(-row.context // abi.PAGE_TOKENS) for row in rows)
+    times: Times = {}
+    bits: Bits = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[MODEL]))
+        with StepRunner(
+            Path(folder), load_format="dummy", max_context=longest, num_pages=num_pages, max_step_tokens=max(longest, 512),
+            num_workers=num_workers, cubin=cubin,
+        ) as runner:  # fmt: skip
+            kv_bytes = num_pages * page_bytes_of(runner.config, DType.BF16)
+            for seed, row in enumerate(rows):
+                runner.context.fill(int(runner.params["kv_cache"][0]), KV_BYTE, kv_bytes)
+                times[row.name], bits[row.name] = measure_row(runner, row, seed)
+                print(f"{name} {row.label}: {times[row.name][WHOLE]:.3f} ms", file=sys.stderr, flush=True)
+    return times, bits
+
+
+def _measure_in_child(answer: Connection, *arguments: Any) -> None:
+    try:
+        answer.send(measure_variant(*arguments))
+    except Exception as error:
+        answer.send(f"{type(error).__name__}: {error}")
+
+
+def measure_apart(variant: Variant, cubin: bytes, num_workers: int, rows: Sequence[Row]) -> tuple[Times, Bits] | str:
+    """measure_variant() in a process of its own, or why there are no figures: a GPU exception ends the process that meets it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_in_child, args=(sender, variant.name, cubin, num_workers, rows))
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(VARIANT_TIMEOUT_S):
+            return f"no answer in {VARIANT_TIMEOUT_S:.0f} s"
+        result: tuple[Times, Bits] | str = receiver.recv()
+        return result
+    except EOFError:
+        return "its process ended without an answer"
+    finally:
+        child.kill()
+        child.join()
+
+
+def table(rows: Sequence[Row], results: dict[str, Times]) -> str:
     """Markdown: a line for each row and variant; results[variant][row][part] in ms."""
     lines = [f"| row | variant | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 2) + "|"]
     for row in rows:
@@ -132,7 +191,7 @@ def table(rows: Sequence[Row], results: dict[str, dict[str, dict[str, float]]]) 
     return "\n".join(lines)
 
 
-def differing(base: dict[str, NDArray[np.uint32]], other: dict[str, NDArray[np.uint32]]) -> list[str]:
+def differing(base: Bits, other: Bits) -> list[str]:
     """Rows whose logits are not base's, bit for bit."""
     return [name for name, bits in base.items() if not np.array_equal(bits, other[name])]
 
@@ -150,50 +209,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     rows: list[Row] = parse_rows(arguments.rows)
     variants = [Variant("base"), *arguments.variant]
-    config = parse_config(SHAPES["llama-3-8b"])
     try:
         num_sms = probe_gpu().num_multiprocessors
     except GpuError as error:
         print(f"bench_ops: {error}", file=sys.stderr)
         return 2
-
-    def num_workers(variant: Variant) -> int:
-        return (num_sms - 1) // 2 * 2 if variant.is_paired else num_sms - 1
-
     print(f"compiling {len(variants)} kernels side by side", file=sys.stderr, flush=True)
-    cubins = compile_variants(variants, config, num_workers)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    logits: dict[str, dict[str, NDArray[np.uint32]]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(SHAPES["llama-3-8b"]))
-        longest = max(row.context for row in rows)
-        num_pages = max(
-            (row.batch if row.phase == "decode" else 1) * -(-row.context // abi.PAGE_TOKENS) for row in rows
-        )
-        for variant, cubin in zip(variants, cubins, strict=True):
-            with StepRunner(
-                folder, load_format="dummy", max_context=longest, num_pages=num_pages, max_step_tokens=max(longest, 512),
-                num_workers=num_workers(variant), cubin=cubin,
-            ) as runner:  # fmt: skip
-                results[variant.name], logits[variant.name] = {}, {}
-                kv_bytes = num_pages * page_bytes_of(runner.config, DType.BF16)
-                for seed, row in enumerate(rows):
-                    runner.context.fill(int(runner.params["kv_cache"][0]), KV_BYTE, kv_bytes)
-                    parts, bits = measure_row(runner, row, seed)
-                    results[variant.name][row.name], logits[variant.name][row.name] = parts, bits
-                    print(f"{variant.name} {row.label}: {parts[WHOLE]:.3f} ms", file=sys.stderr, flush=True)
+    cubins = compile_variants(variants, num_sms)
+    results: dict[str, Times] = {}
+    logits: dict[str, Bits] = {}
+    failures: dict[str, str] = {}
+    for variant, cubin in zip(variants, cubins, strict=True):
+        found = measure_apart(variant, cubin, num_workers_of(variant, num_sms), rows)
+        if isinstance(found, str):
+            failures[variant.name] = found
+        else:
+            results[variant.name], logits[variant.name] = found
     print(table(rows, results))
-    wrong = {name: differing(logits["base"], bits) for name, bits in logits.items()}
+    wrong = {name: differing(logits["base"], bits) for name, bits in logits.items()} if "base" in logits else {}
     if arguments.out:
-        report = header("bench_ops", argv, arguments.commit, open_nvml()) | {"ms": results, "differing_logits": wrong}
-        write_report(report, arguments.out)
+        report = header("bench_ops", argv, arguments.commit, open_nvml())
+        write_report(report | {"ms": results, "differing_logits": wrong, "failures": failures}, arguments.out)
+    for name, why in failures.items():
+        print(f"{name}: not measured: {why}", file=sys.stderr)
     for name, row_names in wrong.items():
         if row_names:
             print(
                 f"{name}: logits differ from base's in {', '.join(row_names)}; expected the same bits", file=sys.stderr
             )
-    return 1 if any(wrong.values()) else 0
+    return 1 if failures or any(wrong.values()) else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Used by tests/gpu/test_engine_gpu.py and others of engines; by tests/gpu/test_at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ Options = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def device_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Fields of Config. One folder for the kernels, so that each model's is compiled once."""
-    return {"device": "gpu", "cache_dir": str(tmp_path_factory.mktemp("kernels"))}
+    """Fields of Config. One folder for the kernels, so that each model's is compiled once; BLINKIMP_CACHE_DIR, if set: once for many runs."""
+    cache_dir = os.environ.get("BLINKIMP_CACHE_DIR") or str(tmp_path_factory.mktemp("kernels"))
+    return {"device": "gpu", "cache_dir": cache_dir}
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
+import pickle
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -22,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from blinkimp.host.compile import nvrtc_version
+from blinkimp.host.compile_cache import includable_files
 from tests.support import ROOT
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -63,8 +68,33 @@ def parse_usage(log: str) -> dict[str, Usage]:
     return usage
 
 
+def _cache_file(path: Path, options: tuple[str, ...]) -> Path | None:
+    """Where BLINKIMP_CACHE_DIR keeps this kernel: compiling all of them takes longer than running them. None: no such folder is named."""
+    folder = os.environ.get("BLINKIMP_CACHE_DIR")
+    if not folder:
+        return None
+    digest = hashlib.sha256(repr((nvrtc_version(), path.name, [o.replace(str(ROOT), "") for o in options])).encode())
+    for source in [path, *includable_files(), *sorted(KERNELS.glob("*.cuh"))]:
+        digest.update(source.read_bytes())
+    return Path(folder) / "test_kernels" / f"{path.stem}-{digest.hexdigest()[:32]}.pickle"
+
+
 @functools.cache
 def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
+    file = _cache_file(path, options)
+    if file and file.exists():
+        cached: CompiledKernel = pickle.loads(file.read_bytes())
+        return cached
+    kernel = _compile_now(path, options)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(pickle.dumps(kernel))
+        scratch.rename(file)
+    return kernel
+
+
+def _compile_now(path: Path, options: tuple[str, ...]) -> CompiledKernel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cuda.bindings import nvrtc

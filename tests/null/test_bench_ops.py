@@ -92,3 +92,27 @@ def test_other_logits_are_found() -> None:
     base = {"d1@64": np.zeros((1, 4), np.uint32), "p128": np.ones((1, 4), np.uint32)}
     assert tool.differing(base, base) == []
     assert tool.differing(base, base | {"p128": np.zeros((1, 4), np.uint32)}) == ["p128"]
+
+
+def test_a_variant_that_fails_is_named_and_the_others_stand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = tool.Row("decode", 1, 64)
+    figures = {row.name: dict.fromkeys(tool.PARTS, 1.5)}
+    answers = {"base": (figures, {row.name: np.zeros((1, 4), np.uint32)}), "hangs": "no answer in 240 s"}
+    monkeypatch.setattr(tool, "probe_gpu", lambda: argparse.Namespace(num_multiprocessors=132))
+    monkeypatch.setattr(tool, "compile_variants", lambda variants, num_sms: [b""] * len(variants))
+    monkeypatch.setattr(tool, "measure_apart", lambda variant, *_: answers[variant.name])
+    assert tool.main(["--rows", "d1@64", "--variant", "hangs:BK_X=1"]) == 1
+    said = capsys.readouterr()
+    assert "| d1@64 | base | 1.500" in said.out and "hangs: not measured: no answer in 240 s" in said.err
+
+
+def test_a_child_that_raises_says_so() -> None:
+    answer = tool.measure_apart(tool.Variant("base"), b"", 131, [])  # no rows: refused before any GPU is looked for
+    assert isinstance(answer, str) and answer.startswith("ValueError")
+
+
+def test_pairs_run_on_an_even_number_of_workers() -> None:
+    paired = tool.Variant("paired", (("BK_PAIRED", "1"),))
+    assert [tool.num_workers_of(tool.Variant("base"), 132), tool.num_workers_of(paired, 132)] == [131, 130]
