@@ -1,7 +1,7 @@
 """Times the persistent kernel op by op, several builds of it in one run: what a change costs or saves, row by row.
 
 Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: once whole, and each kind of op
-of all layers by itself. Wall time of a launch less that of a launch whose workers leave at once; the least of some repeats. Variants are builds
+of all layers by itself. Wall time of a launch less that of the same step's embedding alone; the least of some repeats. Variants are builds
 with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. BK_PAIRED=1 runs on an even number of
 workers. A variant is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
 takes a minute, all variants side by side, and nothing where the cache of compiled kernels has them. Writes JSON with --out.
@@ -107,7 +107,7 @@ def time_ms(run: Callable[[], None], num_repeats: int) -> float:
 def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, float], NDArray[np.uint32]]:
     """(ms by part, bits of the logits)."""
     requests = requests_of(row, np.random.default_rng(seed), runner.config.vocab)
-    launch_ms = time_ms(lambda: runner.run([], ops=PARTS["sample"]), NUM_REPEATS)
+    launch_ms = time_ms(lambda: runner.run(requests, ops=lambda ops: ops[:1]), NUM_REPEATS)  # the plan's upload, too
     parts = {
         name: round(time_ms(lambda pick=pick: runner.run(requests, ops=pick), NUM_REPEATS) - launch_ms, 4)  # type: ignore[misc]
         for name, pick in PARTS.items()

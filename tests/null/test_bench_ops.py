@@ -56,11 +56,11 @@ class FakeRunner:
         vocab = 50
 
     def __init__(self) -> None:
-        self.launches: list[tuple[int, int]] = []
+        self.launches: list[tuple[int, tuple[int, ...]]] = []
         self.released: list[int] = []
 
     def run(self, requests: list[Any], *, ops: Any = None) -> None:
-        self.launches.append((len(requests), 0 if ops is None else len(ops(program(2)))))
+        self.launches.append((len(requests), () if ops is None else tuple(ops(program(2))["kind"])))
 
     def logits(self, num: int) -> Any:
         return np.arange(num * 50, dtype=np.float32).reshape(num, 50)
@@ -75,7 +75,8 @@ def test_a_row_is_measured_whole_and_by_parts() -> None:
     assert list(parts) == list(tool.PARTS)
     assert bits.shape == (3, 50)
     assert runner.released == [0, 1, 2]
-    assert {num for num, _ in runner.launches} == {0, 3}  # launches that leave at once, and steps of three requests
+    assert {num for num, _ in runner.launches} == {3}
+    assert (3, (OpKind.EMBED,)) in runner.launches  # what is taken off
     requests = tool.requests_of(tool.Row("prefill", 1, 70), np.random.default_rng(0), 50)
     assert [(len(r.tokens), r.num_computed) for r in requests] == [(70, 0)]
 
