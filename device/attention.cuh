@@ -4,9 +4,9 @@
 //   attention_producer.cuh   pages into the ring, ahead of the op              (the weight producer)
 //   attention.cuh            the two compute warpgroups: runs of pages          (here; runs: attention_runs.cuh, pieces: attention_tile.cuh)
 //   attention_merge.cuh      units that several warpgroups share
-// One loop serves decode rows and prefill chunks: 64 packed rows of a kv head's group (a decode row fills 1..16 of them) x a page of keys. In
-// a warpgroup's stream of wgmmas, the outputs of one page and the scores of the next stand side by side, and its softmax runs while the
-// other warpgroup's are computed; in wide items named barriers keep them taking turns.
+// One loop serves decode rows and prefill chunks: 64 packed rows of a kv head's group (a decode row fills 1..16 of them) x a page of keys. Scores
+// of the next page and outputs of this one are issued together; the softmax runs beside the outputs and beside the other warpgroup's products; in
+// wide items named barriers keep them taking turns.
 // Scratch: kAttentionScratchBytes<head_dim>, aligned to 1024 bytes, free of readers and writers at the call; the ring's cursor is
 // given and returned. store.chunk(row, column, uint4) writes 8 outputs of a plan row, store.pair(row, column, u32) two;
 // column = head * head_dim + dimension.
@@ -97,88 +97,92 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   SoftmaxState softmax;
   softmax.reset();
 
-  const u32 plain_begin = uniform(run.plain_begin);
-  const u32 num_plain = uniform(run.num_plain);
   const bool takes_turns = uniform(run.kind) == kRunWide;
-  const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {  // for its keys; for both tiles where they must be patched
+  const u32 num_arrivals = is_elected() ? (takes_turns ? 1 : 2) : 0;  // a narrow page has one reader
+  const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {
     wait_stage(params, shared, at);
     if (!is_plain && uniform(page == run.patch_page)) {
-      const RingCursor values = values_of<kHeadDim>(at);
-      wait_stage(params, shared, values);
-      patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes, shared_memory + kRingOffset + values.stage * kWeightStageBytes + kValuesOffset);
+      patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes,
+                           shared_memory + kRingOffset + values_of<kHeadDim>(at).stage * kWeightStageBytes + kValuesOffset);
     }
   };
-  const auto query_tile = [&]() { return scratch + uniform(compute_warpgroup()) * kQueryTileBytes<kHeadDim> + uniform(run.query_offset); };
-
-  const auto release_stage = [&](u32 stage) {
-    mbarrier_arrive_count(&shared.weights_empty[stage], is_elected() ? (run.kind == kRunNarrow ? 2 : 1) : 0);  // the only reader of a narrow page
+  const auto release_stage = [&](u32 stage) { mbarrier_arrive_count(&shared.weights_empty[stage], num_arrivals); };
+  // Scores of a page to exponentials. Of its mask nothing is looked up where is_plain says that there is none: it stands in shared memory, which takes its time.
+  const auto weigh = [&](u32 page, bool is_plain, f32 (&factors)[2]) {
+    if (!has_rows) return;
+    if (!is_plain && uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
+    softmax_block(scores, scale, softmax, factors);
   };
+  // The outputs of a split of maxima and sums `done`, whose last page is `page`, into the total.
+  const auto end_split = [&](u32 page, const SoftmaxState& done) {
+    const f32 sums[2] = {quad_total(done.sum[0]), quad_total(done.sum[1])};
+    if (uniform(run.first_split != 0)) {
+      const u32 item_idx = run.item_begin + run.first_split + page / kSplitPages - run.page_begin / kSplitPages;
+      store_part<kHeadDim>(params, item_idx, outputs, done.maximum, sums);
+    } else {
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) {
+        const FoldFactors factors = fold_split(total[half], done.maximum[half], sums[half], scale);
+#pragma unroll
+        for (u32 tile = 0; tile < kHeadDim / 8; ++tile) {
+#pragma unroll
+          for (u32 i = tile * 4 + half * 2; i < tile * 4 + half * 2 + 2; ++i) totals[i] = fold_value(totals[i], outputs[i], factors);
+        }
+      }
+    }
+  };
+  const auto is_in_turn = [&](u32 page) { return uniform(page >= run.order_begin && page < run.order_end) != 0; };
+  f32 factors[2] = {1.0f, 1.0f};
 
   u32 page = uniform(run.page_begin);
+  const u32 last_page = uniform(run.page_end - 1);
   wait_page(keys, page, false);
   wgmma_fence();
-  issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
+  issue_scores<kHeadDim>(scores, scratch + run.queries, ring + keys.stage * kWeightStageBytes);
   wgmma_commit();
   wgmma_wait<0>();
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
+  weigh(page, false, factors);
+  bool starts_split = true;
 #pragma unroll 1
-  for (bool starts_split = true, is_last = false; !is_last;) {
-    const bool is_plain = page - plain_begin < num_plain;  // then nothing below is looked up in shared memory, which takes its time
-    // Scores of this page to weights; the outputs so far are of the pages before it.
-    if (has_rows) {
-      if (!is_plain && uniform(page >= run.mask_from || page < run.mask_until)) mask_page(run, page, scores);
-      f32 factors[2];
-      softmax_block(scores, scale, softmax, weights, factors);
-      if (!starts_split) rescale_outputs(outputs, factors);
-    }
-
-    // Outputs of this page and scores of the next: the tensor cores run through, while the other warpgroup computes its weights.
-    is_last = !is_plain && uniform(page + 1 == run.page_end);
-    const bool in_turn = is_plain ? takes_turns : uniform(page >= run.order_begin && page < run.order_end) != 0;
-    const RingCursor values = values_of<kHeadDim>(keys);
+  for (; page != last_page; page++) {
+    pack_weights(scores, weights);  // not before: the products on their way read them
+    const bool is_plain = uniform(page - run.plain_begin < run.num_plain) != 0;
+    const bool in_turn = is_plain ? takes_turns : is_in_turn(page);
+    const u32 values_stage = values_of<kHeadDim>(keys).stage;
     next_page<kHeadDim>(keys, others);
-    wait_stage(params, shared, values);
-    if (!is_last) wait_page(keys, page + 1, is_plain);
+    wait_page(keys, page + 1, is_plain);
     if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
-    const u32 values_address = ring + uniform(values.stage) * kWeightStageBytes + kValuesOffset;
-    if (is_last) {
-      wgmma_fence();
-      issue_outputs<kHeadDim>(outputs, weights, values_address, !starts_split);
-      wgmma_commit();
-      if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
-      wgmma_wait<0>();
-    } else {
-      wgmma_fence();
-      issue_outputs<kHeadDim>(outputs, weights, values_address, !starts_split);
-      issue_scores<kHeadDim>(scores, query_tile(), ring + uniform(keys.stage) * kWeightStageBytes);
-      wgmma_commit();
-      if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
-      wgmma_wait<0>();
-    }
-    release_stage(values.stage);
-    if (kPageStages<kHeadDim> == 2 && !is_last) release_stage(keys.stage);
-
-    page++;
-    starts_split = page % kSplitPages == 0;
-    if (starts_split || is_last) {  // the end of a split
-      const f32 sums[2] = {quad_total(softmax.sum[0]), quad_total(softmax.sum[1])};
-      if (uniform(run.first_split != 0)) {
-        const u32 item_idx = run.item_begin + run.first_split + (page - 1) / kSplitPages - run.page_begin / kSplitPages;
-        store_part<kHeadDim>(params, item_idx, outputs, softmax.maximum, sums);
-      } else {
-#pragma unroll
-        for (u32 half = 0; half < 2; ++half) {
-          const FoldFactors factors = fold_split(total[half], softmax.maximum[half], sums[half], scale);
-#pragma unroll
-          for (u32 tile = 0; tile < kHeadDim / 8; ++tile) {
-#pragma unroll
-            for (u32 i = tile * 4 + half * 2; i < tile * 4 + half * 2 + 2; ++i) totals[i] = fold_value(totals[i], outputs[i], factors);
-          }
-        }
-      }
-      softmax.reset();
-    }
+    // Scores of the next page, then outputs of this one, during which the scores become exponentials.
+    wgmma_fence();
+    issue_scores<kHeadDim>(scores, scratch + run.queries, ring + keys.stage * kWeightStageBytes);
+    wgmma_commit();
+    issue_outputs<kHeadDim>(outputs, weights, ring + values_stage * kWeightStageBytes + kValuesOffset, !starts_split);
+    wgmma_commit();
+    if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
+    wgmma_wait<1>();
+    if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
+    starts_split = (page + 1) % kSplitPages == 0;
+    const SoftmaxState done = softmax;
+    if (starts_split) softmax.reset();
+    weigh(page + 1, is_plain, factors);
+    wgmma_wait<0>();
+    release_stage(values_stage);
+    if (starts_split) end_split(page, done);
+    else if (has_rows) rescale_outputs(outputs, factors);
   }
+  pack_weights(scores, weights);
+  const bool in_turn = is_in_turn(page);
+  const u32 values_stage = values_of<kHeadDim>(keys).stage;
+  next_page<kHeadDim>(keys, others);
+  if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
+  wgmma_fence();
+  issue_outputs<kHeadDim>(outputs, weights, ring + values_stage * kWeightStageBytes + kValuesOffset, !starts_split);
+  wgmma_commit();
+  if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
+  wgmma_wait<0>();
+  release_stage(values_stage);
+  end_split(page, softmax);
 
   const u32 num_run_splits = run.kind == kRunNarrow ? splits_between(run.page_begin, run.page_end) : 0;
   if (uniform(run.kind == kRunWide || num_run_splits == run.num_splits)) {

@@ -61,30 +61,51 @@ BK_INLINE void mask_scores(f32 (&scores)[kScoreWords], u32 half, i32 key_begin, 
   }
 }
 
-// One block: scores become weights, packed as the A operand of the product with V: weights[4s .. 4s + 3] are the fragment of keys 16s .. 16s + 15.
-// factors are what the split's output so far must be multiplied with.
-BK_INLINE void softmax_block(const f32 (&scores)[kScoreWords], f32 scale, SoftmaxState& state, u32 (&weights)[kWeightWords], f32 (&factors)[2]) {
+// One block: scores become exponentials, in place. factors are what the split's output so far must be multiplied with. The two rows go side by side:
+// each is one long chain.
+BK_INLINE void softmax_block(f32 (&scores)[kScoreWords], f32 scale, SoftmaxState& state, f32 (&factors)[2]) {
+  f32 maximum[2] = {state.maximum[0], state.maximum[1]};
+#pragma unroll
+  for (u32 tile = 0; tile < kPageTokens / 8; ++tile) {
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) maximum[half] = fmaxf(maximum[half], fmaxf(scores[tile * 4 + half * 2], scores[tile * 4 + half * 2 + 1]));
+  }
+#pragma unroll
+  for (u32 distance = 1; distance <= 2; ++distance) {
+    const f32 others[2] = {__shfl_xor_sync(0xffffffffu, maximum[0], distance), __shfl_xor_sync(0xffffffffu, maximum[1], distance)};
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) maximum[half] = fmaxf(maximum[half], others[half]);
+  }
+  f32 offset[2];
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
-    f32 maximum = state.maximum[half];
-#pragma unroll
-    for (u32 tile = 0; tile < kPageTokens / 8; ++tile) maximum = fmaxf(maximum, fmaxf(scores[tile * 4 + half * 2], scores[tile * 4 + half * 2 + 1]));
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
-    const f32 anchor = softmax_anchor(maximum);
-    const f32 offset = -__fmul_rn(anchor, scale);
+    const f32 anchor = softmax_anchor(maximum[half]);
+    offset[half] = -__fmul_rn(anchor, scale);
     factors[half] = exp2_scaled_difference(state.maximum[half], anchor, scale);
-    f32 sum = 0.0f;
-#pragma unroll
-    for (u32 tile = 0; tile < kPageTokens / 8; ++tile) {
-      const f32 low = exp2_approx(__fmaf_rn(scores[tile * 4 + half * 2], scale, offset));
-      const f32 high = exp2_approx(__fmaf_rn(scores[tile * 4 + half * 2 + 1], scale, offset));
-      sum = __fadd_rn(sum, __fadd_rn(low, high));
-      weights[tile * 2 + half] = pack_bf16x2(low, high);
-    }
-    state.sum[half] = __fmaf_rn(state.sum[half], factors[half], sum);
-    state.maximum[half] = maximum;
   }
+  f32 sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (u32 tile = 0; tile < kPageTokens / 8; ++tile) {
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+      f32& low = scores[tile * 4 + half * 2];
+      f32& high = scores[tile * 4 + half * 2 + 1];
+      low = exp2_approx(__fmaf_rn(low, scale, offset[half]));
+      high = exp2_approx(__fmaf_rn(high, scale, offset[half]));
+      sum[half] = __fadd_rn(sum[half], __fadd_rn(low, high));
+    }
+  }
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    state.sum[half] = __fmaf_rn(state.sum[half], factors[half], sum[half]);
+    state.maximum[half] = maximum[half];
+  }
+}
+
+// Exponentials as the A operand of the product with V: weights[4s .. 4s + 3] are the fragment of keys 16s .. 16s + 15.
+BK_INLINE void pack_weights(const f32 (&exponentials)[kScoreWords], u32 (&weights)[kWeightWords]) {
+#pragma unroll
+  for (u32 i = 0; i < kWeightWords; ++i) weights[i] = pack_bf16x2(exponentials[2 * i], exponentials[2 * i + 1]);
 }
 
 // Multiplies rows g and g + 8 of output fragments by their factors; left out when all of the warp's are one, as they mostly are (x * 1 = x).

@@ -5,9 +5,9 @@
 // Narrow pages do not wait for this layer's QKV op: they are prefetched as the last step left them, and the consumer puts in the one new
 // key and value (attention.cuh, patch_page). Ordering such pages last would not do: with short contexts most pages are last ones.
 // Wide pages wait for it from the share's first new position on.
-// I1 A stage is filled once what came kMaxOnTheWay fills before it has landed. Copies land in any order, and a warp that skips the other
-//    warpgroup's pages has not seen them: it asks for a stage, three stages past the last that it saw, by the parity of a phase, and would take the
-//    phase before the one in progress for it. So what last stood in that stage has landed when a warp asks.
+// I1 A page is brought once the one kPagesOnTheWay before it has landed. Copies land in any order, and a warp that skips the other warpgroup's pages
+//    has not seen them: it asks for a stage, two pages past the last that it saw, by the parity of a phase, and would take the phase before the one
+//    in progress for it. So what last stood in that stage has landed when a warp asks.
 // Called by device/worker.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
@@ -17,7 +17,9 @@ namespace blinkimp {
 template <int kHeadDim>
 constexpr u32 kPageStages = 2 * kKvTileBytes<kHeadDim> / kWeightStageBytes;
 
-constexpr u32 kMaxOnTheWay = kWeightStages - 3;  // a warpgroup's next page begins 3 stages past the last one it saw, if the other's lies between
+// A warpgroup's next page is the one after the next where the other's lies between: of the ring's kWeightStages / kPageStages pages, two less.
+template <int kHeadDim>
+constexpr u32 kPagesOnTheWay = kWeightStages / kPageStages<kHeadDim> - 2;
 
 template <int kHeadDim>
 BK_INLINE const u8* kv_tile(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head) {
@@ -29,22 +31,28 @@ BK_INLINE void wait_schedule(const EngineParams& params, AttentionShared& attent
   wait_mbarrier(params, &attention.schedule_ready, step & 1, kSiteAttentionSchedule);
 }
 
-// I1, for the stage at the cursor.
-BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
-  const bool same_lap = cursor.stage >= kMaxOnTheWay;
-  const u32 stage = same_lap ? cursor.stage - kMaxOnTheWay : cursor.stage + kWeightStages - kMaxOnTheWay;
+// I1: until what came num_stages fills before the one at the cursor has landed.
+BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor, u32 num_stages) {
+  const bool same_lap = cursor.stage >= num_stages;
+  const u32 stage = same_lap ? cursor.stage - num_stages : cursor.stage + kWeightStages - num_stages;
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
 template <int kHeadDim>
 BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
+  u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
 #pragma unroll
   for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) {
     wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
-    wait_landed(params, shared, cursor);
-    mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], kWeightStageBytes);
-    bulk_copy_to_shared(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, &shared.weights_full[cursor.stage]);
+    if (i == 0) {
+      wait_landed(params, shared, cursor, kPagesOnTheWay<kHeadDim> * kPageStages<kHeadDim>);
+      full = &shared.weights_full[cursor.stage];
+      mbarrier_arrive_expect_bytes(full, 2 * kKvTileBytes<kHeadDim>);
+    } else {
+      mbarrier_arrive(&shared.weights_full[cursor.stage]);
+    }
+    bulk_copy_to_shared(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, full);
     cursor.advance(kWeightStages);
   }
 }

@@ -8,6 +8,9 @@ namespace blinkimp {
 
 constexpr u32 kNoPatchPage = 0xffffffffu;
 
+template <int kHeadDim>
+constexpr u32 kQueryTileBytes = kTileRows * kHeadDim * 2;  // [head_dim / 64][64 rows][64], swizzled as K is
+
 // Places in a query tile of 64 rows, bytes, by the slot of a narrow run: its query rows, and its row's new key and value until the last page is
 // there. In rows that the other run does not use; wgmma reads 64 rows from the first on and nobody the products of the rest.
 constexpr u32 kNarrowQueryBytes = kNarrowRows * kKvBlockDims * 2;
@@ -24,12 +27,16 @@ BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_po
 // Finds the pages that need nothing special; the rest of the run is written.
 BK_INLINE void set_plain_pages(AttentionRun& run) {
   const bool is_wide = run.kind == kRunWide;
-  const u32 begin = is_wide && run.order_begin > run.mask_until ? run.order_begin : run.mask_until;
-  u32 end = min(run.mask_from, run.page_end - 1);
-  if (is_wide) end = min(end, run.order_end);
-  if (run.patch_page != kNoPatchPage) end = min(end, run.patch_page == 0 ? 0 : run.patch_page - 1);
-  run.plain_begin = begin > run.page_begin ? begin : run.page_begin;
-  run.num_plain = end > run.plain_begin ? end - run.plain_begin : 0;
+  u32 begin = max(run.page_begin, run.mask_until ? run.mask_until - 1 : 0);
+  u32 end = min(run.page_end, run.mask_from);  // of the pages after
+  if (run.patch_page != kNoPatchPage) end = min(end, run.patch_page);
+  end = end ? end - 1 : 0;
+  if (is_wide) {
+    begin = max(begin, run.order_begin);
+    end = min(end, run.order_end);
+  }
+  run.plain_begin = begin;
+  run.num_plain = end > begin ? end - begin : 0;
 }
 
 // The next run of a warpgroup, by one thread. Out of line: loops of one thread, inlined, make the compiler take the warp for divergent from
@@ -54,6 +61,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.packed_begin = 0;
     run.num_packed = attention.group;
     run.query_offset = slot * kNarrowQueryBytes;
+    run.queries = warpgroup * kQueryTileBytes<kHeadDim> + run.query_offset;
     run.new_row_offset = kNewRowOffset + slot * kNewRowBytes;
     run.page_begin = walk.page;
     run.page_end = walk.page + num_pages;
@@ -84,6 +92,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   run.kind = kRunWide;
   run.joins = state.wide_walks[warpgroup].round == 1;
   run.query_offset = 0;
+  run.queries = warpgroup * kQueryTileBytes<kHeadDim>;
   run.kv_head = item.kv_head;
   run.row_begin = seq.row_begin;
   run.position_begin = seq.position_begin;

@@ -78,11 +78,12 @@ struct AttentionRun {
   u32 order_end;
   u32 mask_from;       // pages >= mask_from or < mask_until hold keys that some row must not see
   u32 mask_until;
-  u32 plain_begin;     // pages [plain_begin, plain_begin + num_plain): no mask, neither patched nor before the patched one, not the last,
-  u32 num_plain;       // and all in turn if wide, none if narrow
+  u32 plain_begin;     // pages [plain_begin, plain_begin + num_plain): in turn if wide, and the page after is neither masked nor patched
+  u32 num_plain;
   u32 key_end;         // keys at and after it do not exist
   u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
   u32 query_offset;    // bytes from the warpgroup's query tile to the run's first row: narrow runs take turns at two places in it
+  u32 queries;         // the same from the scratch on
   u32 new_row_offset;  // narrow: likewise, to the row's new key and value
   u64 patch_source;    // narrow: K tile of patch_page in the cache
   u32 unit_idx;        // narrow: counter of the unit

@@ -9,9 +9,6 @@
 
 namespace blinkimp {
 
-template <int kHeadDim>
-constexpr u32 kQueryTileBytes = kTileRows * kHeadDim * 2;  // [head_dim / 64][64 rows][64], swizzled as K is
-
 // Named barriers: 1 is all compute threads'; these are a warpgroup's own, and its turn at the tensor cores.
 constexpr u32 kWarpgroupBarrier = 2;
 constexpr u32 kTurnBarrier = 4;

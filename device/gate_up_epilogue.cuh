@@ -18,6 +18,7 @@ struct GateUpEpilogue {
   const Op& op;
   u32 num_rows;
   static constexpr bool kPrefetchesRows = false;
+  static constexpr int kPrefetchDepth = 1;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {

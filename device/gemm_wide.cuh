@@ -149,8 +149,35 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   u32 used_inputs = kNone;
   u32 in_unit = 0;
   u32 in_input = 0;
+  u32 slice = 0;
+  if constexpr (kHalved && kUnitSlices == 2) {  // a stage of weights and one of inputs hold two slices: both at once
 #pragma unroll 1
-  for (u32 slice = 0; slice < num_slices; slice++) {
+    for (; slice + 2 <= num_slices; slice += 2) {
+      loop.wait_weights();
+      loop.wait_inputs();
+      const u64 a = loop.a_of(0);
+      const u64 b = loop.b_of(0);
+      wgmma_fence();
+      multiply_slice<kColumns>(d, a, b);
+      multiply_slice<kColumns>(d, a + (kRowTileBytes >> 4), b + (kColumns * 128 >> 4));
+      wgmma_commit();
+      wgmma_wait<1>();  // the slices before are done
+      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+      loop.give_inputs(used_inputs, used_inputs != kNone);
+      used_weights = loop.weights.stage;
+      used_inputs = loop.inputs.stage;
+      loop.weights.advance(kWeightStages);
+      loop.inputs.advance(kInputStages);
+    }
+    if (slice == num_slices) {
+      wgmma_wait<0>();
+      give_unit(loop, used_weights, kUnitStages, true);
+      loop.give_inputs(used_inputs, true);
+      return;
+    }
+  }
+#pragma unroll 1
+  for (; slice < num_slices; slice++) {
     if (in_unit == 0) loop.wait_weights();
     if (in_input == 0) loop.wait_inputs();
     const u64 a = loop.a_of(in_input * kRowTileBytes);
@@ -180,7 +207,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
 }
 
 // One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh. What it prefetches is loaded
-// before the products, then one packed tile ahead, or, where it is the rows' (kPrefetchesRows), once.
+// before the products, then kPrefetchDepth packed tiles ahead, or, where it is the rows' (kPrefetchesRows), once.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
@@ -189,7 +216,10 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   const u32 warpgroup = uniform(thread_idx() / 128);
   const u32 row_begin = kHalved ? item.row_tile * kRowTile : (item.row_tile * 2 + warpgroup) * kRowTile;
   const u32 column = (item.weight_item * kStack + (kHalved ? warpgroup : 0)) * kTileRows;
-  auto loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column);
+  constexpr int kDepth = Epilogue::kPrefetchDepth;
+  const auto prefetch = [&](int part) { return epilogue.template prefetch<kTileRows, true>(row_begin, column + part * kTileRows); };
+  decltype(prefetch(0)) loaded[kDepth];
+  loaded[0] = prefetch(0);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
@@ -197,9 +227,11 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
 #pragma unroll
+  for (int part = 1; part < kDepth && part < kParts; part++) loaded[part] = prefetch(part);
+#pragma unroll
   for (int part = 0; part < kParts; part++) {
-    const auto current = loaded;
-    if (part + 1 < kParts && !Epilogue::kPrefetchesRows) loaded = epilogue.template prefetch<kTileRows, true>(row_begin, column + (part + 1) * kTileRows);
+    const auto current = loaded[part % kDepth];
+    if (part + kDepth < kParts && !Epilogue::kPrefetchesRows) loaded[part % kDepth] = prefetch(part + kDepth);
     epilogue.template finish<kTileRows, true>(row_begin, column + part * kTileRows, reinterpret_cast<f32(&)[kTileRows / 2]>(d[part * kTileRows / 2]), current, row_scale);
   }
 }

@@ -27,6 +27,7 @@ struct LogitsEpilogue {
   const Op& op;
   u32 num_rows;  // sampled ones
   static constexpr bool kPrefetchesRows = false;
+  static constexpr int kPrefetchDepth = 1;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {

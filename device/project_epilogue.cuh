@@ -13,6 +13,7 @@ struct ProjectEpilogue {
   WorkerShared& shared;
   u32 num_rows;
   static constexpr bool kPrefetchesRows = false;
+  static constexpr int kPrefetchDepth = 2;
   static constexpr u32 kHalfColumns = kSquaresColumns / 2;
 
   template <int kColumns>

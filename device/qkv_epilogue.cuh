@@ -29,6 +29,7 @@ struct QkvEpilogue {
 
   // Wide: the rows' places alone, for all packed tiles of an item; the turns of a packed tile are loaded together in finish().
   static constexpr bool kPrefetchesRows = true;
+  static constexpr int kPrefetchDepth = 1;
   template <int kColumns, bool kWide>
   struct Prefetched {
     Place places[2];                              // [half]
