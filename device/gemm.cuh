@@ -61,7 +61,7 @@ BK_INLINE u32 input_tile_bytes(u32 num_rows, u32 row_begin) {
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
 // The main loops over K of one item for one warpgroup: 64 rows x kColumns of the tile's weight rows, from the tile's row_offset on.
-// A group of slices is multiplied while the next one's products are issued; stages are given back once the products that read them are done.
+// Stages are given back once the products that read them are done.
 // Two rules make the loops fast. All that addresses are made of is uniform(): wgmma takes its descriptors from uniform registers, and moving them
 // there from a thread's own registers costs more than a product of few columns. Between wgmma_fence() and wgmma_commit() there is no branch.
 constexpr u32 kNone = 0xffffffff;
@@ -90,7 +90,8 @@ BK_INLINE void multiply_slice(f32 (&d)[kColumns / 2], u64 a, u64 b) {
   for (int k = 0; k < 4; k++) wgmma_m64_k16<kColumns>(d, a + 2 * k, b + 2 * k, 1);
 }
 
-// Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage.
+// Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage. A group's stages are given back before the next one is
+// waited for: what is short is bytes on their way, not time on the tensor cores.
 template <int kTileRows, int kColumns, int kGroup>
 BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f32 (&d)[kColumns / 2]) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
@@ -98,10 +99,8 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
   constexpr u32 kSliceBytes = kTileRows * 128;
   const u32 input_bytes = input_rows * 128;
   const u32 stage_inputs = kInputStageBytes / input_bytes;  // slices in an input stage: 2, 4, 8 or 16
-  u32 in_stage = 0;          // slices of the current input stage that are used up
-  u32 in_weight_stage = 0;   // and of the weight stage
-  u32 used_weights = kNone;  // stages whose last reader is the group in flight
-  u32 used_inputs = kNone;
+  u32 in_stage = 0;         // slices of the current input stage that are used up
+  u32 in_weight_stage = 0;  // and of the weight stage
 #pragma unroll 1
   for (u32 slice = 0; slice + kGroup <= num_slices; slice += kGroup) {
     if (in_weight_stage == 0) loop.wait_weights();
@@ -112,26 +111,22 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
 #pragma unroll
     for (u32 j = 0; j < kGroup; j++) multiply_slice<kColumns>(d, a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
     wgmma_commit();
-    wgmma_wait<1>();
-    loop.give_weights(used_weights, used_weights != kNone);
-    loop.give_inputs(used_inputs, used_inputs != kNone);
-    used_weights = used_inputs = kNone;
     in_weight_stage += kGroup;
-    if (in_weight_stage == kStageSlices) {
-      used_weights = loop.weights.stage;
+    in_stage += kGroup;
+    const bool weights_used = in_weight_stage == kStageSlices;
+    const bool inputs_used = in_stage == stage_inputs;
+    wgmma_wait<0>();
+    loop.give_weights(loop.weights.stage, weights_used);
+    loop.give_inputs(loop.inputs.stage, inputs_used);
+    if (weights_used) {
       loop.weights.advance(kWeightStages);
       in_weight_stage = 0;
     }
-    in_stage += kGroup;
-    if (in_stage == stage_inputs) {
-      used_inputs = loop.inputs.stage;
+    if (inputs_used) {
       loop.inputs.advance(kInputStages);
       in_stage = 0;
     }
   }
-  wgmma_wait<0>();
-  loop.give_weights(used_weights, used_weights != kNone);
-  loop.give_inputs(used_inputs, used_inputs != kNone);
 #pragma unroll 1
   for (u32 slice = num_slices / kGroup * kGroup; slice < num_slices; slice++) {  // a last group that is not full
     if (in_weight_stage == 0) loop.wait_weights();

@@ -145,10 +145,8 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   constexpr u32 kUnitStages = unit_stages(kItemColumns);
   constexpr u32 kUnitSlices = unit_slices(kItemColumns);
   constexpr u32 kInputSlices = kHalved ? 2 : 1;
-  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
-  u32 used_inputs = kNone;
-  u32 in_unit = 0;
-  u32 in_input = 0;
+  // Few columns: the products take less time than bytes need to come, so stages are given back at once. Many: a slice later, and the tensor cores run through.
+  constexpr bool kWaitsAtOnce = kColumns <= 64;
   u32 slice = 0;
   if constexpr (kHalved && kUnitSlices == 2) {  // a stage of weights and one of inputs hold two slices: both at once
 #pragma unroll 1
@@ -161,21 +159,18 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
       multiply_slice<kColumns>(d, a, b);
       multiply_slice<kColumns>(d, a + (kRowTileBytes >> 4), b + (kColumns * 128 >> 4));
       wgmma_commit();
-      wgmma_wait<1>();  // the slices before are done
-      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
-      loop.give_inputs(used_inputs, used_inputs != kNone);
-      used_weights = loop.weights.stage;
-      used_inputs = loop.inputs.stage;
+      wgmma_wait<0>();
+      give_unit(loop, loop.weights.stage, kUnitStages, true);
+      loop.give_inputs(loop.inputs.stage, true);
       loop.weights.advance(kWeightStages);
       loop.inputs.advance(kInputStages);
     }
-    if (slice == num_slices) {
-      wgmma_wait<0>();
-      give_unit(loop, used_weights, kUnitStages, true);
-      loop.give_inputs(used_inputs, true);
-      return;
-    }
+    if (slice == num_slices) return;
   }
+  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
+  u32 used_inputs = kNone;
+  u32 in_unit = 0;
+  u32 in_input = 0;
 #pragma unroll 1
   for (; slice < num_slices; slice++) {
     if (in_unit == 0) loop.wait_weights();
@@ -185,10 +180,15 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
     wgmma_fence();
     multiply_slice<kColumns>(d, a, b);
     wgmma_commit();
-    wgmma_wait<1>();  // the slice before is done
-    give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
-    loop.give_inputs(used_inputs, used_inputs != kNone);
-    used_weights = used_inputs = kNone;
+    const auto give_used = [&]() {
+      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+      loop.give_inputs(used_inputs, used_inputs != kNone);
+      used_weights = used_inputs = kNone;
+    };
+    if constexpr (!kWaitsAtOnce) {
+      wgmma_wait<1>();  // the slice before is done
+      give_used();
+    }
     const bool last = slice + 1 == num_slices;
     if (++in_unit == kUnitSlices || last) {
       used_weights = loop.weights.stage;
@@ -200,10 +200,14 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
       in_input = 0;
       loop.inputs.advance(kInputStages);
     }
+    if constexpr (kWaitsAtOnce) {
+      wgmma_wait<0>();
+      give_used();
+    }
   }
   wgmma_wait<0>();
-  give_unit(loop, used_weights, kUnitStages, true);
-  loop.give_inputs(used_inputs, true);
+  give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+  loop.give_inputs(used_inputs, used_inputs != kNone);
 }
 
 // One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh. What it prefetches is loaded
