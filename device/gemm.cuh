@@ -9,7 +9,7 @@
 // slices as fit.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
-#include <gemm_pair.cuh>
+#include <gemm_shape.cuh>
 #include <ptx_wgmma.cuh>
 #include <row_scales.cuh>
 
@@ -26,7 +26,7 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
   const u32 stage_slices = slices_per_stage(shape.tile_rows);
   const u8* weights = reinterpret_cast<const u8*>(op.weight);
   const GemmWalk walk = tile_walk(params, shape);
-  for (u32 item = walk.first; item < min(walk.end, shape.num_items); item += walk.stride) {
+  for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     const u8* tile = weights + static_cast<u64>(item) * shape.num_slices * slice_bytes;
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
@@ -47,7 +47,8 @@ BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const
     for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
-      copy_inputs(params, shares_inputs(shape), shared, cursor.stage, ring + cursor.stage * kInputStageBytes, input + offset, num_bytes);
+      mbarrier_arrive_expect_bytes(&shared.inputs_full[cursor.stage], num_bytes);
+      bulk_copy_to_shared(ring + cursor.stage * kInputStageBytes, input + offset, num_bytes, &shared.inputs_full[cursor.stage]);
       cursor.advance(kInputStages);
     }
   }
@@ -73,15 +74,14 @@ struct MainLoop {
   RingCursor inputs;
   u64 a_base;
   u64 b_base;
-  u32 num_arrivals;    // of this thread where a stage is given back: 0 but for one of the warpgroup, 2 for a warpgroup that is alone
-  bool shares_inputs;  // input stages are to be given back to the partner, too
+  u32 num_arrivals;  // of this thread where a stage is given back: 0 but for one of the warpgroup, 2 for a warpgroup that is alone
 
   BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
   BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
   BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[stage], used ? num_arrivals : 0); }
-  BK_INLINE void give_inputs(u32 stage, bool used) const { give_input_stage(shared, stage, shares_inputs, used ? num_arrivals : 0); }
+  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_count(&shared.inputs_empty[stage], used ? num_arrivals : 0); }
 };
 
 template <int kColumns>
@@ -164,7 +164,7 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
-                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? (kTileRows == kColumns ? 2u : 1u) : 0u, shares_inputs(shape)};
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? (kTileRows == kColumns ? 2u : 1u) : 0u};
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
   else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
@@ -208,13 +208,8 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 warpgroup = uniform(thread_idx() / 128);
   const GemmWalk walk = tile_walk(params, shape);
-  align_inputs(params, shape, cursors.inputs);
   const u32 end = uniform(walk.end);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
-    if (shares_inputs(shape) && item >= shape.num_items) {
-      drain_inputs(params, shape, shared, cursors.inputs);
-      break;
-    }
     if constexpr (kScaled) scales.enter(shared, 0);
     if constexpr (kTileRows <= BK_LONE_ROWS) {
       if (warpgroup == 0) run_item<kTileRows, kTileRows, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);

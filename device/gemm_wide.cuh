@@ -9,7 +9,6 @@
 //
 // Rings: those of worker_memory.cuh. A weight unit is unit_slices() slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which
 // then begin at an even stage; halved, a warpgroup's slices stand together. An input stage holds 128 rows of one slice, or 64 rows of two.
-// With kPaired, two CTAs share the weights that either brings (gemm_wide_pair.cuh).
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
 #include <gemm.cuh>
@@ -23,49 +22,46 @@ BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= k
 static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
-BK_INLINE void copy_weights(void* destination, const u8* source, u32 num_bytes, u64* full) {
-  if constexpr (kPaired) bulk_copy_to_cluster(destination, source, num_bytes, full, 3);
-  else bulk_copy_to_shared(destination, source, num_bytes, full);
+// Ends a stage's phases without data, in the compute warpgroups' place too; they only count along (align_consumer).
+BK_INLINE void pass_stage(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
+  wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+  mbarrier_arrive(&shared.weights_full[cursor.stage]);
+  for (u32 i = 0; i < 2; i++) mbarrier_arrive(&shared.weights_empty[cursor.stage]);
+  cursor.advance(kWeightStages);
 }
 
-// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on. A pair's CTA brings its half of them.
+// An op whose units take num_unit_stages begins at a multiple of them: the weight producer's side.
+BK_INLINE void align_producer(const EngineParams& params, u32 num_unit_stages, WorkerShared& shared, RingCursor& cursor) {
+  while (cursor.stage % num_unit_stages != 0) pass_stage(params, shared, cursor);
+}
+
+// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on.
 BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 num_tiles, u32 num_slices, u8* place, u64* full) {
   const u32 slice_bytes = tiling.tile_rows * 128;
   const bool halved = tiling.tokens == kRowTile;  // then a tile's slices stand together, else a slice's tiles
   const u32 num_copies = halved ? 1 : num_slices;
   const u32 copy_bytes = halved ? num_slices * slice_bytes : slice_bytes;
   const u32 tile_step = halved ? unit_slices(tiling.stack * tiling.tile_rows) * slice_bytes : slice_bytes;
-  const u32 rank = kPaired ? pair_rank() : 0;
-  if (kPaired && num_tiles == 1) {
-    const u32 half = copy_bytes / 2;
-#pragma unroll 1
-    for (u32 i = 0; i < num_copies; i++) copy_weights(place + i * tiling.stack * slice_bytes + rank * half, source + i * slice_bytes + rank * half, half, full);
-    return;
-  }
-  const u32 middle = (num_tiles + 1) / 2;
-  const u32 begin = rank ? middle : 0;
-  const u32 end = kPaired && rank == 0 ? middle : num_tiles;
   const u32 tile_bytes = tiling.num_slices * slice_bytes;
 #pragma unroll 1
   for (u32 i = 0; i < num_copies; i++) {
-    const u8* from = source + static_cast<u64>(begin) * tile_bytes + i * slice_bytes;
-    u8* to = place + begin * tile_step + i * tiling.stack * slice_bytes;
+    const u8* from = source + i * slice_bytes;
+    u8* to = place + i * tiling.stack * slice_bytes;
 #pragma unroll 1
-    for (u32 stacked = begin; stacked < end; stacked++) {  // few instructions: a slice may be 8 copies
-      copy_weights(to, from, copy_bytes, full);
+    for (u32 stacked = 0; stacked < num_tiles; stacked++) {  // few instructions: a slice may be 8 copies
+      bulk_copy_to_shared(to, from, copy_bytes, full);
       from += tile_bytes;
       to += tile_step;
     }
   }
 }
 
-// follows: the op before this one in the step was produced here too (gemm_wide_pair.cuh). All roles must say the same.
-BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  align_producer(params, follows, unit_stages(stack * op.tile_rows) == 2, shared, cursor);  // without an item too: the next op may follow
+  align_producer(params, unit_stages(stack * op.tile_rows), shared, cursor);  // without an item too, as the consumers do
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
@@ -82,10 +78,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
       const u32 num_slices = min(num_unit_slices, num_left);
       u64* full = &shared.weights_full[cursor.stage];
 #pragma unroll 1
-      for (u32 i = 0; i < num_unit_stages; i++) {
-        wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
-        if constexpr (kPaired) wait_partner_stage(params, shared.pair, cursor.stage + i);
-      }
+      for (u32 i = 0; i < num_unit_stages; i++) wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
       if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
       mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
       copy_weight_unit(tiling, source, num_tiles, num_slices, ring + cursor.stage * kWeightStageBytes, full);
@@ -129,12 +122,13 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
 }
 
 // ---- Consumers: the two compute warpgroups -----------------------------------------------------------------------
-// A weight stage that is given back, to the partner first: its producer may count on the order (align_producer).
+// The compute warpgroups' side of align_producer(): they only count along.
+BK_INLINE void align_consumer(u32 num_unit_stages, RingCursor& cursor) {
+  while (cursor.stage % num_unit_stages != 0) cursor.advance(kWeightStages);
+}
+
 BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool used) {
-  for (u32 i = 0; i < num_stages; i++) {
-    if constexpr (kPaired) mbarrier_arrive_cluster(&loop.shared.pair.stage_empty[used ? stage + i : 0], pair_rank() ^ 1, used ? loop.num_arrivals : 0);
-    loop.give_weights(stage + i, used);
-  }
+  for (u32 i = 0; i < num_stages; i++) loop.give_weights(stage + i, used);
 }
 
 // The main loop over K of one item, for one warpgroup: 64 rows x kColumns of the item's kItemColumns weight rows. `d` starts at zero.
@@ -241,18 +235,18 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
 }
 
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, bool follows, u8* shared_memory, WorkerShared& shared,
+BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, u8* shared_memory, WorkerShared& shared,
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   const GemmWalk walk = gemm_walk(params, tiling);
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
-  align_consumer(params, follows, unit_stages(kTileRows * kStack) == 2, weights);
+  align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
   // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
   const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
   MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
-                thread_idx() % 128 == 0 ? 1u : 0u, false};
+                thread_idx() % 128 == 0 ? 1u : 0u};
 #pragma unroll 1
   for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
     const GemmItem item = gemm_item(tiling, idx);
@@ -269,7 +263,7 @@ BK_INLINE bool has_wide_items(const EngineParams& params, const Op& op, u32 num_
 
 // Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).
 template <int kTileRows, bool kScaled, class Epilogue>
-BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, bool follows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
+BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   constexpr u32 kMax = max_stack(kTileRows);
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
@@ -277,14 +271,14 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
-    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
   } else if (stack == kMax) {
-    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {
     if (stack == kMax / 2) {
-      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
     } else if constexpr (kMax / 4 >= kMin) {
-      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, follows, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
     }
   }
   if constexpr (kScaled) scales.leave(shared);

@@ -5,13 +5,12 @@
 //
 // The rule: of the tiles that the kernel is compiled for, the one whose busiest CTA is done first,
 //   time = rounds * (num_slices * max(tokens * N / 47, 2 * (tokens + N), 100 * copies) + 4000) ns
-// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM (N / 2 in pairs: gemm_wide_pair.cuh), 100 a
+// tokens * N / 47 is a 64-column slice at 790 TFLOP/s on 132 SMs, 2 ns a row its bytes at 62 GB/s an SM, 100 a
 // bulk copy of 4 to 16 KB (8 + 2 copies a slice take 1.0 us on 16 CTAs as on 128), 4000 the epilogue. Rounds are whole: 128 items on 131 CTAs are
 // one round, 132 are two. Of equals the larger tile: fewer bytes. Examples (Llama-3-8B): device/GEMM_WIDE.md.
 // Used by device/gemm_wide.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
 #include <gemm_shape.cuh>
-#include <gemm_wide_pair.cuh>
 
 namespace blinkimp {
 
@@ -56,21 +55,20 @@ struct WideTiling {
   u32 stack;             // packed tiles of an item; the last item of a row may have fewer
   u32 num_row_tiles;     // of `tokens` rows
   u32 num_weight_items;  // of `stack` packed tiles
-  u32 num_items;         // of a CTA, or of a pair of CTAs: then two row tiles each
+  u32 num_items;
 };
 
 BK_INLINE WideTiling wide_tiling_of(const Op& op, u32 num_rows, u32 tokens, u32 stack) {
   WideTiling tiling{num_rows, op.in_features / kSliceColumns, op.num_tiles, op.tile_rows, tokens, stack, (num_rows + tokens - 1) / tokens, (op.num_tiles + stack - 1) / stack, 0};
-  tiling.num_items = (kPaired ? (tiling.num_row_tiles + 1) / 2 : tiling.num_row_tiles) * tiling.num_weight_items;
+  tiling.num_items = tiling.num_row_tiles * tiling.num_weight_items;
   return tiling;
 }
 
 BK_INLINE u32 wide_time_ns(const EngineParams& params, const WideTiling& tiling) {
   const u32 columns = tiling.stack * tiling.tile_rows;
-  const u32 num_copies = tiling.tokens == kRowTile ? 2 : (kPaired ? (tiling.stack + 1) / 2 : tiling.stack) + 2;
-  const u32 slice_ns = max(max(tiling.tokens * columns / 47, 2 * tiling.tokens + (kPaired ? 1 : 2) * columns), num_copies * kBulkCopyNs);
-  const u32 num_walkers = kPaired ? params.num_workers / 2 : params.num_workers;
-  return (tiling.num_items + num_walkers - 1) / num_walkers * (tiling.num_slices * slice_ns + kWideEpilogueNs);
+  const u32 num_copies = tiling.tokens == kRowTile ? 2 : tiling.stack + 2;
+  const u32 slice_ns = max(max(tiling.tokens * columns / 47, 2 * (tiling.tokens + columns)), num_copies * kBulkCopyNs);
+  return (tiling.num_items + params.num_workers - 1) / params.num_workers * (tiling.num_slices * slice_ns + kWideEpilogueNs);
 }
 
 // The tiling of an op. num_rows > 64.
@@ -96,24 +94,17 @@ BK_INLINE WideTiling wide_tiling(const EngineParams& params, const Op& op, u32 n
 
 // Where an item lies. Row tiles go fastest, within groups of kRasterRowTiles: the CTAs that run at the same time share weights and inputs.
 struct GemmItem {
-  u32 row_tile;     // of `tokens` rows; of a pair's second CTA it may lie past the last row
+  u32 row_tile;     // of `tokens` rows
   u32 weight_item;  // of `stack` packed tiles
 };
 
 BK_INLINE GemmItem gemm_item(const WideTiling& tiling, u32 item) {
-  constexpr u32 kUnit = kPaired ? 2 : 1;  // row tiles of an item
-  constexpr u32 kGroupUnits = kRasterRowTiles / kUnit;
-  const u32 num_units = (tiling.num_row_tiles + kUnit - 1) / kUnit;
-  const u32 first_unit = item / (kGroupUnits * tiling.num_weight_items) * kGroupUnits;
-  const u32 group_units = min(num_units - first_unit, kGroupUnits);
-  const u32 in_group = item - first_unit * tiling.num_weight_items;
-  return GemmItem{(first_unit + in_group % group_units) * kUnit + (kPaired ? pair_rank() : 0), in_group / group_units};
+  const u32 first_row_tile = item / (kRasterRowTiles * tiling.num_weight_items) * kRasterRowTiles;
+  const u32 group_row_tiles = min(tiling.num_row_tiles - first_row_tile, kRasterRowTiles);
+  const u32 in_group = item - first_row_tile * tiling.num_weight_items;
+  return GemmItem{first_row_tile + in_group % group_row_tiles, in_group / group_row_tiles};
 }
 
-BK_INLINE GemmWalk gemm_walk(const EngineParams& params, const WideTiling& tiling) {
-  if (!kPaired) return GemmWalk{cta_idx(), params.num_workers, tiling.num_items};
-  const u32 num_pairs = params.num_workers / 2;
-  return GemmWalk{cta_idx() / 2, num_pairs, cta_idx() / 2 < num_pairs ? tiling.num_items : 0};
-}
+BK_INLINE GemmWalk gemm_walk(const EngineParams& params, const WideTiling& tiling) { return GemmWalk{cta_idx(), params.num_workers, tiling.num_items}; }
 
 }  // namespace blinkimp

@@ -28,7 +28,6 @@ BK_INLINE void init_shared() {
     }
     mbarrier_init(&shared.producers_done, 2 + kScaleWarps);
     mbarrier_init(&attention_shared(shared_memory).schedule_ready, 1);
-    init_pair(shared.pair);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
     shared.next_cursors = ConsumerCursors{};
@@ -38,17 +37,10 @@ BK_INLINE void init_shared() {
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};
   fence_proxy_async();
   __syncthreads();  // mbarriers and compute state are initialised before any role uses them
-  if (kPaired) cluster_sync();  // the partner's too
 }
 
-#if BK_PAIRED
-#define BK_CLUSTER __cluster_dims__(2, 1, 1)
-#else
-#define BK_CLUSTER
-#endif
-
 // The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
-extern "C" __global__ void BK_CLUSTER __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
+extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
   init_shared();
   const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
   if (warp >= kComputeThreads / 32) {
@@ -69,7 +61,6 @@ extern "C" __global__ void BK_CLUSTER __launch_bounds__(kWorkerThreads, 1) persi
       direct(params);
     }
   }
-  if (kPaired) cluster_sync();  // hazard: the partner's last arrivals at this CTA's mbarriers
 }
 
 }  // namespace blinkimp

@@ -65,7 +65,7 @@ BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u3
 
 // The scale warps' side of one op of at most 64 rows, after the grid barrier that completes `squares`: one buffer for all items.
 BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares, const GemmShape& shape, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  if (cta_idx() >= min(tile_walk(params, shape).end, shape.num_items)) return;
+  if (!has_tiles(shape)) return;
   wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
   sum_row_scales(params, squares, shape.num_rows, warp, shared.row_scale[cursor.stage]);
   __syncwarp();

@@ -38,9 +38,6 @@ BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead
 
 BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
 
-// Whether the weight ring goes on from a GEMM of the same step: of more rows or as many, so wide if this one is.
-BK_INLINE bool follows_gemm(const EngineParams& params, u32 op_idx) { return op_idx > 0 && is_gemm(reinterpret_cast<const Op*>(params.ops)[op_idx - 1].kind); }
-
 // Whether the op normalises its input: its epilogue needs row scales.
 BK_INLINE bool is_scaled(u32 kind) { return is_gemm(kind) && kind != kOpProject; }
 
@@ -108,7 +105,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
       const Op& op = producer_op(params, state);
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
-        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, follows_gemm(params, state.op_idx), shared_memory + kRingOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, plan, state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
@@ -136,7 +133,6 @@ BK_INLINE void input_producer(const EngineParams& params) {
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
-        if (kPaired && !is_wide(num_rows)) enter_shared_inputs(params, gemm_shape(op, num_rows), shared, cursor);
         wait_grid(params, state.num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
         if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
@@ -289,28 +285,28 @@ struct TiledStore {
 
 // A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kFirstColumns weight rows are warpgroup 0's.
 template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
-BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
+BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   if (is_wide(num_rows)) {
-    run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, follows_gemm(params, op_idx), shared_memory, shared, epilogue);
+    run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, shared_memory, shared, epilogue);
   } else {
     run_gemm<kTileRows, kFirstColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
   }
 }
 
 // The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided at multiples of 8 rows, gate-up's at multiples of 16 (8 gate, 8 up).
-BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u32 num_rows, u32 op_idx, u8* shared_memory, WorkerShared& shared) {
+BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u32 num_rows, u8* shared_memory, WorkerShared& shared) {
   switch (uniform(op.kind)) {
     case kOpQkv:
-      run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
+      run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
       break;
     case kOpGateUp:
-      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, op_idx, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
+      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
       break;
     case kOpLmHead:
-      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, op_idx, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
+      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
       break;
     default:
-      run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, op_idx, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
+      run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
   }
 }
 
@@ -355,8 +351,8 @@ BK_INLINE void compute(const EngineParams& params) {
     }
     if (is_gemm(kind)) {
       const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
-      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : has_tiles(params, gemm_shape(op, num_rows));
-      run_gemm_op(params, op, opaque(plan), num_rows, state.op_idx, shared_memory, shared);
+      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : has_tiles(gemm_shape(op, num_rows));
+      run_gemm_op(params, op, opaque(plan), num_rows, shared_memory, shared);
     } else if (kind == kOpAttention) {
       prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));
       wait_phases(params, state);  // q, k and v of every SM

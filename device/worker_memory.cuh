@@ -73,18 +73,6 @@ constexpr u32 kInputProducer = 1;
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
-// What the CTAs of a pair tell each other: about weights (gemm_wide_pair.cuh) and about inputs (gemm_pair.cuh).
-struct PairShared {
-  u64 stage_empty[kWeightStages];  // [stage]; a phase per use in a paired op; writers: the partner's compute warpgroups; reader: own weight producer
-  u64 ready;                       // a phase per handshake; writers: both weight producers; reader: own
-  u64 inputs_empty[kInputStages];  // [stage] as stage_empty; reader: own input producer
-  u64 inputs_ready;                // as `ready`, of the input producers
-  u32 stage_parity;                // bit per stage: which phase of stage_empty to wait for next; weight producer only
-  u32 ready_parity;                // likewise of `ready`
-  u32 inputs_parity;               // likewise of inputs_empty; input producer only
-  u32 inputs_ready_parity;         // likewise of inputs_ready
-};
-
 struct WorkerShared {
   // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
@@ -98,7 +86,6 @@ struct WorkerShared {
   Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
-  PairShared pair;
   ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
@@ -108,7 +95,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232208;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232064;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 

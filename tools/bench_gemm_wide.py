@@ -1,7 +1,7 @@
 """Times device/gemm_wide.cuh alone: each GEMM of a Llama-3-8B layer at 128 to 8,192 rows, every tiling, behind a grid barrier as in a step.
 
-Prints us, TFLOP/s and the bytes that each SM reads; `*` marks the tiling that the rule of gemm_wide_tiling.cuh chooses. `pairs` is with clusters of
-two, `no stores` pairs without the epilogue. Random bf16 weights, as many copies as do not fit the L2 cache. Writes JSON with --out. Needs a GPU.
+Prints us, TFLOP/s and the bytes that each SM reads; `*` marks the tiling that the rule of gemm_wide_tiling.cuh chooses. `no stores`
+is without the epilogue. Random bf16 weights, as many copies as do not fit the L2 cache. Writes JSON with --out. Needs a GPU.
 Usage: python tools/bench_gemm_wide.py [--rows 128 256 ...] [--quick] [--out FOLDER]
 Test of what it times: pytest -m gpu tests/gpu/test_gemm_wide.py
 """
@@ -36,19 +36,17 @@ ROWS = (128, 256, 512, 1024, 2048, 8192)
 NUM_LAYERS = 32
 CACHED_BYTES = 200 << 20  # weights that are used again sooner would partly come from the L2 cache
 MIN_OPS = 8
-VARIANTS = {"alone": (False, ()), "pairs": (True, ()), "no stores": (True, ("-DSTORE=0",))}  # (paired, options)
+VARIANTS: dict[str, tuple[str, ...]] = {"whole": (), "no stores": ("-DSTORE=0",)}  # options
 
 
-def wide_time_ns(
-    rows: int, shape: tuple[int, int, int], tokens: int, stack: int, num_workers: int, paired: bool
-) -> int:
+def wide_time_ns(rows: int, shape: tuple[int, int, int], tokens: int, stack: int, num_workers: int) -> int:
     """wide_time_ns() of gemm_wide_tiling.cuh."""
     tile_rows, out_features, in_features = shape
     columns = stack * tile_rows
-    items = -(-rows // (2 * tokens if paired else tokens)) * -(-out_features // columns)
-    copies = 2 if tokens == 64 else (-(-stack // 2) if paired else stack) + 2
-    slice_ns = max(tokens * columns // 47, 2 * tokens + (1 if paired else 2) * columns, 100 * copies)
-    return -(-items // (num_workers // 2 if paired else num_workers)) * (in_features // 64 * slice_ns + 4000)
+    items = -(-rows // tokens) * -(-out_features // columns)
+    copies = 2 if tokens == 64 else stack + 2
+    slice_ns = max(tokens * columns // 47, 2 * (tokens + columns), 100 * copies)
+    return -(-items // num_workers) * (in_features // 64 * slice_ns + 4000)
 
 
 def tilings(rows: int, tile_rows: int) -> list[tuple[int, int]]:
@@ -76,11 +74,11 @@ def measure(runner: WideRunner, rows_list: list[int], rng: np.random.Generator) 
             inputs = runner.array(bf16_from_f32(rng.standard_normal(padded * in_features, dtype=np.float32)))
             output = runner.zeros((rows, out_features), np.float32)
             candidates = tilings(rows, tile_rows)
-            for variant, (paired, options) in VARIANTS.items():
-                predicted = {t: wide_time_ns(rows, shape, *t, runner.num_workers, paired) for t in candidates}
+            for variant, options in VARIANTS.items():
+                predicted = {t: wide_time_ns(rows, shape, *t, runner.num_workers) for t in candidates}
                 chosen = min(reversed(candidates), key=lambda t: predicted[t])
                 for tokens, stack in candidates:
-                    kernel = compile_wide(tile_rows, tokens=tokens, stack=stack, paired=paired, options=options)
+                    kernel = compile_wide(tile_rows, tokens=tokens, stack=stack, options=options)
                     runner.launch(kernel, ops, inputs, rows, output)
                     times = np.sort(runner.launch(kernel, ops, inputs, rows, output)[1:])
                     us = float(np.median(times)) / 1000
@@ -91,7 +89,7 @@ def measure(runner: WideRunner, rows_list: list[int], rng: np.random.Generator) 
                         "chosen": (tokens, stack) == chosen, "items": items, "us": us, "us_min": times[0] / 1000, "us_max": times[-1] / 1000,
                         "predicted_us": predicted[tokens, stack] / 1000,
                         "tflops": 2e-6 * rows * out_features * in_features / us,
-                        "gb_per_s_per_sm": 2e-3 * items * (tokens + columns / (1 + paired)) * in_features / us / runner.num_workers,
+                        "gb_per_s_per_sm": 2e-3 * items * (tokens + columns) * in_features / us / runner.num_workers,
                         "weight_tb_per_s": 2e-6 * out_features * in_features / us,
                     }  # fmt: skip
                     results.append(result)

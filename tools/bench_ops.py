@@ -2,10 +2,10 @@
 
 Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: once whole, and each kind of op
 of all layers by itself. Wall time of a launch less that of the same step's embedding alone; the least of some repeats. Variants are builds
-with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. BK_PAIRED=1 runs on an even number of
-workers. A variant is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
+with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. A variant
+is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
 takes a minute, all variants side by side, and nothing where the cache of compiled kernels has them. Writes JSON with --out.
-Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant paired:BK_PAIRED=1] [--out ops.json]
+Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant l2:BK_PREFETCH_BYTES=196608] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
 
@@ -71,10 +71,6 @@ class Variant:
     name: str
     defines: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def is_paired(self) -> bool:
-        return dict(self.defines).get("BK_PAIRED") == "1"
-
 
 def parse_variant(text: str) -> Variant:
     """`name:MACRO=value,MACRO=value`. Raises ArgumentTypeError."""
@@ -82,7 +78,7 @@ def parse_variant(text: str) -> Variant:
     defines = tuple(tuple(part.split("=", 1)) for part in rest.split(","))
     if not name or not colon or any(len(define) != 2 or not define[0] for define in defines):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as paired:BK_PAIRED=1"
+            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as lone:BK_LONE_ROWS=64"
         )
     return Variant(name, tuple((macro, value) for macro, value in defines))
 
@@ -119,20 +115,15 @@ def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, floa
     return parts, logits
 
 
-def num_workers_of(variant: Variant, num_sms: int) -> int:
-    """All SMs but the director's; of pairs, an even number."""
-    return (num_sms - 1) // 2 * 2 if variant.is_paired else num_sms - 1
-
-
 def compile_variant(variant: Variant, num_workers: int) -> bytes:
     shape = kernel_shape(parse_config(SHAPES[MODEL]), num_workers)
     defines = shape.defines() | dict(variant.defines)
     return get_kernel(shape.source, cache_folder(Config()), defines=defines).cubin
 
 
-def compile_variants(variants: Sequence[Variant], num_sms: int) -> list[bytes]:
+def compile_variants(variants: Sequence[Variant], num_workers: int) -> list[bytes]:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(compile_variant, variant, num_workers_of(variant, num_sms)) for variant in variants]
+        futures = [pool.submit(compile_variant, variant, num_workers) for variant in variants]
         return [future.result() for future in futures]
 
 
@@ -210,17 +201,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = parse_rows(arguments.rows)
     variants = [Variant("base"), *arguments.variant]
     try:
-        num_sms = probe_gpu().num_multiprocessors
+        num_workers = probe_gpu().num_multiprocessors - 1  # one is the director's
     except GpuError as error:
         print(f"bench_ops: {error}", file=sys.stderr)
         return 2
     print(f"compiling {len(variants)} kernels side by side", file=sys.stderr, flush=True)
-    cubins = compile_variants(variants, num_sms)
+    cubins = compile_variants(variants, num_workers)
     results: dict[str, Times] = {}
     logits: dict[str, Bits] = {}
     failures: dict[str, str] = {}
     for variant, cubin in zip(variants, cubins, strict=True):
-        found = measure_apart(variant, cubin, num_workers_of(variant, num_sms), rows)
+        found = measure_apart(variant, cubin, num_workers, rows)
         if isinstance(found, str):
             failures[variant.name] = found
         else:

@@ -66,14 +66,14 @@ def assert_fits(source: str, compiled: Compiled, num_threads: int) -> None:
 
 
 # A compilation takes a minute: head dimensions 64 and 128 here, the kernel with norms of the heads by `blinkimp compile`.
-HOPPER_BUILDS = (("embedded", ""), ("llama-3-8b", ""), ("llama-3-8b", "BK_PAIRED"))  # model, switch that is on
+HOPPER_MODELS = ("embedded", "llama-3-8b")
 # The oldest and the newest architecture, one with head norms. The others by `blinkimp compile --arch`.
 PORTABLE_MODELS = (("sm_80", "qwen-3-4b"), ("sm_120a", "llama-3-8b"))
 
 
 @pytest.fixture(scope="module")
 def compilations() -> Iterator[dict[tuple[str, str], Future[Compiled]]]:
-    """By (architecture, model and switch): all the long ones, side by side on the machine's CPUs."""
+    """By (architecture, model): all the long ones, side by side on the machine's CPUs."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(4, len(os.sched_getaffinity(0))), spawn) as pool:
 
@@ -84,9 +84,10 @@ def compilations() -> Iterator[dict[tuple[str, str], Future[Compiled]]]:
         for arch, model in PORTABLE_MODELS:
             shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
             jobs[arch, model] = start(shape.source, shape.defines(), arch)
-        for model, switch in HOPPER_BUILDS:
-            defines = kernel_shape(models()[model], NUM_WORKERS).defines() | ({switch: "1"} if switch else {})
-            jobs[DEFAULT_ARCH, model + switch] = start(KERNEL_SOURCE, defines, DEFAULT_ARCH)
+        for model in HOPPER_MODELS:
+            jobs[DEFAULT_ARCH, model] = start(
+                KERNEL_SOURCE, kernel_shape(models()[model], NUM_WORKERS).defines(), DEFAULT_ARCH
+            )
         yield jobs
         pool.shutdown(cancel_futures=True)
 
@@ -96,12 +97,12 @@ def test_every_kernel_is_covered_here() -> None:
     assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE}
 
 
-@pytest.mark.parametrize("build", ["".join(build) for build in HOPPER_BUILDS])
+@pytest.mark.parametrize("model", HOPPER_MODELS)
 @pytest.mark.timeout(1800)  # minutes where others compile too
 def test_persistent_kernel_compiles_with_few_spills(
-    compilations: dict[tuple[str, str], Future[Compiled]], build: str
+    compilations: dict[tuple[str, str], Future[Compiled]], model: str
 ) -> None:
-    assert_fits(KERNEL_SOURCE, compilations[DEFAULT_ARCH, build].result(), WORKER_THREADS)
+    assert_fits(KERNEL_SOURCE, compilations[DEFAULT_ARCH, model].result(), WORKER_THREADS)
 
 
 @pytest.mark.parametrize(("arch", "model"), PORTABLE_MODELS)

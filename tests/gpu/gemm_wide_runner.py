@@ -24,14 +24,10 @@ SPIN_BUDGET_NS = 2_000_000_000
 ROW_TILE = 64
 
 
-def compile_wide(
-    tile_rows: int, *, tokens: int = 0, stack: int = 0, paired: bool = False, options: tuple[str, ...] = ()
-) -> CompiledKernel:
-    """tokens and stack force a tiling of gemm_wide_tiling.cuh; 0: its rule decides. paired: clusters of two (gemm_wide_pair.cuh)."""
+def compile_wide(tile_rows: int, *, tokens: int = 0, stack: int = 0, options: tuple[str, ...] = ()) -> CompiledKernel:
+    """tokens and stack force a tiling of gemm_wide_tiling.cuh; 0: its rule decides."""
     forced = [f"-DBK_WIDE_TOKENS={tokens}", f"-DBK_WIDE_STACK={stack}"] if tokens else []
-    return compile_kernel(
-        "gemm_wide_test.cu", [f"-DTILE_ROWS={tile_rows}", f"-DBK_PAIRED={int(paired)}", *forced, *options]
-    )
+    return compile_kernel("gemm_wide_test.cu", [f"-DTILE_ROWS={tile_rows}", *forced, *options])
 
 
 def pack_tiles(values: NDArray[np.uint16], tile_rows: int) -> NDArray[np.uint16]:
@@ -89,10 +85,9 @@ class WideRunner(KernelRunner):
 
     def launch(
         self, kernel: CompiledKernel, ops: list[PlacedWeights], inputs: DeviceArray, num_rows: int, output: DeviceArray,
-        num_workers: int | None = None, follow: bool = True,
+        num_workers: int | None = None,
     ) -> NDArray[np.uint64]:  # fmt: skip
-        """One launch that runs all ops on the same input; ns of each op between its grid barriers. follow: the rings go on from op to op, else
-        each op begins as one does after attention. The grid is even, as clusters need it."""
+        """One launch that runs all ops on the same input; ns of each op between its grid barriers."""
         params = self.params.copy()
         params["num_workers"] = num_workers or self.num_workers
         op_array = self.array(np.array([op.op() for op in ops], abi.OP))
@@ -101,8 +96,8 @@ class WideRunner(KernelRunner):
         self.grid_words.set(np.zeros(self.grid_words.shape, np.uint32))
         try:
             self.run(
-                kernel, "gemm_wide_test", -(-int(params["num_workers"][0]) // 2) * 2, WORKER_THREADS,
-                [params, num_rows, int(follow), inputs, output, times], SHARED_MEMORY_BYTES, cooperative=True,
+                kernel, "gemm_wide_test", int(params["num_workers"][0]), WORKER_THREADS,
+                [params, num_rows, inputs, output, times], SHARED_MEMORY_BYTES, cooperative=True,
             )  # fmt: skip
         except Exception as error:
             fault = self.page[: abi.ENGINE_PAGE.itemsize].view(abi.ENGINE_PAGE)[0]["fault"]
@@ -114,12 +109,11 @@ class WideRunner(KernelRunner):
 
     def multiply(
         self, kernel: CompiledKernel, ops: list[PlacedWeights], bits: NDArray[np.uint16], num_workers: int | None = None,
-        follow: bool = True,
     ) -> NDArray[np.float32]:  # fmt: skip
         """[rows, out] of the last op; every op before runs too, so that the rings are somewhere."""
         inputs = self.array(pack_tiles(bits, ROW_TILE))
         output = self.poisoned((len(bits), max(op.out_features for op in ops)), np.float32)
-        self.launch(kernel, ops, inputs, len(bits), output, num_workers, follow)
+        self.launch(kernel, ops, inputs, len(bits), output, num_workers)
         columns = ops[-1].out_features
         sums = output.numpy().reshape(-1)[: len(bits) * columns].reshape(len(bits), columns)
         self.free(inputs, output)

@@ -42,14 +42,11 @@ def relative_error(got: NDArray[np.float32], expected: NDArray[np.float64]) -> f
     return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)
-def test_chosen_tiling(
-    runner: WideRunner, rng: np.random.Generator, tile_rows: int, num_rows: int, paired: bool
-) -> None:
+def test_chosen_tiling(runner: WideRunner, rng: np.random.Generator, tile_rows: int, num_rows: int) -> None:
     """Three ops in a row, of odd slice counts and ragged last items, so that rings are left and entered at odd stages."""
-    kernel = compile_wide(tile_rows, paired=paired)
+    kernel = compile_wide(tile_rows)
     shapes = [(tile_rows * 6 - 8, 192), (tile_rows * 121 + 8, 320), (tile_rows * 5, 1088)]
     weights = [random_bits(rng, *shape) for shape in shapes]
     ops = [runner.place(bits, tile_rows) for bits in weights]
@@ -58,20 +55,16 @@ def test_chosen_tiling(
         # Earlier ops read the same input buffer, which is long enough for none but their own columns: so they come with as many.
         same = [op for op in ops[:last] if op.in_features <= shapes[last][1]] + [ops[last]]
         expected = runner.chain(kernel, ops[last], inputs)
-        for follow in (True, False):
-            got = runner.multiply(kernel, same, inputs, follow=follow)
-            np.testing.assert_array_equal(got, expected)
+        got = runner.multiply(kernel, same, inputs)
+        np.testing.assert_array_equal(got, expected)
         assert relative_error(got, product(weights[last], inputs)) < 1e-5  # fp32 accumulation
 
 
 @pytest.mark.parametrize(
     ("tile_rows", "tokens", "stack"), [(rows, *forced) for rows in FORCED for forced in FORCED[rows]]
 )
-@pytest.mark.parametrize("paired", [False, True])
-def test_every_tiling(
-    runner: WideRunner, rng: np.random.Generator, tile_rows: int, tokens: int, stack: int, paired: bool
-) -> None:
-    kernel = compile_wide(tile_rows, tokens=tokens, stack=stack, paired=paired)
+def test_every_tiling(runner: WideRunner, rng: np.random.Generator, tile_rows: int, tokens: int, stack: int) -> None:
+    kernel = compile_wide(tile_rows, tokens=tokens, stack=stack)
     weights = random_bits(rng, tile_rows * 41 - 16, 704)
     op = runner.place(weights, tile_rows)
     for num_rows in (65, 193, 640):
@@ -81,9 +74,8 @@ def test_every_tiling(
         assert relative_error(got, product(weights, inputs)) < 1e-5
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_number_of_workers_does_not_change_a_bit(runner: WideRunner, rng: np.random.Generator, paired: bool) -> None:
-    kernel = compile_wide(48, paired=paired)
+def test_number_of_workers_does_not_change_a_bit(runner: WideRunner, rng: np.random.Generator) -> None:
+    kernel = compile_wide(48)
     op = runner.place(random_bits(rng, 48 * 20, 512), 48)
     inputs = random_bits(rng, 300, 512)
     sums = [runner.multiply(kernel, [op, op], inputs, num_workers) for num_workers in (runner.num_workers, 2, 3, 37)]
@@ -99,9 +91,8 @@ def test_a_full_layer(runner: WideRunner, rng: np.random.Generator) -> None:
         (112, 28672, 4096),
         (32, 4096, 14336),
     ):
-        kernel, pairs = compile_wide(tile_rows), compile_wide(tile_rows, paired=True)
+        kernel = compile_wide(tile_rows)
         op = runner.place(random_bits(rng, out_features, in_features, 0.02), tile_rows)
         inputs = random_bits(rng, 1024, in_features)
         got = runner.multiply(kernel, [op, op], inputs)
         np.testing.assert_array_equal(got, runner.chain(kernel, op, inputs))
-        np.testing.assert_array_equal(got, runner.multiply(pairs, [op, op], inputs))

@@ -130,16 +130,13 @@ def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np
 
 @pytest.mark.parametrize(
     "defines",
-    [{"BK_PREFETCH_BYTES": "20000"}, {"BK_PAIRED": "1"}, {"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8", "BK_LONE_ROWS": "128"}],
-    ids=["alone", "paired", "paired-always"],
-)  # fmt: skip
+    [{"BK_PREFETCH_BYTES": "20000"}, {"BK_LONE_ROWS": "128"}],
+    ids=["divided", "lone"],
+)
 def test_steps_in_a_row(
     checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, defines: dict[str, str]
 ) -> None:
-    """Three workers, also in pairs that share weights in wide steps, and inputs in narrow ones: the third one's partner is the director.
-
-    The LM head has three tiles: in a pair, the second CTA has none in the last round, but the inputs come to it, too.
-    """
+    """Three workers; narrow tiles are divided between the warpgroups, or one warpgroup's alone."""
     folder, tensors = checkpoint
     workers = EmulatedWorkers(folder, tmp_path, num_workers=3, defines=defines)
     script = make_script(workers, np.random.default_rng(2))
@@ -189,13 +186,11 @@ def transformers_logits(folder: Path, tokens: NDArray[np.uint32]) -> NDArray[np.
     return np.asarray(logits.double().numpy())
 
 
-def test_a_pair_shares_more_inputs_than_its_ring_holds(tmp_path: Path) -> None:
-    """18 slices of 64 rows in a ring of 8: a stage is filled again only when both CTAs gave it back."""
+def test_an_op_has_more_inputs_than_its_ring_holds(tmp_path: Path) -> None:
+    """18 slices of 64 rows in a ring of 8: a stage is filled again only when both warpgroups gave it back."""
     config = CONFIG | {"intermediate_size": 1152, "num_hidden_layers": 1}
     tensors = write_checkpoint(tmp_path, config, np.random.default_rng(1))
-    workers = EmulatedWorkers(
-        tmp_path, tmp_path, num_workers=4, defines={"BK_PAIRED": "1", "BK_SHARED_INPUT_ROWS": "8"}
-    )
+    workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=4)
     script = Script(workers, [np.arange(60, dtype=np.uint32)])
     for num_rows in (40, 1, 12, 7):
         script.step((0, num_rows))

@@ -41,10 +41,9 @@ def test_parts_are_the_whole_program_but_its_first_op() -> None:
 
 
 def test_a_variant_is_named_with_its_macros() -> None:
-    variant = tool.parse_variant("paired:BK_PAIRED=1,BK_X=2")
-    assert variant == tool.Variant("paired", (("BK_PAIRED", "1"), ("BK_X", "2")))
-    assert variant.is_paired and not tool.Variant("base").is_paired
-    for wrong in ("paired", ":BK_PAIRED=1", "paired:", "paired:BK_PAIRED"):
+    variant = tool.parse_variant("lone:BK_LONE_ROWS=64,BK_X=2")
+    assert variant == tool.Variant("lone", (("BK_LONE_ROWS", "64"), ("BK_X", "2")))
+    for wrong in ("lone", ":BK_LONE_ROWS=64", "lone:", "lone:BK_LONE_ROWS"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected NAME:MACRO=VALUE"):
             tool.parse_variant(wrong)
 
@@ -84,8 +83,8 @@ def test_a_row_is_measured_whole_and_by_parts() -> None:
 def test_the_table_has_a_line_for_each_row_and_variant() -> None:
     rows = [tool.Row("decode", 1, 64), tool.Row("prefill", 1, 128)]
     by_row = {row.name: dict.fromkeys(tool.PARTS, 1.5) for row in rows}
-    lines = tool.table(rows, {"base": by_row, "paired": by_row}).splitlines()
-    assert lines[2].startswith("| d1@64 | base | 1.500 |") and lines[5].startswith("| p128 | paired |")
+    lines = tool.table(rows, {"base": by_row, "lone": by_row}).splitlines()
+    assert lines[2].startswith("| d1@64 | base | 1.500 |") and lines[5].startswith("| p128 | lone |")
     assert len(lines) == 6
 
 
@@ -102,7 +101,7 @@ def test_a_variant_that_fails_is_named_and_the_others_stand(
     figures = {row.name: dict.fromkeys(tool.PARTS, 1.5)}
     answers = {"base": (figures, {row.name: np.zeros((1, 4), np.uint32)}), "hangs": "no answer in 240 s"}
     monkeypatch.setattr(tool, "probe_gpu", lambda: argparse.Namespace(num_multiprocessors=132))
-    monkeypatch.setattr(tool, "compile_variants", lambda variants, num_sms: [b""] * len(variants))
+    monkeypatch.setattr(tool, "compile_variants", lambda variants, num_workers: [b""] * len(variants))
     monkeypatch.setattr(tool, "measure_apart", lambda variant, *_: answers[variant.name])
     assert tool.main(["--rows", "d1@64", "--variant", "hangs:BK_X=1"]) == 1
     said = capsys.readouterr()
@@ -112,8 +111,3 @@ def test_a_variant_that_fails_is_named_and_the_others_stand(
 def test_a_child_that_raises_says_so() -> None:
     answer = tool.measure_apart(tool.Variant("base"), b"", 131, [])  # no rows: refused before any GPU is looked for
     assert isinstance(answer, str) and answer.startswith("ValueError")
-
-
-def test_pairs_run_on_an_even_number_of_workers() -> None:
-    paired = tool.Variant("paired", (("BK_PAIRED", "1"),))
-    assert [tool.num_workers_of(tool.Variant("base"), 132), tool.num_workers_of(paired, 132)] == [131, 130]

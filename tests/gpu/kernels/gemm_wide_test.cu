@@ -1,5 +1,5 @@
 // device/gemm_wide.cuh in a kernel of its own: real rings and producers, a grid barrier after every op, plain f32 output; and the sums that it must
-// equal to the last bit. -DTILE_ROWS=32, 48, ... as packed. -DSTORE=0: no output (its time alone). -DBK_PAIRED=1: clusters of two. Launched by tests/gpu/gemm_wide_runner.py.
+// equal to the last bit. -DTILE_ROWS=32, 48, ... as packed. -DSTORE=0: no output (its time alone). Launched by tests/gpu/gemm_wide_runner.py.
 // Test: pytest -m gpu tests/gpu/test_gemm_wide.py      Timing: tools/bench_gemm_wide.py
 #include <gemm_epilogues.cuh>
 #include <gemm_wide.cuh>
@@ -17,6 +17,7 @@ struct PlainEpilogue {
   u32 num_rows;
   u32 num_columns;
   static constexpr bool kPrefetchesRows = false;
+  static constexpr int kPrefetchDepth = 1;
 
   template <int kColumns, bool kWide>
   BK_INLINE NothingPrefetched prefetch(u32, u32) const {
@@ -52,20 +53,12 @@ BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
 
 }  // namespace
 
-#if BK_PAIRED
-#define TEST_CLUSTER __cluster_dims__(2, 1, 1)
-#else
-#define TEST_CLUSTER
-#endif
-
-// All ops of the program, on the same input. times: u64 [num_ops + 1], ns, written by CTA 0. CTAs from params.num_workers on do nothing, as the
-// director's. ops_follow: the ops' weights follow each other in the rings, or each begins as after attention.
-extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(const __grid_constant__ EngineParams params, u32 num_rows, u32 ops_follow, const u8* input, f32* output, u64* times) {
+// All ops of the program, on the same input. times: u64 [num_ops + 1], ns, written by CTA 0.
+extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(const __grid_constant__ EngineParams params, u32 num_rows, const u8* input, f32* output, u64* times) {
   u8* memory = worker_memory();
   WorkerShared& shared = worker_shared(memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   if (threadIdx.x == 0) {
-    init_pair(shared.pair);
     shared.compute = ComputeState{};
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
@@ -80,16 +73,14 @@ extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gem
   for (u32 i = threadIdx.x; i < kSharedOffset / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};
   fence_proxy_async();
   __syncthreads();  // mbarriers and zeroes before any role uses them
-  if (kPaired) cluster_sync();  // the partner's too
-  const bool works = blockIdx.x < params.num_workers;
   if (threadIdx.x >= kComputeThreads) {
     set_registers_down<56>();
     RingCursor cursor{0, 1};
     const u32 role = uniform(threadIdx.x / 32) - kComputeThreads / 32;
-    if (works && role == 0 && elect_one()) {
-      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, i && ops_follow, memory + kRingOffset, shared, cursor);
+    if (role == 0 && elect_one()) {
+      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, memory + kRingOffset, shared, cursor);
     }
-    if (works && role == 1 && elect_one()) {
+    if (role == 1 && elect_one()) {
       for (u32 i = 0; i < params.num_ops; i++) {
         wait_grid(params, i);  // as if the op before had made the input
         fence_proxy_async();
@@ -100,14 +91,13 @@ extern "C" __global__ void TEST_CLUSTER __launch_bounds__(kWorkerThreads, 1) gem
     set_registers_up<224>();
     const bool keeps_time = is_first_thread() && cta_idx() == 0;
     if (keeps_time) times[0] = device_clock_ns();
-    for (u32 i = 0; works && i < uniform(params.num_ops); i++) {
+    for (u32 i = 0; i < uniform(params.num_ops); i++) {
       const PlainEpilogue epilogue{output, num_rows, ops[i].out_features};
-      run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), i && ops_follow, memory, shared, epilogue);
+      run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), memory, shared, epilogue);
       test_barrier(params, i + 1);
       if (keeps_time) times[i + 1] = device_clock_ns();
     }
   }
-  if (kPaired) cluster_sync();  // hazard: the partner's last arrivals at this CTA's mbarriers
 }
 
 // The sums by definition: one accumulator, wgmma k16 steps in increasing k, each awaited. One warpgroup a CTA, for one packed tile and 64 rows.

@@ -1,8 +1,8 @@
-// A grid of emulated Hopper CTAs that take turns: each goes on until all its threads wait, then the next. Also what a cluster of two shares.
+// A grid of emulated Hopper CTAs that take turns: each goes on until all its threads wait, then the next.
 //
 // A CTA's state stands in the globals that the emulated PTX uses while the CTA runs, and in its slot otherwise; the order of the turns is
 // shuffled. When no CTA can go on, one bulk copy that is under way anywhere lands.
-// Used by tests/host/simt90/worker_sm90_simt.cpp and ptx_cluster.cuh. Test: pytest tests/host/test_worker_sm90_simt.py
+// Used by tests/host/simt90/worker_sm90_simt.cpp. Test: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
 #include <ptx_sm90.cuh>
 
@@ -30,45 +30,18 @@ inline void swap_cta(u32 idx) {  // into the globals, and, called again, out of 
   cta_idx = idx;
 }
 
-// ---- Clusters of two ---------------------------------------------------------------------------------------------
-struct Cluster {
-  simt::Rendezvous barrier;
-  u32 num_gone = 0;  // threads that have ended: a barrier does not wait for them
-};
-
-inline std::vector<Cluster> clusters;
-
-inline void complete_cluster(Cluster& cluster) {
-  if (cluster.barrier.num_arrived == 0 || cluster.barrier.num_arrived + cluster.num_gone != 2 * simt::machine.fibers.size()) return;
-  cluster.barrier.num_arrived = 0;
-  ++cluster.barrier.generation;
-}
-
-inline Cta& partner_slot(u32 rank) {  // of the other CTA, whose state stands in its slot
-  const u32 idx = cta_idx / 2 * 2 + rank;
-  if (idx == cta_idx) simt::fail("a remote operation on the own CTA", rank, rank ^ 1);
-  return grid_ctas.at(idx);
-}
-
 // Runs `kernel` in num_ctas CTAs of num_threads threads. between: called after each round; true when it did something that threads wait for.
 template <class Kernel, class Between>
 inline void run_grid(u32 num_ctas, u32 num_threads, u32 seed, const Kernel& kernel, const Between& between) {
   grid_ctas.clear();
   grid_ctas.resize(num_ctas);
-  clusters.assign((num_ctas + 1) / 2, Cluster{});
-  const auto thread = [&] {
-    kernel();
-    Cluster& cluster = clusters[cta_idx / 2];
-    ++cluster.num_gone;
-    complete_cluster(cluster);
-  };
   std::mt19937 random(seed);
   std::vector<u32> order(num_ctas);
   for (u32 idx = 0; idx < num_ctas; ++idx) {
     order[idx] = idx;
     swap_cta(idx);
     simt::machine.random.seed(random());
-    simt::machine.start(num_threads, 0, thread);
+    simt::machine.start(num_threads, 0, kernel);
     wgmmas.assign(num_threads, std::vector<std::vector<Wgmma>>(1));
     swap_cta(idx);
   }

@@ -3,7 +3,6 @@
 // The harness is the director: it publishes the next plan the moment that the last worker has arrived, and has overwritten the plan before the
 // last by then, as a director that plans ahead may. Copies land as late as they can, in any order (ptx_sm90.cuh).
 // Test: pytest tests/host/test_worker_sm90_simt.py
-#define __cluster_dims__(...)
 #include <persistent_kernel.cu>
 
 #include <grid.h>
@@ -46,8 +45,7 @@ extern "C" void bk_worker_sm90_simt(const blinkimp::EngineParams* params_of_test
   *arrivals = 0;
   put_plan(0);
   start();
-  const u32 num_ctas = params.num_workers + (kPaired && params.num_workers % 2 ? 1 : 0);  // the last worker's partner is the director
-  simt90::run_grid(num_ctas, kWorkerThreads, seed, [&] { persistent_kernel(params); }, [&] {
+  simt90::run_grid(params.num_workers, kWorkerThreads, seed, [&] { persistent_kernel(params); }, [&] {
     if (*arrivals > expected) simt::fail("arrivals at the grid barrier", *arrivals, expected);
     if (step == num_steps || *arrivals != expected) return false;
     std::memcpy(logits + step * num_logits, reinterpret_cast<const f32*>(params.workspaces[kWsLogits]), num_logits * sizeof(f32));
