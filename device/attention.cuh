@@ -52,8 +52,6 @@ BK_INLINE void next_page(RingCursor& keys, u32& others) {
   }
 }
 
-// All lanes of a warp together: the vote keeps the warp provably in step, which uniform registers need (wgmma's descriptors stand in them;
-// moved there for each instruction, they would cost twice the product).
 BK_INLINE void wait_stage(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
   u64* barrier = &shared.weights_full[cursor.stage];
   if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) return;  // it mostly waits in there

@@ -68,11 +68,11 @@ BK_INLINE MergeLane merge_factors(float2 softmax, f32 scale, f32& before) {
 }
 
 // Folds the items of one unit in order and writes its rows: the first is the total of num_folded splits, the others are splits num_folded ..
-// num_splits - 1. One warp a row, a lane holds head_dim / 32 neighbouring columns; 16 splits are on their way at once.
+// num_splits - 1. One warp a row, a lane holds head_dim / 32 neighbouring columns; 8 splits are on their way at once.
 template <int kHeadDim, class Store>
 BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_folded, u32 num_splits, u32 out_row, u32 kv_head, const Store& store) {
   constexpr u32 kColumns = kHeadDim / 32;
-  constexpr u32 kAtOnce = 16;
+  constexpr u32 kAtOnce = 8;
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;
   const u32 lane = thread_idx() % 32u;
   const u32 group = group_of(params);

@@ -74,7 +74,7 @@ struct MainLoop {
   RingCursor inputs;
   u64 a_base;
   u64 b_base;
-  u32 num_arrivals;  // of this thread where a stage is given back: 0 but for one of the warpgroup, 2 for a warpgroup that is alone
+  u32 num_arrivals;  // of this thread where a stage is given back: 1 of one thread of the warpgroup
 
   BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
   BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
@@ -164,7 +164,7 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
-                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? (kTileRows == kColumns ? 2u : 1u) : 0u};
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u};
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
   else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
@@ -194,15 +194,10 @@ BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 
   epilogue.template finish<kColumns, false>(row_begin, column, d, prefetched, row_scale);
 }
 
-// Tiles of at most so many weight rows are warpgroup 0's alone. A warpgroup reads all of the inputs from shared memory for its weight rows, which for few of
-// them takes longer than the products: 160 clk a slice of 32 rows for both warpgroups, 96 for one (device/PERFORMANCE.md). 0: all tiles are divided.
-#ifndef BK_LONE_ROWS
-#define BK_LONE_ROWS 0
-#endif
-
 // Runs all items of an op for this CTA.
-// kFirstColumns: the weight rows of a tile that are warpgroup 0's in the narrow shape. kScaled: the op normalises its input.
-template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
+// kColumns: weight rows of a warpgroup: warpgroup 0 has the tile's first, 1 its last ones. Where they overlap both store the same bits. So both run one copy
+// of the code: what a step executes should fit into the instruction caches, or a cold epilogue takes ten times as long. kScaled: the op normalises its input.
+template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   ConsumerCursors cursors = shared.compute.cursors;
   ScaleReader scales{shared.compute.scales, kNoRow};
@@ -211,15 +206,7 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   const u32 end = uniform(walk.end);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
     if constexpr (kScaled) scales.enter(shared, 0);
-    if constexpr (kTileRows <= BK_LONE_ROWS) {
-      if (warpgroup == 0) run_item<kTileRows, kTileRows, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);
-    } else if constexpr (kTileRows == 2 * kFirstColumns) {  // one copy of the code for both: there is much of it, and instructions come from L2, too
-      run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, warpgroup * kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
-    } else if (warpgroup == 0) {
-      run_item<kTileRows, kFirstColumns, kScaled>(params, shape, 0, item, 0, shared_memory, shared, cursors, scales, epilogue);
-    } else {
-      run_item<kTileRows, kTileRows - kFirstColumns, kScaled>(params, shape, 0, item, kFirstColumns, shared_memory, shared, cursors, scales, epilogue);
-    }
+    run_item<kTileRows, kColumns, kScaled>(params, shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);
   // Equal in all threads; taken over when the op ends. Without an item nothing moved.

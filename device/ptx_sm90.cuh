@@ -54,11 +54,6 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
                : "memory");
 }
 
-// Global -> L2: a hint, which nobody waits for. 16-byte aligned.
-BK_INLINE void bulk_prefetch_to_l2(const void* source, u32 num_bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(num_bytes) : "memory");
-}
-
 // Orders this thread's ordinary accesses against the async proxy (bulk copies, wgmma operands), both ways.
 BK_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

@@ -63,25 +63,6 @@ BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
 }
 
 // ---- Producers ---------------------------------------------------------------------------------------------------
-// Bytes of the next op's tile that are on their way to L2 while the ring is full of this op's; 0: none. For measurements (PERFORMANCE.md).
-#ifndef BK_PREFETCH_BYTES
-#define BK_PREFETCH_BYTES 0
-#endif
-
-// HBM has nothing to do once the ring is full and an op's end is waited for, longest in attention and between two steps. Only once an op and not
-// more than L2 holds beside what is in use: a prefetch that ran ahead of the ring all the time made steps 1.5 times slower.
-BK_INLINE void prefetch_next_weights(const EngineParams& params, const Op* ops, u32 op_idx) {
-  if constexpr (BK_PREFETCH_BYTES != 0) {
-    u32 next = op_idx;
-    do next = next + 1 == params.num_ops ? 0 : next + 1;
-    while (ops[next].kind == kOpEmbed || ops[next].kind == kOpSample);
-    const Op& op = ops[next];
-    if (!is_gemm(op.kind) || cta_idx() >= op.num_tiles) return;
-    const u32 tile_bytes = op.in_features * 2 * op.tile_rows;
-    bulk_prefetch_to_l2(reinterpret_cast<const u8*>(op.weight) + static_cast<u64>(cta_idx()) * tile_bytes, min(tile_bytes, static_cast<u32>(BK_PREFETCH_BYTES)));
-  }
-}
-
 // Begins a producer's step. Null: the workers leave.
 BK_INLINE const StepPlan* begin_producer_step(const EngineParams& params, ProducerState& state) {
   const StepPlan* plan = wait_plan(params, state.step);
@@ -110,10 +91,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, plan, state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
       }
-      const StepPlan& done = *producer_plan(params, state);
-      const u32 kind = producer_op(params, state).kind;
-      if (!is_wide(done.num_rows) && (is_gemm(kind) || kind == kOpAttention)) prefetch_next_weights(params, reinterpret_cast<const Op*>(params.ops), state.op_idx);
-      state.num_barriers += phases_in_step(kind, done);
+      state.num_barriers += phases_in_step(producer_op(params, state).kind, *producer_plan(params, state));
     }
     mbarrier_arrive(&shared.producers_done);
   }
@@ -283,13 +261,13 @@ struct TiledStore {
   }
 };
 
-// A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kFirstColumns weight rows are warpgroup 0's.
-template <int kTileRows, int kFirstColumns, bool kScaled, class Epilogue>
+// A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kColumns weight rows each.
+template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   if (is_wide(num_rows)) {
     run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, shared_memory, shared, epilogue);
   } else {
-    run_gemm<kTileRows, kFirstColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
+    run_gemm<kTileRows, kColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
   }
 }
 

@@ -118,18 +118,23 @@ __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site
   trap();
 }
 
-// Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
-BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
-  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) return;  // it mostly waits in there
+constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
+
+// Out of line: what hardly ever happens, written out at each wait, would be most of a step's code, and that must fit into the instruction caches
+// (PERFORMANCE.md).
+__device__ __noinline__ void wait_mbarrier_long(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   const u64 start_ns = device_clock_ns();
   while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) {
     if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, site, parity, *barrier);
   }
 }
 
-constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
+// Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
+BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
+  if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) wait_mbarrier_long(params, barrier, parity, site);  // it mostly waits in the first try
+}
 
-// Waits for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
+// Waits of one thread for a phase of an mbarrier.
 BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   u64 start_ns = 0;
   for (u32 tries = 1; !mbarrier_try_wait(barrier, parity); tries++) {

@@ -5,7 +5,7 @@ of all layers by itself. Wall time of a launch less that of the same step's embe
 with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. A variant
 is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
 takes a minute, all variants side by side, and nothing where the cache of compiled kernels has them. Writes JSON with --out.
-Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant l2:BK_PREFETCH_BYTES=196608] [--out ops.json]
+Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
 
@@ -78,7 +78,7 @@ def parse_variant(text: str) -> Variant:
     defines = tuple(tuple(part.split("=", 1)) for part in rest.split(","))
     if not name or not colon or any(len(define) != 2 or not define[0] for define in defines):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as lone:BK_LONE_ROWS=64"
+            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2"
         )
     return Variant(name, tuple((macro, value) for macro, value in defines))
 

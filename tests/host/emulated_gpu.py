@@ -94,7 +94,7 @@ class EmulatedContext:
 
 
 class EmulatedWorkers(StepRunner):
-    """StepRunner's plans and pages, on emulated CTAs. device: the folder of the sources; defines: macros, as BK_LONE_ROWS=128."""
+    """StepRunner's plans and pages, on emulated CTAs. device: the folder of the sources; defines: macros, as BK_WIDE_TOKENS=128."""
 
     def __init__(
         self, folder: Path, build_folder: Path, num_workers: int, *, defines: dict[str, str] | None = None, device: Path = ROOT / "device",

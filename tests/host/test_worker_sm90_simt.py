@@ -128,17 +128,9 @@ def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np
     return got
 
 
-@pytest.mark.parametrize(
-    "defines",
-    [{"BK_PREFETCH_BYTES": "20000"}, {"BK_LONE_ROWS": "128"}],
-    ids=["divided", "lone"],
-)
-def test_steps_in_a_row(
-    checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, defines: dict[str, str]
-) -> None:
-    """Three workers; narrow tiles are divided between the warpgroups, or one warpgroup's alone."""
+def test_steps_in_a_row(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
     folder, tensors = checkpoint
-    workers = EmulatedWorkers(folder, tmp_path, num_workers=3, defines=defines)
+    workers = EmulatedWorkers(folder, tmp_path, num_workers=3)
     script = make_script(workers, np.random.default_rng(2))
     expected = [reference_logits(tensors, CONFIG, tokens) for tokens in script.tokens]
     wanted = np.stack([expected[idx][position] for _, _, idx, position in script.places])

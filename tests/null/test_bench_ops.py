@@ -41,9 +41,9 @@ def test_parts_are_the_whole_program_but_its_first_op() -> None:
 
 
 def test_a_variant_is_named_with_its_macros() -> None:
-    variant = tool.parse_variant("lone:BK_LONE_ROWS=64,BK_X=2")
-    assert variant == tool.Variant("lone", (("BK_LONE_ROWS", "64"), ("BK_X", "2")))
-    for wrong in ("lone", ":BK_LONE_ROWS=64", "lone:", "lone:BK_LONE_ROWS"):
+    variant = tool.parse_variant("wide:BK_WIDE_TOKENS=64,BK_X=2")
+    assert variant == tool.Variant("wide", (("BK_WIDE_TOKENS", "64"), ("BK_X", "2")))
+    for wrong in ("wide", ":BK_WIDE_TOKENS=64", "wide:", "wide:BK_WIDE_TOKENS"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected NAME:MACRO=VALUE"):
             tool.parse_variant(wrong)
 
@@ -83,8 +83,8 @@ def test_a_row_is_measured_whole_and_by_parts() -> None:
 def test_the_table_has_a_line_for_each_row_and_variant() -> None:
     rows = [tool.Row("decode", 1, 64), tool.Row("prefill", 1, 128)]
     by_row = {row.name: dict.fromkeys(tool.PARTS, 1.5) for row in rows}
-    lines = tool.table(rows, {"base": by_row, "lone": by_row}).splitlines()
-    assert lines[2].startswith("| d1@64 | base | 1.500 |") and lines[5].startswith("| p128 | lone |")
+    lines = tool.table(rows, {"base": by_row, "wide": by_row}).splitlines()
+    assert lines[2].startswith("| d1@64 | base | 1.500 |") and lines[5].startswith("| p128 | wide |")
     assert len(lines) == 6
 
 

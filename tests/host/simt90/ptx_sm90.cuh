@@ -121,11 +121,6 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
   if (simt::machine.random() % 2) simt90::land(copy);
   else simt90::copies.push_back(std::move(copy));
 }
-BK_INLINE void bulk_prefetch_to_l2(const void* source, u32 num_bytes) {
-  if (num_bytes == 0 || num_bytes % 16 || reinterpret_cast<u64>(source) % 16) simt::fail("bulk prefetch's alignment", num_bytes, 0);
-  static volatile u8 sum;
-  for (u32 i = 0; i < num_bytes; ++i) sum = static_cast<u8>(sum + static_cast<const u8*>(source)[i]);  // the bytes must exist
-}
 BK_INLINE void fence_proxy_async() {}
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
