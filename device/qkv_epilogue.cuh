@@ -52,15 +52,28 @@ struct QkvEpilogue {
         reinterpret_cast<const u8*>(op.rope) + (static_cast<u64>(where.position) * kHeadDim + lane) * (sizeof(float2) / 2), token, exists};
   }
 
-  // Selected, not branched to: the block is the same for all threads, but a branch ends what can be in flight together.
-  BK_INLINE u8* destination_of(const Place& place, u32 block_column) const {
+  // Where a block of 8 columns goes, the same for all rows: computed once a warp, in uniform registers.
+  struct Target {
+    u32 offset;  // bytes from Place.query, or from Place.cache to the first chunk of the token
+    u32 chunk;   // within 64 dimensions; in the cache it is swizzled
+    bool is_query;
+    bool exists;
+  };
+
+  BK_INLINE Target target_of(u32 block_column) const {
     const ModelDims& dims = params.dims;
     const u32 head = block_column / kHeadDim;
     const bool is_query = head < dims.num_heads;
     const bool is_value = block_column >= num_rotated();
     const u32 tile = is_value ? (head - dims.num_heads - dims.num_kv_heads) * 2 + 1 : (head - dims.num_heads) * 2;
-    const u32 in_cache = tile * kKvTileBytes<kHeadDim> + kv_chunk_bytes(place.token, block_column % kHeadDim);
-    return (is_query ? place.query : place.cache) + (is_query ? 2 * block_column : in_cache);
+    const u32 in_cache = tile * kKvTileBytes<kHeadDim> + block_column % kHeadDim / kKvBlockDims * kKvBlockBytes;
+    return Target{is_query ? 2 * block_column : in_cache, block_column % kKvBlockDims / 8, is_query, block_column < op.out_features};
+  }
+
+  // Selected, not branched to: a branch ends what can be in flight together.
+  BK_INLINE u8* destination_of(const Place& place, const Target& target) const {
+    const u32 swizzled = (target.chunk ^ place.token % 8) * 16;
+    return (target.is_query ? place.query : place.cache) + (target.offset + (target.is_query ? 0 : swizzled));
   }
 
   template <int kColumns, bool kWide>
@@ -103,24 +116,19 @@ struct QkvEpilogue {
   template <int kColumns>
   BK_INLINE void store(const f32 (&d)[kColumns / 2], const Place (&places)[2], const float2 (&turns)[2][kColumns / 8], u32 column_begin) const {
 #pragma unroll
-    for (u32 half = 0; half < 2; half++) {
-      u32 packed[kColumns / 8];
+    for (u32 block = 0; block < kColumns / 8; block++) {
+      const u32 block_column = column_begin + block * 8;
+      const bool is_turned = block_column < num_rotated();
+      const Target target = target_of(block_column);
 #pragma unroll
-      for (u32 block = 0; block < kColumns / 8; block++) {
-        const bool is_turned = column_begin + block * 8 < num_rotated();
+      for (u32 half = 0; half < 2; half++) {
         const f32 low = d[block * 4 + half * 2];
         const f32 high = d[block * 4 + half * 2 + 1];
         const float2 turn = turns[half][block];
         const f32 turned_low = __fmaf_rn(low, turn.x, -__fmul_rn(high, turn.y));
         const f32 turned_high = __fmaf_rn(high, turn.x, __fmul_rn(low, turn.y));
-        packed[block] = pack_bf16x2(is_turned ? turned_low : low, is_turned ? turned_high : high);
-      }
-      if (!places[half].exists) continue;
-#pragma unroll
-      for (u32 block = 0; block < kColumns / 8; block++) {
-        const u32 block_column = column_begin + block * 8;
-        if (block_column >= op.out_features) break;
-        *reinterpret_cast<u32*>(destination_of(places[half], block_column)) = packed[block];
+        const u32 packed = pack_bf16x2(is_turned ? turned_low : low, is_turned ? turned_high : high);
+        if (target.exists && places[half].exists) *reinterpret_cast<u32*>(destination_of(places[half], target)) = packed;
       }
     }
   }
