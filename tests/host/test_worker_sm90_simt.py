@@ -215,3 +215,29 @@ def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]]
         program = f"from pathlib import Path; from tests.host.test_worker_sm90_simt import check_a_prompt; {call}"
         result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (result.returncode == 0) == wanted, result.stderr
+
+
+CHUNKS = [(200,), (64, 136), (70, 65, 65), (199, 1), (30, 1, 1, 1, 100, 67), (128, 72)]
+
+
+@pytest.mark.parametrize("shape", [{}, {"head_dim": 64, "num_attention_heads": 4}], ids=["head_dim 128", "head_dim 64"])
+def test_bits_do_not_depend_on_chunks_nor_on_the_rest_of_the_step(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """One prompt, cut in several ways, alone and beside decode rows of others: narrow, halved and wide items must give the same logits."""
+    write_checkpoint(tmp_path / "model", CONFIG | shape, np.random.default_rng(3))
+    workers = EmulatedWorkers(tmp_path / "model", tmp_path, num_workers=3)
+    prompt = np.random.default_rng(4).integers(0, workers.config.vocab, 202, dtype=np.uint32)
+    script = Script(workers, [prompt] * len(CHUNKS))
+    others: list[int] = []  # whose prompts are done: decode rows beside the next ones' chunks
+    for idx, chunks in enumerate(CHUNKS):
+        for i, num_rows in enumerate(chunks):
+            beside = [(other, 1) for other in others[-2:] if i == 0 and script.computed[other] == 200]
+            script.step(*beside, (idx, num_rows))
+        others.append(idx)
+    script.decode(1, [idx for idx in others if script.computed[idx] == 200])
+    script.decode(1, others)
+    logits, _ = workers.run_steps(script.plans, seed=0)
+    for position in (199, 200, 201):
+        rows = [(idx, logits[step, row]) for step, row, idx, at in script.places if at == position]
+        assert len(rows) == len(CHUNKS)
+        for idx, row in rows:
+            np.testing.assert_array_equal(row, rows[0][1], err_msg=f"position {position}, chunks {CHUNKS[idx]}")
