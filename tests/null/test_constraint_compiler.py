@@ -5,6 +5,9 @@ Run: pytest tests/null/test_constraint_compiler.py
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +32,20 @@ def compiler(tmp_path: Path) -> Iterator[ConstraintCompiler]:
 
 @pytest.mark.parametrize("limit", ["START_TIMEOUT_S", "MOST_WAIT_FACTOR"])
 def test_a_machine_without_time_may_be_asked_again(
-    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch, limit: str
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str
 ) -> None:
-    """The worker's start, or the worker itself, gets no time at all; then as much as it wants."""
+    """The worker's start, or the worker itself, gets no time at all (it does nothing); then as much as it wants."""
     with monkeypatch.context() as patch:
         patch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
         if limit == "MOST_WAIT_FACTOR":
             compiler.compile(Constraint("regex", "a"))  # the worker has started
+            assert compiler._worker is not None
+            os.kill(compiler._worker.pid, signal.SIGSTOP)
+        else:
+            idle = tmp_path / "idle"
+            idle.write_text("#!/bin/sh\nexec sleep 600\n")
+            idle.chmod(0o755)
+            patch.setattr(sys, "executable", str(idle))
         patch.setattr(constraint_compiler, "LOOK_PERIOD_S", 0.0)
         patch.setattr(constraint_compiler, limit, 0.0)
         with pytest.raises(ConstraintProblem, match="cannot be used") as caught:
