@@ -101,7 +101,7 @@ BK_INLINE void input_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
   ProducerState& state = shared.producers[kInputProducer];
-  RingCursor cursor{0, 1};
+  RingCursor cursors[2] = {{0, 1}, {0, 1}};  // [deep]
   for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
 #pragma unroll 1
     for (; state.op_idx < params.num_ops; state.op_idx++) {
@@ -113,8 +113,8 @@ BK_INLINE void input_producer(const EngineParams& params) {
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
         wait_grid(params, state.num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
-        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
-        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursors[is_deep(wide_tiling(params, op, num_rows))]);
+        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursors[is_deep(gemm_shape(op, num_rows))]);
       }
       state.num_barriers++;
     }
@@ -335,7 +335,7 @@ BK_INLINE void compute(const EngineParams& params) {
       prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));
       wait_phases(params, state);  // q, k and v of every SM
       const RingCursor pages = attend<kHeadDim>(params, shared_memory, shared, attention_shared(shared_memory), state.cursors.weights, TiledStore{params, state});
-      if (is_first_thread()) shared.next_cursors = ConsumerCursors{pages, state.cursors.inputs};
+      if (is_first_thread()) shared.next_cursors.weights = pages;
     } else if (kind == kOpEmbed) {
       run_embed(params, op, opaque(plan));
     } else if (kind == kOpSample) {

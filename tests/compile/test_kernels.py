@@ -66,7 +66,11 @@ def assert_fits(source: str, compiled: Compiled, num_threads: int) -> None:
 
 
 # A compilation takes a minute: head dimensions 64 and 128 here, the kernel with norms of the heads by `blinkimp compile`.
-HOPPER_MODELS = ("embedded", "llama-3-8b")
+HOPPER_BUILDS = {
+    "embedded": ("embedded", {}),
+    "llama-3-8b": ("llama-3-8b", {}),
+    "llama-3-8b, deep inputs": ("llama-3-8b", {"BK_DEEP_INPUTS": "1"}),  # a switch of device/ring_shape.cuh
+}
 # The oldest and the newest architecture, one with head norms. The others by `blinkimp compile --arch`.
 PORTABLE_MODELS = (("sm_80", "qwen-3-4b"), ("sm_120a", "llama-3-8b"))
 
@@ -84,10 +88,9 @@ def compilations() -> Iterator[dict[tuple[str, str], Future[Compiled]]]:
         for arch, model in PORTABLE_MODELS:
             shape = kernel_shape(models()[model], NUM_WORKERS, "portable", arch)
             jobs[arch, model] = start(shape.source, shape.defines(), arch)
-        for model in HOPPER_MODELS:
-            jobs[DEFAULT_ARCH, model] = start(
-                KERNEL_SOURCE, kernel_shape(models()[model], NUM_WORKERS).defines(), DEFAULT_ARCH
-            )
+        for build, (model, defines) in HOPPER_BUILDS.items():
+            all_defines = kernel_shape(models()[model], NUM_WORKERS).defines() | defines
+            jobs[DEFAULT_ARCH, build] = start(KERNEL_SOURCE, all_defines, DEFAULT_ARCH)
         yield jobs
         pool.shutdown(cancel_futures=True)
 
@@ -97,12 +100,12 @@ def test_every_kernel_is_covered_here() -> None:
     assert sources == {KERNEL_SOURCE, PORTABLE_SOURCE, PACK_SOURCE, STEP_SOURCE}
 
 
-@pytest.mark.parametrize("model", HOPPER_MODELS)
+@pytest.mark.parametrize("build", HOPPER_BUILDS)
 @pytest.mark.timeout(1800)  # minutes where others compile too
 def test_persistent_kernel_compiles_with_few_spills(
-    compilations: dict[tuple[str, str], Future[Compiled]], model: str
+    compilations: dict[tuple[str, str], Future[Compiled]], build: str
 ) -> None:
-    assert_fits(KERNEL_SOURCE, compilations[DEFAULT_ARCH, model].result(), WORKER_THREADS)
+    assert_fits(KERNEL_SOURCE, compilations[DEFAULT_ARCH, build].result(), WORKER_THREADS)
 
 
 @pytest.mark.parametrize(("arch", "model"), PORTABLE_MODELS)

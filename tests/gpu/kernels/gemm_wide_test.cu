@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);
     }
-    for (u32 i = 0; i < kInputStages; i++) {
+    for (u32 i = 0; i < kInputStages + kDeepInputStages; i++) {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }
