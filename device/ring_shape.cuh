@@ -38,6 +38,7 @@ BK_INLINE void pass_stage(const EngineParams& params, WorkerShared& shared, Ring
 
 // At each op that uses the ring, with or without an item.
 BK_INLINE void shape_weight_ring(const EngineParams& params, bool deep, WorkerShared& shared, RingCursor& cursor) {
+  if constexpr (!BK_DEEP_INPUTS) return;
   ProducerState& state = shared.producers[kWeightProducer];
   if (deep == static_cast<bool>(state.is_deep)) return;
   state.is_deep = deep;
