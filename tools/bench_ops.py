@@ -118,7 +118,8 @@ def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, floa
 def compile_variant(variant: Variant, num_workers: int) -> bytes:
     shape = kernel_shape(parse_config(SHAPES[MODEL]), num_workers)
     defines = shape.defines() | dict(variant.defines)
-    return get_kernel(shape.source, cache_folder(Config()), defines=defines).cubin
+    cache = cache_folder(Config(cache_dir=os.environ.get("BLINKIMP_CACHE_DIR", "")))
+    return get_kernel(shape.source, cache, defines=defines).cubin
 
 
 def compile_variants(variants: Sequence[Variant], num_workers: int) -> list[bytes]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import secrets
 import tempfile
 import time
@@ -50,7 +51,7 @@ def config_of(folder: Path, shape: str, device: str, max_context: int, settings:
         num_queue_pairs=1,
         num_requests=512,
         max_context=max_context,
-        **settings,
+        **{"cache_dir": os.environ.get("BLINKIMP_CACHE_DIR", "")} | settings,
     )
 
 
