@@ -6,6 +6,7 @@ Used by tests/gpu/test_engine_gpu.py and others of engines; by tests/gpu/test_at
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from tests.gpu.gpu_harness import KernelRunner
 from tests.host.engine_support import make_tiny_checkpoint
 
 Options = dict[str, Any]
+REASON_CHARS = 2000
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Why a test failed, at once: a lent GPU may be gone before the summary."""
+    if report.failed and report.nodeid.startswith("tests/gpu/"):
+        print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-REASON_CHARS:]}", file=sys.stderr, flush=True)
 
 
 @pytest.fixture(scope="session")
