@@ -52,13 +52,10 @@ BK_INLINE void next_page(RingCursor& keys, u32& others) {
   }
 }
 
+// wait_mbarrier_warp() without its call, which would push values of the loop over pages out of their registers.
 BK_INLINE void wait_stage(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
   u64* barrier = &shared.weights_full[cursor.stage];
-  if (__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) return;  // it mostly waits in there
-  const u64 start_ns = device_clock_ns();
-  while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) {
-    if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, kSiteWeightRing, cursor.phase, *barrier);
-  }
+  if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) poll_mbarrier_warp(params, barrier, cursor.phase, kSiteWeightRing);
 }
 
 // Wide: pages that only the other warpgroup computes. The first warp alone waits: a slow one might find its stage two laps on, and wait for ever.
@@ -100,7 +97,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {
     wait_stage(params, shared, at);
     if (!is_plain && uniform(page == run.patch_page)) {
-      patch_page<kHeadDim>(run, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, shared_memory + kRingOffset + at.stage * kWeightStageBytes,
+      patch_page<kHeadDim>(run, shared_memory + kScratchOffset, shared_memory + kRingOffset + at.stage * kWeightStageBytes,
                            shared_memory + kRingOffset + values_of<kHeadDim>(at).stage * kWeightStageBytes + kValuesOffset);
     }
   };
@@ -136,7 +133,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   const u32 last_page = uniform(run.page_end - 1);
   wait_page(keys, page, false);
   wgmma_fence();
-  issue_scores<kHeadDim>(scores, scratch + run.queries, ring + keys.stage * kWeightStageBytes);
+  issue_scores<kHeadDim>(scores, scratch + run.query_offset, ring + keys.stage * kWeightStageBytes);
   wgmma_commit();
   wgmma_wait<0>();
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
@@ -153,7 +150,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
     if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
     // Scores of the next page, then outputs of this one, during which the scores become exponentials.
     wgmma_fence();
-    issue_scores<kHeadDim>(scores, scratch + run.queries, ring + keys.stage * kWeightStageBytes);
+    issue_scores<kHeadDim>(scores, scratch + run.query_offset, ring + keys.stage * kWeightStageBytes);
     wgmma_commit();
     issue_outputs<kHeadDim>(outputs, weights, ring + values_stage * kWeightStageBytes + kValuesOffset, !starts_split);
     wgmma_commit();
@@ -260,9 +257,8 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
     // Both warpgroups are done with the narrow pages: one that had fewer is up to six pages ahead, and would take an older phase of its stage for the
     // one it wants (I1 of attention_producer.cuh).
     if (uniform(run.joins)) named_barrier_sync<1, kComputeThreads>();
-    u8* query_tile = shared_memory + kScratchOffset + warpgroup * kQueryTileBytes<kHeadDim>;
     if (is_first || kind == kRunWide) {
-      issue_queries<kHeadDim>(params, run, query_tile, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
+      issue_queries<kHeadDim>(params, run, shared_memory + kScratchOffset, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
       land_queries();
       warpgroup_sync();  // the query tile is whole
     }
@@ -271,7 +267,7 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
       if (is_scout()) next_run<kHeadDim>(params, attention, state, slot ^ 1, warpgroup);
       __syncwarp();  // the run is written
       const AttentionRun& next = state.runs[warpgroup][slot ^ 1];
-      if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, query_tile, thread_idx() % 32, 32);
+      if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, shared_memory + kScratchOffset, thread_idx() % 32, 32);
     }
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
     if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);

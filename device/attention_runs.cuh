@@ -60,9 +60,8 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.position_begin = walk.position;
     run.packed_begin = 0;
     run.num_packed = attention.group;
-    run.query_offset = slot * kNarrowQueryBytes;
-    run.queries = warpgroup * kQueryTileBytes<kHeadDim> + run.query_offset;
-    run.new_row_offset = kNewRowOffset + slot * kNewRowBytes;
+    run.query_offset = warpgroup * kQueryTileBytes<kHeadDim> + slot * kNarrowQueryBytes;
+    run.new_row_offset = warpgroup * kQueryTileBytes<kHeadDim> + kNewRowOffset + slot * kNewRowBytes;
     run.page_begin = walk.page;
     run.page_end = walk.page + num_pages;
     run.joins = run.skip_before = run.skip_after = run.order_begin = run.order_end = 0;
@@ -91,8 +90,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   const PlanSeq& seq = seqs[item.seq_idx];
   run.kind = kRunWide;
   run.joins = state.wide_walks[warpgroup].round == 1;
-  run.query_offset = 0;
-  run.queries = warpgroup * kQueryTileBytes<kHeadDim>;
+  run.query_offset = warpgroup * kQueryTileBytes<kHeadDim>;
   run.kv_head = item.kv_head;
   run.row_begin = seq.row_begin;
   run.position_begin = seq.position_begin;

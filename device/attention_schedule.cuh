@@ -82,8 +82,7 @@ struct AttentionRun {
   u32 num_plain;
   u32 key_end;         // keys at and after it do not exist
   u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
-  u32 query_offset;    // bytes from the warpgroup's query tile to the run's first row: narrow runs take turns at two places in it
-  u32 queries;         // the same from the scratch on
+  u32 query_offset;    // bytes from the scratch to the run's first row, in the warpgroup's query tile: narrow runs take turns at two places in it
   u32 new_row_offset;  // narrow: likewise, to the row's new key and value
   u64 patch_source;    // narrow: K tile of patch_page in the cache
   u32 unit_idx;        // narrow: counter of the unit

@@ -21,7 +21,7 @@ BK_INLINE void warpgroup_sync() { barrier_sync(kWarpgroupBarrier + compute_warpg
 // keep old bytes. With a decode row that ends its context here come its new key and value: later, they would cost the last page another trip
 // to L2.
 template <int kHeadDim>
-BK_INLINE void issue_queries(const EngineParams& params, const AttentionRun& run, u8* tile, u32 id, u32 count) {
+BK_INLINE void issue_queries(const EngineParams& params, const AttentionRun& run, u8* scratch, u32 id, u32 count) {
   constexpr u32 kChunks = kHeadDim / 8;
   const u32 group = run.group;
   const u16* query = reinterpret_cast<const u16*>(params.workspaces[kWsQuery]);
@@ -30,11 +30,11 @@ BK_INLINE void issue_queries(const EngineParams& params, const AttentionRun& run
     const u32 packed = run.packed_begin + idx / kChunks;
     const u64 row = run.row_begin + packed / group;
     const u32 head = run.kv_head * group + packed % group;
-    cp_async_16(shared_address(tile + run.query_offset + kv_byte_offset(idx / kChunks, idx % kChunks * 8)), query + (row * params.dims.num_heads + head) * kHeadDim + idx % kChunks * 8, true);
+    cp_async_16(shared_address(scratch + run.query_offset + kv_byte_offset(idx / kChunks, idx % kChunks * 8)), query + (row * params.dims.num_heads + head) * kHeadDim + idx % kChunks * 8, true);
   }
   if (run.kind == kRunNarrow && run.patch_page != kNoPatchPage && id < 2 * kChunks) {
     const u8* source = reinterpret_cast<const u8*>(run.patch_source) + (id < kChunks ? 0 : kKvTileBytes<kHeadDim>);
-    cp_async_16(shared_address(tile + run.new_row_offset + id * 16), source + kv_byte_offset((run.key_end - 1) % kPageTokens, id % kChunks * 8), true);
+    cp_async_16(shared_address(scratch + run.new_row_offset + id * 16), source + kv_byte_offset((run.key_end - 1) % kPageTokens, id % kChunks * 8), true);
   }
   cp_async_commit();
 }
@@ -48,12 +48,12 @@ BK_INLINE void land_queries() {
 // The page that the context ends in, in shared memory: puts in the new key and value of a decode row (the page was fetched before they were
 // written) and zeroes the values past the context: their weights are zeros, but 0 * infinity would not be.
 template <int kHeadDim>
-BK_INLINE void patch_page(const AttentionRun& run, const u8* queries, u8* keys, u8* values) {
+BK_INLINE void patch_page(const AttentionRun& run, const u8* scratch, u8* keys, u8* values) {
   constexpr u32 kChunks = kHeadDim / 8;
   const u32 thread = thread_idx() % kWarpgroupThreads;
   if (run.kind == kRunNarrow && thread < 2 * kChunks) {
     const u32 offset = kv_byte_offset((run.key_end - 1) % kPageTokens, thread % kChunks * 8);
-    *reinterpret_cast<uint4*>((thread < kChunks ? keys : values) + offset) = *reinterpret_cast<const uint4*>(queries + run.new_row_offset + thread * 16);
+    *reinterpret_cast<uint4*>((thread < kChunks ? keys : values) + offset) = *reinterpret_cast<const uint4*>(scratch + run.new_row_offset + thread * 16);
   }
   for (u32 idx = (run.key_end - 1) % kPageTokens * kChunks + kChunks + thread; idx < kPageTokens * kChunks; idx += kWarpgroupThreads) {
     *reinterpret_cast<uint4*>(values + kv_byte_offset(idx / kChunks, idx % kChunks * 8)) = uint4{0, 0, 0, 0};

@@ -2,7 +2,7 @@
 //
 // Tokens are wgmma's M (a tile of 64 rows), weight rows its N. One CTA owns an output tile over the whole K, and an output is one chain of
 // accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step. Both warpgroups work on the
-// one row tile: warpgroup 0 has the tile's first weight rows, 1 the others. Steps of more rows: gemm_wide.cuh.
+// one row tile: warpgroup 0 has the tile's first weight rows, 1 the last. Steps of more rows: gemm_wide.cuh.
 //
 // Weights: [tile][k / 64][kTileRows rows][64 k] bf16, swizzled; packed by host/gpu_weights.py; streamed by the weight producer through a ring of
 // 16 KB stages, each of slices_per_stage() slices. Inputs: tiled_offset() of activation_layout.cuh; an input stage of 16 KB holds as many

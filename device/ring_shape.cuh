@@ -20,7 +20,7 @@
 
 namespace blinkimp {
 
-// tokens, columns: of an item. Of a narrow op: 64, or its tile's rows where its inputs are fewer.
+// tokens, columns: input rows and weight rows of an item. A narrow op's input tile may have fewer than 64 rows: never deep.
 BK_INLINE constexpr bool is_deep(u32 tokens, u32 columns) { return BK_DEEP_INPUTS && tokens >= kRowTile && columns <= tokens; }
 
 BK_INLINE constexpr u32 first_weight_stage(bool deep) { return deep ? kDeepFirstStage : 0; }

@@ -3,7 +3,7 @@
 //   threads 0..255    two compute warpgroups
 //   threads 256..383  producer warpgroup: warp 8 streams weights, warp 9 GEMM inputs, warps 10 and 11 sum up row scales (row_scales.cuh)
 //
-//   shared memory     [ scratch ]          in a GEMM: the input ring; in attention and sampling: their own use of the whole
+//   shared memory     [ scratch ]          in a GEMM: the input ring, which may go on into the next (ring_shape.cuh); in attention and sampling: their own use of the whole
 //                     [ weight ring ]      filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
 //                     [ WorkerShared ]     mbarriers, row scales, where the program stands
 //                     [ AttentionShared ]  arguments and current item of attention
@@ -137,21 +137,24 @@ __device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site
 
 constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
 
-// Out of line: what hardly ever happens, written out at each wait, would be most of a step's code, and that must fit into the instruction caches
-// (PERFORMANCE.md).
-__device__ __noinline__ void wait_mbarrier_long(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
+// All lanes of a warp together; a wait that outlives the spin budget is a fault.
+BK_INLINE void poll_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   const u64 start_ns = device_clock_ns();
   while (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) {
     if (__any_sync(0xffffffffu, device_clock_ns() - start_ns > params.spin_budget_ns)) fail(params, kFaultSpinExpired, site, parity, *barrier);
   }
 }
 
+// Out of line: what hardly ever happens, written out at each wait, would be most of a step's code, and that must fit into the instruction caches
+// (PERFORMANCE.md).
+__device__ __noinline__ void wait_mbarrier_long(const EngineParams& params, u64* barrier, u32 parity, u32 site) { poll_mbarrier_warp(params, barrier, parity, site); }
+
 // Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
 BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) wait_mbarrier_long(params, barrier, parity, site);  // it mostly waits in the first try
 }
 
-// Waits of one thread for a phase of an mbarrier.
+// Waits of one thread for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
 BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   u64 start_ns = 0;
   for (u32 tries = 1; !mbarrier_try_wait(barrier, parity); tries++) {

@@ -2,9 +2,9 @@
 
 Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: once whole, and each kind of op
 of all layers by itself. Wall time of a launch less that of the same step's embedding alone; the least of some repeats. Variants are builds
-with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. A variant
-is measured in a process of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling
-takes a minute, all variants side by side, and nothing where the cache of compiled kernels has them. Writes JSON with --out.
+with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. A variant is measured in a process of its
+own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling takes a minute, all variants side by side, and nothing
+where the cache of compiled kernels has them. Writes JSON with --out.
 Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
@@ -34,7 +34,7 @@ from step_rows import SHAPES, Row, parse_rows
 from step_stats import header, write_report
 
 from blinkimp import ring_abi as abi
-from blinkimp.config import Config, cache_folder
+from blinkimp.config import cache_folder, load_config
 from blinkimp.host.compile_cache import get_kernel
 from blinkimp.host.gpu_driver import GpuError, probe_gpu
 from blinkimp.host.gpu_kernel import kernel_shape
@@ -118,8 +118,7 @@ def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, floa
 def compile_variant(variant: Variant, num_workers: int) -> bytes:
     shape = kernel_shape(parse_config(SHAPES[MODEL]), num_workers)
     defines = shape.defines() | dict(variant.defines)
-    cache = cache_folder(Config(cache_dir=os.environ.get("BLINKIMP_CACHE_DIR", "")))
-    return get_kernel(shape.source, cache, defines=defines).cubin
+    return get_kernel(shape.source, cache_folder(load_config()), defines=defines).cubin
 
 
 def compile_variants(variants: Sequence[Variant], num_workers: int) -> list[bytes]:

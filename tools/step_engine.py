@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import secrets
 import tempfile
 import time
@@ -27,7 +26,7 @@ from step_stats import spread
 
 from blinkimp import ring_abi as abi
 from blinkimp.cli.terminal import LoadingBars
-from blinkimp.config import Config
+from blinkimp.config import Config, load_config
 from blinkimp.host.engine import Engine
 from blinkimp.host.power import PowerMeter, PowerSource
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
@@ -51,7 +50,7 @@ def config_of(folder: Path, shape: str, device: str, max_context: int, settings:
         num_queue_pairs=1,
         num_requests=512,
         max_context=max_context,
-        **{"cache_dir": os.environ.get("BLINKIMP_CACHE_DIR", "")} | settings,
+        **{"cache_dir": load_config().cache_dir} | settings,
     )
 
 

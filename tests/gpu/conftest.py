@@ -5,7 +5,6 @@ Used by tests/gpu/test_engine_gpu.py and others of engines; by tests/gpu/test_at
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu.gpu_harness import KernelRunner
+from tests.gpu.gpu_harness import KernelRunner, kernel_cache
 from tests.host.engine_support import make_tiny_checkpoint
 
 Options = dict[str, Any]
@@ -22,16 +21,15 @@ REASON_CHARS = 2000
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Why a test failed, at once: a lent GPU may be gone before the summary."""
+    """Why a test failed, at once: a run that is cut short prints no summary."""
     if report.failed and report.nodeid.startswith("tests/gpu/"):
         print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-REASON_CHARS:]}", file=sys.stderr, flush=True)
 
 
 @pytest.fixture(scope="session")
-def device_options(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Fields of Config. One folder for the kernels, so that each model's is compiled once; BLINKIMP_CACHE_DIR, if set: once for many runs."""
-    cache_dir = os.environ.get("BLINKIMP_CACHE_DIR") or str(tmp_path_factory.mktemp("kernels"))
-    return {"device": "gpu", "cache_dir": cache_dir}
+def device_options() -> Options:
+    """Fields of Config. One folder for the kernels, so that each model's is compiled once."""
+    return {"device": "gpu", "cache_dir": str(kernel_cache())}
 
 
 @pytest.fixture(scope="session")

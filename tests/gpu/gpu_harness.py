@@ -11,13 +11,14 @@ Used by tests/gpu/test_*.py and tests/compile/test_kernel_resources.py.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
-import hashlib
 import os
-import pickle
 import re
+import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from blinkimp.host.compile import nvrtc_version
-from blinkimp.host.compile_cache import includable_files
+from blinkimp.host.compile_cache import get_kernel
 from tests.support import ROOT
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -68,33 +68,8 @@ def parse_usage(log: str) -> dict[str, Usage]:
     return usage
 
 
-def _cache_file(path: Path, options: tuple[str, ...]) -> Path | None:
-    """Where BLINKIMP_CACHE_DIR keeps this kernel: compiling all of them takes longer than running them. None: no such folder is named."""
-    folder = os.environ.get("BLINKIMP_CACHE_DIR")
-    if not folder:
-        return None
-    digest = hashlib.sha256(repr((nvrtc_version(), path.name, [o.replace(str(ROOT), "") for o in options])).encode())
-    for source in [path, *includable_files(), *sorted(KERNELS.glob("*.cuh"))]:
-        digest.update(source.read_bytes())
-    return Path(folder) / "test_kernels" / f"{path.stem}-{digest.hexdigest()[:32]}.pickle"
-
-
 @functools.cache
 def _compile(path: Path, options: tuple[str, ...]) -> CompiledKernel:
-    file = _cache_file(path, options)
-    if file and file.exists():
-        cached: CompiledKernel = pickle.loads(file.read_bytes())
-        return cached
-    kernel = _compile_now(path, options)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(pickle.dumps(kernel))
-        scratch.rename(file)
-    return kernel
-
-
-def _compile_now(path: Path, options: tuple[str, ...]) -> CompiledKernel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cuda.bindings import nvrtc
@@ -119,10 +94,19 @@ def _compile_now(path: Path, options: tuple[str, ...]) -> CompiledKernel:
     return CompiledKernel(cubin, log, parse_usage(log))
 
 
-def compile_path(path: Path, options: tuple[str, ...]) -> CompiledKernel:
-    """Any kernel source; one outside device/ finds headers in its own folder first."""
-    own_folder = () if path.is_relative_to(ROOT / "device") else (f"-I{path.parent}",)
-    return _compile(path, (*own_folder, *options))
+@functools.cache
+def kernel_cache() -> Path:
+    """Where kernels of device/ are kept: BLINKIMP_CACHE_DIR, if set, for many runs; else a folder that goes with this process."""
+    if folder := os.environ.get("BLINKIMP_CACHE_DIR"):
+        return Path(folder)
+    temporary = tempfile.TemporaryDirectory(prefix="blinkimp-kernels-")
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name)
+
+
+def device_kernel(source: str, defines: Mapping[str, str] | None = None) -> bytes:
+    """The cubin of a source of device/, as an engine compiles it."""
+    return get_kernel(source, kernel_cache(), defines=defines).cubin
 
 
 def compile_kernel(file_name: str, options: list[str] | None = None) -> CompiledKernel:

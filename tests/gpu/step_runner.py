@@ -32,8 +32,7 @@ from blinkimp.host.gpu_memory import ATTENTION_COUNTERS, allocate_engine, worksp
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import EngineSizes
 from blinkimp.host.program import load_model
-from tests.gpu.gpu_harness import compile_path
-from tests.support import ROOT
+from tests.gpu.gpu_harness import device_kernel
 
 PLAN_EXIT = 1
 
@@ -113,10 +112,8 @@ class StepRunner:
         self.config = read_model_config(folder)
         self.num_workers = num_workers or self.context.properties.num_multiprocessors - 1
         self.shape = kernel_shape(self.config, self.num_workers, kernel, self.context.properties.arch)
-        device = ROOT / "device"
-        options = tuple(f"-D{name}={value}" for name, value in self.shape.defines().items())
-        self.cubin = cubin or compile_path(device / self.shape.source, options).cubin
-        target = GpuTarget(self.context, self.config, compile_path(device / PACK_SOURCE, ()).cubin, self.num_workers)
+        self.cubin = cubin or device_kernel(self.shape.source, self.shape.defines())
+        target = GpuTarget(self.context, self.config, device_kernel(PACK_SOURCE), self.num_workers)
         max_context = min(max_context, self.config.max_positions)
         self.model = load_model(folder, target, compute="bf16", max_context=max_context, load_format=load_format)
         target.finish()
