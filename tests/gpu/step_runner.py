@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,22 @@ class Request:
     sample: bool = True
     output_idx: int = 0
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+def in_steps(requests: list[Request], max_rows: int) -> Iterator[list[Request]]:
+    """The requests in their order, in steps of at most max_rows rows; none has more by itself."""
+    step: list[Request] = []
+    for request in requests:
+        if step and sum(other.num_rows for other in step) + request.num_rows > max_rows:
+            yield step
+            step = []
+        step.append(request)
+    if step:
+        yield step
+
 
 class StepRunner:
     """An engine's memory on the GPU and its kernel, driven step by step."""
@@ -153,6 +169,11 @@ class StepRunner:
     def plan(self, requests: list[Request]) -> NDArray[np.uint8]:
         """The bytes of a StepPlan and its arrays; pages are assigned on the way."""
         sizes = self.sizes
+        num_wanted = sum(request.num_rows for request in requests)
+        assert num_wanted <= sizes.max_step_tokens and len(requests) <= sizes.max_batch, (
+            f"a step of {len(requests)} requests: got {num_wanted} rows, expected {sizes.max_step_tokens} at most, of {sizes.max_batch} requests at "
+            "most; cut it with in_steps()"
+        )
         header = np.zeros(1, abi.STEP_PLAN)
         seqs = np.zeros(sizes.max_batch, abi.PLAN_SEQ)
         rows = np.zeros(sizes.max_step_tokens, abi.PLAN_ROW)
@@ -162,7 +183,7 @@ class StepRunner:
             while self.num_pages_of[request.request_idx] * abi.PAGE_TOKENS < len(request.tokens):
                 self.page_tables[request.request_idx, self.num_pages_of[request.request_idx]] = self.free_pages.pop()
                 self.num_pages_of[request.request_idx] += 1
-            count = len(request.tokens) - request.num_computed
+            count = request.num_rows
             last = num_rows + count - 1
             sample_row = num_samples if request.sample else abi.NO_ROW
             seqs[i] = (request.request_idx, num_rows, count, request.num_computed, sample_row, request.output_idx, 0, 0)

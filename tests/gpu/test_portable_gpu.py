@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu.step_runner import Request, StepRunner, llama_config, write_checkpoint
+from tests.gpu.step_runner import Request, StepRunner, in_steps, llama_config, write_checkpoint
 from tests.host import engine_scenarios as scenarios
 
 Options = dict[str, Any]
@@ -58,7 +58,9 @@ def test_logits_agree_with_the_hopper_kernel(runners: tuple[StepRunner, StepRunn
     for runner in runners:
         runner.run([Request(prompt, 0, 0)])
         first = runner.logits(1).copy()
-        runner.run([Request(tokens[:-1], 0, 1 + i, sample=False) for i, tokens in enumerate(others)])
+        before = [Request(tokens[:-1], 0, 1 + i, sample=False) for i, tokens in enumerate(others)]
+        for step in in_steps(before, runner.sizes.max_step_tokens):
+            runner.run(step)
         runner.run([Request(tokens, len(tokens) - 1, 1 + i) for i, tokens in enumerate(others)])
         logits.append(np.concatenate([first, runner.logits(len(others))]).astype(np.float64))
         for request_idx in range(len(others) + 1):
