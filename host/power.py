@@ -12,6 +12,7 @@ blinkimp/bench. Test: pytest tests/null/test_power.py
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -52,23 +53,57 @@ class PowerSource(Protocol):
     def read(self) -> Reading: ...
 
 
-class Nvml:
-    """One GPU through libnvidia-ml.so.1. Raises PowerError where there is none."""
+def visible_gpu() -> int | str:
+    """The GPU that this process computes on: the first of CUDA_VISIBLE_DEVICES, an index or the beginning of a UUID; without it, GPU 0.
 
-    def __init__(self, device_idx: int = 0) -> None:
+    NVML does not look at that variable, and counts GPUs as the bus does; the driver does so too, unless they are of several kinds.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    first = visible.split(",")[0].strip()
+    if first.isdecimal():
+        return int(first)
+    if first.startswith("GPU-"):
+        return first
+    raise PowerError(
+        f"CUDA_VISIBLE_DEVICES: got {visible!r}, expected an index or a GPU-... UUID (a part of a GPU, MIG-..., tells no power); "
+        "run without energy figures"
+    )
+
+
+class Nvml:
+    """One GPU, by its index or the beginning of its UUID, through libnvidia-ml.so.1. Raises PowerError where there is none."""
+
+    def __init__(self, gpu: int | str) -> None:
         try:
             self._library = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError as error:
             raise PowerError(
                 f"libnvidia-ml.so.1: got {error}, expected NVIDIA's driver library; install the driver, or run without energy figures"
             ) from error
-        self._handle = ctypes.c_void_p()
         self._check(self._library.nvmlInit_v2(), "nvmlInit_v2")
-        call = "nvmlDeviceGetHandleByIndex_v2"
-        self._check(self._library[call](ctypes.c_uint(device_idx), ctypes.byref(self._handle)), call)
+        self._handle = self._by_index(gpu) if isinstance(gpu, int) else self._by_uuid(gpu)
         self.name = self._text("nvmlDeviceGetName", self._handle)
         self.driver = self._text("nvmlSystemGetDriverVersion")
         self._has_counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong()) is not None
+
+    def _by_index(self, gpu_idx: int) -> ctypes.c_void_p:
+        handle = ctypes.c_void_p()
+        call = "nvmlDeviceGetHandleByIndex_v2"
+        self._check(self._library[call](ctypes.c_uint(gpu_idx), ctypes.byref(handle)), f"{call}({gpu_idx})")
+        return handle
+
+    def _by_uuid(self, begin: str) -> ctypes.c_void_p:
+        num_gpus = ctypes.c_uint()
+        self._check(self._library.nvmlDeviceGetCount_v2(ctypes.byref(num_gpus)), "nvmlDeviceGetCount_v2")
+        uuids = []
+        for gpu_idx in range(num_gpus.value):
+            handle = self._by_index(gpu_idx)
+            uuids.append(self._text("nvmlDeviceGetUUID", handle))
+            if uuids[-1].startswith(begin):
+                return handle
+        raise PowerError(
+            f"CUDA_VISIBLE_DEVICES: got {begin}, expected the beginning of one of {uuids}; see `nvidia-smi -L`"
+        )
 
     def read(self) -> Reading:
         power_mw = self._ask("nvmlDeviceGetPowerUsage", ctypes.c_uint())
@@ -105,10 +140,10 @@ class Nvml:
             raise PowerError(f"{call}: got NVML status {status}, expected {SUCCESS}; check `nvidia-smi`")
 
 
-def open_nvml(device_idx: int = 0) -> PowerSource | None:
-    """The GPU's power source, or None on a machine without one."""
+def open_nvml() -> PowerSource | None:
+    """The power source of the GPU that this process computes on, or None on a machine without one."""
     try:
-        return Nvml(device_idx)
+        return Nvml(visible_gpu())
     except PowerError:
         return None
 

@@ -22,6 +22,7 @@ from blinkimp.host.power import (
     idle_power_w,
     open_nvml,
     per_token,
+    visible_gpu,
 )
 from tests.support import PATIENCE_S
 
@@ -118,24 +119,38 @@ def test_joules_a_token_with_and_without_what_an_idle_gpu_draws() -> None:
     assert per_token(600.0, 2.0, 300, None)["j_per_token_above_idle"] is None
 
 
+UUIDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000", "GPU-bbcc3333-0000")
+
+
 class FakeNvml:
-    """libnvidia-ml.so.1 as far as it is called: `values` by call, a status other than 0 where there is none."""
+    """libnvidia-ml.so.1 of three GPUs as far as it is called: `values` by call, a status other than 0 where there is none. A GPU's handle is
+    one more than its index; the k-th draws k W more than `values` say."""
 
     def __init__(self, values: dict[str, int]) -> None:
         self.values = values
 
     def __getitem__(self, call: str) -> Callable[..., int]:
         def ask(*arguments: Any) -> int:
-            if call in ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion"):
+            if call == "nvmlDeviceGetCount_v2":
+                arguments[0]._obj.value = len(UUIDS)
+            elif call == "nvmlDeviceGetHandleByIndex_v2":
+                if arguments[0].value >= len(UUIDS):
+                    return 2
+                arguments[1]._obj.value = 1 + arguments[0].value
+            elif call == "nvmlDeviceGetUUID":
+                arguments[1].value = UUIDS[arguments[0].value - 1].encode()
+            elif call in ("nvmlDeviceGetName", "nvmlSystemGetDriverVersion"):
                 arguments[-2].value = b"GPU" if call == "nvmlDeviceGetName" else b"580.1"
-                return 0
-            if call == "nvmlDeviceGetClockInfo":
+            elif call == "nvmlDeviceGetClockInfo":
                 call_and_clock = f"{call}{arguments[1].value}"
                 arguments[-1]._obj.value = self.values.get(call_and_clock, 0)
                 return 0 if call_and_clock in self.values else 3
-            if call in self.values and hasattr(arguments[-1], "_obj"):
-                arguments[-1]._obj.value = self.values[call]
-            return 0 if call in self.values or call.startswith(("nvmlInit", "nvmlDeviceGetHandle")) else 3
+            elif call in self.values:
+                more = 1000 * (arguments[0].value - 1) if call == "nvmlDeviceGetPowerUsage" else 0
+                arguments[-1]._obj.value = self.values[call] + more
+            else:
+                return 0 if call == "nvmlInit_v2" else 3
+            return 0
 
         return ask
 
@@ -151,7 +166,7 @@ READINGS = {
 
 def nvml_of(values: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Nvml:
     monkeypatch.setattr(power.ctypes, "CDLL", lambda name: FakeNvml(values))
-    return Nvml()
+    return Nvml(0)
 
 
 def test_nvml_gives_milliwatts_and_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,5 +189,46 @@ def test_a_gpu_that_tells_no_power_and_a_missing_library_are_explained(monkeypat
 
     monkeypatch.setattr(power.ctypes, "CDLL", missing)
     with pytest.raises(PowerError, match="expected NVIDIA's driver library"):
-        Nvml()
+        Nvml(0)
     assert open_nvml() is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpu_idx"),
+    [
+        (None, 0),
+        ("0", 0),
+        ("2", 2),
+        (" 1,0", 1),
+        (UUIDS[1], 1),
+        (f"{UUIDS[2]},{UUIDS[0]}", 2),
+        ("GPU-bbcc", 2),  # the driver takes the beginning of one
+        ("", None),
+        ("-1", None),
+        ("3", None),
+        ("GPU-dddd", None),
+        ("MIG-aaaa1111-0000", None),
+    ],
+)
+def test_the_power_is_that_of_the_gpu_that_this_process_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpu_idx: int | None
+) -> None:
+    """None: this process sees no GPU, or a part of one."""
+    monkeypatch.setattr(power.ctypes, "CDLL", lambda name: FakeNvml(READINGS))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    source = open_nvml()
+    assert (None if source is None else source.read().power_w) == (None if gpu_idx is None else 350.5 + gpu_idx)
+
+
+def test_a_gpu_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power.ctypes, "CDLL", lambda name: FakeNvml(READINGS))
+    with pytest.raises(PowerError, match=r"nvmlDeviceGetHandleByIndex_v2\(3\): got NVML status 2"):
+        Nvml(3)
+    with pytest.raises(PowerError, match=r"got GPU-dddd, expected the beginning of one of .*GPU-bbcc3333"):
+        Nvml("GPU-dddd")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(PowerError, match="CUDA_VISIBLE_DEVICES: got '', expected an index"):
+        visible_gpu()
