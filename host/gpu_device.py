@@ -242,10 +242,9 @@ class GpuDevice:
             )
 
         def relaunch() -> None:
-            context.synchronize(self._stream)  # the last CTAs of the launch before
-            context.fill(
-                int(params["grid_words"][0]), 0, abi.GRID_WORDS_BYTES
-            )  # plans and arrivals are counted from 0 by each launch
+            # Plans and arrivals are counted from 0 by each launch. Nothing waits here, a first token does: the stream has all of it in order,
+            # behind the last CTAs of the launch before.
+            context.start_fill(int(params["grid_words"][0]), 0, abi.GRID_WORDS_BYTES, self._stream)
             start_kernel()
 
         self._relaunch = relaunch

@@ -125,8 +125,12 @@ class GpuContext:
         self._allocations.remove(address)
 
     def fill(self, address: int, value: int, num_bytes: int) -> None:
-        check(driver.cuMemsetD8Async(address, value, num_bytes, self.stream), "cuMemsetD8Async")
+        self.start_fill(address, value, num_bytes, self.stream)
         self.synchronize()
+
+    def start_fill(self, address: int, value: int, num_bytes: int, stream: Any) -> None:
+        """Behind what the stream has; does not wait."""
+        check(driver.cuMemsetD8Async(address, value, num_bytes, stream), "cuMemsetD8Async")
 
     def upload(self, address: int, values: NDArray[Any]) -> None:
         """Copies an array to device memory; returns when it is there."""

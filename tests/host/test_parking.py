@@ -5,14 +5,19 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
-from blinkimp.host import parking
+from blinkimp.host import gpu_device, parking
+from blinkimp.host.device_protocol import DeviceError
 from blinkimp.host.emulated_device import EmulatedDevice
+from blinkimp.host.gpu_driver import GpuProperties
 from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.shared_memory import QueuePairGeometry, create_engine_regions
 from blinkimp.host.watchdog import Watchdog
@@ -104,6 +109,63 @@ def test_what_rings() -> None:
         assert not doorbell.rings(), "nobody is attached"
         page["control"]["command"] = EngineCommand.DRAIN
         assert doorbell.rings(), "command"
+    finally:
+        regions.unlink()
+
+
+class RecordingContext:
+    """A GPU's context that does nothing; says what it was asked for."""
+
+    properties = GpuProperties("Recorded H200", (9, 0), 3, 8 << 30, 13000)
+
+    def __init__(self, device_idx: int = 0) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, call: str) -> Callable[..., Any]:
+        def record(*arguments: Any, **named: Any) -> Any:
+            self.calls.append((call, *arguments, *named.items()))
+            return {
+                "create_stream": "stream",
+                "load_kernel": "kernel",
+                "register_host": arguments[:1] and arguments[0],
+            }.get(call)
+
+        return record
+
+
+def test_a_parked_gpu_is_launched_again_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token after an idle time waits for what resume() does: two entries of the stream, in order, and no look at its end."""
+    monkeypatch.setattr(gpu_device, "GpuContext", RecordingContext)
+    device = gpu_device.GpuDevice()
+    params = np.zeros(1, abi.ENGINE_PARAMS)
+    params["grid_words"] = 0x5000
+    monkeypatch.setattr(gpu_device, "allocate_engine", lambda *_: params)
+    with pytest.raises(DeviceError, match=r"resume\(\) before start"):
+        device.resume()
+    regions = create_engine_regions(
+        f"again-{secrets.token_hex(4)}",
+        num_queue_pairs=1,
+        geometry=QueuePairGeometry(16, 16, 4096),
+        max_context=64,
+        vocab_size=100,
+    )
+    try:
+        times = {"ingress_timeout_ns": 1, "spin_budget_ns": 2, "parked_after_ns": 3}
+        launch: Any = SimpleNamespace(regions=regions, model=None, sizes=None, **times)
+        shape: Any = SimpleNamespace(shared_memory_bytes=1 << 10, num_threads=384)
+        kernel: Any = SimpleNamespace(cubin=b"")
+        model: Any = SimpleNamespace(dims=None, ops=None)
+        device._launch(launch, shape, kernel, model)
+        context: Any = device._context
+        first = context.calls[-1]
+        assert first[0] == "launch" and ("stream", "stream") in first and ("cooperative", True) in first
+        context.calls.clear()
+        device.resume()
+        assert context.calls == [
+            ("make_current",),
+            ("start_fill", 0x5000, 0, abi.GRID_WORDS_BYTES, "stream"),
+            first,
+        ]
     finally:
         regions.unlink()
 
