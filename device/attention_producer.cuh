@@ -44,7 +44,7 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
 #pragma unroll
   for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) {
-    wait_weight_stage(params, shared, cursor);
+    wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
     if (i == 0) {
       wait_landed(params, shared, cursor, kPagesOnTheWay<kHeadDim> * kPageStages<kHeadDim>);
       full = &shared.weights_full[cursor.stage];
@@ -119,7 +119,6 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
 // num_barriers: grid barriers passed when this layer's QKV op is complete.
 template <int kHeadDim>
 BK_INLINE void produce_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& cursor, u32 num_barriers) {
-  shape_weight_ring(params, false, shared, cursor);
   wait_schedule(params, attention, step);
   wait_grid(params, num_barriers - 1);  // all earlier steps' keys and values are visible: the QKV op itself, which this does not wait for, comes after
   fence_proxy_async();

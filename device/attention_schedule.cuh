@@ -13,7 +13,7 @@
 #include <attention_math.cuh>
 #include <kv_layout.cuh>
 #include <step_plan.cuh>
-#include <ring_shape.cuh>
+#include <worker_memory.cuh>
 
 namespace blinkimp {
 

@@ -24,18 +24,16 @@ BK_INLINE constexpr u32 slices_per_stage(u32 tile_rows) {
 BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.tile_rows * 128;
   const u32 stage_slices = slices_per_stage(shape.tile_rows);
-  const u32 first_stage = first_weight_stage(is_deep(shape));
-  shape_weight_ring(params, is_deep(shape), shared, cursor);
   const u8* weights = reinterpret_cast<const u8*>(op.weight);
   const GemmWalk walk = tile_walk(params, shape);
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     const u8* tile = weights + static_cast<u64>(item) * shape.num_slices * slice_bytes;
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
-      wait_weight_stage(params, shared, cursor);
+      wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
       mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], num_bytes);
       bulk_copy_to_shared(ring + cursor.stage * kWeightStageBytes, tile + static_cast<u64>(slice) * slice_bytes, num_bytes, &shared.weights_full[cursor.stage]);
-      cursor.advance(kWeightStages, first_stage);
+      cursor.advance(kWeightStages);
     }
   }
 }
@@ -44,17 +42,14 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
 BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.input_rows * 128;
   const u32 input_bytes = shape.num_slices * slice_bytes;
-  const u32 first_barrier = first_input_barrier(is_deep(shape));
-  const u32 num_stages = num_input_stages(is_deep(shape));
   const GemmWalk walk = tile_walk(params, shape);
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
-      u64* full = &shared.inputs_full[first_barrier + cursor.stage];
-      wait_mbarrier(params, &shared.inputs_empty[first_barrier + cursor.stage], cursor.phase, kSiteInputRing);
-      mbarrier_arrive_expect_bytes(full, num_bytes);
-      bulk_copy_to_shared(ring + cursor.stage * kInputStageBytes, input + offset, num_bytes, full);
-      cursor.advance(num_stages);
+      wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
+      mbarrier_arrive_expect_bytes(&shared.inputs_full[cursor.stage], num_bytes);
+      bulk_copy_to_shared(ring + cursor.stage * kInputStageBytes, input + offset, num_bytes, &shared.inputs_full[cursor.stage]);
+      cursor.advance(kInputStages);
     }
   }
 }
@@ -80,16 +75,15 @@ struct MainLoop {
   u64 a_base;
   u64 b_base;
   u32 num_arrivals;  // of this thread where a stage is given back: 1 of one thread of the warpgroup
-  bool deep;         // the rings' shape
 
   BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
-  BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[first_input_barrier(deep) + inputs.stage], inputs.phase, kSiteInputRing); }
+  BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
   BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[stage], used ? num_arrivals : 0); }
-  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_count(&shared.inputs_empty[first_input_barrier(deep) + (used ? stage : 0)], used ? num_arrivals : 0); }
-  BK_INLINE void advance_weights() { weights.advance(kWeightStages, first_weight_stage(deep)); }
-  BK_INLINE void advance_inputs() { inputs.advance(num_input_stages(deep)); }
+  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_count(&shared.inputs_empty[stage], used ? num_arrivals : 0); }
+  BK_INLINE void advance_weights() { weights.advance(kWeightStages); }
+  BK_INLINE void advance_inputs() { inputs.advance(kInputStages); }
 };
 
 template <int kColumns>
@@ -171,9 +165,8 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   // With 8 rows the row groups of wgmma's A operand are all the same one.
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
-  const bool deep = uniform(is_deep(shape));
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
-                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u, deep};
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u};
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
   else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
@@ -203,12 +196,19 @@ BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 
   epilogue.template finish<kColumns, false>(row_begin, column, d, prefetched, row_scale);
 }
 
+// Where an op leaves the rings, with or without an item. Equal in all threads; taken over when the op ends.
+BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors, const RingCursor& scales) {
+  if (!is_first_thread()) return;
+  shared.next_cursors = cursors;
+  shared.next_scales = scales;
+}
+
 // Runs all items of an op for this CTA.
 // kColumns: weight rows of a warpgroup: warpgroup 0 has the tile's first, 1 its last ones. Where they overlap both store the same bits. So both run one copy
 // of the code: what a step executes should fit into the instruction caches, or a cold epilogue takes ten times as long. kScaled: the op normalises its input.
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
-  ConsumerCursors cursors = enter_ring(shared, is_deep(shape));
+  ConsumerCursors cursors = shared.compute.cursors;
   ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 warpgroup = uniform(thread_idx() / 128);
   const GemmWalk walk = tile_walk(params, shape);
@@ -218,7 +218,7 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
     run_item<kTileRows, kColumns, kScaled>(params, shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_ring(shared, is_deep(shape), cursors, scales.cursor);
+  leave_rings(shared, cursors, scales.cursor);
 }
 
 }  // namespace blinkimp

@@ -3,7 +3,7 @@
 // All roles of all workers compute the same from the op and the row count, and walk alike. Steps of more rows: gemm_wide_tiling.cuh.
 // Used by device/gemm.cuh, row_scales.cuh, gemm_wide_tiling.cuh. Test: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
-#include <ring_shape.cuh>
+#include <worker_memory.cuh>
 
 namespace blinkimp {
 
@@ -19,8 +19,6 @@ struct GemmShape {
 BK_INLINE GemmShape gemm_shape(const Op& op, u32 num_rows) {
   return GemmShape{num_rows, op.in_features / kSliceColumns, num_rows ? op.num_tiles : 0, op.tile_rows, input_tile_rows(num_rows)};
 }
-
-BK_INLINE bool is_deep(const GemmShape& shape) { return is_deep(shape.input_rows, shape.tile_rows); }
 
 // The items of a CTA: first, first + stride, ... below `end`.
 struct GemmWalk {

@@ -22,6 +22,14 @@ BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= k
 static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
+// Ends a stage's phases without data, in the compute warpgroups' place too; they only count along (align_consumer).
+BK_INLINE void pass_stage(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
+  wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+  mbarrier_arrive(&shared.weights_full[cursor.stage]);
+  for (u32 i = 0; i < 2; i++) mbarrier_arrive(&shared.weights_empty[cursor.stage]);
+  cursor.advance(kWeightStages);
+}
+
 // An op whose units take num_unit_stages begins at a multiple of them: the weight producer's side.
 BK_INLINE void align_producer(const EngineParams& params, u32 num_unit_stages, WorkerShared& shared, RingCursor& cursor) {
   while (cursor.stage % num_unit_stages != 0) pass_stage(params, shared, cursor);
@@ -53,8 +61,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  shape_weight_ring(params, is_deep(chosen), shared, cursor);  // as the next line without an item too, as the consumers do
-  align_producer(params, unit_stages(stack * op.tile_rows), shared, cursor);
+  align_producer(params, unit_stages(stack * op.tile_rows), shared, cursor);  // without an item too, as the consumers do
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
@@ -71,11 +78,11 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
       const u32 num_slices = min(num_unit_slices, num_left);
       u64* full = &shared.weights_full[cursor.stage];
 #pragma unroll 1
-      for (u32 i = 0; i < num_unit_stages; i++) wait_weight_stage(params, shared, RingCursor{cursor.stage + i, cursor.phase});
+      for (u32 i = 0; i < num_unit_stages; i++) wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
       if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
       mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
       copy_weight_unit(tiling, source, num_tiles, num_slices, ring + cursor.stage * kWeightStageBytes, full);
-      for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages, first_weight_stage(is_deep(tokens, stack * tiling.tile_rows)));
+      for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages);
       source += num_slices * slice_bytes;
       num_left -= num_slices;
     }
@@ -88,8 +95,6 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  const u32 first_barrier = first_input_barrier(is_deep(chosen));
-  const u32 num_stages = num_input_stages(is_deep(chosen));
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     const WideTiling tiling = wide_tiling_of(*opaque(&op), num_rows, tokens, stack);  // anew, as above
@@ -103,13 +108,13 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
     for (u32 num_left = tiling.num_slices; num_left > 0;) {
       const u32 num_slices = halved ? min(num_left, 2u) : 1;
       const u32 second_bytes = halved ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
-      u64* full = &shared.inputs_full[first_barrier + cursor.stage];
+      u64* full = &shared.inputs_full[cursor.stage];
       u8* place = ring + cursor.stage * kInputStageBytes;
-      wait_mbarrier(params, &shared.inputs_empty[first_barrier + cursor.stage], cursor.phase, kSiteInputRing);
+      wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
       if (first_bytes) bulk_copy_to_shared(place, source, first_bytes, full);
       if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, source + second_offset, second_bytes, full);
-      cursor.advance(num_stages);
+      cursor.advance(kInputStages);
       source += num_slices * kRowTileBytes;
       num_left -= num_slices;
     }
@@ -232,7 +237,6 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, u8* shared_memory, WorkerShared& shared,
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
-  constexpr bool kDeep = is_deep(kHalved ? kRowTile : 2 * kRowTile, kTileRows * kStack);
   const GemmWalk walk = gemm_walk(params, tiling);
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
@@ -242,7 +246,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tili
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
   MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
-                thread_idx() % 128 == 0 ? 1u : 0u, kDeep};
+                thread_idx() % 128 == 0 ? 1u : 0u};
 #pragma unroll 1
   for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
     const GemmItem item = gemm_item(tiling, idx);
@@ -263,7 +267,7 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   constexpr u32 kMax = max_stack(kTileRows);
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
-  ConsumerCursors cursors = enter_ring(shared, is_deep(tiling));
+  ConsumerCursors cursors = shared.compute.cursors;
   ScaleReader scales{shared.compute.scales, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
@@ -278,7 +282,7 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
     }
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_ring(shared, is_deep(tiling), cursors, scales.cursor);
+  leave_rings(shared, cursors, scales.cursor);
 }
 
 // The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.

@@ -64,8 +64,6 @@ BK_INLINE WideTiling wide_tiling_of(const Op& op, u32 num_rows, u32 tokens, u32 
   return tiling;
 }
 
-BK_INLINE bool is_deep(const WideTiling& tiling) { return is_deep(tiling.tokens, tiling.stack * tiling.tile_rows); }
-
 BK_INLINE u32 wide_time_ns(const EngineParams& params, const WideTiling& tiling) {
   const u32 columns = tiling.stack * tiling.tile_rows;
   const u32 num_copies = tiling.tokens == kRowTile ? 2 : tiling.stack + 2;

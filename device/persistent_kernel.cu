@@ -18,7 +18,7 @@ BK_INLINE void init_shared() {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);  // one elected thread of each warpgroup
     }
-    for (u32 i = 0; i < kInputStages + kDeepInputStages; i++) {
+    for (u32 i = 0; i < kInputStages; i++) {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }
@@ -30,7 +30,7 @@ BK_INLINE void init_shared() {
     mbarrier_init(&attention_shared(shared_memory).schedule_ready, 1);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
-    shared.next_cursors = RingCursors{};
+    shared.next_cursors = ConsumerCursors{};
     shared.next_scales = RingCursor{};
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.

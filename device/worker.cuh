@@ -101,7 +101,7 @@ BK_INLINE void input_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
   ProducerState& state = shared.producers[kInputProducer];
-  RingCursor cursors[2] = {{0, 1}, {0, 1}};  // [deep]
+  RingCursor cursor{0, 1};
   for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
 #pragma unroll 1
     for (; state.op_idx < params.num_ops; state.op_idx++) {
@@ -113,8 +113,8 @@ BK_INLINE void input_producer(const EngineParams& params) {
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
         wait_grid(params, state.num_barriers);
         fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
-        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursors[is_deep(wide_tiling(params, op, num_rows))]);
-        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursors[is_deep(gemm_shape(op, num_rows))]);
+        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
+        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
       }
       state.num_barriers++;
     }

@@ -3,7 +3,7 @@
 //   threads 0..255    two compute warpgroups
 //   threads 256..383  producer warpgroup: warp 8 streams weights, warp 9 GEMM inputs, warps 10 and 11 sum up row scales (row_scales.cuh)
 //
-//   shared memory     [ scratch ]          in a GEMM: the input ring, which may go on into the next (ring_shape.cuh); in attention and sampling: their own use of the whole
+//   shared memory     [ scratch ]          in a GEMM: the input ring; in attention and sampling: their own use of the whole
 //                     [ weight ring ]      filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
 //                     [ WorkerShared ]     mbarriers, row scales, where the program stands
 //                     [ AttentionShared ]  arguments and current item of attention
@@ -29,39 +29,27 @@ constexpr u32 kScratchOffset = 0;
 constexpr u32 kRingOffset = kScratchBytes;
 static_assert(kInputStages * kInputStageBytes <= kScratchBytes, "the input ring lies in the scratch");
 
-// The deep shape of both rings (ring_shape.cuh): inputs go on into the first weight stages.
-constexpr u32 kDeepInputStages = 8;
-constexpr u32 kDeepFirstStage = kDeepInputStages - kInputStages;  // of the weight ring, then
-static_assert(kInputStageBytes == kWeightStageBytes && kScratchOffset + kInputStages * kInputStageBytes == kRingOffset, "one row of stages");
-
 // Where a role stands in a ring. Producers start with phase 1: the first wait on an empty stage passes.
 struct RingCursor {
   u32 stage;
   u32 phase;
-  BK_INLINE void advance(u32 num_stages, u32 first = 0) {
+  BK_INLINE void advance(u32 num_stages) {
     if (++stage == num_stages) {
-      stage = first;
+      stage = 0;
       phase ^= 1;
     }
   }
 };
 
-// Of an op.
 struct ConsumerCursors {
   RingCursor weights;
   RingCursor inputs;
 };
 
-// Of all ops.
-struct RingCursors {
-  RingCursor weights;
-  RingCursor inputs[2];  // [deep] (ring_shape.cuh)
-};
-
 // Where the compute threads are in the program. In shared memory, because attention needs their registers.
 // Writer: thread 0 between two barriers, so that nobody reads it meanwhile; readers: all compute threads.
 struct ComputeState {
-  RingCursors cursors;
+  ConsumerCursors cursors;
   RingCursor scales;
   u32 num_barriers;  // grid barriers arrived at since launch
   u32 step;
@@ -77,11 +65,6 @@ struct ProducerState {
   u32 step;
   u32 op_idx;
   u32 num_barriers;  // grid barriers of the ops before
-  // weight producer only, as ring_shape.cuh says:
-  u32 is_deep;
-  u32 deep_phase;     // of its cursor when the ring became deep
-  u32 low_is_taken;   // the first kDeepFirstStage stages may hold inputs
-  u32 low_is_free_at; // until the grid has passed so many barriers
   u32 reserved0;
 };
 constexpr u32 kWeightProducer = 0;
@@ -94,8 +77,8 @@ struct WorkerShared {
   // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
   u64 weights_empty[kWeightStages];  // [stage]
-  u64 inputs_full[kInputStages + kDeepInputStages];   // [stage], of the deep shape behind them
-  u64 inputs_empty[kInputStages + kDeepInputStages];  // likewise
+  u64 inputs_full[kInputStages];     // [stage]
+  u64 inputs_empty[kInputStages];    // [stage]
   u64 scales_full[kScaleBuffers];    // [buffer]; the scale warps arrive
   u64 scales_empty[kScaleBuffers];   // [buffer]; the compute warpgroups arrive
   u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
@@ -105,14 +88,14 @@ struct WorkerShared {
   f32 row_scale[kScaleBuffers][2 * kRowTile];
   ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
   ComputeState compute;
-  RingCursors next_cursors;  // what `compute` takes over when the op ends
+  ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
 };
 
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232240;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232064;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 

@@ -128,17 +128,9 @@ def logits_of(workers: EmulatedWorkers, script: Script, seed: int) -> NDArray[np
     return got
 
 
-@pytest.fixture(params=["0", "1"], ids=["", "deep inputs"])
-def defines(request: pytest.FixtureRequest) -> dict[str, str]:
-    """The rings' shapes (device/ring_shape.cuh)."""
-    return {"BK_DEEP_INPUTS": request.param}
-
-
-def test_steps_in_a_row(
-    checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path, defines: dict[str, str]
-) -> None:
+def test_steps_in_a_row(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
     folder, tensors = checkpoint
-    workers = EmulatedWorkers(folder, tmp_path, num_workers=3, defines=defines)
+    workers = EmulatedWorkers(folder, tmp_path, num_workers=3)
     script = make_script(workers, np.random.default_rng(2))
     expected = [reference_logits(tensors, CONFIG, tokens) for tokens in script.tokens]
     wanted = np.stack([expected[idx][position] for _, _, idx, position in script.places])
@@ -186,11 +178,11 @@ def transformers_logits(folder: Path, tokens: NDArray[np.uint32]) -> NDArray[np.
     return np.asarray(logits.double().numpy())
 
 
-def test_an_op_has_more_slices_than_its_rings_hold(tmp_path: Path, defines: dict[str, str]) -> None:
-    """36 slices: a stage is filled again only when both warpgroups gave it back. Narrow, halved and wide steps change the shape of the rings."""
+def test_an_op_has_more_slices_than_its_rings_hold(tmp_path: Path) -> None:
+    """36 slices: a stage is filled again only when both warpgroups gave it back. Narrow and wide steps find the rings at any stage."""
     config = CONFIG | {"intermediate_size": 2304, "num_hidden_layers": 2}
     tensors = write_checkpoint(tmp_path, config, np.random.default_rng(1))
-    workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=4, defines=defines)
+    workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=4)
     script = Script(workers, [np.random.default_rng(5).integers(0, workers.config.vocab, 320, dtype=np.uint32)])
     for num_rows in (40, 1, 64, 7, 100, 12, 50):
         script.step((0, num_rows))
@@ -229,12 +221,10 @@ CHUNKS = [(200,), (64, 136), (70, 65, 65), (199, 1), (30, 1, 1, 1, 100, 67), (12
 
 
 @pytest.mark.parametrize("shape", [{}, {"head_dim": 64, "num_attention_heads": 4}], ids=["head_dim 128", "head_dim 64"])
-def test_bits_do_not_depend_on_chunks_nor_on_the_rest_of_the_step(
-    tmp_path: Path, shape: dict[str, Any], defines: dict[str, str]
-) -> None:
+def test_bits_do_not_depend_on_chunks_nor_on_the_rest_of_the_step(tmp_path: Path, shape: dict[str, Any]) -> None:
     """One prompt, cut in several ways, alone and beside decode rows of others: narrow, halved and wide items must give the same logits."""
     write_checkpoint(tmp_path / "model", CONFIG | shape, np.random.default_rng(3))
-    workers = EmulatedWorkers(tmp_path / "model", tmp_path, num_workers=3, defines=defines)
+    workers = EmulatedWorkers(tmp_path / "model", tmp_path, num_workers=3)
     prompt = np.random.default_rng(4).integers(0, workers.config.vocab, 202, dtype=np.uint32)
     script = Script(workers, [prompt] * len(CHUNKS))
     others: list[int] = []  # whose prompts are done: decode rows beside the next ones' chunks

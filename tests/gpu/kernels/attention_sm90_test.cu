@@ -56,7 +56,6 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) attention_test(c
     mbarrier_init(&attention.schedule_ready, 1);
     fence_mbarrier_init();
     shared.compute = ComputeState{};
-    shared.producers[kWeightProducer] = ProducerState{};
   }
   __syncthreads();  // mbarriers are initialised before any role uses them
   const u32 warp = uniform(threadIdx.x / 32);

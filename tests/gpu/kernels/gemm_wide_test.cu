@@ -60,12 +60,11 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   if (threadIdx.x == 0) {
     shared.compute = ComputeState{};
-    shared.producers[kWeightProducer] = ProducerState{};
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);
     }
-    for (u32 i = 0; i < kInputStages + kDeepInputStages; i++) {
+    for (u32 i = 0; i < kInputStages; i++) {
       mbarrier_init(&shared.inputs_full[i], 1);
       mbarrier_init(&shared.inputs_empty[i], 2);
     }

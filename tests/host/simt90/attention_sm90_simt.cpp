@@ -57,7 +57,6 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
   }
   mbarrier_init(&attention.schedule_ready, 1);
   shared.compute = ComputeState{};
-  shared.producers[kWeightProducer] = ProducerState{};
   // All other CTAs have arrived at the barrier before the op, and at none after it.
   *grid_word(params, kGridWordArrivals) = params.num_workers - 1;
   RingCursor produced{first_stage, 1};
