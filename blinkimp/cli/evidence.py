@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 SHAPE: Final = "llama-3-8b"  # --model: made up by the lab, with weights made up by each engine
-START_S: Final = {"persistent": 75.0, "cpu": 75.0, "cpu-ahead": 75.0, "vllm": 110.0}  # until measured; of the GPU
+START_S: Final = {"persistent": 30.0, "cpu": 30.0, "cpu-ahead": 30.0, "vllm": 110.0}  # until measured; with the warm-up
 EMULATED_START_S: Final = 8.0
 CONTEXT: Final = 4096
 EPILOG: Final = """\
@@ -25,6 +25,9 @@ examples:
       --vllm-command 'python3 -m vllm.entrypoints.cli.main serve {model} --load-format dummy --max-model-len 4096 \\
                       --no-enable-prefix-caching --host 127.0.0.1 --port {port}'   one call; the same command goes on
   blinkimp lab evidence --resume evidence --report RESULTS.md                      tables and plots of what is there (.html: one file)
+  CUDA_VISIBLE_DEVICES=0 taskset -c 0-15  blinkimp lab evidence --resume evidence/1 --engines persistent --room evidence/room &
+  CUDA_VISIBLE_DEVICES=1 taskset -c 16-31 blinkimp lab evidence --resume evidence/2 --engines cpu --room evidence/room
+                                          side by side on GPUs of one host; --report takes `--resume evidence`, all of it
 
 engines: persistent (this server), cpu and cpu-ahead (this server with that --orchestrator), vllm (--vllm-command; put `env NAME=VALUE` before it
 for its environment).
@@ -42,6 +45,9 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     parser.add_argument("--resume", type=Path, required=True, metavar="DIR", help="where the state and the results are")
     parser.add_argument(
         "--budget-s", type=float, default=540.0, metavar="S", help="a call's length (default %(default)s)"
+    )
+    parser.add_argument(
+        "--room", type=Path, metavar="FILE", help="in common with processes that measure other engines at the same time"
     )
     parser.add_argument("--plan", action="store_true", help="print what would be measured, and stop")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the page (.md or .html) and stop")
@@ -179,6 +185,7 @@ def measure_call(grid: Any, options: argparse.Namespace) -> int:
     from blinkimp.config import Config, model_folder
     from blinkimp.host.power import open_nvml
     from blinkimp.lab.evidence import Setup, run_evidence
+    from blinkimp.lab.room import Room
     from blinkimp.lab.shape_model import write_llama_3_8b
     from blinkimp.nic_shim.tokenizer import Tokenizer
 
@@ -196,7 +203,8 @@ def measure_call(grid: Any, options: argparse.Namespace) -> int:
         commands = {name: serve_command(options, name, load_format) for name in options.engines if name != "vllm"}
         if "vllm" in options.engines:
             commands["vllm"] = options.vllm_command
-        setup = Setup(grid, commands, model, vocab_size, open_nvml(), options.commit)
+        room = None if options.room is None else Room(options.room)
+        setup = Setup(grid, commands, model, vocab_size, open_nvml(), options.commit, room)
         with LoadingBars() as bars:
             num_failed, _ = run_evidence(setup, options.resume, budget_s=options.budget_s, progress=bars)
     return 1 if num_failed else 0

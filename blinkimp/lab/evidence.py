@@ -3,7 +3,8 @@
     run_evidence(Setup(...), Path("evidence"), budget_s=540)        and the same again, until nothing is missing
 
 The folder holds grid.json (what is wanted), cells/ (a JSON each, written when measured), calls.json (machine, versions, starts of engines) and
-logs/ of the engines. Every engine serves a model of the same shape; ours over HTTP and over ZeroMQ at once, so that one start serves both.
+logs/ of the engines. Several processes may measure an engine each, on GPUs of one host, with a folder each and a room in common (room.py).
+Every engine serves a model of the same shape; ours over HTTP and over ZeroMQ at once, so that one start serves both.
 Order and estimates: evidence_plan.py; tables: evidence_report.py. Called by blinkimp/cli/evidence.py. Test: pytest tests/host/test_evidence.py
 """
 
@@ -31,6 +32,7 @@ from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine, placement
 from blinkimp.lab.evidence_plan import (
     CLOSED_DRAIN_S,
     OPEN_DRAIN_S,
+    STOP_S,
     EvidenceCell,
     EvidenceGrid,
     cells_of,
@@ -40,6 +42,7 @@ from blinkimp.lab.evidence_plan import (
 from blinkimp.lab.evidence_state import Calls, end_leftover, start_time, write_grid
 from blinkimp.lab.host_monitor import read_text, set_affinity
 from blinkimp.lab.interference import CellPlan, Grid, measure
+from blinkimp.lab.room import Room
 from blinkimp.lab.store import Store, write_json
 
 IDLE_S: Final = 2.0
@@ -62,6 +65,7 @@ class Setup:
     vocab_size: int
     source: PowerSource | None = None
     commit: str = ""
+    room: Room | None = None  # shared with processes that measure other engines at the same time
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the machine, for calls.json
 
 
@@ -112,6 +116,9 @@ class Call:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "cpus": len(self._cpus),
+            "cpu_list": ranges_of(self._cpus),
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "side_by_side": self.setup.room is not None,
             "kernel": platform.release(),
             "python": platform.python_version(),
             "blinkimp": __version__,
@@ -162,7 +169,8 @@ class Call:
                 self.calls.add_start(name, time.monotonic() - began)
                 self._say(f"{name} is up after {time.monotonic() - began:.0f} s")
                 while (cell := self._next(name).cell) is not None:
-                    self._measure(cell, specs[cell.transport], running)
+                    if not self._measure_in_room(cell, specs[cell.transport], running):
+                        self._wait_until_quiet(specs[cell.transport])
                     if running.has_ended:
                         raise LoadError(f"engine {name} has ended in the middle of it; its messages stand in {log}")
         except LoadError as error:
@@ -183,7 +191,20 @@ class Call:
         )
         asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S))
 
-    def _measure(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> None:
+    def _measure_in_room(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:
+        """As _measure()."""
+        if self.setup.room is None:
+            return self._measure(cell, spec, running)
+        patience_s = self.left_s - estimate_s(self.grid, cell) - STOP_S
+        with self.setup.room.enter(cell.threads, patience_s) as others:
+            if others is None:
+                self._done.add(cell.key)  # a later call's
+                self._say(f"{self.left_s:5.0f} s left  {cell.label}: too late; others measured another level until now")
+                return True
+            return self._measure(cell, spec, running)
+
+    def _measure(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:
+        """False: the engine may still be at work on requests that were cut off."""
         began = time.monotonic()
         placement = self._placements[cell.placement]
         running.pin(placement)
@@ -214,8 +235,7 @@ class Call:
         self._done.add(cell.key)
         self.num_failed += "error" in measured
         self._say(f"{self.left_s:5.0f} s left  {cell.label}: {words_of(measured)}")
-        if "error" in measured or measured["report"]["num_cut"]:
-            self._wait_until_quiet(spec)
+        return "error" not in measured and not measured["report"]["num_cut"]
 
     def _wait_until_quiet(self, spec: EngineSpec) -> None:
         """What was cut off must be off the engine before the next cell: a short request's answer says so."""
@@ -224,6 +244,14 @@ class Call:
         report = asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S, idle_w=0.0))
         if not report["completed"]:
             raise LoadError(f"engine {spec.name}: no answer to a short request within {QUIET_TIMEOUT_S:g} s")
+
+
+def ranges_of(cpus: set[int]) -> str:
+    """`0-15,32` of numbers, as taskset takes them."""
+    ordered = sorted(cpus)
+    begins = [cpu for cpu in ordered if cpu - 1 not in cpus]
+    ends = [cpu for cpu in ordered if cpu + 1 not in cpus]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends, strict=True))
 
 
 def loads_by_duration(grid: EvidenceGrid, placement: Placement) -> Grid:

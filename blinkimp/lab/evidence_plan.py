@@ -1,8 +1,9 @@
 """What the evidence consists of, in which order it is measured, and how long that takes: engines x transports x placements x threads x loads.
 
 A machine is often lent for less time than the whole takes, so cells have an order of importance: three rounds, and tiers within them. A round is
-measured on every engine before the next one begins, for an engine's start costs a minute. next_action() decides what is done with the time that is
-left; the same function makes the plan that is printed, with estimates, and drives the real run.
+measured on every engine before the next one begins, for an engine's start costs up to two minutes. next_action() decides what is done with the time
+that is left; the same function makes the plan that is printed, with estimates, and drives the real run. Within a tier levels of interference
+alternate, so that processes that measure an engine each fall into step (room.py).
 Called by blinkimp/lab/evidence.py and evidence_report.py. Test: pytest tests/null/test_evidence_plan.py
 """
 
@@ -142,11 +143,11 @@ def tier_of(grid: EvidenceGrid, transport: str, placement: str, threads: int, po
         if is_core_users and is_end:
             return 2
         if is_end:
-            return 3 if point.rate is not None else 5
+            return 3 if point.rate is not None else 4
         return 6
     if transport == "http" or is_first_placement:
         if is_core_rate and is_end:
-            return 4
+            return 5
         return (7 if is_first_placement else 8) if is_core_rate or is_end else None
     return 8 if is_core_rate and is_end else None
 

@@ -2,6 +2,8 @@
 
     write_evidence_report(Path("evidence"), Path("RESULTS.md"))        or .html; what was not run stands there as such
 
+A folder of several runs, of processes that measured engines side by side, is taken as one.
+
 TTFT counts from the intended time; TTFT and TPOT count requests that were cut off at a cell's end by how long they had waited (`_floor`, marked
 with >=). Called by blinkimp/cli/evidence.py. Test: pytest tests/null/test_evidence_report.py
 """
@@ -16,7 +18,7 @@ from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.lab.evidence_plan import EvidenceCell, EvidenceGrid, cells_of
-from blinkimp.lab.evidence_state import read_grid
+from blinkimp.lab.evidence_state import folders_of, read_grid
 from blinkimp.lab.pages import Section, html_of, write_markdown
 from blinkimp.lab.plots import Line, Plot, line_plot
 from blinkimp.lab.store import Store
@@ -35,9 +37,11 @@ Cells = Mapping[str, dict[str, Any]]  # by key
 Group = tuple[str, str, str]  # engine, transport, placement
 
 
-def load_cells(folder: Path, grid: EvidenceGrid) -> dict[str, dict[str, Any]]:
-    store = Store(folder / "cells")
-    return {cell.key: found for cell in cells_of(grid) if (found := store.get(cell.key)) is not None}
+def load_cells(folders: Sequence[Path], grid: EvidenceGrid) -> dict[str, dict[str, Any]]:
+    stores = [Store(folder / "cells") for folder in folders]
+    return {
+        cell.key: found for cell in cells_of(grid) for store in stores if (found := store.get(cell.key)) is not None
+    }
 
 
 def by_load(grid: EvidenceGrid, *, with_again: bool = False) -> dict[str, list[EvidenceCell]]:
@@ -92,7 +96,13 @@ def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -
         "over, and count by how long they had waited. `retained` is tokens/s while requests were sent, against 0 threads. `0 again` is a second run "
         "without interference: by so much do two runs of the same differ.",
     ]
-    names = ("date", "gpu", "driver", "cpus", "kernel", "blinkimp", "commit", "idle_gpu_w")
+    if any(call.get("side_by_side") for call in calls):
+        words.append(
+            "Engines were measured side by side, each on a GPU and CPUs of its own of one host: a cell only beside cells with as many interfering "
+            "threads of their own. Memory bandwidth and the last-level cache are everyone's, so interference includes the neighbours'; pressure, "
+            "switches/s and CPU MHz below are the host's."
+        )
+    names = ("date", "gpu", "driver", "cpus", "cpu_list", "kernel", "blinkimp", "commit", "idle_gpu_w")
     rows = [
         [*(call.get(name) for name in names), ", ".join(f"{s['engine']} {s['seconds']:.0f} s" for s in call["starts"])]
         for call in calls
@@ -279,8 +289,8 @@ def causes(grid: EvidenceGrid, cells: Cells) -> Section:
     return Section("Causes: what the host went through", CAUSE_HEADINGS, rows)
 
 
-def failures(folder: Path) -> list[Section]:
-    failed = [cell for cell in Store(folder / "cells") if "error" in cell]
+def failures(folders: Sequence[Path]) -> list[Section]:
+    failed = [cell for folder in folders for cell in Store(folder / "cells") if "error" in cell]
     names = ("engine", "transport", "placement", "load", "threads", "error")
     rows = [[cell.get(name) for name in names] for cell in failed]
     return [Section("Failed", names, rows)] if failed else []
@@ -288,13 +298,14 @@ def failures(folder: Path) -> list[Section]:
 
 def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> int:
     """Returns how many cells are in it. Raises LoadError where there is no run in the folder."""
-    grid = read_grid(folder)
-    cells = load_cells(folder, grid)
+    folders = folders_of(folder)
+    grid = read_grid(folders)
+    cells = load_cells(folders, grid)
     if not cells:
         raise LoadError(f"{folder}: no cell was measured yet; expected some; run without --report first")
-    calls = json.loads((folder / "calls.json").read_text())
+    calls = [call for each in folders for call in json.loads((each / "calls.json").read_text())]
     sections = [setting(grid, cells, calls), claim(grid, cells), quiet(grid, cells)]
-    sections += [*everything(grid, cells), causes(grid, cells), *failures(folder)]
+    sections += [*everything(grid, cells), causes(grid, cells), *failures(folders)]
     if path.suffix == ".md":
         write_markdown(title, sections, path)
     else:

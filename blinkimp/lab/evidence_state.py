@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,15 +57,19 @@ def write_grid(folder: Path, grid: EvidenceGrid) -> None:
     path, words = folder / "grid.json", json.loads(json.dumps(grid.to_json()))
     if path.exists():
         before = json.loads(path.read_text())
-        scenarios = ("open_scenario", "closed_scenario")
-        fixed = ("interference", "seconds", "warmup_s", "num_cpus", "num_reserved", "seed", *scenarios)
-        changed = [f"{name} {before[name]} -> {words[name]}" for name in fixed if before[name] != words[name]]
-        if changed:
-            raise LoadError(
-                f"{folder}: its cells were measured otherwise: {', '.join(changed)}; expected the same; give the same options, or another folder"
-            )
+        check_same(folder, before, words)
         words = merged(before, words)
     write_json(path, words)
+
+
+def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    scenarios = ("open_scenario", "closed_scenario")
+    fixed = ("interference", "seconds", "warmup_s", "num_cpus", "num_reserved", "seed", *scenarios)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]
+    if changed:
+        raise LoadError(
+            f"{folder}: its cells were measured otherwise: {', '.join(changed)}; expected the same; give the same options, or another folder"
+        )
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -78,13 +82,23 @@ def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_grid(folder: Path) -> EvidenceGrid:
-    try:
-        return EvidenceGrid.from_json(json.loads((folder / "grid.json").read_text()))
-    except OSError as error:
+def folders_of(folder: Path) -> list[Path]:
+    """The folder itself, or those in it, by name, where processes that measured side by side had one each. Raises LoadError where there is no run."""
+    found = [folder] if (folder / "grid.json").exists() else sorted(path.parent for path in folder.glob("*/grid.json"))
+    if not found:
         raise LoadError(
-            f"{folder}/grid.json: {error.strerror}; expected a folder of `blinkimp lab evidence`; check --resume"
-        ) from error
+            f"{folder}/grid.json: no such file, nor in a folder below; expected a folder of `blinkimp lab evidence`; check --resume"
+        )
+    return found
+
+
+def read_grid(folders: Sequence[Path]) -> EvidenceGrid:
+    """Of all of them. Raises LoadError where they were not measured alike."""
+    words, *others = (json.loads((folder / "grid.json").read_text()) for folder in folders)
+    for folder, more in zip(folders[1:], others, strict=True):
+        check_same(folder, words, more)
+        words = merged(words, more)
+    return EvidenceGrid.from_json(words)
 
 
 def start_time(pid: int) -> str:

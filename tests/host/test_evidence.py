@@ -18,6 +18,7 @@ import pytest
 
 from blinkimp.cli import main
 from blinkimp.lab.evidence_state import end_leftover, start_time
+from blinkimp.lab.room import Room
 from tests.support import PATIENCE_S, python_path, undisturbed
 
 # An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.
@@ -150,4 +151,34 @@ def test_our_engine_is_measured_over_both_transports(tmp_path: Path) -> None:
     }
     for cell in cells:
         assert cell["report"]["completed"] > 0 and cell["report"]["failed"] == 0
-        assert cell["host"]["processes"] and cell["tier"] <= 4 and cell["wall_s"] > 0.4
+        assert cell["host"]["processes"] and cell["tier"] <= 5 and cell["wall_s"] > 0.4
+
+
+def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("blinkimp.lab.evidence.STOP_S", 600.0)  # so that there is no time to wait
+    folder, room = tmp_path / "evidence", tmp_path / "room"
+    flags = ["lab", "evidence", "--resume", str(folder), "--room", str(room), *LOADS, *LENGTH, *scripted(tmp_path)]
+    with Room(room).enter(64, 0.0):
+        assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert said.count("too late; others measured another level") == 3 and "0 of 3 cells measured" in said
+    assert main(flags) == 0 and len(cells_in(folder)) == 3
+
+
+def test_processes_side_by_side_make_one_page(tmp_path: Path) -> None:
+    """Two calls at once, each of an engine in a folder of its own, meet in a room: all is measured, and the page has both."""
+    both, begun = tmp_path / "evidence", []
+    for idx, engine in enumerate(("persistent", "vllm")):
+        flags = ["--resume", str(both / f"{idx}-{engine}"), "--room", str(both / "room"), *LOADS, *LENGTH]
+        flags += ["--threads", "0,1", "--interference", "arithmetic", "--users", "", "--transports", "http"]
+        flags += [*scripted(tmp_path), "--engines", engine, "--serve-flags=--num-threads=1"]
+        begun.append(subprocess.Popen([sys.executable, "-m", "blinkimp", "lab", "evidence", *flags]))
+    assert [process.wait(PATIENCE_S) for process in begun] == [0, 0]
+    assert json.loads((both / "room").read_text()) == []
+    page = tmp_path / "RESULTS.md"
+    assert main(["lab", "evidence", "--resume", str(both), "--report", str(page)]) == 0
+    text = page.read_text()
+    assert "6 of 6 cells were measured, in 2 calls" in text and "side by side" in text
+    assert "| persistent | http | sharing |" in text and "| vllm | http | sharing |" in text

@@ -195,7 +195,7 @@ def test_the_plan_is_printed_without_anything_being_run(tmp_path: Path, capsys: 
     folder = tmp_path / "evidence"
     assert main(["lab", "evidence", "--resume", str(folder), "--plan", "--cpus", "16"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("call 1\n      0 s  start persistent (75 s)\n") and "tier 1 (round 1): 15 of 15" in said
+    assert said.startswith("call 1\n      0 s  start persistent (30 s)\n") and "tier 1 (round 1): 15 of 15" in said
     assert not folder.exists()
 
 
