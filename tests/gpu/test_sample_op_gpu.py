@@ -134,7 +134,7 @@ class SampleOp:
         self.plan.set(plan)
 
     def run(self, *, with_tiles: bool) -> float:
-        """us from the first CTA's start to the last one's end."""
+        """us from the first CTA's start to the last one's end, by the GPU's own clock: neither the launch nor the host is in it."""
         num_tiles = NUM_TILES if with_tiles else 0
         num_workers = int(self.params["num_workers"][0])
         self.runner.run(
@@ -226,8 +226,12 @@ def test_op_equals_cpu_to_the_last_bit(
 
 
 def test_times(op: SampleOp) -> None:
-    """All features add at most 0.7 ms to a greedy step of 256 rows; greedy within 15 us alone, 150 us at 256 rows."""
-    print(f"\nsample op, {VOCAB} logits a row, us (median of 15)")
+    """All features add at most 0.7 ms to a greedy step of 256 rows; greedy within 15 us alone, 150 us at 256 rows.
+
+    A greedy row's token comes from its tiles, but its logprob is a sum over all its logits: 256 rows are 131 MB to be read, 30 us of an H200's
+    memory, and two rows for nearly every CTA.
+    """
+    print(f"\nsample op, {VOCAB} logits a row, us by the GPU's clock (median of 15)")
     print(f"{'':<20}" + "".join(f"{num_rows:>10}" for num_rows in (1, 16, 64, 256)))
     median: dict[tuple[str, int], float] = {}
     for name, kind in KINDS.items():
@@ -239,5 +243,10 @@ def test_times(op: SampleOp) -> None:
                 op.advance()
             median[name, num_rows] = float(np.median(times[2:]))  # the first step counts tokens anew
         print(f"{name:<20}" + "".join(f"{median[name, num_rows]:>10.1f}" for num_rows in (1, 16, 64, 256)))
-    assert median["greedy", 1] <= 15 and median["greedy", 256] <= 150
-    assert median["all features", 256] - median["greedy", 256] <= 700
+    logit_bytes = MAX_BATCH * VOCAB * 4
+    print(f"greedy, {MAX_BATCH} rows: {logit_bytes / median['greedy', MAX_BATCH] / 1e3:.0f} GB/s of logits")
+    one, most = median["greedy", 1], median["greedy", MAX_BATCH]
+    more = median["all features", MAX_BATCH] - most
+    assert one <= 15, f"greedy, 1 row: got {one:.1f} us, expected 15 at most"
+    assert most <= 150, f"greedy, {MAX_BATCH} rows: got {most:.1f} us, expected 150 at most"
+    assert more <= 700, f"all features beside greedy, {MAX_BATCH} rows: got {more:.1f} us more, expected 700 at most"
