@@ -25,7 +25,7 @@ from typing import Final, Literal, Self
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.runner import Target, make_backend
-from blinkimp.lab.host_monitor import set_affinity, tree_of
+from blinkimp.lab.host_monitor import first_sibling, set_affinity, tree_of
 
 RESERVED_PROCESSES: Final = r"nic_shim\.\w+|emulated_process"  # command lines of ingresses and of the emulated device
 STOP_TIMEOUT_S: Final = 30.0
@@ -44,10 +44,11 @@ class Placement:
 
 
 def placement_of(name: PlacementName, num_reserved: int, cpus: set[int]) -> Placement:
-    """The first num_reserved of `cpus` are kept free of interference. Raises LoadError when nothing would be left."""
+    """The first num_reserved of `cpus` are kept free of interference, whole cores where a core is several CPUs: what runs beside one on its core
+    is interference too. Raises LoadError when nothing would be left."""
     if name == "sharing":
         return Placement(name, frozenset(cpus), frozenset(cpus))
-    ordered = sorted(cpus)
+    ordered = sorted(cpus, key=lambda cpu: (first_sibling(cpu), cpu))
     if not 0 < num_reserved < len(ordered):
         raise LoadError(
             f"reserved CPUs: got {num_reserved} of {len(ordered)}, expected at least 1, and at least 1 left for the interference; "

@@ -8,6 +8,7 @@ All from /proc and /sys; what a kernel does not tell is None. Called by blinkimp
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 PROC: Final = Path("/proc")
+CPUS: Final = Path("/sys/devices/system/cpu")
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -95,7 +97,7 @@ def process_counters(pid: int) -> ProcessCounters | None:
 
 def clocks_mhz() -> tuple[float, ...]:
     """Of each CPU; empty where neither cpufreq nor /proc/cpuinfo tells."""
-    paths = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    paths = sorted(CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     if paths:
         return tuple(int(text) / 1e3 for path in paths if (text := read_text(path).strip()))
     lines = read_text(PROC / "cpuinfo").splitlines()
@@ -143,6 +145,12 @@ def difference(before: Snapshot, after: Snapshot) -> dict[str, Any]:
         "mean_clock_mhz": sum(after.clocks_mhz) / len(after.clocks_mhz) if after.clocks_mhz else None,
         "processes": processes,
     }
+
+
+def first_sibling(cpu: int, folder: Path = CPUS) -> int:
+    """The lowest of the CPUs that are one core with this one; itself where the kernel does not tell."""
+    found = re.match(r"\d+", read_text(folder / f"cpu{cpu}/topology/thread_siblings_list"))
+    return int(found[0]) if found else cpu
 
 
 def tree_of(pid: int) -> dict[int, str]:

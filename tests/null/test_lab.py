@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from blinkimp.bench.errors import LoadError
 from blinkimp.lab import burner
 from blinkimp.lab.engines import EngineSpec, placement_of
-from blinkimp.lab.host_monitor import difference, parse_pressure, parse_stat, set_affinity, snapshot, tree_of
+from blinkimp.lab.host_monitor import (
+    difference,
+    first_sibling,
+    parse_pressure,
+    parse_stat,
+    set_affinity,
+    snapshot,
+    tree_of,
+)
 from blinkimp.lab.interference import CellPlan, Grid, parse_load, usable_kinds
 from blinkimp.lab.store import Store, key_of
 from blinkimp.lab.sweep import Scenario, pareto_frontier, parse_scenario, points_of
@@ -90,7 +98,19 @@ def test_loads_are_read_as_they_are_written() -> None:
             parse_load(text)
 
 
-def test_placements_keep_reserved_cpus_free() -> None:
+def test_reserved_cpus_are_whole_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cores of two CPUs, numbered as machines number them: 0 and 4, 1 and 5, and so on."""
+    for cpu in range(8):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    assert [first_sibling(cpu, tmp_path) for cpu in (0, 4, 7, 8)] == [0, 0, 3, 8]
+    monkeypatch.setattr("blinkimp.lab.engines.first_sibling", lambda cpu: first_sibling(cpu, tmp_path))
+    placement = placement_of("reserved", 2, set(range(8)))
+    assert placement.reserved == {0, 4} and placement.contested == {1, 2, 3, 5, 6, 7}
+
+
+def test_placements_keep_reserved_cpus_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blinkimp.lab.engines.first_sibling", lambda cpu: cpu)
     reserved = placement_of("reserved", 2, {3, 4, 5, 6, 7})
     assert (set(reserved.reserved), set(reserved.contested)) == ({3, 4}, {5, 6, 7})
     sharing = placement_of("sharing", 2, {3, 4})
