@@ -32,7 +32,7 @@ from step_cost import Limits, decode_cost, prefill_cost  # noqa: E402
 from step_report import side_of  # noqa: E402
 from step_requests import BenchError, steady_state  # noqa: E402
 from step_rows import SHAPES, Row, parse_rows  # noqa: E402
-from step_stats import finish, header, spread  # noqa: E402
+from step_stats import finish, header, spread, write_report  # noqa: E402
 
 from blinkimp.host.model_config import parse_config  # noqa: E402
 from blinkimp.host.power import PowerMeter, PowerSource, idle_power_w, open_nvml  # noqa: E402
@@ -173,7 +173,10 @@ def start_vllm(arguments: argparse.Namespace, folder: Path, source: PowerSource 
     return VllmSide(llm.llm_engine, make_params, SHAPES[arguments.shape]["vocab_size"], source)
 
 
-def bench(side: VllmSide, rows: Sequence[Row], shape: str, seconds: float, report: dict[str, Any]) -> None:
+def bench(
+    side: VllmSide, rows: Sequence[Row], shape: str, seconds: float, report: dict[str, Any], path: Path | None = None
+) -> None:
+    """Adds a row each to the report, which is written after every one: what there is is kept."""
     model = parse_config(SHAPES[shape])
     for row in rows:
         try:
@@ -193,6 +196,7 @@ def bench(side: VllmSide, rows: Sequence[Row], shape: str, seconds: float, repor
             f"{'' if joules is None else f'  {joules:.4f} J/token'}{'' if above is None else f', {above:.4f} above idle'}",
             flush=True,
         )
+        write_report(report, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             side = start_vllm(arguments, Path(folder), source)
             report["start_s"] = round(time.monotonic() - began, 1)
             report["versions"]["vllm"] = __import__("vllm").__version__
-            bench(side, arguments.rows, arguments.shape, arguments.seconds, report)
+            bench(side, arguments.rows, arguments.shape, arguments.seconds, report, arguments.out)
         except BenchError as error:
             report["errors"].append(str(error))
     return finish(report, arguments.out)

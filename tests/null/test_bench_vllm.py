@@ -5,6 +5,7 @@ Run: pytest tests/null/test_bench_vllm.py
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -91,3 +92,22 @@ def test_without_vllm_the_tool_says_what_is_missing(
     (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')\n")
     assert tool.main(["--site", str(tmp_path), "--rows", "d1@64"]) == 1
     assert "no vLLM here" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_end_in_the_middle_is_kept(
+    side: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = side.measure
+
+    def until_batch_2(row: Any, num_repeats: int) -> dict[str, Any]:
+        if row.batch == 2:
+            raise KeyboardInterrupt
+        return dict(measure(row, num_repeats))
+
+    monkeypatch.setattr(side, "measure", until_batch_2)
+    report: dict[str, Any] = {"gpu": None, "idle_w": None, "rows": [], "errors": []}
+    rows = [tool.Row("decode", batch, 64) for batch in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        tool.bench(side, rows, "embedded", 0.01, report, tmp_path / "vllm.json")
+    kept = json.loads((tmp_path / "vllm.json").read_text())
+    assert [row["name"] for row in kept["rows"]] == [rows[0].name]
