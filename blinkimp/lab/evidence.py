@@ -30,8 +30,8 @@ from blinkimp.bench.runner import Progress, run_load
 from blinkimp.host.power import PowerSource, idle_power_w
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine, placement_of
 from blinkimp.lab.evidence_plan import (
-    CLOSED_DRAIN_S,
-    OPEN_DRAIN_S,
+    DRAIN_S,
+    RAMP_SHARE,
     STOP_S,
     EvidenceCell,
     EvidenceGrid,
@@ -44,6 +44,7 @@ from blinkimp.lab.host_monitor import read_text, set_affinity
 from blinkimp.lab.interference import CellPlan, Grid, measure
 from blinkimp.lab.room import Room
 from blinkimp.lab.store import Store, write_json
+from blinkimp.lab.sweep import Point
 
 IDLE_S: Final = 2.0
 WARM_UP_S: Final = 4.0  # of load on a new engine, not counted: lazily made parts of it, and clocks
@@ -210,16 +211,15 @@ class Call:
         running.pin(placement)
         set_affinity(os.getpid(), set(placement.reserved))
         self._progress("cells", len(cells_of(self.grid)) - len(self.missing()), len(cells_of(self.grid)))
-        drain_s = OPEN_DRAIN_S if cell.point.rate is not None else CLOSED_DRAIN_S
         sending_s = self.grid.seconds + self.grid.warmup_s
         plan = CellPlan(spec, placement, self.grid.interference if cell.threads else "none", cell.threads, cell.point)
         measured = measure(
             plan,
             running,
-            loads_by_duration(self.grid, placement),
+            loads_by_duration(self.grid, placement, cell.point),
             self.setup.source,
             self._idle_w,
-            max(MIN_DRAIN_S, min(drain_s, self.left_s - sending_s)),
+            max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s)),
             self._progress,
         )
         seconds = time.monotonic() - began
@@ -254,9 +254,13 @@ def ranges_of(cpus: set[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends, strict=True))
 
 
-def loads_by_duration(grid: EvidenceGrid, placement: Placement) -> Grid:
-    """What measure() takes the length of a load from."""
-    return Grid([placement], [], [], [], [], grid.seconds + grid.warmup_s, grid.warmup_s, grid.seed)
+def loads_by_duration(grid: EvidenceGrid, placement: Placement, point: Point) -> Grid:
+    """What measure() takes the length of a load from. In a closed loop all requests count: a server so slow that no user gets to a second one within
+    the cell is measured, too. Users begin one after the other, or all would wait for each other's prompts."""
+    sending_s = grid.seconds + grid.warmup_s
+    if point.concurrency is None:
+        return Grid([placement], [], [], [], [], sending_s, grid.warmup_s, grid.seed)
+    return Grid([placement], [], [], [], [], sending_s, 0.0, grid.seed, ramp_s=RAMP_SHARE * sending_s)
 
 
 def words_of(cell: Mapping[str, Any]) -> str:

@@ -22,10 +22,10 @@ from blinkimp.lab.sweep import Point, Scenario, parse_scenario
 Transport = Literal["http", "zmq"]
 
 # How long last answers are waited for. What is not there by then is cut off, and its tokens so far count: more time would tell little more.
-OPEN_DRAIN_S: Final = 20.0
-CLOSED_DRAIN_S: Final = 40.0
+DRAIN_S: Final = 20.0
+RAMP_SHARE: Final = 0.25  # of a closed loop's time of sending, in which its users begin one after the other
 CELL_OVERHEAD_S: Final = 1.5
-BURNER_START_S: Final = 4.0  # its process, and numba's compilation
+BURNER_START_S: Final = 2.0  # its process, and numba's compilation
 STOP_S: Final = 8.0  # of an engine
 # Of the 8B shape on an H200, for estimates alone: a token's time at no load and for each request beside it, a prompt token's time.
 TOKEN_S: Final = 0.0047
@@ -188,10 +188,11 @@ def estimate_s(grid: EvidenceGrid, cell: EvidenceCell) -> float:
     request_s = point.scenario.output_len * token_s
     sending_s = grid.seconds + grid.warmup_s
     if point.concurrency is None:
-        return overhead_s + sending_s + min(OPEN_DRAIN_S, request_s)
+        return overhead_s + sending_s + min(DRAIN_S, request_s)
     request_s += point.concurrency * point.scenario.input_len * PROMPT_TOKEN_S
     waves = math.ceil(sending_s / request_s)
-    return overhead_s + min(max(sending_s, waves * request_s), sending_s + CLOSED_DRAIN_S)
+    ended_s = waves * request_s + RAMP_SHARE * sending_s
+    return overhead_s + min(max(sending_s, ended_s), sending_s + DRAIN_S)
 
 
 # ---- What to do with the time that is left ---------------------------------------------------------------------------
@@ -215,8 +216,8 @@ def next_action(
 ) -> Action:
     """missing: by importance. An engine that runs goes on until its round is done, and farther where no other could be started in time."""
 
-    def other() -> Action:
-        for cell in missing:
+    def other(wanted: Sequence[EvidenceCell]) -> Action:
+        for cell in wanted:
             if cell.engine != running and start_s(cell.engine) + cell_s(cell) + STOP_S <= left_s:
                 return Action(engine=cell.engine)
         return Action()
@@ -225,10 +226,10 @@ def next_action(
     fitting = [cell for cell in mine if cell_s(cell) + STOP_S <= left_s]
     if fitting:
         earlier = [cell for cell in missing if cell.engine != running and cell.round < fitting[0].round]
-        if earlier and (action := other()).engine is not None:
+        if earlier and (action := other(earlier)).engine is not None:
             return action
         return Action(cell=fitting[0])
-    return other()
+    return other(missing)
 
 
 def simulate(grid: EvidenceGrid, missing: Sequence[EvidenceCell], budget_s: float) -> list[list[str]]:

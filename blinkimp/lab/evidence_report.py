@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.lab.evidence_plan import EvidenceCell, EvidenceGrid, cells_of
+from blinkimp.lab.evidence_plan import RAMP_SHARE, EvidenceCell, EvidenceGrid, cells_of
 from blinkimp.lab.evidence_state import folders_of, read_grid
 from blinkimp.lab.pages import Section, html_of, write_markdown
 from blinkimp.lab.plots import Line, Plot, line_plot
@@ -86,10 +86,11 @@ def multiple(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key:
 # ---- Sections --------------------------------------------------------------------------------------------------------
 def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -> Section:
     """Where and how; how much of the plan is there."""
-    num_planned = len(cells_of(grid))
+    num_planned, sending_s = len(cells_of(grid)), grid.seconds + grid.warmup_s
     words = [
         f"{len(cells)} of {num_planned} cells were measured, in {len(calls)} calls; the others stand as `{NOT_RUN}`. "
-        f"Each cell sends for {grid.seconds + grid.warmup_s:g} s, of which the first {grid.warmup_s:g} s do not count; interference is "
+        f"Each cell sends for {sending_s:g} s. With a rate the first {grid.warmup_s:g} s do not count; users of a closed loop begin one after the "
+        f"other in the first {RAMP_SHARE * sending_s:g} s, and all their requests count. Interference is "
         f"`{grid.interference}`, one thread in turn of each. {grid.num_cpus} CPUs: placement `reserved` keeps {grid.num_reserved} for the client "
         "and our ingress processes and leaves the others to everything else; with `sharing` all of it is everywhere.",
         "TTFT counts from the time a request was meant to be sent. A figure with >= is a lower bound: requests were cut off when a cell's time was "

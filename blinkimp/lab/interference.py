@@ -40,6 +40,7 @@ class Grid:
     duration_s: float
     warmup_s: float
     seed: int = 0
+    ramp_s: float = 0.0  # of closed loops
 
     def disturbances(self, placement: Placement) -> Iterator[tuple[str, int]]:
         """(kind, threads), isolation first."""
@@ -124,6 +125,7 @@ def load_of(grid: Grid, point: Point) -> LoadOptions:
         concurrency=point.concurrency,
         duration_s=grid.duration_s,
         warmup_s=grid.warmup_s,
+        ramp_s=0.0 if point.concurrency is None else grid.ramp_s,
         input_len=point.scenario.input_len,
         output_len=point.scenario.output_len,
         seed=grid.seed,

@@ -135,6 +135,18 @@ def test_an_engine_finishes_its_round_before_another_starts() -> None:
     assert act([other, later], "persistent", 1e6) == ("vllm", None)
 
 
+def test_an_engine_is_not_left_for_cells_that_are_no_more_important() -> None:
+    """The earlier round's engine does not fit any more, and two others have cells of a later round: they must not start in turns."""
+    early, mine, other = cell_at("vllm", tier=1), cell_at(tier=3), cell_at("cpu", tier=3)
+
+    def start_s(engine: str) -> float:
+        return 500.0 if engine == "vllm" else 10.0
+
+    for running, expected in (("persistent", mine), ("cpu", other)):
+        action = next_action([early, mine, other], running, 200.0, lambda cell: 30.0, start_s)
+        assert (action.engine, action.cell) == (None, expected)
+
+
 def test_where_no_other_engine_fits_the_running_one_goes_on() -> None:
     other, later = cell_at("vllm", tier=1), cell_at(tier=3)
     assert act([other, later], "persistent", 100.0) == (None, later)
@@ -168,7 +180,7 @@ def test_interference_makes_cells_longer_where_a_cpu_is_on_the_path() -> None:
     def seconds(engine: str, threads: int) -> float:
         return estimate_s(grid, EvidenceCell(engine, "http", "reserved", threads, point, 1))
 
-    assert seconds("vllm", 64) > seconds("vllm", 0) + 20 and seconds("persistent", 64) < seconds("persistent", 0) + 10
+    assert seconds("vllm", 64) > seconds("vllm", 0) + 10 and seconds("persistent", 64) < seconds("persistent", 0) + 10
 
 
 # ---- The command's own part ------------------------------------------------------------------------------------------
