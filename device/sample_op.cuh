@@ -1,6 +1,6 @@
 // The sample op of a worker CTA: token and logprob of each row of logits. GPU only.
 //
-// Many rows: one CTA a row. Few rows: plain greedy ones, whose cost is the sum behind the logprob, are split over CTAs. Each adds the weights
+// Plain greedy rows cost the sum behind the logprob, and have a loop of their own. Few of them are split over CTAs: each adds the weights
 // of its slice of the vocabulary to one integer, so their order does not matter, and the last to arrive writes the result: no grid barrier.
 // Called by device/worker.cuh and device/portable/worker.cuh; each includes what is its own first: kComputeThreads, the workspaces.
 // Test: pytest -m gpu tests/gpu/test_sampling_gpu.py tests/gpu/test_engine_gpu.py
@@ -40,8 +40,8 @@ BK_INLINE void sample_greedy_slice(const Group& group, const EngineParams& param
   const u32 begin = static_cast<u32>(u64{vocab} * slice_idx / num_slices);
   const u32 end = static_cast<u32>(u64{vocab} * (slice_idx + 1) / num_slices);
   u64 sum = 0;
-  for_each_quad(logits + begin, end - begin, group.id, group.count, [&](u32 offset, const LogitQuad& quad) {
-    for (u32 i = 0; i < 4; ++i) sum += offset + i < end - begin ? weighing.weight(orderable_logit(quad.values[i])) : 0;
+  for_each_quad(logits + begin, end - begin, group.id, group.count, [&](u32, const LogitQuad& quad) {
+    for (u32 i = 0; i < 4; ++i) sum += weighing.weight(orderable_logit(quad.values[i]));
   });
   sum = sum_over_group(group, scratch, sum);
   if (group.id != 0) return;
@@ -69,7 +69,7 @@ BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* 
     const u32 slice_idx = item % num_slices;
     const f32* logits = reinterpret_cast<const f32*>(params.workspaces[kWsLogits]) + static_cast<u64>(sample_idx) * params.dims.vocab;
     const LogitTiles row_tiles{tiles.best + static_cast<u64>(sample_idx) * tiles.num_tiles, tiles.num_tiles};
-    if (num_slices > 1) {
+    if (tiles.best != nullptr) {
       const PlanSeq& seq = sampled_seq(params, plan, sample_idx);
       const Request& request = *request_at(params, seq.request_idx);
       if (is_plain_greedy(request.sampling, request.constraint, seq.output_idx)) {
