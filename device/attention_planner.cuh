@@ -89,6 +89,18 @@ struct NarrowCuts {
   }
 };
 
+// The cut between a CTA's warpgroups, moved to where both end their units at the same time, if that is near: the end of a unit holds up the other warpgroup, too,
+// whose pages stand behind in the ring. `place`: within a share of num_units units of unit_pages each. Decode of equal contexts, 256 rows: a CTA with units
+// that end together was done with its pages after 420k clk, one without after 450k (PERFORMANCE.md).
+BK_INLINE u32 aligned_place(u32 place, u32 first_offset, u32 unit_pages, u32 num_units, u32 warpgroup_pages) {
+  constexpr u32 kMostPart = 7;  // of a warpgroup's pages
+  if (first_offset >= unit_pages) return place;
+  const u32 unit = place + unit_pages / 2 <= first_offset ? 0 : min((place + unit_pages / 2 - first_offset) / unit_pages, num_units - 1);
+  const u32 aligned = unit * unit_pages + first_offset;
+  const u32 moved = aligned > place ? aligned - place : place - aligned;
+  return moved * kMostPart <= warpgroup_pages ? aligned : place;
+}
+
 // Writes one WindowSchedule.
 BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, WindowSchedule& schedule, const WideWork& wide, u32 lane) {
   const PlanSeq* seqs = plan_seqs(params, plan);
@@ -112,6 +124,7 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
   u32 pages_before = 0;
   u32 items_before = 0;
   u32 rounded[3] = {num_pages, num_pages, num_pages};
+  u32 first_offset = 0;  // of this CTA's first page within its unit
   for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
     const u32 seq_idx = seq_begin + lane;
     const PlanSeq seq = seqs[seq_idx < plan->num_seqs ? seq_idx : 0];
@@ -128,7 +141,7 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
       const bool here = weight != 0 && places[i] >= first && places[i] < pages_after;
       u32 at = 0;
       if (here) {
-        const u32 within = places[i] - first;
+        const u32 within = i == 1 ? aligned_place(places[1] - first, first_offset, end - begin, num_kv_heads, places[1] - places[0]) : places[i] - first;
         const u32 head = within / (end - begin);
         u32 page = begin + within % (end - begin);
         if (page != begin) page = min((page + kSplitPages - 1) / kSplitPages * kSplitPages, end);
@@ -143,7 +156,11 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
         }
       }
       const u32 finders = __ballot_sync(0xffffffffu, here);
-      if (finders) rounded[i] = __shfl_sync(0xffffffffu, at, static_cast<u32>(__ffs(static_cast<int>(finders))) - 1);
+      if (finders) {
+        const u32 finder = static_cast<u32>(__ffs(static_cast<int>(finders))) - 1;
+        rounded[i] = __shfl_sync(0xffffffffu, at, finder);
+        if (i == 0) first_offset = __shfl_sync(0xffffffffu, weight ? (at - (pages_after - weight)) % (end - begin) : 0, finder);
+      }
     }
     pages_before = __shfl_sync(0xffffffffu, pages_after, 31);
     items_before = __shfl_sync(0xffffffffu, items_after, 31);
