@@ -141,7 +141,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   bool starts_split = true;
 #pragma unroll 1
   for (; page != last_page; page++) {
-    pack_weights(scores, weights);  // not before: the products on their way read them
+    if (has_rows) pack_weights(scores, weights);  // not before: the products on their way read them. Rows that nobody reads stay zeros: zeros cost less power
     const bool is_plain = uniform(page - run.plain_begin < run.num_plain) != 0;
     const bool in_turn = is_plain ? takes_turns : is_in_turn(page);
     const u32 values_stage = values_of<kHeadDim>(keys).stage;
@@ -166,7 +166,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
     if (starts_split) end_split(page, done);
     else if (has_rows) rescale_outputs(outputs, factors);
   }
-  pack_weights(scores, weights);
+  if (has_rows) pack_weights(scores, weights);
   const bool in_turn = is_in_turn(page);
   const u32 values_stage = values_of<kHeadDim>(keys).stage;
   next_page<kHeadDim>(keys, others);
@@ -181,7 +181,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
 
   const u32 num_run_splits = run.kind == kRunNarrow ? splits_between(run.page_begin, run.page_end) : 0;
   if (uniform(run.kind == kRunWide || num_run_splits == run.num_splits)) {
-    store_rows<kHeadDim>(run, totals, total, store);
+    if (has_rows) store_rows<kHeadDim>(run, totals, total, store);
     return;
   }
   if (uniform(run.first_split == 0)) {
@@ -215,6 +215,9 @@ BK_INLINE void prepare_attention(const EngineParams& params, const Op& op, const
   static_assert(kAttentionScratchBytes<kHeadDim> <= kScratchBytes, "the query tiles");
   wait_schedule(params, attention, step);
   AttentionState& state = attention_state<kHeadDim>(shared_memory);
+  // A decode row fills few of a query tile's 64 rows. The others are zeros: products with those cost less power, and power is what bounds the clock.
+#pragma unroll 1
+  for (u32 offset = thread_idx() * 16; offset < 2 * kQueryTileBytes<kHeadDim>; offset += kComputeThreads * 16) *reinterpret_cast<uint4*>(shared_memory + kScratchOffset + offset) = uint4{0, 0, 0, 0};
   if (is_first_thread()) {
     state.op = &op;
     state.plan = plan;

@@ -8,6 +8,7 @@
 // Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
+#include <fragment.cuh>
 
 namespace blinkimp {
 
@@ -91,27 +92,26 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
 #pragma unroll 1
     for (u32 split_begin = num_folded; split_begin < num_splits; split_begin += kAtOnce) {
       const u32 num_left = min(kAtOnce, num_splits - split_begin);
-      float2 parts[kAtOnce][kColumns / 2];
+      float2 parts[kAtOnce * kColumns / 2];  // [split][pair of columns]
 #pragma unroll
       for (u32 split = 0; split < kAtOnce; ++split) {
         const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin + split_begin + min(split, num_left - 1), row) + lane * kColumns);
 #pragma unroll
-        for (u32 i = 0; i < kColumns / 2; ++i) parts[split][i] = part[i];
+        for (u32 i = 0; i < kColumns / 2; ++i) parts[split * kColumns / 2 + i] = part[i];
       }
       // Lanes past the last split bring what changes no maximum.
       const float2 own = lane < num_left ? *part_softmax<kHeadDim>(params, item_begin + split_begin + lane, row) : make_float2(minus_infinite_score(), 0.0f);
       const MergeLane merge = merge_factors(own, scale, total.maximum);
+#pragma unroll 1
+      for (u32 split = 0; split < num_left; ++split) {
+        const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, split), __shfl_sync(0xffffffffu, merge.factors.split, split)};
+        total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, split), factors);
 #pragma unroll
-      for (u32 split = 0; split < kAtOnce; ++split) {
-        if (split < num_left) {
-          const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, split), __shfl_sync(0xffffffffu, merge.factors.split, split)};
-          total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, split), factors);
-#pragma unroll
-          for (u32 i = 0; i < kColumns / 2; ++i) {
-            outputs[i * 2] = fold_value(outputs[i * 2], parts[split][i].x, factors);
-            outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[split][i].y, factors);
-          }
+        for (u32 i = 0; i < kColumns / 2; ++i) {
+          outputs[i * 2] = fold_value(outputs[i * 2], parts[i].x, factors);
+          outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[i].y, factors);
         }
+        move_down<kColumns / 2>(parts);
       }
     }
     const f32 inverse_sum = __frcp_rn(total.sum);

@@ -52,7 +52,7 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
     } else {
       mbarrier_arrive(&shared.weights_full[cursor.stage]);
     }
-    bulk_copy_to_shared(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, full);
+    bulk_copy_streamed(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, full);
     cursor.advance(kWeightStages);
   }
 }

@@ -4,6 +4,7 @@
 // Test: pytest -m gpu tests/gpu/test_attention_sm90.py; without a GPU: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_runs.cuh>
+#include <fragment.cuh>
 #include <ptx_wgmma.cuh>
 #include <ptx_wgmma_attention.cuh>
 
@@ -117,27 +118,29 @@ BK_INLINE void gather_chunk(u32 (&words)[4]) {
   }
 }
 
+// totals: used up.
 template <int kHeadDim, class Store>
-BK_INLINE void store_rows(const AttentionRun& run, const f32 (&totals)[kHeadDim / 2], const FoldTotal (&total)[2], const Store& store) {
+BK_INLINE void store_rows(const AttentionRun& run, f32 (&totals)[kHeadDim / 2], const FoldTotal (&total)[2], const Store& store) {
   const u32 thread = thread_idx() % kWarpgroupThreads;
+  const f32 inverse_sums[2] = {__frcp_rn(total[0].sum), __frcp_rn(total[1].sum)};
+  const u32 first_row = thread / 32u * 16u + thread % 32u / 4u;
+#pragma unroll 1
+  for (u32 tile = 0; tile < kHeadDim / 8; tile += 4) {
 #pragma unroll
-  for (u32 half = 0; half < 2; ++half) {
-    const u32 row = thread / 32u * 16u + thread % 32u / 4u + half * 8u;
-    const u32 packed = run.packed_begin + row;
-    const u32 out_row = run.row_begin + packed / run.group;
-    const u32 column = (run.kv_head * run.group + packed % run.group) * kHeadDim + thread % 4u * 8u;
-    const f32 inverse_sum = __frcp_rn(total[half].sum);
-#pragma unroll
-    for (u32 tile = 0; tile < kHeadDim / 8; tile += 4) {
+    for (u32 half = 0; half < 2; ++half) {
       u32 words[4];
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        const u32 place = (tile + i) * 4 + half * 2;
-        words[i] = pack_bf16x2(finish_value(totals[place], inverse_sum), finish_value(totals[place + 1], inverse_sum));
+        const u32 place = i * 4 + half * 2;
+        words[i] = pack_bf16x2(finish_value(totals[place], inverse_sums[half]), finish_value(totals[place + 1], inverse_sums[half]));
       }
       gather_chunk(words);
-      if (row < run.num_packed) store.chunk(out_row, column + tile * 8u, uint4{words[0], words[1], words[2], words[3]});
+      const u32 row = first_row + half * 8u;
+      const u32 packed = run.packed_begin + row;
+      const u32 column = (run.kv_head * run.group + packed % run.group) * kHeadDim + thread % 4u * 8u + tile * 8u;
+      if (row < run.num_packed) store.chunk(run.row_begin + packed / run.group, column, uint4{words[0], words[1], words[2], words[3]});
     }
+    move_down<16>(totals);
   }
 }
 

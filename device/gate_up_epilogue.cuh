@@ -13,20 +13,18 @@ BK_INLINE f32 silu(f32 x) {
   return __fmul_rn(x, reciprocal_approx(__fadd_rn(1.0f, exp2_approx(__fmul_rn(x, -kLog2E)))));
 }
 
-struct GateUpEpilogue {
+struct GateUpEpilogue : ReadsNothing {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;
-  static constexpr bool kPrefetchesRows = false;
-  static constexpr int kPrefetchDepth = 1;
 
-  template <int kColumns, bool kWide>
-  BK_INLINE NothingPrefetched prefetch(u32, u32) const {
-    return NothingPrefetched{};
+  template <int kColumns>
+  BK_INLINE static constexpr u32 step_columns() {
+    return kColumns % 32 == 0 ? 32 : 16;
   }
 
   template <int kColumns, bool kWide>
-  BK_INLINE void finish(u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const NothingPrefetched&, const f32* row_scale) const {
+  BK_INLINE void finish(const Nothing&, u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Nothing&, const f32* row_scale) const {
     static_assert(kColumns % 16 == 0, "gate and up blocks come in pairs");
     const u32 column_begin = uniform(first_column);
     const u32 row = row_begin + fragment_row(0);  // the second one is 8 further: in the same tile, if it exists

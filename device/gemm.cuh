@@ -9,6 +9,7 @@
 // slices as fit.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
+#include <fragment.cuh>
 #include <gemm_shape.cuh>
 #include <ptx_wgmma.cuh>
 #include <row_scales.cuh>
@@ -32,7 +33,7 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
       wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
       mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], num_bytes);
-      bulk_copy_to_shared(ring + cursor.stage * kWeightStageBytes, tile + static_cast<u64>(slice) * slice_bytes, num_bytes, &shared.weights_full[cursor.stage]);
+      bulk_copy_streamed(ring + cursor.stage * kWeightStageBytes, tile + static_cast<u64>(slice) * slice_bytes, num_bytes, &shared.weights_full[cursor.stage]);
       cursor.advance(kWeightStages);
     }
   }
@@ -80,8 +81,8 @@ struct MainLoop {
   BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
-  BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[stage], used ? num_arrivals : 0); }
-  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_count(&shared.inputs_empty[stage], used ? num_arrivals : 0); }
+  BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[used ? stage : 0], used ? num_arrivals : 0); }
+  BK_INLINE void give_inputs(u32 stage, bool used) const { mbarrier_arrive_count(&shared.inputs_empty[used ? stage : 0], used ? num_arrivals : 0); }
   BK_INLINE void advance_weights() { weights.advance(kWeightStages); }
   BK_INLINE void advance_inputs() { inputs.advance(kInputStages); }
 };
@@ -92,8 +93,8 @@ BK_INLINE void multiply_slice(f32 (&d)[kColumns / 2], u64 a, u64 b) {
   for (int k = 0; k < 4; k++) wgmma_m64_k16<kColumns>(d, a + 2 * k, b + 2 * k, 1);
 }
 
-// Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage. A group's stages are given back before the next one is
-// waited for: what is short is bytes on their way, not time on the tensor cores.
+// Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage. A group's stages are given back when the next one's products are on their
+// way: given back before, a group would wait for its last product (2 to 3 % of a step of 16 to 64 rows).
 template <int kTileRows, int kColumns, int kGroup>
 BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f32 (&d)[kColumns / 2]) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
@@ -101,6 +102,8 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
   constexpr u32 kSliceBytes = kTileRows * 128;
   const u32 input_bytes = input_rows * 128;
   const u32 stage_inputs = kInputStageBytes / input_bytes;  // slices in an input stage: 2, 4, 8 or 16
+  u32 given_weights = kNone;  // stages whose last reader is the group in flight
+  u32 given_inputs = kNone;
   u32 in_stage = 0;         // slices of the current input stage that are used up
   u32 in_weight_stage = 0;  // and of the weight stage
 #pragma unroll 1
@@ -117,9 +120,11 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
     in_stage += kGroup;
     const bool weights_used = in_weight_stage == kStageSlices;
     const bool inputs_used = in_stage == stage_inputs;
-    wgmma_wait<0>();
-    loop.give_weights(loop.weights.stage, weights_used);
-    loop.give_inputs(loop.inputs.stage, inputs_used);
+    wgmma_wait<1>();  // the group before is done
+    loop.give_weights(given_weights, given_weights != kNone);
+    loop.give_inputs(given_inputs, given_inputs != kNone);
+    given_weights = weights_used ? loop.weights.stage : kNone;
+    given_inputs = inputs_used ? loop.inputs.stage : kNone;
     if (weights_used) {
       loop.advance_weights();
       in_weight_stage = 0;
@@ -129,6 +134,9 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
       in_stage = 0;
     }
   }
+  wgmma_wait<0>();
+  loop.give_weights(given_weights, given_weights != kNone);
+  loop.give_inputs(given_inputs, given_inputs != kNone);
 #pragma unroll 1
   for (u32 slice = num_slices / kGroup * kGroup; slice < num_slices; slice++) {  // a last group that is not full
     if (in_weight_stage == 0) loop.wait_weights();
@@ -172,28 +180,18 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   cursors = ConsumerCursors{loop.weights, loop.inputs};
 }
 
-// Where a fragment register lies: thread t of a warpgroup holds, for h in {0, 1} and block j, columns 8j + 2(t mod 4) + {0, 1} of row
-// 16(t / 32) + (t mod 32) / 4 + 8h in d[4j + 2h] and d[4j + 2h + 1].
-BK_INLINE u32 fragment_row(u32 half) {
-  const u32 thread = thread_idx();  // once: it is read anew at each call
-  return thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * half;
-}
-BK_INLINE u32 fragment_column(u32 block) { return 8 * block + (thread_idx() % 4) * 2; }
-
-// One item for one warpgroup. Epilogue: prefetch<kColumns>(row, column) -> what it wants to have loaded before the products end;
-// finish<kColumns>(row, column, d, prefetched, scales): the warpgroup's 64 rows from `row`, kColumns packed weight rows from `column`.
+// One item for one warpgroup. Epilogue: the interface of gemm_epilogues.cuh.
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 row_begin, u32 tile_idx, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                         ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  const u32 column = tile_idx * kTileRows + row_offset;
-  const auto prefetched = epilogue.template prefetch<kColumns, false>(row_begin, column);
+  FragmentTail<kColumns, false, Epilogue> tail(epilogue, row_begin, tile_idx * kTileRows + row_offset);
   multiply_tile<kTileRows, kColumns>(params, shape, row_offset, shared_memory, shared, cursors, d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
-  epilogue.template finish<kColumns, false>(row_begin, column, d, prefetched, row_scale);
+  tail.finish(d, row_scale);
 }
 
 // Where an op leaves the rings, with or without an item. Equal in all threads; taken over when the op ends.

@@ -1,11 +1,13 @@
 // What happens to a product before it leaves the SM: the interface of the GEMM ops' fused tails, and what they have in common. GPU only.
 //
-// An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x kColumns packed weight rows from `column_begin` (layout in gemm.cuh).
-//   prefetch  before the main loop (wide: before the packed tile before): what finish() will read, where there are registers for it
-//   finish    with the products in d
+// An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x packed weight rows from `column_begin`, in steps (fragment.cuh).
+//   step_columns<kColumns>()     columns that finish() takes at a time, of a fragment of kColumns
+//   rows<kWide>(row)             before the main loop: what depends on the rows alone
+//   prefetch<kStep>(rows, ...)   what finish() will read, before the main loop and kPrefetchDepth steps ahead
+//   finish<kStep, kWide>(...)    with a step's products in d
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns. Sums of products are spelled out (__fmaf_rn or not),
 // because an epilogue is compiled once for each shape of tile, and the compiler's choice could differ between them.
-// Speed: in a wide item the tensor cores rest meanwhile, so instructions count. A block of 8 columns begins at the same column in all threads: what
+// Speed: in a wide item the tensor cores rest meanwhile, and code that is not in the caches is ten times slower: loops over columns are rolled. A block of 8 columns begins at the same column in all threads: what
 // depends on that alone is computed once a warp, in uniform registers. Only a row's base and the swizzle are a thread's own. Results are computed whether
 // their row exists or not, and stored afterwards: a branch between two would leave each chain of latencies by itself.
 // Epilogues: qkv_epilogue.cuh, project_epilogue.cuh, gate_up_epilogue.cuh, logits_epilogue.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
@@ -13,8 +15,6 @@
 #include <gemm.cuh>
 
 namespace blinkimp {
-
-struct NothingPrefetched {};
 
 // Where in a block of 8 columns a thread's two are. To be called once a function: it reads the thread's number anew.
 BK_INLINE u32 lane_column() { return thread_idx() % 4 * 2; }

@@ -49,7 +49,8 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
     u8* to = place + i * tiling.stack * slice_bytes;
 #pragma unroll 1
     for (u32 stacked = 0; stacked < num_tiles; stacked++) {  // few instructions: a slice may be 8 copies
-      bulk_copy_to_shared(to, from, copy_bytes, full);
+      if (tiling.num_row_tiles <= 2) bulk_copy_streamed(to, from, copy_bytes, full);
+      else bulk_copy_to_shared(to, from, copy_bytes, full);
       from += tile_bytes;
       to += tile_step;
     }
@@ -204,8 +205,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   loop.give_inputs(used_inputs, used_inputs != kNone);
 }
 
-// One item for one warpgroup. The epilogue sees a packed tile at a time, through the interface of gemm_epilogues.cuh. What it prefetches is loaded
-// before the products, then kPrefetchDepth packed tiles ahead, or, where it is the rows' (kPrefetchesRows), once.
+// One item for one warpgroup.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
@@ -214,24 +214,14 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   const u32 warpgroup = uniform(thread_idx() / 128);
   const u32 row_begin = kHalved ? item.row_tile * kRowTile : (item.row_tile * 2 + warpgroup) * kRowTile;
   const u32 column = (item.weight_item * kStack + (kHalved ? warpgroup : 0)) * kTileRows;
-  constexpr int kDepth = Epilogue::kPrefetchDepth;
-  const auto prefetch = [&](int part) { return epilogue.template prefetch<kTileRows, true>(row_begin, column + part * kTileRows); };
-  decltype(prefetch(0)) loaded[kDepth];
-  loaded[0] = prefetch(0);
+  FragmentTail<kColumns, true, Epilogue> tail(epilogue, row_begin, column);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(params, shared);
-#pragma unroll
-  for (int part = 1; part < kDepth && part < kParts; part++) loaded[part] = prefetch(part);
-#pragma unroll
-  for (int part = 0; part < kParts; part++) {
-    const auto current = loaded[part % kDepth];
-    if (part + kDepth < kParts && !Epilogue::kPrefetchesRows) loaded[part % kDepth] = prefetch(part + kDepth);
-    epilogue.template finish<kTileRows, true>(row_begin, column + part * kTileRows, reinterpret_cast<f32(&)[kTileRows / 2]>(d[part * kTileRows / 2]), current, row_scale);
-  }
+  tail.finish(d, row_scale);
 }
 
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>

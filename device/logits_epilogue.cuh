@@ -22,20 +22,18 @@ BK_INLINE u64 quad_max(u64 value) {
   return value;
 }
 
-struct LogitsEpilogue {
+struct LogitsEpilogue : ReadsNothing {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;  // sampled ones
-  static constexpr bool kPrefetchesRows = false;
-  static constexpr int kPrefetchDepth = 1;
 
-  template <int kColumns, bool kWide>
-  BK_INLINE NothingPrefetched prefetch(u32, u32) const {
-    return NothingPrefetched{};
+  template <int kColumns>
+  BK_INLINE static constexpr u32 step_columns() {
+    return kLogitPartColumns;
   }
 
   template <int kColumns, bool kWide>
-  BK_INLINE void finish(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const NothingPrefetched&, const f32* row_scale) const {
+  BK_INLINE void finish(const Nothing&, u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const Nothing&, const f32* row_scale) const {
     static_assert(kColumns % kLogitPartColumns == 0, "whole parts");
     constexpr u32 kPartBlocks = kLogitPartColumns / 8;
     const u32 num_parts = num_logit_parts(params.dims.vocab);

@@ -12,25 +12,35 @@ struct ProjectEpilogue {
   const Op& op;
   WorkerShared& shared;
   u32 num_rows;
-  static constexpr bool kPrefetchesRows = false;
-  static constexpr int kPrefetchDepth = 2;
+  static constexpr u32 kPrefetchDepth = 2;
+  static constexpr bool kIsRolled = false;  // what two steps have loaded would not move along without spills
   static constexpr u32 kHalfColumns = kSquaresColumns / 2;
+  using Rows = Nothing;
 
   template <int kColumns>
-  struct Residual {
-    float2 hidden[2][kColumns / 8];  // [half][block]
+  struct Loaded {  // the residual
     float2 gains[kColumns / 8];      // [block]
+    float2 hidden[2][kColumns / 8];  // [half][block]
   };
 
   BK_INLINE f32* hidden_row(u32 row) const { return reinterpret_cast<f32*>(params.workspaces[kWsHidden]) + static_cast<u64>(row) * params.dims.hidden; }
 
-  template <int kColumns, bool kWide>
-  BK_INLINE auto prefetch(u32 row_begin, u32 first_column) const {
+  template <int kColumns>
+  BK_INLINE static constexpr u32 step_columns() {
+    return kColumns < kSquaresColumns ? kHalfColumns : kSquaresColumns;
+  }
+  template <bool>
+  BK_INLINE Nothing rows(u32) const {
+    return Nothing{};
+  }
+
+  template <int kColumns>
+  BK_INLINE Loaded<kColumns> prefetch(const Nothing&, u32 row_begin, u32 first_column) const {
     const u32 column_begin = uniform(first_column);
     const u32 first_row = row_begin + fragment_row(0);
     const u32 own_column = column_begin + lane_column();
     const f32* gains = reinterpret_cast<const f32*>(op.next_norm) + own_column;
-    Residual<kColumns> loaded;
+    Loaded<kColumns> loaded;
 #pragma unroll
     for (u32 block = 0; block < kColumns / 8; block++) {
       const bool exists = column_begin + block * 8 < params.dims.hidden;
@@ -49,8 +59,8 @@ struct ProjectEpilogue {
     return loaded;
   }
 
-  template <int kColumns, bool kWide, class Prefetched>
-  BK_INLINE void finish(u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Prefetched& loaded, const f32*) const {
+  template <int kColumns, bool kWide>
+  BK_INLINE void finish(const Nothing&, u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Loaded<kColumns>& loaded, const f32*) const {
     constexpr u32 kNumParts = kColumns / kHalfColumns;
     static_assert(kColumns == kSquaresColumns || (kColumns == kHalfColumns && !kWide), "a group of the sums of squares, or a warpgroup's half of one");
     const u32 column_begin = uniform(first_column);

@@ -54,6 +54,15 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
                : "memory");
 }
 
+// As above, of bytes that nobody reads again soon: they leave L2 first, so that what each layer reads again stays there.
+BK_INLINE void bulk_copy_streamed(void* destination, const void* source, u32 num_bytes, u64* barrier) {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(destination)),
+               "l"(source), "r"(num_bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+}
+
 // Orders this thread's ordinary accesses against the async proxy (bulk copies, wgmma operands), both ways.
 BK_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

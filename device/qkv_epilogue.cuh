@@ -18,23 +18,27 @@ struct QkvEpilogue {
   const StepPlan* plan;  // of the step that runs; the director writes
   u32 num_rows;
 
-  // Where a row's columns go and how they turn: this thread's part of it. A row that does not exist has the first one's place: loads need no condition.
+  // Where a row's columns go and how they turn: this thread's part of it. A row that does not exist turns as the first one: loads need no condition.
   struct Place {
-    u8* query;        // of the row's first column
-    u8* cache;        // the token's place in the K tile of its page's first head
-    const u8* turns;  // cos, sin (a float2) of the position's first pair
-    u32 token;        // within its page
-    bool exists;
+    u8* cache;          // the token's place in the K tile of its page's first head
+    u32 turns;          // bytes from op.rope to cos, sin (a float2) of the position's first pair
+    u32 row_and_token;  // what is left fits into a register: row * 8 + its token's number in the page mod 8; kNoRow, if it does not exist
   };
 
-  // Wide: the rows' places alone, for all packed tiles of an item; the turns of a packed tile are loaded together in finish().
-  static constexpr bool kPrefetchesRows = true;
-  static constexpr int kPrefetchDepth = 1;
-  template <int kColumns, bool kWide>
-  struct Prefetched {
-    Place places[2];                              // [half]
-    float2 turns[2][kWide ? 1 : kColumns / 8];    // [half][block]; narrow only
+  // A packed tile at a time, a head where heads are normalised.
+  static constexpr u32 kPrefetchDepth = 1;
+  static constexpr bool kIsRolled = true;
+  struct Rows {
+    Place places[2];  // [half]
   };
+  template <int kColumns>
+  struct Loaded {
+    float2 turns[2][kColumns / 8];  // [half][block]
+  };
+  template <int kColumns>
+  BK_INLINE static constexpr u32 step_columns() {
+    return kColumns < kTileRows ? kColumns : kTileRows;
+  }
 
   BK_INLINE u32 num_rotated() const { return (params.dims.num_heads + params.dims.num_kv_heads) * kHeadDim; }
 
@@ -47,9 +51,8 @@ struct QkvEpilogue {
     const u32 page_id = page_table[where.position / kPageTokens];
     const u32 token = where.position % kPageTokens;
     return Place{
-        reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(row) * dims.num_heads * kHeadDim + lane),
         reinterpret_cast<u8*>(params.kv_cache) + kv_tile_offset<kHeadDim>(params.num_pages, dims.num_kv_heads, op.layer, page_id, 0) + kv_token_bytes(token) + 2 * lane,
-        reinterpret_cast<const u8*>(op.rope) + (static_cast<u64>(where.position) * kHeadDim + lane) * (sizeof(float2) / 2), token, exists};
+        (where.position * kHeadDim + lane) * static_cast<u32>(sizeof(float2) / 2), exists ? row * 8 + token % 8 : kNoRow};
   }
 
   // Where a block of 8 columns goes, the same for all rows: computed once a warp, in uniform registers.
@@ -71,65 +74,67 @@ struct QkvEpilogue {
   }
 
   // Selected, not branched to: a branch ends what can be in flight together.
-  BK_INLINE u8* destination_of(const Place& place, const Target& target) const {
-    const u32 swizzled = (target.chunk ^ place.token % 8) * 16;
-    return (target.is_query ? place.query : place.cache) + (target.offset + (target.is_query ? 0 : swizzled));
+  BK_INLINE u8* destination_of(const Place& place, const Target& target, u32 lane) const {
+    u8* query = reinterpret_cast<u8*>(params.workspaces[kWsQuery]) + 2 * (static_cast<u64>(place.row_and_token / 8) * params.dims.num_heads * kHeadDim + lane);
+    const u32 swizzled = (target.chunk ^ place.row_and_token % 8) * 16;
+    return (target.is_query ? query : place.cache) + (target.offset + (target.is_query ? 0 : swizzled));
   }
 
-  template <int kColumns, bool kWide>
-  BK_INLINE auto prefetch(u32 row_begin, u32 first_column) const {
+  template <bool>
+  BK_INLINE Rows rows(u32 row_begin) const {
     const u32 first_row = row_begin + fragment_row(0);
     const u32 lane = lane_column();
-    Prefetched<kColumns, kWide> loaded;
+    Rows found;
 #pragma unroll
-    for (u32 half = 0; half < 2; half++) loaded.places[half] = place_of(first_row + half * 8, lane);
-    if constexpr (!kWide) load_turns<kColumns>(loaded.places, uniform(first_column), loaded.turns);
+    for (u32 half = 0; half < 2; half++) found.places[half] = place_of(first_row + half * 8, lane);
+    return found;
+  }
+
+  template <int kColumns>
+  BK_INLINE Loaded<kColumns> prefetch(const Rows& rows, u32, u32 first_column) const {
+    const u32 column_begin = uniform(first_column);
+    Loaded<kColumns> loaded;
+#pragma unroll
+    for (u32 i = 0; i < kColumns / 4; i++) {  // a value's too, though it is not turned
+      loaded.turns[i % 2][i / 2] = *reinterpret_cast<const float2*>(op.rope + rows.places[i % 2].turns + (column_begin + i / 2 * 8) % kHeadDim * (sizeof(float2) / 2));
+    }
     return loaded;
   }
 
   template <int kColumns, bool kWide>
-  BK_INLINE void finish(u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Prefetched<kColumns, kWide>& loaded, const f32* row_scale) const {
-    const u32 column_begin = uniform(first_column);
+  BK_INLINE void finish(const Rows& rows, u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Loaded<kColumns>& loaded, const f32* row_scale) const {
+    u32 column = uniform(first_column);
     const u32 row = (row_begin + fragment_row(0)) % (2 * kRowTile);
     const f32 scales[2] = {row_scale[row], row_scale[row + 8]};
     scale_fragment(d, scales);
-    add_bias(d, op, column_begin);
-    if (op.q_norm != 0 && column_begin < num_rotated()) norm_head<kColumns>(d, column_begin);
-    if constexpr (kWide) {
-      float2 turns[2][kColumns / 8];
-      load_turns<kColumns>(loaded.places, column_begin, turns);
-      store<kColumns>(d, loaded.places, turns, column_begin);
-    } else {
-      store<kColumns>(d, loaded.places, loaded.turns, column_begin);
+    add_bias(d, op, column);
+    if (op.q_norm != 0 && column < num_rotated()) norm_head<kColumns>(d, column);
+    Loaded<kColumns> turns = loaded;
+#pragma unroll 1
+    for (u32 block = 0; block < kColumns / 8; block++, column += 8) {
+      store_block(d, rows.places, turns.turns, column);
+      move_down<4>(d);
+      move_down<1>(turns.turns[0]);
+      move_down<1>(turns.turns[1]);
     }
   }
 
  private:
-  template <int kColumns>
-  BK_INLINE void load_turns(const Place (&places)[2], u32 column_begin, float2 (&turns)[2][kColumns / 8]) const {
+  // The first block of what is left.
+  template <int kRegisters, int kBlocks>
+  BK_INLINE void store_block(const f32 (&d)[kRegisters], const Place (&places)[2], const float2 (&turns)[2][kBlocks], u32 block_column) const {
+    const bool is_turned = block_column < num_rotated();
+    const Target target = target_of(block_column);
+    const u32 lane = lane_column();
 #pragma unroll
-    for (u32 i = 0; i < kColumns / 4; i++) {  // a value's too, though it is not turned
-      turns[i % 2][i / 2] = *reinterpret_cast<const float2*>(places[i % 2].turns + (column_begin + i / 2 * 8) % kHeadDim * (sizeof(float2) / 2));
-    }
-  }
-
-  template <int kColumns>
-  BK_INLINE void store(const f32 (&d)[kColumns / 2], const Place (&places)[2], const float2 (&turns)[2][kColumns / 8], u32 column_begin) const {
-#pragma unroll
-    for (u32 block = 0; block < kColumns / 8; block++) {
-      const u32 block_column = column_begin + block * 8;
-      const bool is_turned = block_column < num_rotated();
-      const Target target = target_of(block_column);
-#pragma unroll
-      for (u32 half = 0; half < 2; half++) {
-        const f32 low = d[block * 4 + half * 2];
-        const f32 high = d[block * 4 + half * 2 + 1];
-        const float2 turn = turns[half][block];
-        const f32 turned_low = __fmaf_rn(low, turn.x, -__fmul_rn(high, turn.y));
-        const f32 turned_high = __fmaf_rn(high, turn.x, __fmul_rn(low, turn.y));
-        const u32 packed = pack_bf16x2(is_turned ? turned_low : low, is_turned ? turned_high : high);
-        if (target.exists && places[half].exists) *reinterpret_cast<u32*>(destination_of(places[half], target)) = packed;
-      }
+    for (u32 half = 0; half < 2; half++) {
+      const f32 low = d[half * 2];
+      const f32 high = d[half * 2 + 1];
+      const float2 turn = turns[half][0];
+      const f32 turned_low = __fmaf_rn(low, turn.x, -__fmul_rn(high, turn.y));
+      const f32 turned_high = __fmaf_rn(high, turn.x, __fmul_rn(low, turn.y));
+      const u32 packed = pack_bf16x2(is_turned ? turned_low : low, is_turned ? turned_high : high);
+      if (target.exists && places[half].row_and_token != kNoRow) *reinterpret_cast<u32*>(destination_of(places[half], target, lane)) = packed;
     }
   }
 

@@ -278,10 +278,10 @@ BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepP
       run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
       break;
     case kOpGateUp:
-      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, shared_memory, shared, GateUpEpilogue{params, op, num_rows});
+      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, shared_memory, shared, GateUpEpilogue{{}, params, op, num_rows});
       break;
     case kOpLmHead:
-      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, shared_memory, shared, LogitsEpilogue{params, op, num_rows});
+      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, shared_memory, shared, LogitsEpilogue{{}, params, op, num_rows});
       break;
     default:
       run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});

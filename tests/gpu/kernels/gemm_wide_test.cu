@@ -12,20 +12,18 @@ using namespace blinkimp;
 
 namespace {
 
-struct PlainEpilogue {
+struct PlainEpilogue : ReadsNothing {
   f32* output;  // [num_rows, num_columns]
   u32 num_rows;
   u32 num_columns;
-  static constexpr bool kPrefetchesRows = false;
-  static constexpr int kPrefetchDepth = 1;
 
-  template <int kColumns, bool kWide>
-  BK_INLINE NothingPrefetched prefetch(u32, u32) const {
-    return NothingPrefetched{};
+  template <int kColumns>
+  BK_INLINE static constexpr u32 step_columns() {
+    return kColumns % 32 == 0 ? 32 : 16;
   }
 
   template <int kColumns, bool kWide>
-  BK_INLINE void finish(u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const NothingPrefetched&, const f32*) const {
+  BK_INLINE void finish(const Nothing&, u32 row_begin, u32 column_begin, f32 (&d)[kColumns / 2], const Nothing&, const f32*) const {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       const u32 row = row_begin + fragment_row(half);
@@ -92,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
     const bool keeps_time = is_first_thread() && cta_idx() == 0;
     if (keeps_time) times[0] = device_clock_ns();
     for (u32 i = 0; i < uniform(params.num_ops); i++) {
-      const PlainEpilogue epilogue{output, num_rows, ops[i].out_features};
+      const PlainEpilogue epilogue{{}, output, num_rows, ops[i].out_features};
       run_gemm_wide<TILE_ROWS, false>(params, ops[i], uniform(num_rows), memory, shared, epilogue);
       test_barrier(params, i + 1);
       if (keeps_time) times[i + 1] = device_clock_ns();

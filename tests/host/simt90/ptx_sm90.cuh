@@ -121,6 +121,7 @@ BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 nu
   if (simt::machine.random() % 2) simt90::land(copy);
   else simt90::copies.push_back(std::move(copy));
 }
+BK_INLINE void bulk_copy_streamed(void* destination, const void* source, u32 num_bytes, u64* barrier) { bulk_copy_to_shared(destination, source, num_bytes, barrier); }
 BK_INLINE void fence_proxy_async() {}
 
 // ---- wgmma -------------------------------------------------------------------------------------------------------
