@@ -67,20 +67,29 @@ def tpot_ms(record: Record) -> float | None:
     return (record.chunk_ns[-1] - record.chunk_ns[0]) / 1e6 / (record.num_output_tokens - 1)
 
 
-def tpot_floor_ms(record: Record) -> float | None:
-    """The same of a request that was cut off, as if its next token had come at that moment: it took at least so long a token."""
+def tokens_a_count(completed: Sequence[Record]) -> float:
+    """Tokens for each that was counted as it came. Over a text protocol a piece counts one, and a busy server packs several tokens into a piece:
+    how many there were stands at the request's end alone."""
+    num_counted = sum(sum(record.chunk_tokens) for record in completed)
+    return sum(record.num_output_tokens for record in completed) / num_counted if num_counted else 1.0
+
+
+def tpot_floor_ms(record: Record, tokens_each: float) -> float | None:
+    """The same of a request that was cut off, as if its next token had come at that moment: it took at least so long a token. tokens_each: as
+    tokens_a_count(), for how many tokens its pieces held the server did not come to tell."""
     if record.is_complete:
         return tpot_ms(record)
     if not record.chunk_ns:
         return None
-    return (record.ended_ns - record.chunk_ns[0]) / 1e6 / sum(record.chunk_tokens)
+    return (record.ended_ns - record.chunk_ns[0]) / 1e6 / (sum(record.chunk_tokens) * tokens_each)
 
 
 def samples_of(completed: Sequence[Record], cut: Sequence[Record] = ()) -> Samples:
     def ms(values: list[int]) -> NDArray[np.float64]:
         return np.array(values, np.float64) / 1e6
 
-    known = [*completed, *cut]
+    known, tokens_each = [*completed, *cut], tokens_a_count(completed)
+    floors = [value for record in known if (value := tpot_floor_ms(record, tokens_each)) is not None]
     gaps = [np.diff(np.array(record.chunk_ns, np.int64)) for record in completed]
     tpots = [value for record in completed if (value := tpot_ms(record)) is not None]
     return Samples(
@@ -91,7 +100,7 @@ def samples_of(completed: Sequence[Record], cut: Sequence[Record] = ()) -> Sampl
         ttft_intended=ms([record.chunk_ns[0] - record.intended_ns for record in completed]),
         e2el_intended=ms([record.chunk_ns[-1] - record.intended_ns for record in completed]),
         ttft_floor=ms([(record.chunk_ns or [record.ended_ns])[0] - record.intended_ns for record in known]),
-        tpot_floor=np.array([value for record in known if (value := tpot_floor_ms(record)) is not None], np.float64),
+        tpot_floor=np.array(floors, np.float64),
         client_queue_time=ms([record.sent_ns - record.intended_ns for record in completed]),
     )
 
@@ -157,13 +166,14 @@ def peak_rates(completed: Sequence[Record], begin_ns: int) -> tuple[float, int]:
     return float(per_second.max()), int(np.cumsum([change for _, change in edges]).max())
 
 
-def tokens_between(records: Sequence[Record], begin_ns: int, end_ns: int) -> int:
-    """Output tokens, of whatever request, that arrived in a time."""
-    total = 0
+def tokens_between(records: Sequence[Record], begin_ns: int, end_ns: int) -> float:
+    """Output tokens, of whatever request, that arrived in a time: a request's tokens spread over its pieces as tokens_a_count() says."""
+    of_all, total = tokens_a_count([record for record in records if record.is_complete]), 0.0
     for record in records:
         at_ns = np.array(record.chunk_ns, np.int64)
         inside = (at_ns >= begin_ns) & (at_ns < end_ns)
-        total += int(np.array(record.chunk_tokens, np.int64)[inside].sum())
+        counted = int(np.array(record.chunk_tokens, np.int64)[inside].sum())
+        total += counted * (tokens_a_count([record]) if record.is_complete else of_all)
     return total
 
 
@@ -195,10 +205,12 @@ def figures_of(all_records: Sequence[Record], window: Window, slos: Mapping[str,
     good = num_good(completed, slos, from_intended=True) if slos else None
     sending_s = (window.end_ns - window.begin_ns) / 1e9
     arrived = tokens_between(all_records, window.begin_ns, window.end_ns)
+    num_chunks = sum(len(record.chunk_ns) for record in completed)
     late_ms = [(record.sent_ns - record.intended_ns) / 1e6 for record in window.records if record.sent_ns]
     return figures | {
         "sending_duration": sending_s,
         "steady_output_throughput": arrived / sending_s if sending_s > 0 else 0.0,
+        "mean_chunk_tokens": total_output / num_chunks if num_chunks else None,
         "request_goodput_intended": None if good is None else good / duration_s,
         "good_requests": good,
         "slos_ms": dict(slos),
