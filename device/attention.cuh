@@ -110,6 +110,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   };
   // The outputs of a split of maxima and sums `done`, whose last page is `page`, into the total.
   const auto end_split = [&](u32 page, const SoftmaxState& done) {
+    if (!has_rows) return;
     const f32 sums[2] = {quad_total(done.sum[0]), quad_total(done.sum[1])};
     if (uniform(run.first_split != 0)) {
       const u32 item_idx = run.item_begin + run.first_split + page / kSplitPages - run.page_begin / kSplitPages;

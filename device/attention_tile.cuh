@@ -122,8 +122,19 @@ BK_INLINE void gather_chunk(u32 (&words)[4]) {
 template <int kHeadDim, class Store>
 BK_INLINE void store_rows(const AttentionRun& run, f32 (&totals)[kHeadDim / 2], const FoldTotal (&total)[2], const Store& store) {
   const u32 thread = thread_idx() % kWarpgroupThreads;
-  const f32 inverse_sums[2] = {__frcp_rn(total[0].sum), __frcp_rn(total[1].sum)};
-  const u32 first_row = thread / 32u * 16u + thread % 32u / 4u;
+  f32 inverse_sums[2];
+  u32 out_rows[2];
+  u32 columns[2];
+  bool exists[2];
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 row = thread / 32u * 16u + thread % 32u / 4u + half * 8u;
+    const u32 packed = run.packed_begin + row;
+    inverse_sums[half] = __frcp_rn(total[half].sum);
+    out_rows[half] = run.row_begin + packed / run.group;
+    columns[half] = (run.kv_head * run.group + packed % run.group) * kHeadDim + thread % 4u * 8u;
+    exists[half] = row < run.num_packed;
+  }
 #pragma unroll 1
   for (u32 tile = 0; tile < kHeadDim / 8; tile += 4) {
 #pragma unroll
@@ -135,10 +146,7 @@ BK_INLINE void store_rows(const AttentionRun& run, f32 (&totals)[kHeadDim / 2], 
         words[i] = pack_bf16x2(finish_value(totals[place], inverse_sums[half]), finish_value(totals[place + 1], inverse_sums[half]));
       }
       gather_chunk(words);
-      const u32 row = first_row + half * 8u;
-      const u32 packed = run.packed_begin + row;
-      const u32 column = (run.kv_head * run.group + packed % run.group) * kHeadDim + thread % 4u * 8u + tile * 8u;
-      if (row < run.num_packed) store.chunk(run.row_begin + packed / run.group, column, uint4{words[0], words[1], words[2], words[3]});
+      if (exists[half]) store.chunk(out_rows[half], columns[half] + tile * 8u, uint4{words[0], words[1], words[2], words[3]});
     }
     move_down<16>(totals);
   }

@@ -28,8 +28,8 @@ struct Nothing {};
 
 // The base of an epilogue that reads nothing but the products.
 struct ReadsNothing {
-  static constexpr u32 kPrefetchDepth = 1;
-  static constexpr bool kIsRolled = true;
+  static constexpr u32 kMostRolledSteps = 16;
+  static constexpr u32 kTailRegisters = 0;
   using Rows = Nothing;
   template <int>
   using Loaded = Nothing;
@@ -44,41 +44,57 @@ struct ReadsNothing {
   }
 };
 
-// What an epilogue has on its way for a fragment: the loads of its next kPrefetchDepth steps.
+// A fragment's tail: what it reads is on its way steps ahead. Behind what the rings have on theirs a load takes 3,000 to 6,000 clk, so as many are sent as
+// there are registers for: each step that is done leaves its products' and its loads'.
 template <int kColumns, bool kWide, class Epilogue>
 struct FragmentTail {
   static constexpr u32 kStep = Epilogue::template step_columns<kColumns>();
   static constexpr u32 kSteps = kColumns / kStep;
-  static constexpr u32 kDepth = kSteps <= 2 ? kSteps : Epilogue::kPrefetchDepth;  // two steps' loads have room where there are no more
   static_assert(kColumns % kStep == 0, "whole steps");
+  static constexpr bool kIsRolled = kSteps <= Epilogue::kMostRolledSteps;
   using Rows = typename Epilogue::Rows;
   using Loaded = typename Epilogue::template Loaded<kStep>;
+  // Steps whose loads are sent by the beginning of a step: its own, and those that fit beside the products that are left.
+  BK_INLINE static constexpr u32 loads_sent(u32 step) {
+    const u32 num_products = (kSteps - step) * kStep / 2;
+    const u32 num_free = Epilogue::kTailRegisters > num_products ? Epilogue::kTailRegisters - num_products : 0;
+    const u32 num_fitting = num_free / (sizeof(Loaded) / 4);
+    const u32 num_sent = step + (num_fitting > 1 ? num_fitting : 1);
+    return num_sent < kSteps ? num_sent : kSteps;
+  }
+  static constexpr u32 kFirst = kIsRolled ? kSteps : loads_sent(0);  // before the main loop: where steps are rolled all, for what moves down must have come
 
   const Epilogue& epilogue;
   u32 row_begin;
   u32 column_begin;
   Rows rows;
-  Loaded loaded[kDepth];
+  Loaded loaded[kSteps];
 
-  // Before the main loop.
   BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.template rows<kWide>(first_row)) {
 #pragma unroll
-    for (u32 i = 0; i < kDepth; i++) loaded[i] = epilogue.template prefetch<kStep>(rows, row_begin, column_begin + i * kStep);
+    for (u32 i = 0; i < kFirst; i++) load(i);
   }
 
   // With the products; d is used up.
   BK_INLINE void finish(f32 (&d)[kColumns / 2], const f32* row_scale) {
     u32 column = column_begin;
-#pragma unroll (Epilogue::kIsRolled ? 1 : kSteps)
+#pragma unroll (kIsRolled ? 1 : kSteps)
     for (u32 step = 0; step < kSteps; step++) {
-      const Loaded current = loaded[0];
-      move_down<1>(loaded);
-      if (step + kDepth < kSteps) loaded[kDepth - 1] = epilogue.template prefetch<kStep>(rows, row_begin, column + kDepth * kStep);
-      epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), current, row_scale);
+      if constexpr (!kIsRolled) {
+#pragma unroll
+        for (u32 i = kFirst; i < kSteps; i++) {
+          if (step > 0 && i >= loads_sent(step - 1) && i < loads_sent(step)) load(i);
+        }
+      }
+      epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), loaded[kIsRolled ? 0 : step], row_scale);
       column += kStep;
       move_down<kStep / 2>(d);
+      if constexpr (kIsRolled) move_down<1>(loaded);
     }
   }
+
+ private:
+  BK_INLINE void load(u32 step) { loaded[step] = epilogue.template prefetch<kStep>(rows, row_begin, column_begin + step * kStep); }
 };
 
 }  // namespace blinkimp

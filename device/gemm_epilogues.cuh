@@ -3,8 +3,9 @@
 // An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x packed weight rows from `column_begin`, in steps (fragment.cuh).
 //   step_columns<kColumns>()     columns that finish() takes at a time, of a fragment of kColumns
 //   rows<kWide>(row)             before the main loop: what depends on the rows alone
-//   prefetch<kStep>(rows, ...)   what finish() will read, before the main loop and kPrefetchDepth steps ahead
+//   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, or as soon as kTailRegisters allow
 //   finish<kStep, kWide>(...)    with a step's products in d
+//   kMostRolledSteps             up to so many steps share one copy of the code
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns. Sums of products are spelled out (__fmaf_rn or not),
 // because an epilogue is compiled once for each shape of tile, and the compiler's choice could differ between them.
 // Speed: in a wide item the tensor cores rest meanwhile, and code that is not in the caches is ten times slower: loops over columns are rolled. A block of 8 columns begins at the same column in all threads: what

@@ -12,8 +12,8 @@ struct ProjectEpilogue {
   const Op& op;
   WorkerShared& shared;
   u32 num_rows;
-  static constexpr u32 kPrefetchDepth = 2;
-  static constexpr bool kIsRolled = false;  // what two steps have loaded would not move along without spills
+  static constexpr u32 kMostRolledSteps = 1;
+  static constexpr u32 kTailRegisters = 176;  // for products and loads, of a thread's 224
   static constexpr u32 kHalfColumns = kSquaresColumns / 2;
   using Rows = Nothing;
 

@@ -26,8 +26,8 @@ struct QkvEpilogue {
   };
 
   // A packed tile at a time, a head where heads are normalised.
-  static constexpr u32 kPrefetchDepth = 1;
-  static constexpr bool kIsRolled = true;
+  static constexpr u32 kMostRolledSteps = 2;
+  static constexpr u32 kTailRegisters = 152;  // for products and loads, of a thread's 224
   struct Rows {
     Place places[2];  // [half]
   };
