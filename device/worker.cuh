@@ -206,11 +206,28 @@ BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joi
   if (is_first_thread()) grid_arrive(params);
 }
 
+// Rows of a narrow step's tile that do not exist: zeros from here to the step's end, for no op writes them. wgmma multiplies them all the same, which with a
+// larger step's old rows costs as much power as with rows that exist, and at batch 1 that bounds the clock.
+BK_INLINE void zero_padding(const EngineParams& params, u64 tiled_input, u32 num_columns, u32 num_rows) {
+  const u32 tile_rows = input_tile_rows(num_rows);
+  const u32 slice_chunks = (tile_rows - num_rows) * 8;  // of 16 bytes
+  const u32 num_chunks = num_columns / kSliceColumns * slice_chunks;
+  for (u32 i = cta_idx() * kComputeThreads + thread_idx(); i < num_chunks; i += params.num_workers * kComputeThreads) {
+    const u64 row = static_cast<u64>(i / slice_chunks) * tile_rows + num_rows;
+    *reinterpret_cast<uint4*>(tiled_input + row * (kSliceColumns * 2) + i % slice_chunks * 16) = uint4{0, 0, 0, 0};
+  }
+}
+
 // kOpEmbed, one row per CTA at a time: hidden = table[token], its tiled copy times the first gain, sums of squares per 32 columns.
 BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPlan* plan) {
   const u32 hidden = opaque(params.dims.hidden);
   const u32 tile_rows = input_tile_rows(plan->num_rows);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
+  if (plan->num_rows < tile_rows) {
+    zero_padding(params, params.workspaces[kWsNormed], hidden, plan->num_rows);
+    zero_padding(params, params.workspaces[kWsAttention], params.dims.num_heads * kHeadDim, plan->num_rows);
+    zero_padding(params, params.workspaces[kWsActivation], params.dims.intermediate, plan->num_rows);
+  }
   for (u32 row = cta_idx(); row < plan->num_rows; row += params.num_workers) {
     const u64 first = static_cast<u64>(plan_row_token(params, plan, row)) * hidden;
     for (u32 column = thread_idx(); column < hidden; column += kComputeThreads) {  // a warp holds one group of 32 columns
