@@ -11,91 +11,59 @@ with >=). Called by blinkimp/cli/evidence.py. Test: pytest tests/null/test_evide
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
+from blinkimp.lab.evidence_figures import (
+    LATENCIES,
+    NOT_RUN,
+    P99,
+    TOKENS_PER_S,
+    TOLERANCE,
+    Cells,
+    Group,
+    again_of,
+    by_load,
+    figure,
+    groups_of,
+    load_cells,
+    main_groups,
+    multiple,
+    multiples,
+    threads_of,
+)
 from blinkimp.lab.evidence_plan import RAMP_SHARE, EvidenceCell, EvidenceGrid, cells_of
 from blinkimp.lab.evidence_state import folders_of, read_grid
+from blinkimp.lab.evidence_summary import beside, noise, not_run, summary
 from blinkimp.lab.pages import Section, html_of, write_markdown
-from blinkimp.lab.plots import Line, Plot, line_plot
+from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.store import Store
 from blinkimp.lab.sweep import pareto_frontier
 
-NOT_RUN: Final = "not run"
-TOLERANCE: Final = 1.05  # the goal: p99 within 5 % of isolated
-P99: Final = {"TTFT": "p99_ttft_floor_ms", "TPOT": "p99_tpot_floor_ms"}
-LATENCIES: Final = {
-    f"{name} {statistic}": f"{key}_{metric}_floor_ms"
-    for name, metric in (("TTFT", "ttft"), ("TPOT", "tpot"))
-    for statistic, key in (("p50 ms", "median"), ("p99", "p99"), ("p99.9", "p99.9"))
-}
-
-Cells = Mapping[str, dict[str, Any]]  # by key
-Group = tuple[str, str, str]  # engine, transport, placement
-
-
-def load_cells(folders: Sequence[Path], grid: EvidenceGrid) -> dict[str, dict[str, Any]]:
-    stores = [Store(folder / "cells") for folder in folders]
-    return {
-        cell.key: found for cell in cells_of(grid) for store in stores if (found := store.get(cell.key)) is not None
-    }
-
-
-def by_load(grid: EvidenceGrid, *, with_again: bool = False) -> dict[str, list[EvidenceCell]]:
-    """Planned cells of each load, in the order of a table: engines, transports, placements, threads."""
-    order = [engine.name for engine in grid.engines]
-
-    def place(cell: EvidenceCell) -> tuple[int, str, int, int, bool]:
-        placement_idx = grid.placements.index(cell.placement)
-        return order.index(cell.engine), cell.transport, placement_idx, cell.threads, cell.is_again
-
-    cells = sorted((cell for cell in cells_of(grid) if with_again or not cell.is_again), key=place)
-    return {
-        f"{point.scenario.name}, {point.name}": [cell for cell in cells if cell.point == point] for point in grid.points
-    }
-
-
-def groups_of(cells: Sequence[EvidenceCell]) -> dict[Group, list[EvidenceCell]]:
-    groups: dict[Group, list[EvidenceCell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.engine, cell.transport, cell.placement), []).append(cell)
-    return groups
-
-
-def figure(found: dict[str, Any] | None, key: str) -> object:
-    """A latency; with >= where requests were cut off, so that it is a lower bound."""
-    if found is None:
-        return NOT_RUN
-    value = found["report"][key]
-    return f">= {value:,.2f}" if found["report"]["num_cut"] else value
-
-
-def threads_of(cell: EvidenceCell) -> str:
-    return f"{cell.threads} again" if cell.is_again else str(cell.threads)
-
-
-def multiple(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key: str) -> float | None:
-    if found is None or isolated is None or not isolated["report"][key]:
-        return None
-    return float(found["report"][key] / isolated["report"][key])
-
 
 # ---- Sections --------------------------------------------------------------------------------------------------------
-def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -> Section:
+def notes_of(folder: Path) -> list[str]:
+    """Paragraphs of NOTES.md in the folder: what the lab cannot know of a run, written by whoever made it."""
+    path = folder / "NOTES.md"
+    return [" ".join(part.split()) for part in path.read_text().split("\n\n") if part.strip()] if path.exists() else []
+
+
+def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
     """Where and how; how much of the plan is there."""
     num_planned, sending_s = len(cells_of(grid)), grid.seconds + grid.warmup_s
     words = [
-        f"{len(cells)} of {num_planned} cells were measured, in {len(calls)} calls; the others stand as `{NOT_RUN}`. "
+        f"{len(cells)} of {num_planned} cells were measured, in {len(calls)} calls; the others stand under `Planned, and {NOT_RUN}`. "
         f"Each cell sends for {sending_s:g} s. With a rate the first {grid.warmup_s:g} s do not count; users of a closed loop begin one after the "
         f"other in the first {RAMP_SHARE * sending_s:g} s, and all their requests count. Interference is "
-        f"`{grid.interference}`, one thread in turn of each. {grid.num_cpus} CPUs: placement `reserved` keeps {grid.num_reserved} for the client "
-        "and our ingress processes and leaves the others to everything else; with `sharing` all of it is everywhere.",
+        f"`{grid.interference}`, one thread in turn of each.",
+        f"{grid.num_cpus} CPUs: placement `reserved` keeps {grid.num_reserved} for the client and our ingress processes, which stand for a remote "
+        "host and a network card, and leaves the others to the interference and to everything else, another server's front end among it; with "
+        "`sharing` all of it is everywhere.",
         "TTFT counts from the time a request was meant to be sent. A figure with >= is a lower bound: requests were cut off when a cell's time was "
-        "over, and count by how long they had waited. `retained` is tokens/s while requests were sent, against 0 threads. `0 again` is a second run "
-        "without interference: by so much do two runs of the same differ.",
+        "over, and count by how long they had waited. Output tokens/s of a closed loop are users x tokens of an answer / median time of one; with "
+        "a rate, what arrived while requests were sent. `retained` is that against 0 threads: as long as an engine keeps up with a rate, all of it.",
     ]
     if any(call.get("side_by_side") for call in calls):
         words.append(
@@ -103,6 +71,7 @@ def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -
             "threads of their own. Memory bandwidth and the last-level cache are everyone's, so interference includes the neighbours'; pressure, "
             "switches/s and CPU MHz below are the host's."
         )
+    words += notes
     names = ("date", "gpu", "driver", "cpus", "cpu_list", "kernel", "blinkimp", "commit", "idle_gpu_w")
     rows = [
         [*(call.get(name) for name in names), ", ".join(f"{s['engine']} {s['seconds']:.0f} s" for s in call["starts"])]
@@ -111,61 +80,103 @@ def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]]) -
     return Section("What was measured", (*names, "engine starts"), rows, words=words)
 
 
-def claim_row(
-    group: Group, load: str, planned: Sequence[EvidenceCell], levels: Sequence[int], cells: Cells
-) -> list[object]:
-    """p99 of TTFT and TPOT isolated, then as multiples for each number of threads, what is retained, and whether the goal is met at all of them."""
-    wanted = {cell.threads for cell in planned}
-    found = {cell.threads: cells.get(cell.key) for cell in planned}
-    isolated = found.get(0)
-    again = cells.get(replace(planned[0], threads=0, is_again=True).key)
-
-    def told(value: object, threads: int) -> object:
-        return value if value is not None else NOT_RUN if threads in wanted else None
-
-    row: list[object] = [*group, load]
-    within: list[bool | None] = []
-    for key in P99.values():
-        times = {threads: multiple(found.get(threads), isolated, key) for threads in levels}
-        within += [None if value is None else value <= TOLERANCE for n, value in times.items() if n in wanted]
-        row += [figure(isolated, key), multiple(again, isolated, key)]
-        row += [told(value, threads) for threads, value in times.items()]
-    for threads in levels:
-        left = multiple(found.get(threads), isolated, "steady_output_throughput")
-        row.append(told(None if left is None else f"{left:.1%}", threads))
-    return [*row, "no" if False in within else "-" if None in within else "yes"]
+def claims(grid: EvidenceGrid, cells: Cells) -> list[Section]:
+    """A table for each p99 and for tokens/s: the isolated run, and multiples of it for each number of threads."""
+    sections = [
+        claim(
+            grid,
+            cells,
+            f"Under interference: p99 {name}, multiples of the isolated run",
+            f"{name} p99 ms, 0 threads",
+            key,
+        )
+        for name, key in P99.items()
+    ]
+    sections[0] = replace_plots(sections[0], interference_plots(grid, cells))
+    return [
+        *sections,
+        claim(grid, cells, "Under interference: output tokens/s retained", "tokens/s, 0 threads", TOKENS_PER_S),
+    ]
 
 
-def claim(grid: EvidenceGrid, cells: Cells) -> Section:
+def replace_plots(section: Section, plots: Sequence[Plot]) -> Section:
+    return Section(section.title, section.headings, section.rows, plots, section.words)
+
+
+def claim(grid: EvidenceGrid, cells: Cells, title: str, heading: str, key: str) -> Section:
     """Of every group and load of which an interfered cell is there."""
     levels = [threads for threads in grid.threads if threads > 0]
-    headings = ["engine", "over", "placement", "load"]
-    for name in P99:
-        headings += [f"{name} p99 ms, 0 threads", "x at 0 again", *(f"x at {threads}" for threads in levels)]
-    headings += [*(f"retained at {threads}" for threads in levels), "within 5 %"]
+    headings = [
+        "engine",
+        "over",
+        "placement",
+        "load",
+        "requests",
+        heading,
+        "x at 0 again",
+        *(f"x at {n}" for n in levels),
+    ]
     rows = [
-        claim_row(group, load, planned, levels, cells)
+        claim_row(group, load, planned, levels, cells, key)
         for load, of_load in by_load(grid).items()
         for group, planned in groups_of(of_load).items()
         if any(cell.key in cells for cell in planned if cell.threads > 0)
     ]
-    return Section("Under interference: multiples of the isolated run", headings, rows, interference_plots(grid, cells))
+    return Section(title, [*headings, "within 5 %"] if key in P99.values() else headings, rows)
+
+
+def claim_row(
+    group: Group, load: str, planned: Sequence[EvidenceCell], levels: Sequence[int], cells: Cells, key: str
+) -> list[object]:
+    """The last word is about the levels that were measured, and says which where some were not."""
+    isolated = next((cells.get(cell.key) for cell in planned if cell.threads == 0), None)
+    again = multiple(cells.get(again_of(planned[0]).key), isolated, key)
+    times, missing = multiples(planned, levels, cells, key)
+    is_latency = key in P99.values()
+
+    def told(value: float | None) -> object:
+        return value if value is None or is_latency else f"{value:.1%}"
+
+    row: list[object] = [*group, load, NOT_RUN if isolated is None else isolated["report"]["completed"]]
+    row += [figure(isolated, key), told(again), *(NOT_RUN if n in missing else told(times.get(n)) for n in levels)]
+    if not is_latency:
+        return row
+    if any(value > TOLERANCE for value in times.values()):
+        return [*row, "no"]
+    return [*row, "-" if not times else f"yes, at {', '.join(map(str, times))}" if missing else "yes"]
 
 
 def interference_plots(grid: EvidenceGrid, cells: Cells) -> list[Plot]:
-    """p99 against threads, a plot for each load of which some engine has more than its isolated cell, over HTTP, first placement."""
+    """Over HTTP in the first placement: at the most threads all loads side by side, and p99 against threads where an engine has levels between."""
+    groups, most = main_groups(grid), grid.threads[-1]
     plots = []
-    for load, of_load in by_load(grid).items():
-        here = [c for c in of_load if c.transport == "http" and c.placement == grid.placements[0] and c.key in cells]
-        if not any(cell.threads > 0 for cell in here):
+    keys = {
+        "p99 TTFT, multiple": P99["TTFT"],
+        "p99 TPOT, multiple": P99["TPOT"],
+        "output tokens/s, retained": TOKENS_PER_S,
+    }
+    for name, key in keys.items() if most else ():
+        heights = {
+            engine.name: [
+                multiples(list(engines.get(engine.name, {}).values()), [most], cells, key)[0].get(most, 0.0)
+                for engines in groups.values()
+            ]
+            for engine in grid.engines
+        }
+        if shown := {engine: values for engine, values in heights.items() if any(values)}:
+            title = f"{most} interfering threads: {name}"
+            plots.append(bar_plot(title, "of the isolated run", list(groups), shown, log_y=key != TOKENS_PER_S))
+    for load, engines in groups.items():
+        here = {name: [cell for cell in of.values() if cell.key in cells] for name, of in engines.items()}
+        if max((len(measured) for measured in here.values()), default=0) < 3:
             continue
         for name, key in P99.items():
             lines = [
-                Line(e.name, [(float(c.threads), cells[c.key]["report"][key]) for c in here if c.engine == e.name])
-                for e in grid.engines
+                Line(engine, [(float(cell.threads), cells[cell.key]["report"][key]) for cell in measured])
+                for engine, measured in here.items()
             ]
-            shown = [line for line in lines if line.points]
-            plots.append(line_plot(f"{load}: p99 {name}", "interfering threads", "ms", shown, log_y=True))
+            shown_lines = [line for line in lines if line.points]
+            plots.append(line_plot(f"{load}: p99 {name}", "interfering threads", "ms", shown_lines, log_y=True))
     return plots
 
 
@@ -193,7 +204,7 @@ def figures_of_report(report: dict[str, Any] | None) -> list[object]:
     energy = report["gpu_energy"]
     return [
         *(figure({"report": report}, key) for key in LATENCIES.values()),
-        report["steady_output_throughput"],
+        report[TOKENS_PER_S],
         *(
             energy[name] if energy[name] is None else f"{energy[name]:.4f}"
             for name in ("j_per_token", "j_per_token_above_idle")
@@ -218,48 +229,70 @@ def scaling_plots(grid: EvidenceGrid, cells: Cells) -> list[Plot]:
         ]
 
     levels = sorted({0, grid.threads[-1]})
+    kinds = [(engine.name, threads, number) for number, engine in enumerate(grid.engines) for threads in levels]
+
+    def line_of(engine: str, threads: int, number: int, points: list[tuple[float, float]], is_frontier: bool) -> Line:
+        frontier = pareto_frontier(points) if is_frontier else []
+        return Line(f"{engine}, {threads} threads", points, frontier, color_idx=number, is_dashed=threads > 0)
+
     plots = []
     for name, key in P99.items():
         lines = [
-            Line(f"{engine.name}, {threads} threads", [(float(c.point.rate or 0), r[key]) for c, r in found])
-            for engine in grid.engines
-            for threads in levels
-            if len(found := reports(engine.name, threads, True)) > 1
+            line_of(engine, threads, number, [(float(c.point.rate or 0), r[key]) for c, r in found], False)
+            for engine, threads, number in kinds
+            if len(found := reports(engine, threads, True)) > 1
         ]
         if lines:
             plots.append(line_plot(f"p99 {name} over rate", "requests/s", "ms", lines, log_x=True, log_y=True))
-    lines = []
-    for engine in grid.engines:
-        for threads in levels:
-            points = [
-                (r["inferencex"]["median_intvty"], r["inferencex"]["tput_per_gpu"])
-                for _, r in reports(engine.name, threads, False)
+    lines = [
+        line_of(engine, threads, number, points, True)
+        for engine, threads, number in kinds
+        if len(
+            points := [
+                (1e3 / r["median_tpot_floor_ms"], r[TOKENS_PER_S])
+                for _, r in reports(engine, threads, False)
                 if r["completed"]
             ]
-            if len(points) > 1:
-                lines.append(Line(f"{engine.name}, {threads} threads", points, pareto_frontier(points)))
+        )
+        > 1
+    ]
     if lines:
         x_label = "interactivity, tokens/s for a user"
-        plots.append(line_plot(f"{grid.closed_scenario.name}: frontier", x_label, "tokens/s per GPU", lines))
+        plots.append(line_plot(f"{grid.closed_scenario.name}: frontier", x_label, "output tokens/s of a GPU", lines))
     return plots
 
 
 def everything(grid: EvidenceGrid, cells: Cells) -> list[Section]:
-    """A table for each load: every planned cell."""
+    """A table for each load: every cell that was measured."""
     sections = []
     for load, of_load in by_load(grid, with_again=True).items():
-        rows: list[list[object]] = []
-        for cell in of_load:
-            found = cells.get(cell.key)
-            words = [cell.engine, cell.transport, cell.placement, threads_of(cell)]
-            rows.append([*words, *figures_of_report(None if found is None else found["report"])])
-        sections.append(Section(load, ("engine", "over", "placement", "threads", *REPORT_HEADINGS), rows))
+        rows = [
+            [
+                cell.engine,
+                cell.transport,
+                cell.placement,
+                threads_of(cell),
+                *figures_of_report(cells[cell.key]["report"]),
+            ]
+            for cell in of_load
+            if cell.key in cells
+        ]
+        if rows:
+            sections.append(Section(load, ("engine", "over", "placement", "threads", *REPORT_HEADINGS), rows))
     return sections
 
 
 CAUSE_HEADINGS: Final = (
     *("engine", "over", "placement", "load", "threads", "CPU pressure", "memory pressure", "switches/s", "engine CPUs"),
-    *("engine's involuntary switches/s", "client late p99 ms", "CPU MHz", "GPU MHz", "GPU W", "interference/s"),
+    *(
+        "engine's involuntary switches/s",
+        "client late p99 ms",
+        "tokens a piece",
+        "CPU MHz",
+        "GPU MHz",
+        "GPU W",
+        "interference/s",
+    ),
 )
 
 
@@ -281,6 +314,7 @@ def causes(grid: EvidenceGrid, cells: Cells) -> Section:
                     sum(process["cpu_share"] for process in host["processes"]),
                     sum(process["involuntary_per_s"] for process in host["processes"]),
                     report["p99_send_delay_ms"],
+                    report["mean_chunk_tokens"],
                     host["mean_clock_mhz"],
                     report["gpu_energy"]["sm_clock_mhz"],
                     report["gpu_energy"]["power_w"],
@@ -305,8 +339,10 @@ def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> 
     if not cells:
         raise LoadError(f"{folder}: no cell was measured yet; expected some; run without --report first")
     calls = [call for each in folders for call in json.loads((each / "calls.json").read_text())]
-    sections = [setting(grid, cells, calls), claim(grid, cells), quiet(grid, cells)]
-    sections += [*everything(grid, cells), causes(grid, cells), *failures(folders)]
+    sections = [summary(grid, cells), *noise(grid, cells), setting(grid, cells, calls, notes_of(folder))]
+    sections += claims(grid, cells)
+    sections += [quiet(grid, cells), beside(grid, cells), *everything(grid, cells), causes(grid, cells)]
+    sections += [*not_run(grid, cells), *failures(folders)]
     if path.suffix == ".md":
         write_markdown(title, sections, path)
     else:

@@ -29,6 +29,8 @@ class Line:
     label: str
     points: Sequence[tuple[float, float]]
     frontier: Sequence[tuple[float, float]] = field(default_factory=list)
+    color_idx: int | None = None  # None: one of its own
+    is_dashed: bool = False
 
 
 def _figure() -> Any:
@@ -68,15 +70,18 @@ def _plain_log(axes: Any) -> None:
 def line_plot(
     title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_x: bool = False, log_y: bool = False
 ) -> Plot:
-    """A line with markers for each of `lines`; frontiers thick behind them."""
+    """A line with markers for each of `lines`, the first the widest, so that those that lie on each other all show; frontiers thick behind them."""
     figure = _figure()
     axes = figure.add_subplot()
     for number, line in enumerate(lines):
-        color = f"C{number % 10}"
+        color = f"C{(number if line.color_idx is None else line.color_idx) % 10}"
+        width = 1.2 + 2.0 * (1 - number / len(lines))
         if line.frontier:
-            axes.plot(*zip(*line.frontier, strict=True), color=color, linewidth=5, alpha=0.25)
+            axes.plot(*zip(*line.frontier, strict=True), color=color, linewidth=6, alpha=0.2)
         if line.points:
-            axes.plot(*zip(*sorted(line.points), strict=True), "o-", color=color, label=line.label, markersize=4)
+            xs, ys = zip(*sorted(line.points), strict=True)
+            style = "o--" if line.is_dashed else "o-"
+            axes.plot(xs, ys, style, color=color, label=line.label, linewidth=width, markersize=3 + width)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)
     if log_x:
