@@ -1,0 +1,59 @@
+"""What stands in tools/results against what is made of it: the evidence page, its plots, the README's rows, commands without a machine's paths.
+
+Run: pytest tests/null/test_results.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from blinkimp.lab.evidence_report import write_evidence_report
+from blinkimp.lab.plots import Plot
+from tests.support import ROOT
+
+RESULTS = ROOT / "tools" / "results"
+EVIDENCE = RESULTS / "evidence"
+MAX_PLOT_BYTES = 200_000
+MAX_EVIDENCE_BYTES = 2_000_000
+
+
+def test_the_evidence_page_is_what_its_cells_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots by name alone: drawing them takes seconds, and text may come out otherwise with another matplotlib."""
+    for name in ("line_plot", "bar_plot"):
+        monkeypatch.setattr(
+            f"blinkimp.lab.evidence_report.{name}", lambda title, *of_plot, **how: Plot(title, "<svg></svg>")
+        )
+    page = tmp_path / "RESULTS.md"
+    write_evidence_report(EVIDENCE, page)
+    remedy = "run: python -m blinkimp lab evidence --resume tools/results/evidence --report tools/results/evidence/RESULTS.md"
+    assert page.read_text() == (EVIDENCE / "RESULTS.md").read_text(), remedy
+    made, there = ({path.name for path in folder.iterdir()} for folder in (tmp_path / "RESULTS", EVIDENCE / "RESULTS"))
+    assert made == there, remedy
+
+
+def test_plots_are_small_and_drawn() -> None:
+    plots = list((EVIDENCE / "RESULTS").iterdir())
+    assert plots and all(path.suffix == ".svg" and path.stat().st_size < MAX_PLOT_BYTES for path in plots)
+    assert all(path.read_text().count("<path") > 5 for path in plots)
+    assert sum(path.stat().st_size for path in EVIDENCE.rglob("*") if path.is_file()) < MAX_EVIDENCE_BYTES
+
+
+def test_the_readmes_rows_of_the_evidence_stand_in_the_page() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Under interference\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
+    page = (EVIDENCE / "RESULTS.md").read_text().splitlines()
+    assert len(rows) > 3 and not [row for row in rows if row not in page]
+
+
+def test_commands_name_no_machines_paths() -> None:
+    files = sorted(RESULTS.rglob("*.json"))
+    assert len(files) > 50
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        if (match := re.search(r"[\"' =](/(tmp|root|home|opt|work|mnt|usr)/[^\"' ]*)", path.read_text()))
+    ]
+    assert not found, "\n".join(found)
