@@ -166,14 +166,27 @@ def peak_rates(completed: Sequence[Record], begin_ns: int) -> tuple[float, int]:
     return float(per_second.max()), int(np.cumsum([change for _, change in edges]).max())
 
 
+def tokens_of_pieces(record: Record, tokens_each: float) -> NDArray[np.float64]:
+    """Tokens in each piece of a request's output. Where several were packed into one, as many as belong to the time since the piece before: the
+    server went on making them. Of a request that did not complete, tokens_each."""
+    counted = np.array(record.chunk_tokens, np.float64)
+    if not record.is_complete:
+        return counted * tokens_each
+    if counted.sum() == record.num_output_tokens:
+        return counted
+    gaps = np.diff(np.array(record.chunk_ns, np.int64))
+    if not gaps.sum():
+        return np.full(len(counted), record.num_output_tokens / len(counted))
+    return np.concatenate([[1.0], (record.num_output_tokens - 1) * gaps / gaps.sum()])
+
+
 def tokens_between(records: Sequence[Record], begin_ns: int, end_ns: int) -> float:
-    """Output tokens, of whatever request, that arrived in a time: a request's tokens spread over its pieces as tokens_a_count() says."""
-    of_all, total = tokens_a_count([record for record in records if record.is_complete]), 0.0
+    """Output tokens, of whatever request, that arrived in a time."""
+    tokens_each, total = tokens_a_count([record for record in records if record.is_complete]), 0.0
     for record in records:
         at_ns = np.array(record.chunk_ns, np.int64)
         inside = (at_ns >= begin_ns) & (at_ns < end_ns)
-        counted = int(np.array(record.chunk_tokens, np.int64)[inside].sum())
-        total += counted * (tokens_a_count([record]) if record.is_complete else of_all)
+        total += float(tokens_of_pieces(record, tokens_each)[inside].sum())
     return total
 
 

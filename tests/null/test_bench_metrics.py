@@ -60,18 +60,26 @@ def test_the_server_count_of_tokens_wins_over_the_number_of_chunks() -> None:
 
 
 def test_tokens_packed_into_one_piece_count_as_tokens_while_sending() -> None:
-    """Of 8 tokens in 4 pieces three pieces come within the second; a request that is cut off, with two pieces, is taken to pack as many."""
+    """8 tokens in 4 pieces, three of them within the second: the first is a token, 7 come in 1,000 ms, so 2.8 in the next 400. A request that
+    is cut off, with two pieces, is taken to pack as many."""
     done, cut = Record(0, 10, 8, 1, 1), Record(1, 10, 8, 1, 1)
-    for at_ms in (100, 110, 120, 1200):
+    for at_ms in (100, 300, 500, 1100):
         done.add_chunk(at_ms * MS, 1)
-    done.end(1200 * MS, num_output_tokens=8)
+    done.end(1100 * MS, num_output_tokens=8)
     for at_ms in (200, 300):
         cut.add_chunk(at_ms * MS, 1)
     cut.end(1800 * MS, error="unfinished")
     cut.is_cut = True
     got = figures_of([done, cut], Window.of([done, cut], 0, 1000 * MS), {})
-    assert got["steady_output_throughput"] == pytest.approx(3 * 2 + 2 * 2)
-    assert got["mean_tpot_floor_ms"] == pytest.approx((1100 / 7 + 1600 / 4) / 2)
+    assert got["steady_output_throughput"] == pytest.approx(1 + 2.8 + 2 * 2)
+    assert got["mean_tpot_floor_ms"] == pytest.approx((1000 / 7 + 1600 / 4) / 2)
+
+
+def test_an_output_in_a_single_piece_is_all_of_its_tokens() -> None:
+    one = Record(0, 10, 8, 1, 1)
+    one.add_chunk(100 * MS, 1)
+    one.end(100 * MS, num_output_tokens=8)
+    assert figures_of([one], Window.of([one], 0, 1000 * MS), {})["steady_output_throughput"] == 8
 
 
 def test_percentiles_are_vllms_keys() -> None:
