@@ -68,7 +68,7 @@ struct FragmentTail {
   u32 row_begin;
   u32 column_begin;
   Rows rows;
-  Loaded loaded[kSteps];
+  Loaded loaded[kSteps];  // [step]
 
   BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.template rows<kWide>(first_row)) {
 #pragma unroll
