@@ -14,7 +14,13 @@ constexpr u32 kLog2FractionBits = 32;
 constexpr u32 kWeightFractionBits = 44;  // 2^18 tokens of weight 1 still sum to less than 2^63
 constexpr u32 kKeyOfMinusInfinity = 0x007fffff;
 
-BK_INLINE u32 mul_hi_u32(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
+BK_INLINE u32 mul_hi_u32(u32 a, u32 b) {
+#if BK_GPU
+  return __umulhi(a, b);
+#else
+  return static_cast<u32>((static_cast<u64>(a) * b) >> 32);
+#endif
+}
 
 BK_INLINE u64 mul_hi_u64(u64 a, u64 b) {
 #if BK_GPU
@@ -29,6 +35,14 @@ BK_INLINE u32 leading_zeros_u64(u64 value) {  // value != 0
   return static_cast<u32>(__clzll(static_cast<long long>(value)));
 #else
   return static_cast<u32>(__builtin_clzll(value));
+#endif
+}
+
+BK_INLINE u32 lowest_bit_u32(u32 value) {  // its place; value != 0
+#if BK_GPU
+  return static_cast<u32>(__ffs(static_cast<int>(value))) - 1u;
+#else
+  return static_cast<u32>(__builtin_ctz(value));
 #endif
 }
 

@@ -16,22 +16,17 @@ namespace blinkimp {
 
 constexpr u32 kMaxSparseEdits = kMaxLogitBias + kMaxStopIds + kMaxEosIds;
 constexpr u32 kEditBuckets = 2048;  // far more than entries: nearly every id finds its bucket empty
+constexpr u32 kIdsPerBucket = 64;   // neighbours share a bucket: four of them look once, and a warp's 128 ask for two or three words
 constexpr u16 kNoEdit = 0xffff;
 
 constexpr u32 kCountPromptBit = 0x8000;  // of a token's count: it is in the prompt
 constexpr u32 kMostCounted = 0x7fff;     // outputs; later ones are not counted
 
-struct EditScratch {                  // shared by the group
-  u16 first[kEditBuckets];            // by id modulo kEditBuckets: index of an entry, or kNoEdit
-  u16 next[kMaxSparseEdits];          // the bucket's next entry, or kNoEdit
-  LogitBias entries[kMaxSparseEdits]; // biases, then bans with a bias of minus infinity
-};
-
 struct LogitEdits {            // of one row, uniform over the group; all zero: no edits
   const LogitBias* bias;       // [num_bias], the request's
   const u32* stop_ids;         // [num_banned_stop_ids], the request's
   const u32* eos_ids;          // [num_banned_eos_ids], the model's
-  const u16* counts;           // [vocab] kCountPromptBit and outputs, or null: no penalties
+  const u16* counts;           // [vocab] kCountPromptBit and outputs, 8-byte aligned; or null: no penalties
   const u16* class_of_token;   // [vocab] of the constraint, or null: none. Not trusted
   const u16* next_state;       // [num_classes] of the constraint's state. Not trusted
   u32 num_bias;                // <= kMaxLogitBias
@@ -47,16 +42,31 @@ struct LogitEdits {            // of one row, uniform over the group; all zero: 
   BK_INLINE bool has_any() const { return num_sparse() != 0 || counts != nullptr || class_of_token != nullptr; }
 };
 
+struct EditScratch {                  // shared by the group
+  LogitEdits edits;                   // the row's, without the sparse ones' addresses: here they cost a pass over the row no registers
+  u16 first[kEditBuckets];            // by edit_bucket() of an id: index of an entry, or kNoEdit
+  u16 next[kMaxSparseEdits];          // the bucket's next entry, or kNoEdit
+  LogitBias entries[kMaxSparseEdits]; // biases, then bans with a bias of minus infinity
+};
+
+BK_INLINE u32 edit_bucket(u32 token) { return token / kIdsPerBucket % kEditBuckets; }
+
 BK_INLINE bool uses_penalties(const SamplingParams& sampling) {
   return (sampling.repetition_penalty != 0.0f && sampling.repetition_penalty != 1.0f) || sampling.presence_penalty != 0.0f ||
          sampling.frequency_penalty != 0.0f;
 }
 
-// Builds the lookup of biases and bans. Ends with a barrier. Each bucket has one owner, so its chain is in the same order for any group.
+// Takes over the edits and builds the lookup of biases and bans. Ends with a barrier. Each bucket has one owner, so its chain is in the same
+// order for any group.
 template <class Group>
 BK_INLINE void prepare_edits(const Group& group, const LogitEdits& edits, EditScratch* scratch) {
   const u32 num_entries = edits.num_sparse();
-  if (num_entries == 0) return;
+  if (group.id == 0) {
+    LogitEdits kept = edits;
+    kept.bias = nullptr;  // what follows is in the entries, and nobody else's address may be kept in memory: a kernel parameter would
+    kept.stop_ids = kept.eos_ids = nullptr;  // be copied to where it has one
+    scratch->edits = kept;
+  }
   for (u32 i = group.id; i < kEditBuckets; i += group.count) scratch->first[i] = kNoEdit;
   for (u32 i = group.id; i < num_entries; i += group.count) {
     const u32 stop = i - edits.num_bias;
@@ -67,7 +77,7 @@ BK_INLINE void prepare_edits(const Group& group, const LogitEdits& edits, EditSc
   }
   group.sync();  // hazard: an entry is linked before it was written, or its bucket before it was cleared
   for (u32 i = 0; i < num_entries; ++i) {
-    const u32 bucket = scratch->entries[i].token % kEditBuckets;
+    const u32 bucket = edit_bucket(scratch->entries[i].token);
     if (bucket % group.count != group.id) continue;
     scratch->next[i] = scratch->first[bucket];
     scratch->first[bucket] = static_cast<u16>(i);
@@ -85,11 +95,12 @@ BK_INLINE f32 penalised_logit(const LogitEdits& edits, u32 seen, f32 logit) {
   return value - edits.presence_penalty;
 }
 
-// `logit` of orderable_logit(); so is the result.
-BK_INLINE f32 edited_logit(const LogitEdits& edits, const EditScratch& scratch, u32 idx, f32 logit) {
+// One id below vocab. `logit` of orderable_logit(); so is the result. Whole rows: Row::edit() of device/sampling_row.cuh.
+BK_INLINE f32 edited_logit(const EditScratch& scratch, u32 idx, f32 logit) {
+  const LogitEdits& edits = scratch.edits;
   f32 value = logit;
   if (edits.num_sparse() != 0) {
-    for (u32 i = scratch.first[idx % kEditBuckets]; i != kNoEdit; i = scratch.next[i]) {
+    for (u32 i = scratch.first[edit_bucket(idx)]; i != kNoEdit; i = scratch.next[i]) {
       if (scratch.entries[i].token == idx) value = value + scratch.entries[i].bias;
     }
   }

@@ -40,8 +40,8 @@ BK_INLINE void sample_greedy_slice(const Group& group, const EngineParams& param
   const u32 begin = static_cast<u32>(u64{vocab} * slice_idx / num_slices);
   const u32 end = static_cast<u32>(u64{vocab} * (slice_idx + 1) / num_slices);
   u64 sum = 0;
-  for_each_quad(logits + begin, end - begin, group.id, group.count, [&](u32, const LogitQuad& quad) {
-    for (u32 i = 0; i < 4; ++i) sum += weighing.weight(orderable_logit(quad.values[i]));
+  for_each_eight(logits + begin, end - begin, group.id, group.count, [&](const f32 (&values)[8]) {
+    for (const f32 value : values) sum += weighing.weight(orderable_logit(value));
   });
   sum = sum_over_group(group, scratch, sum);
   if (group.id != 0) return;
@@ -57,10 +57,9 @@ BK_INLINE void sample_greedy_slice(const Group& group, const EngineParams& param
                                     : SampleResult{0, minus_infinity()};
 }
 
-// kOpSample.
-BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch_bytes, const LogitTiles& tiles = LogitTiles{nullptr, 0}) {
+// The CTA's share of the step's rows.
+BK_INLINE void sample_rows(const EngineParams& params, const StepPlan* plan, SampleScratch* scratch, const LogitTiles& tiles) {
   const BarrierSampleGroup<1, kComputeThreads> group;
-  SampleScratch* scratch = reinterpret_cast<SampleScratch*>(scratch_bytes);
   const u32 num_rows = plan->num_sample_rows;
   const u32 num_spare = num_rows != 0 ? params.num_workers / num_rows : 0;
   const u32 num_slices = tiles.best == nullptr || num_spare < 2 ? 1 : num_spare < kMaxSampleSplits ? num_spare : kMaxSampleSplits;
@@ -79,6 +78,16 @@ BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* 
     }
     if (slice_idx == 0) sample_request(group, params, plan, sample_idx, logits, tiles.best != nullptr ? row_tiles.best : nullptr, tiles.num_tiles, scratch);
   }
+}
+
+// kOpSample. Out of line: inlined, what it needs decided how the compiler dealt with the other ops' registers. Eight chains side by side in the
+// loop above made it serialise all wgmma of the kernel (C7514, NVRTC 13.0). scratch_address: of shared memory, as a pointer would not say.
+__device__ __noinline__ void run_sample_out_of_line(const EngineParams& params, const StepPlan* plan, u32 scratch_address, const u64* tile_best,
+                                                    u32 num_tiles) {
+  sample_rows(params, plan, reinterpret_cast<SampleScratch*>(__cvta_shared_to_generic(scratch_address)), LogitTiles{tile_best, num_tiles});
+}
+BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch_bytes, const LogitTiles& tiles = LogitTiles{nullptr, 0}) {
+  run_sample_out_of_line(params, plan, static_cast<u32>(__cvta_generic_to_shared(scratch_bytes)), tiles.best, tiles.num_tiles);
 }
 
 }  // namespace blinkimp

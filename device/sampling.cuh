@@ -27,7 +27,8 @@
 // Called by device/sample_request.cuh. Test: pytest tests/host/test_sampling.py tests/host/test_sampling_edits.py
 #pragma once
 #include <philox.cuh>
-#include <sampling_radix.cuh>
+#include <sampling_choose.cuh>
+#include <sampling_near.cuh>
 #include <step_plan.cuh>
 
 namespace blinkimp {
@@ -43,8 +44,6 @@ struct SampleInput {      // a row, uniform over the group
 namespace sampling {
 
 constexpr f32 kLog2OfE = 1.44269504f;
-constexpr u32 kNotFound = 0xffffffff;
-constexpr u64 kNoShare = ~u64{0};
 constexpr u64 kUnitWeight = 1ull << kWeightFractionBits;
 
 // best_code() of the model's logits, from the tiles' own.
@@ -63,148 +62,96 @@ BK_INLINE f32 logprob_of(f32 max_logit, f32 log_sum, f32 logit) {
   return 0.0f - (distance + log_sum);
 }
 
-// The weights of the model's logits, and on the way the bins of the logits to choose by: counts, and weights if asked for.
+struct SurveyWants {
+  f32 near;      // of near_distance(): gather what is nearer to the model's best logit, or -inf
+  bool bins;     // counts of the logits to choose by
+  bool weights;  // and their weights
+};
+
+// The sum of the weights of the model's logits, and on the way what else is wanted.
 template <class Group>
 BK_INLINE u64 survey(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& raw, const Weighing& weighing,
-                     bool wants_bins, bool wants_weights) {
-  if (wants_bins) clear_bins(group, scratch);
+                     const SurveyWants& wants) {
+  if (wants.bins) clear_bins(group, scratch);
   const bool same_weight = !row.is_edited && weighing.scale == raw.scale && weighing.min_weight <= 1;
   u64 sum = 0;
   u64 far_weight = 0;  // of the last bin: half of some rows is there, too many to meet in one word
   u32 num_far = 0;
-  row.for_each(group, [&](u32, f32 model_logit, f32 logit) {
-    const u64 model_weight = raw.weight(model_logit);
-    sum += model_weight;
-    if (!wants_bins || order_key(logit) <= kKeyOfMinusInfinity) return;
-    u64 weight = 1;
-    if (wants_weights) weight = same_weight ? model_weight : weighing.weight(logit);
-    if (weight == 0) return;
-    const u32 bin = weighing.bin(logit);
-    if (bin == kNumBins - 1) {
-      num_far += 1;
-      far_weight += weight;
-      return;
+  f32 near = wants.near;
+  row.for_each_batch(group, [&](const RowBatch& batch) {
+    u64 weights[kBatch];
+    u32 are_near = 0;  // bit i: logit i
+    BK_UNROLL
+    for (u32 i = 0; i < kBatch; ++i) {
+      weights[i] = raw.weight(batch.model[i]);
+      sum += weights[i];
+      are_near |= is_near(raw.max_logit, near, batch.chosen[i]) ? 1u << i : 0u;
     }
-    group.atomic_add(&scratch->bin_counts[bin], 1);
-    if (wants_weights) add_weight(group, &scratch->bin_low[bin], &scratch->bin_high[bin], weight);
+    if (!gather(group, scratch, batch, are_near)) near = minus_infinity();  // thousands of equal ones would queue at one word
+    if (!wants.bins) return;
+    if (!wants.weights) {
+      BK_UNROLL
+      for (u32 i = 0; i < kBatch; ++i) weights[i] = is_finite(batch.chosen[i]) ? 1 : 0;
+    } else if (!same_weight) {
+      BK_UNROLL
+      for (u32 i = 0; i < kBatch; ++i) weights[i] = weighing.weight(batch.chosen[i]);
+    }
+    u32 bins[kBatch];
+    BK_UNROLL
+    for (u32 i = 0; i < kBatch; ++i) {
+      bins[i] = weights[i] != 0 ? weighing.bin(batch.chosen[i]) : kNumBins;
+      num_far += bins[i] == kNumBins - 1 ? 1 : 0;
+      far_weight += bins[i] == kNumBins - 1 ? weights[i] : 0;
+    }
+    BK_UNROLL
+    for (u32 i = 0; i < kBatch; ++i) {
+      if (bins[i] >= kNumBins - 1) continue;
+      group.atomic_add(&scratch->bin_counts[bins[i]], 1);
+      if (wants.weights) add_weight(group, &scratch->bin_low[bins[i]], &scratch->bin_high[bins[i]], weights[i]);
+    }
   });
   if (num_far != 0) {
     group.atomic_add(&scratch->bin_counts[kNumBins - 1], num_far);
-    if (wants_weights) add_weight(group, &scratch->bin_low[kNumBins - 1], &scratch->bin_high[kNumBins - 1], far_weight);
+    if (wants.weights) add_weight(group, &scratch->bin_low[kNumBins - 1], &scratch->bin_high[kNumBins - 1], far_weight);
   }
-  return sum_over_group(group, scratch, sum);  // its barriers stand between the bins' writers and their readers
+  return sum_over_group(group, scratch, sum);  // its barriers stand between the writers of bins and gathered tokens and their readers
 }
 
-struct Choice {
-  u32 top_k;   // 0 is off
-  u64 share;   // top_p in Q32, or kNoShare: off
-  u64 random;  // 64 bits
-};
-
-// Cuts of the order, one after the other; each is a place, and what stands behind it is out. The draw's place is the token.
-enum Stage : u32 {
-  kStageTopK = 0,
-  kStageTopP = 1,
-  kStageDraw = 2,
-  kNumStages = 3,
-};
-
-BK_INLINE bool stage_is_off(const Choice& choice, u32 stage) {
-  return (stage == kStageTopK && choice.top_k == 0) || (stage == kStageTopP && choice.share == kNoShare);
-}
-
-// The running weight of the stage's place, where `total` weight is left before it; top-k: the running count, where `total` tokens are left.
-BK_INLINE u64 target_of(const Choice& choice, u32 stage, u64 total) {
-  if (stage == kStageTopK) return choice.top_k < total ? choice.top_k : total;
-  if (stage == kStageDraw) return mul_hi_u64(choice.random, total) + 1u;
-  const u64 target = (total >> 32) * choice.share + (((total & 0xffffffffu) * choice.share + 0xffffffffu) >> 32);
-  return target > 0 ? target : 1;
-}
-
-// The token by radix descents; for any row.
+// The first num_top tokens of a window that has them all, with their logprobs. Ends with a barrier.
 template <class Group>
-BK_INLINE u32 choose_by_radix(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, const Choice& choice) {
-  Candidates candidates{weighing, kKeyOfMinusInfinity + 1u, kNoRow};
-  BK_NO_UNROLL
-  for (u32 stage = 0; stage < kNumStages; ++stage) {
-    if (stage_is_off(choice, stage)) continue;
-    cut_candidates(group, scratch, row, &candidates, stage != kStageTopK, [&](u64 total) { return target_of(choice, stage, total); });
+BK_INLINE void write_top(const Group& group, const SampleScratch* scratch, const Weighing& raw, f32 log_sum, u32 num_top, SampleResult* top) {
+  for (u32 i = group.id; i < num_top; i += group.count) {
+    const u64 code = scratch->of.window.codes[i];
+    top[i] = SampleResult{static_cast<u32>(code), logprob_of(raw.max_logit, log_sum, logit_of_code(code))};
   }
-  return candidates.cut_idx;
+  group.sync();  // hazard: another window, or the next row, overwrites this one
 }
 
-// Makes `window` one that holds what the running weight (or count) reaches at `target`: from the best token on, if that fits. False: its
-// bin alone does not fit. The new window has a token at least.
+// The model's first tokens, with their logprobs, by passes of their own; what is missing is token 0 with -inf. near: of near_distance(), for
+// the model's logits and num_top tokens.
 template <class Group>
-BK_INLINE bool move_window(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, u64 target, bool by_weight,
-                           Window* window, u64* num_before) {
-  const u32 bin = find_bin(group, scratch, target, by_weight);
-  const u64 num_through = sum_bins(group, scratch, 0, bin + 1, false);
-  const bool from_best = num_through <= kWindowTokens;
-  if (!from_best && scratch->bin_counts[bin] > kWindowTokens) return false;
-  const u64 weight_before = from_best ? 0 : sum_bins(group, scratch, 0, bin, true);
-  *num_before = from_best ? 0 : num_through - scratch->bin_counts[bin];
-  *window = open_window(group, scratch, row, weighing, from_best ? 0 : bin, bin, weight_before);
-  return window->num_tokens > 0;
-}
-
-// The token by histogram and windows, or kNotFound where they cannot hold it. has_weights: the bins have them; without, top_k is on and the
-// window of the first k tokens is all that is needed.
-template <class Group>
-BK_INLINE u32 choose_by_window(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, const Choice& choice,
-                               bool has_weights) {
-  const WindowTokens& tokens = scratch->of.window;
-  const u64 num_tokens = sum_bins(group, scratch, 0, kNumBins, false);
-  u64 kept = has_weights ? sum_bins(group, scratch, 0, kNumBins, true) : 0;  // weight of what is left
-  Window window{0, 0};
-  u64 num_before = 0;  // tokens before the window
-  u32 place = 0;       // in the window
-  BK_NO_UNROLL
-  for (u32 stage = 0; stage < kNumStages; ++stage) {
-    const bool by_weight = stage != kStageTopK;
-    if (stage_is_off(choice, stage) || (!by_weight && has_weights && choice.top_k >= num_tokens)) continue;
-    const u64 target = target_of(choice, stage, by_weight ? kept : num_tokens);
-    const bool is_there = by_weight && window.num_tokens > 0 && target > window.weight_before && target <= tokens.sums[window.num_tokens - 1];
-    if (!is_there && !move_window(group, scratch, row, weighing, target, by_weight, &window, &num_before)) return kNotFound;
-    if (!has_weights && num_before > 0) return kNotFound;
-    if (by_weight) {
-      place = search_window(scratch, window, target);
-    } else {
-      // Without weights the bins count tokens of weight 0 too; they are the last ones, and the window leaves them out.
-      place = (target - num_before < window.num_tokens ? static_cast<u32>(target - num_before) : window.num_tokens) - 1;
+BK_INLINE void report_top(const Group& group, SampleScratch* scratch, const Row& model_row, const Weighing& raw, f32 log_sum, u32 num_top,
+                          f32 near, SampleResult* top) {
+  if (near > 0.0f) {
+    const Window window = gather_window(group, scratch, model_row, 0, [&](f32 logit) { return is_near(raw.max_logit, near, logit); });
+    if (window.num_tokens >= num_top) {
+      write_top(group, scratch, raw, log_sum, num_top, top);
+      return;
     }
-    kept = tokens.sums[place];
   }
-  return static_cast<u32>(tokens.codes[place]);
-}
-
-// The model's first tokens, with their logprobs; what is missing is token 0 with -inf.
-template <class Group>
-BK_INLINE void report_top(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& raw, f32 log_sum, u32 num_top,
-                          SampleResult* top) {
-  const Row model_row{row.logits, row.vocab, false, nullptr, nullptr};
-  clear_bins(group, scratch);
-  u32 num_far = 0;
-  model_row.for_each(group, [&](u32, f32 logit, f32) {
-    const u32 bin = raw.bin(logit);
-    if (order_key(logit) <= kKeyOfMinusInfinity) return;
-    if (bin == kNumBins - 1) num_far += 1;
-    else group.atomic_add(&scratch->bin_counts[bin], 1);
-  });
-  if (num_far != 0) group.atomic_add(&scratch->bin_counts[kNumBins - 1], num_far);
-  group.sync();  // hazard: a bin is read before all tokens were counted
+  survey(group, scratch, model_row, raw, raw, SurveyWants{minus_infinity(), true, false});
   const u64 num_tokens = sum_bins(group, scratch, 0, kNumBins, false);
   const u32 num_found = num_top < num_tokens ? num_top : static_cast<u32>(num_tokens);
   const u32 last_bin = find_bin(group, scratch, num_found, false);
   const bool fits = sum_bins(group, scratch, 0, last_bin + 1, false) <= kWindowTokens;
-  if (fits) open_window(group, scratch, model_row, raw, 0, last_bin, 0);
+  if (fits) {
+    gather_window(group, scratch, model_row, 0, [&](f32 logit) { return is_finite(logit) && raw.bin(logit) <= last_bin; });
+    write_top(group, scratch, raw, log_sum, num_found, top);
+  }
   u64 last = ~u64{0};  // best_code() of the one before
-  for (u32 i = 0; i < num_top; ++i) {
+  for (u32 i = fits ? num_found : 0; i < num_top; ++i) {
     SampleResult found{0, minus_infinity()};
-    if (i < num_found && fits) {
-      const u64 code = scratch->of.window.codes[i];
-      found = SampleResult{static_cast<u32>(code), logprob_of(raw.max_logit, log_sum, logit_of_code(code))};
-    } else if (i < num_found) {  // too many equal ones for a window: one pass for each
+    if (i < num_found) {  // too many equal ones for a window: one pass for each
       u64 best = 0;
       model_row.for_each(group, [&](u32 idx, f32 logit, f32) {
         const u64 code = best_code(logit, idx);
@@ -215,47 +162,44 @@ BK_INLINE void report_top(const Group& group, SampleScratch* scratch, const Row&
     }
     if (group.id == 0) top[i] = found;
   }
-  group.sync();  // hazard: the next row overwrites the window that lane 0 still reads
 }
+
+constexpr u32 kMostNear = 512;       // tokens that near_distance() is asked for: of some 1,150 parts; more than 2,048 may be as near
+constexpr u32 kSpeculatedNear = 256; // tokens that hold the nucleus or the draw of most rows
 
 }  // namespace sampling
 
-// top: [sampling.num_top_logprobs], written by lane 0. kByRadix: tests compare the two ways to a token.
+// top: [sampling.num_top_logprobs]. kByRadix: tests compare the two ways to a token.
 template <bool kByRadix = false, class Group>
 BK_INLINE SampleResult sample_row(const Group& group, const SampleInput& input, const SamplingParams& sampling, u32 output_idx,
                                   SampleScratch* scratch, SampleResult* top) {
   using namespace sampling;
-  const sampling::Row row{input.logits, input.vocab, input.edits.has_any(), &input.edits, &scratch->edits};
+  const sampling::Row row{input.logits, input.vocab, input.edits.has_any(), input.edits.counts, &scratch->edits};
+  const sampling::Row model_row{input.logits, input.vocab, false, nullptr, nullptr};
   if (row.is_edited) prepare_edits(group, input.edits, &scratch->edits);
 
-  // The best token, of the model and after the edits: largest key, then lowest index.
-  u64 model_best = 0;
-  u64 best = 0;
-  if (input.tile_best != nullptr) model_best = best_of_tiles(group, scratch, input.tile_best, input.num_tiles);
-  if (row.is_edited || input.tile_best == nullptr) {
-    u64 model_seen = 0;
-    row.for_each(group, [&](u32 idx, f32 model_logit, f32 logit) {
-      const u64 model_code = best_code(model_logit, idx);
-      const u64 code = best_code(logit, idx);
-      model_seen = model_code > model_seen ? model_code : model_seen;
-      best = code > best ? code : best;
-    });
-    if (input.tile_best == nullptr) model_best = max_over_group(group, scratch, model_seen);
+  // The best token by the model, and of each part of the row.
+  const bool has_tiles = input.tile_best != nullptr;
+  u64* own_parts = scratch->of.window.sums;
+  PartBests parts{input.tile_best, input.num_tiles};
+  BestTokens best{0, 0};
+  if (has_tiles) {
+    best.model = best.chosen = best_of_tiles(group, scratch, input.tile_best, input.num_tiles);
+  } else {
+    best = find_best_tokens(group, scratch, row, own_parts);
+    parts = PartBests{own_parts, kOwnParts / group.count * group.count};
   }
-  best = row.is_edited ? max_over_group(group, scratch, best) : model_best;
   const u32 num_top = sampling.num_top_logprobs < kMaxTopLogprobs ? sampling.num_top_logprobs : kMaxTopLogprobs;
-  if (static_cast<u32>(model_best >> 32) <= kKeyOfMinusInfinity) {
+  if (static_cast<u32>(best.model >> 32) <= kKeyOfMinusInfinity) {
     for (u32 i = group.id; i < num_top; i += group.count) top[i] = SampleResult{0, minus_infinity()};
-    return input.edits.class_of_token != nullptr ? no_token() : SampleResult{0, minus_infinity()};
+    return row.is_edited && scratch->edits.edits.class_of_token != nullptr ? no_token() : SampleResult{0, minus_infinity()};
   }
+  const Weighing raw{value_of_key(static_cast<u32>(best.model >> 32)), kLog2OfE, 0};
 
-  // The sum behind the logprob, over the model's logits; the bins of what is drawn from.
-  const bool is_stuck = static_cast<u32>(best >> 32) <= kKeyOfMinusInfinity;
-  const bool draws = sampling.temperature > 0.0f && !is_stuck;
-  const Weighing raw{value_of_key(static_cast<u32>(model_best >> 32)), kLog2OfE, 0};
-  Weighing weighing{value_of_key(static_cast<u32>(best >> 32)), kLog2OfE, 1};
+  const bool is_sampled = sampling.temperature > 0.0f;
+  Weighing weighing{raw.max_logit, kLog2OfE, 1};
   Choice choice{0, kNoShare, 0};
-  if (draws) {
+  if (is_sampled) {
     const f32 scale = kLog2OfE / sampling.temperature;
     weighing.scale = scale < 3.0e38f ? scale : 3.0e38f;
     const f32 min_weight = mul_f32(sampling.min_p, static_cast<f32>(kUnitWeight));  // exact: a power of two
@@ -269,16 +213,59 @@ BK_INLINE SampleResult sample_row(const Group& group, const SampleInput& input, 
     choice.random = (static_cast<u64>(bits.words[1]) << 32) | bits.words[0];
   }
   const bool is_narrow = choice.top_k > 0 && choice.top_k <= kWindowTokens;  // the first k tokens are all it takes
-  const u64 sum = survey(group, scratch, row, raw, weighing, draws, draws && !is_narrow);
-  const f32 log_sum = log_of_sum(sum);
 
-  u32 token = 0xffffffffu - static_cast<u32>(best);
-  if (draws) {
-    token = kByRadix ? kNotFound : choose_by_window(group, scratch, row, weighing, choice, !is_narrow);
+  // How near what the survey should gather is: the first tokens, if they decide; else as many as mostly do.
+  const u32 num_first = !is_sampled ? (row.is_edited ? 1 : 0) : is_narrow ? choice.top_k : 0;
+  u32 num_near = is_sampled && !is_narrow ? kSpeculatedNear : num_first;
+  if (!row.is_edited && num_top > num_near) num_near = num_top;
+  f32 near = minus_infinity();
+  if (!kByRadix && num_near > 0 && num_near <= kMostNear) near = near_distance(group, scratch, row, parts, raw.max_logit, num_near);
+
+  // The survey: alone, if the first tokens decide and are among those gathered; else, or then again, with bins.
+  u32 token = kNotFound;
+  bool has_top = num_top == 0;
+  bool is_stuck = false;  // the edits leave nothing
+  bool knows_chosen = !has_tiles || !row.is_edited;
+  f32 log_sum = 0.0f;
+  BK_NO_UNROLL
+  for (bool by_first = num_first > 0 && near > 0.0f;; by_first = false) {
+    if (!by_first && !knows_chosen) {
+      best.chosen = find_best_tokens(group, scratch, row, nullptr).chosen;
+      knows_chosen = true;
+    }
+    if (!by_first) {
+      is_stuck = static_cast<u32>(best.chosen >> 32) <= kKeyOfMinusInfinity;
+      weighing.max_logit = value_of_key(static_cast<u32>(best.chosen >> 32));
+    }
+    const bool draws = is_sampled && !is_stuck;
+    const bool wants_bins = draws && !by_first;
+    log_sum = log_of_sum(survey(group, scratch, row, raw, weighing, SurveyWants{near, wants_bins, wants_bins && !is_narrow}));
+    const Window window = near > 0.0f ? sort_gathered(group, scratch, 0) : Window{0, 0};
+    if (!has_top && !row.is_edited && window.num_tokens >= num_top) {
+      write_top(group, scratch, raw, log_sum, num_top, top);
+      has_top = true;
+    }
+    if (by_first) {
+      if (window.num_tokens >= num_first) {
+        weighing.max_logit = logit_of_code(scratch->of.window.codes[0]);
+        token = is_sampled ? choose_of_first(group, scratch, window, weighing, choice) : static_cast<u32>(scratch->of.window.codes[0]);
+      }
+      group.sync();  // hazard: the next pass, or the next row, overwrites a window that a member still reads
+      if (token != kNotFound) break;
+      near = minus_infinity();
+      continue;
+    }
+    token = 0xffffffffu - static_cast<u32>(best.chosen);
+    if (!draws) break;
+    token = kByRadix ? kNotFound : choose_by_window(group, scratch, row, weighing, choice, !is_narrow, window);
     group.sync();  // hazard: the descent, or the next row, overwrites a window that a member still reads
     if (token == kNotFound) token = choose_by_radix(group, scratch, row, weighing, choice);
+    break;
   }
-  if (num_top > 0) report_top(group, scratch, row, raw, log_sum, num_top, top);
+  if (!has_top) {
+    const f32 top_near = has_tiles ? near_distance(group, scratch, model_row, parts, raw.max_logit, num_top) : minus_infinity();
+    report_top(group, scratch, model_row, raw, log_sum, num_top, top_near, top);
+  }
   if (is_stuck || token >= input.vocab) return no_token();
   return SampleResult{token, logprob_of(raw.max_logit, log_sum, input.logits[token])};
 }

@@ -1,5 +1,6 @@
 // A row's tokens by their distance from the best one: a histogram of the whole row, and a sorted window of it in shared memory.
 //
+// For rows whose near tokens (sampling_near.cuh) do not decide.
 // To find "the token at which the running weight reaches t", in the order (logit falling, index rising), it is enough to know the weight of
 // each bin of similar logits, and to sort the one bin in which t falls. A row is passed over once for the histogram and once per window;
 // one window holds everything that top-k or top-p keep in nearly all real rows.
@@ -8,15 +9,9 @@
 // has counted. The token is then any one; nothing is read or written beyond its array, and all members of the group go the same way.
 // Called by device/sampling.cuh. Test: pytest tests/host/test_sampling.py
 #pragma once
-#include <logit_edits.cuh>
+#include <sampling_row.cuh>
 #if BK_GPU
 #include <ptx_mma.cuh>
-#endif
-
-#if BK_GPU
-#define BK_NO_UNROLL _Pragma("unroll 1")
-#else
-#define BK_NO_UNROLL
 #endif
 
 namespace blinkimp {
@@ -84,83 +79,6 @@ struct SingleSampleGroup {
 
 namespace sampling {
 
-struct LogitQuad {
-  f32 values[4];  // logits of four neighbouring ids
-};
-
-// Four logits from `offset` on, those below num_logits; an offset that wrapped below zero has none before 0. The others are -inf, which
-// weighs nothing: whoever sums weights needs no branch around each, and four chains of some fifty instructions run side by side.
-BK_INLINE LogitQuad load_quad(const f32* logits, u32 num_logits, u32 offset) {
-  LogitQuad quad{{minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity()}};
-  if (offset < num_logits && num_logits - offset >= 4u) {
-#if BK_GPU
-    const float4 loaded = *reinterpret_cast<const float4*>(logits + offset);
-    quad = LogitQuad{{loaded.x, loaded.y, loaded.z, loaded.w}};
-#else
-    __builtin_memcpy(&quad, logits + offset, sizeof(quad));
-#endif
-  } else {
-    for (u32 i = 0; i < 4; ++i) {
-      if (offset + i < num_logits) quad.values[i] = logits[offset + i];
-    }
-  }
-  return quad;
-}
-
-// fn(offset, quad) for the logits [0, num_logits), by aligned 16-byte loads where four lie inside; quads start, start + stride, ... Of the
-// first quad and the last some may lie outside: offset + i is below num_logits for those that do not.
-template <class Fn>
-BK_INLINE void for_each_quad(const f32* logits, u32 num_logits, u32 start, u32 stride, Fn fn) {
-  const u32 num_lead = (static_cast<u32>(reinterpret_cast<u64>(logits)) / sizeof(f32)) % 4u;  // of the first quad, before the row
-  const u32 num_quads = (num_lead + num_logits + 3u) / 4u;
-#if BK_GPU
-  // Three loads on their way while one quad is worked on: 256 threads alone would leave most of the memory's bandwidth unused.
-  LogitQuad next0 = load_quad(logits, num_logits, start * 4u - num_lead);
-  LogitQuad next1 = load_quad(logits, num_logits, (start + stride) * 4u - num_lead);
-  LogitQuad next2 = load_quad(logits, num_logits, (start + 2 * stride) * 4u - num_lead);
-  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
-    const LogitQuad quad = next0;
-    next0 = next1;
-    next1 = next2;
-    next2 = load_quad(logits, num_logits, (quad_idx + 3 * stride) * 4u - num_lead);
-    fn(quad_idx * 4u - num_lead, quad);
-  }
-#else
-  for (u32 quad_idx = start; quad_idx < num_quads; quad_idx += stride) {
-    const u32 offset = quad_idx * 4u - num_lead;
-    fn(offset, load_quad(logits, num_logits, offset));
-  }
-#endif
-}
-
-// One row as the passes see it.
-struct Row {
-  const f32* logits;        // [vocab], the model's
-  u32 vocab;
-  bool is_edited;
-  const LogitEdits* edits;  // valid if is_edited
-  EditScratch* scratch;     // of prepare_edits()
-
-  // fn(idx, logit of the model, logit to choose by). Four logits are edited before the first is worked on: fn may have side effects, over
-  // which the compiler cannot move the edits' loads.
-  template <class Group, class Fn>
-  BK_INLINE void for_each(const Group& group, Fn fn) const {
-    for_each_quad(logits, vocab, group.id, group.count, [&](u32 offset, const LogitQuad& loaded) {
-      LogitQuad model;
-      LogitQuad edited;
-      for (u32 i = 0; i < 4; ++i) edited.values[i] = model.values[i] = orderable_logit(loaded.values[i]);
-      if (is_edited) {
-        for (u32 i = 0; i < 4; ++i) {
-          if (offset + i < vocab) edited.values[i] = edited_logit(*edits, *scratch, offset + i, model.values[i]);
-        }
-      }
-      for (u32 i = 0; i < 4; ++i) {
-        if (offset + i < vocab) fn(offset + i, model.values[i], edited.values[i]);
-      }
-    });
-  }
-};
-
 // ---- Sums over the group -----------------------------------------------------------------------------------------
 // parts[0 .. kNumParts) -> folds; returns the sum of all. Ends with the folds visible to all.
 template <class Group>
@@ -214,6 +132,8 @@ BK_INLINE u64 max_over_group(const Group& group, SampleScratch* scratch, u64 val
 BK_INLINE u64 best_code(f32 logit, u32 idx) { return (static_cast<u64>(order_key(logit)) << 32) | (0xffffffffu - idx); }
 BK_INLINE u64 window_code(f32 logit, u32 idx) { return (static_cast<u64>(~order_key(logit)) << 32) | idx; }
 BK_INLINE f32 logit_of_code(u64 code) { return value_of_key(~static_cast<u32>(code >> 32)); }
+
+BK_INLINE bool is_finite(f32 logit) { return logit > minus_infinity(); }  // of an orderable logit
 
 struct Weighing {   // how much a logit counts
   f32 max_logit;
@@ -303,7 +223,7 @@ BK_INLINE void sort_codes(const Group& group, u64* codes, u32 num_tokens) {
   for (u32 num_merged = 2; num_merged <= num_sorted; num_merged *= 2) {
     for (u32 distance = num_merged / 2; distance > 0; distance /= 2) {
       for (u32 pair = group.id; pair < num_sorted / 2; pair += group.count) {
-        const u32 low = pair / distance * 2 * distance + pair % distance;
+        const u32 low = 2 * pair - (pair & (distance - 1));  // distance is a power of two
         const u64 a = codes[low];
         const u64 b = codes[low + distance];
         if ((a > b) == ((low & num_merged) == 0)) {
@@ -336,25 +256,53 @@ BK_INLINE void sum_window(const Group& group, SampleScratch* scratch, const Wind
   group.sync();  // hazard: the sums are searched by every lane
 }
 
-// Gathers and sorts the tokens of the bins [first_bin, last_bin], which the caller knows to be kWindowTokens at most. With a min_weight
-// tokens below it stay out, as they are not in the counts either.
+// The logits to choose by that `mask` has a bit for. False: they are more than a window holds, and the lane need not gather more of them. A
+// barrier on either side of the calls of one window.
+template <class Group>
+BK_INLINE bool gather(const Group& group, SampleScratch* scratch, const RowBatch& batch, u32 mask) {
+  BK_NO_UNROLL
+  for (; mask != 0; mask &= mask - 1) {
+    const u32 i = lowest_bit_u32(mask);
+    const u32 place = group.atomic_add(&scratch->num_gathered, 1);
+    if (place >= kWindowTokens) return false;
+    scratch->of.window.codes[place] = window_code(pick(batch.chosen, i), batch.idx(i));
+  }
+  return true;
+}
+
+// The tokens gathered since num_gathered was cleared, sorted; none if they were too many.
+template <class Group>
+BK_INLINE Window sort_gathered(const Group& group, SampleScratch* scratch, u64 weight_before) {
+  const u32 num_gathered = scratch->num_gathered;
+  const Window window{num_gathered <= kWindowTokens ? num_gathered : 0, weight_before};
+  sort_codes(group, scratch->of.window.codes, window.num_tokens);
+  return window;
+}
+
+// A pass that gathers and sorts the tokens for which is_in(logit to choose by) holds, which the caller knows to be kWindowTokens at most.
+template <class Group, class IsIn>
+BK_INLINE Window gather_window(const Group& group, SampleScratch* scratch, const Row& row, u64 weight_before, IsIn is_in) {
+  if (group.id == 0) scratch->num_gathered = 0;
+  group.sync();  // hazard: a token is counted before the count was cleared; the last window is still searched
+  row.for_each_batch(group, [&](const RowBatch& batch) {
+    u32 are_in = 0;  // bit i: logit i
+    BK_UNROLL
+    for (u32 i = 0; i < kBatch; ++i) are_in |= is_in(batch.chosen[i]) ? 1u << i : 0u;
+    gather(group, scratch, batch, are_in);
+  });
+  group.sync();  // hazard: the count is read before all tokens were gathered
+  return sort_gathered(group, scratch, weight_before);
+}
+
+// The tokens of the bins [first_bin, last_bin], with their running weights. With a min_weight tokens below it stay out, as they are not in
+// the counts either.
 template <class Group>
 BK_INLINE Window open_window(const Group& group, SampleScratch* scratch, const Row& row, const Weighing& weighing, u32 first_bin,
                              u32 last_bin, u64 weight_before) {
-  WindowTokens& tokens = scratch->of.window;
-  if (group.id == 0) scratch->num_gathered = 0;
-  group.sync();  // hazard: a token is counted before the count was cleared; the last window is still searched
-  row.for_each(group, [&](u32 idx, f32, f32 logit) {
+  const Window window = gather_window(group, scratch, row, weight_before, [&](f32 logit) {
     const u32 bin = weighing.bin(logit);
-    if (bin < first_bin || bin > last_bin || order_key(logit) <= kKeyOfMinusInfinity) return;
-    if (weighing.min_weight > 0 && weighing.weight(logit) == 0) return;
-    const u32 place = group.atomic_add(&scratch->num_gathered, 1);
-    if (place < kWindowTokens) tokens.codes[place] = window_code(logit, idx);
+    return bin >= first_bin && bin <= last_bin && is_finite(logit) && (weighing.min_weight == 0 || weighing.weight(logit) != 0);
   });
-  group.sync();  // hazard: the count is read before all tokens were gathered
-  const u32 num_gathered = scratch->num_gathered;
-  const Window window{num_gathered < kWindowTokens ? num_gathered : kWindowTokens, weight_before};
-  sort_codes(group, tokens.codes, window.num_tokens);
   sum_window(group, scratch, window, weighing);
   return window;
 }

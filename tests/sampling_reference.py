@@ -159,6 +159,21 @@ def token_probabilities(logits: Logits, params: Params, slack: float = 0.0) -> F
     return weights / weights.sum()
 
 
+def best_of_tiles(logits: np.ndarray[Any, Any], tile_columns: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """[rows, tiles] best_code() of device/sampling_window.cuh: ordered key, then the complement of the id."""
+    num_rows, vocab = logits.shape
+    num_tiles = -(-vocab // tile_columns)
+    padded = np.full((num_rows, num_tiles * tile_columns), -np.inf, np.float32)
+    values = np.where(np.isnan(logits), np.float32(-np.inf), logits)
+    padded[:, :vocab] = np.minimum(values, np.float32(3.402823466e38)) + np.float32(0)
+    tiles = padded.reshape(num_rows, num_tiles, tile_columns)
+    place = tiles.argmax(axis=2)  # the first of equals
+    bits = np.take_along_axis(tiles, place[:, :, None], axis=2)[:, :, 0].copy().view(np.uint32)
+    keys = np.where(bits >> 31 != 0, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
+    ids = (place + np.arange(num_tiles) * tile_columns).astype(np.uint64)
+    return np.ascontiguousarray(keys << np.uint64(32) | (np.uint64(0xFFFFFFFF) - ids))
+
+
 def result_of(record: np.ndarray[Any, Any]) -> tuple[int, float]:
     return int(record["token"][0]), float(record["logprob"][0])
 
@@ -171,7 +186,18 @@ class NativeSampler:
         for function in (library.bk_sample_row, library.bk_sample_row_radix):
             function.argtypes = [pointer, u32, pointer, pointer, u32, pointer, pointer]
             function.restype = None
-        library.bk_sample_row_lanes.argtypes = [pointer, u32, pointer, pointer, u32, u32, pointer, pointer]
+        library.bk_sample_row_lanes.argtypes = [
+            pointer,
+            u32,
+            pointer,
+            pointer,
+            u32,
+            u32,
+            pointer,
+            u32,
+            pointer,
+            pointer,
+        ]
         library.bk_sample_row_lanes.restype = ctypes.c_int
         library.bk_philox4x32_10.argtypes = [pointer, ctypes.c_ulonglong]
         library.bk_philox4x32_10.restype = None
@@ -189,8 +215,13 @@ class NativeSampler:
         num_lanes: int = 0,
         edits: Edits | None = None,
         by_radix: bool = False,
+        tile_columns: int = 0,
     ) -> tuple[int, float, list[tuple[int, float]]]:
-        """Token, logprob and the top logprobs. num_lanes 0: the single lane of the emulated device; else that many threads."""
+        """Token, logprob and the top logprobs. num_lanes 0: the single lane of the emulated device; else that many threads.
+
+        tile_columns: with num_lanes, the best tokens of tiles so wide are given, as the LM head leaves them.
+        """
+        assert num_lanes or not tile_columns, "tiles go with lanes"
         assert logits.dtype == np.float32 and logits.flags.c_contiguous
         packed, result = params.packed(), np.zeros(1, dtype=ring_abi.SAMPLE_RESULT)
         top = np.zeros(max(params.num_top_logprobs, 1), dtype=ring_abi.SAMPLE_RESULT)
@@ -199,7 +230,9 @@ class NativeSampler:
         head = (logits.ctypes.data, logits.size, edits_address, packed.ctypes.data, output_idx)
         tail = (result.ctypes.data, top.ctypes.data)
         if num_lanes:
-            error = self.library.bk_sample_row_lanes(*head, num_lanes, *tail)
+            tiles = best_of_tiles(logits[None], tile_columns)[0] if tile_columns else np.zeros(0, np.uint64)
+            tiles_address = tiles.ctypes.data if tile_columns else None
+            error = self.library.bk_sample_row_lanes(*head, num_lanes, tiles_address, tiles.size, *tail)
             assert error == 0, f"bk_sample_row_lanes: errno {error}"
         elif by_radix:
             self.library.bk_sample_row_radix(*head, *tail)
@@ -260,6 +293,14 @@ def hard_rows(seed: int) -> dict[str, Logits]:
         "narrow": np.float32(10) + normal(3001, 1e-6),
         "large": normal(129_283),
     }
+
+
+def language_row(rng: np.random.Generator, vocab: int) -> Logits:
+    """Like a language model's: a bulk, and some that stand out."""
+    logits = (rng.standard_normal(vocab) * 2.5).astype(np.float32)
+    peaks = rng.integers(0, vocab, 60)
+    logits[peaks] = rng.uniform(8, 16, peaks.size).astype(np.float32)
+    return logits
 
 
 def random_edits(rng: np.random.Generator, vocab: int) -> Edits:

@@ -45,20 +45,28 @@ void bk_sample_row_radix(const float* logits, unsigned int vocab, const blinkimp
   *result = sample_row<true>(SingleSampleGroup{}, input_of(logits, vocab, edits), *params, output_idx, &scratch, top);
 }
 
-// The same by num_lanes threads (1 .. 256). Returns 0, or the errno value of a barrier that could not be made.
+// The same by num_lanes threads (1 .. 256), with the best_code() of each tile as the LM head leaves them: [num_tiles], or null. Returns 0, or
+// the errno value of a barrier that could not be made.
 int bk_sample_row_lanes(const float* logits, unsigned int vocab, const blinkimp::LogitEdits* edits,
                         const blinkimp::SamplingParams* params, unsigned int output_idx, unsigned int num_lanes,
-                        blinkimp::SampleResult* result, blinkimp::SampleResult* top) {
+                        const unsigned long long* tile_best, unsigned int num_tiles, blinkimp::SampleResult* result,
+                        blinkimp::SampleResult* top) {
   using namespace blinkimp;
   pthread_barrier_t barrier;
   if (const int error = pthread_barrier_init(&barrier, nullptr, num_lanes)) return error;
+  SampleInput input = input_of(logits, vocab, edits);
+  const std::vector<u64> tiles(tile_best, tile_best + num_tiles);  // u64 need not be unsigned long long
+  if (tile_best != nullptr) {
+    input.tile_best = tiles.data();
+    input.num_tiles = num_tiles;
+  }
   std::vector<SampleScratch> scratch(1);
   std::vector<SampleResult> results(num_lanes);
   std::vector<std::thread> threads;
   for (u32 lane = 0; lane < num_lanes; ++lane) {
     threads.emplace_back([&, lane] {
       const ThreadSampleGroup group{lane, num_lanes, &barrier};
-      results[lane] = sample_row(group, input_of(logits, vocab, edits), *params, output_idx, scratch.data(), top);
+      results[lane] = sample_row(group, input, *params, output_idx, scratch.data(), top);
     });
   }
   for (std::thread& thread : threads) thread.join();

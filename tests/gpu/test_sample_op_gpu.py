@@ -17,7 +17,7 @@ from blinkimp import ring_abi as abi
 from blinkimp.host.gpu_memory import LOGIT_PART_COLUMNS
 from blinkimp.host.sampling_memory import sampling_table_bytes
 from tests.gpu.gpu_harness import DeviceArray, KernelRunner, compile_kernel
-from tests.sampling_reference import PROMPT_BIT, Edits, NativeSampler, Params
+from tests.sampling_reference import PROMPT_BIT, Edits, NativeSampler, Params, best_of_tiles
 
 VOCAB = 128_256
 MAX_BATCH = 256
@@ -94,7 +94,9 @@ class SampleOp:
             params[name] = array.address
         self.device["logit_biases"].set(self.bias.view(np.uint8).ravel())
         params["workspaces"][0, WS_LOGITS] = self._keep(runner.array(self.logits)).address
-        params["workspaces"][0, WS_LOGIT_BEST] = self._keep(runner.array(best_of_tiles(self.logits))).address
+        params["workspaces"][0, WS_LOGIT_BEST] = self._keep(
+            runner.array(best_of_tiles(self.logits, LOGIT_PART_COLUMNS))
+        ).address
         plan_bytes = abi.STEP_PLAN.itemsize + MAX_BATCH * (abi.PLAN_SEQ.itemsize + abi.PLAN_ROW.itemsize + 4)
         self.plan = self._keep(runner.zeros((plan_bytes,), np.uint8))
         params["plans"][0] = self.plan.address
@@ -173,18 +175,6 @@ def _sizes() -> Any:
         num_constraint_slots, constraint_slot_bytes = 0, 0
 
     return Sizes()
-
-
-def best_of_tiles(logits: np.ndarray) -> np.ndarray:
-    """[rows, NUM_TILES] best_code() of device/sampling_window.cuh: ordered key, then the complement of the id."""
-    padded = np.full((len(logits), NUM_TILES * LOGIT_PART_COLUMNS), -np.inf, np.float32)
-    padded[:, :VOCAB] = logits + np.float32(0)
-    tiles = padded.reshape(len(logits), NUM_TILES, LOGIT_PART_COLUMNS)
-    place = tiles.argmax(axis=2)  # the first of equals
-    bits = np.take_along_axis(tiles, place[:, :, None], axis=2)[:, :, 0].copy().view(np.uint32)
-    keys = np.where(bits >> 31 != 0, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
-    ids = (place + np.arange(NUM_TILES) * LOGIT_PART_COLUMNS).astype(np.uint64)
-    return np.ascontiguousarray(keys << np.uint64(32) | (np.uint64(0xFFFFFFFF) - ids))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from tests.sampling_reference import (
     edited_logits,
     greedy_token,
     hard_rows,
+    language_row,
     logprob,
     random_edits,
     token_probabilities,
@@ -132,6 +133,33 @@ def test_number_of_lanes_does_not_change_a_bit(sampler: NativeSampler, num_lanes
                 one = sampler.sample_with_top(ROWS[name], wanted, 6, edits=edits)
                 many = sampler.sample_with_top(ROWS[name], wanted, 6, edits=edits, num_lanes=num_lanes)
                 assert one == many, f"{name}, {wanted}, {edits}"
+
+
+@pytest.mark.parametrize("tile_columns", [1, 7, 112])
+def test_tiles_of_the_lm_head_do_not_change_a_bit(sampler: NativeSampler, tile_columns: int) -> None:
+    """What is gathered near the best token follows from the tiles; what is chosen of it must not."""
+    rng = np.random.default_rng(tile_columns)
+    rows = {name: ROWS[name] for name in SMALL_ROWS} | {"language": language_row(rng, 8192)}
+    for name, logits in rows.items():
+        for edits in (None, random_edits(rng, logits.size)):
+            for params in [*rng.choice(np.array(HARD_PARAMS, dtype=object), 4), Params(0.8, 50, 0.95, 0.01, seed=8)]:
+                wanted = replace(params, num_top_logprobs=int(rng.choice([0, 5, 20])))
+                one = sampler.sample_with_top(logits, wanted, 2, edits=edits)
+                many = sampler.sample_with_top(logits, wanted, 2, edits=edits, num_lanes=5, tile_columns=tile_columns)
+                assert one == many, f"{name}, {wanted}, {edits}"
+
+
+@pytest.mark.parametrize("num_ties", [40, 2048, 2049, 6000])
+def test_ties_at_the_cut_do_not_change_a_bit(sampler: NativeSampler, num_ties: int) -> None:
+    """As many tokens at one logit as a window holds, and more: by the near tokens, by bins, by descents."""
+    rng = np.random.default_rng(num_ties)
+    logits = language_row(rng, 8192)
+    logits[rng.permutation(8192)[:num_ties]] = 17.0
+    for edits in (None, Edits(bias=((5, 3.0), (6, -40.0)), banned=(int(logits.argmax()),))):
+        for params in (Params(0.8, top_k=30, seed=1), Params(0.8, top_p=0.5, seed=2), Params(0.0, num_top_logprobs=20)):
+            one = sampler.sample_with_top(logits, params, edits=edits)
+            assert one == sampler.sample_with_top(logits, params, edits=edits, by_radix=True)
+            assert one == sampler.sample_with_top(logits, params, edits=edits, num_lanes=3, tile_columns=112)
 
 
 def test_full_group_of_256_lanes(sampler: NativeSampler) -> None:

@@ -44,11 +44,11 @@ extern "C" __global__ void sample_op_advance(const EngineParams params) {
 }
 
 // num_tiles 0: no tiles. times: [num_blocks][2] ns, start and end.
-extern "C" __global__ void __launch_bounds__(kComputeThreads, 1) sample_op_run(const EngineParams params, u32 num_tiles, u64* times) {
+extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) sample_op_run(const __grid_constant__ EngineParams params, u32 num_tiles, u64* times) {
   const u64 start_ns = device_clock_ns();
   const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[0]);
   const LogitTiles tiles{num_tiles != 0 ? reinterpret_cast<const u64*>(params.workspaces[kWsLogitBest]) : nullptr, num_tiles};
-  run_sample(params, plan, worker_memory(), tiles);
+  sample_rows(params, plan, reinterpret_cast<SampleScratch*>(worker_memory()), tiles);
   named_barrier_sync<1, kComputeThreads>();  // the CTA's end is that of its last thread
   if (threadIdx.x == 0) {
     times[2 * blockIdx.x] = start_ns;
