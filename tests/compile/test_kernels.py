@@ -31,8 +31,9 @@ NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
 REGISTERS_PER_MULTIPROCESSOR = 65536
 REGISTERS_ALLOCATED_AT_ONCE = 8  # per thread
 # On the Hopper kernel's stack: a word of predicates that live through the loop over ops, a convergence barrier of the roles' branch, words of the
-# warp that plans attention, what attention's loop over units and the wide tails keep: 154. The loops over slices and pages, which are the hot ones, spill none
-# (device/PERFORMANCE.md). On the portable kernel's: around the call of the sample op, for sm_120a alone: 112. To be brought back to 0.
+# warp that plans attention, what attention's loop over units and the wide tails keep: 154. The loops over slices and pages, which are the
+# hot ones, spill none (device/PERFORMANCE.md). On the portable kernel's: around the call of the sample op, for sm_120a alone: 112. To be
+# brought back to 0.
 MOST_SPILL_BYTES = {KERNEL_SOURCE: 156, PORTABLE_SOURCE: 112}
 
 QWEN_3_4B = LLAMA_3_8B | {
