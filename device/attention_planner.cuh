@@ -93,12 +93,12 @@ struct NarrowCuts {
 // whose pages stand behind in the ring. `place`: within a share of num_units units of unit_pages each. Decode of equal contexts, 256 rows: a CTA with units
 // that end together was done with its pages after 420k clk, one without after 450k (PERFORMANCE.md).
 BK_INLINE u32 aligned_place(u32 place, u32 first_offset, u32 unit_pages, u32 num_units, u32 warpgroup_pages) {
-  constexpr u32 kMostPart = 7;  // of a warpgroup's pages
+  constexpr u32 kLeastPerMoved = 7;  // pages that a warpgroup has for each that moves
   if (first_offset >= unit_pages) return place;
   const u32 unit = place + unit_pages / 2 <= first_offset ? 0 : min((place + unit_pages / 2 - first_offset) / unit_pages, num_units - 1);
   const u32 aligned = unit * unit_pages + first_offset;
   const u32 moved = aligned > place ? aligned - place : place - aligned;
-  return moved * kMostPart <= warpgroup_pages ? aligned : place;
+  return moved * kLeastPerMoved <= warpgroup_pages ? aligned : place;
 }
 
 // Writes one WindowSchedule.

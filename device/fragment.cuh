@@ -3,7 +3,7 @@
 // A tail (gemm_epilogues.cuh) runs once an op and layer, and by then the instruction caches are full of other code: an instruction that is not there costs 10 to 25
 // clk, one that is there 2 (PERFORMANCE.md). So there is one copy of a tail's code for all columns: it takes them in steps, and since registers have no index
 // the fragment moves down a step in each turn.
-// Used by device/gemm.cuh, gemm_wide.cuh, the epilogues. Test: pytest -m gpu tests/gpu/test_gemm.py; without a GPU: pytest tests/host/test_worker_sm90_simt.py
+// Used by device/gemm.cuh, gemm_wide.cuh, the epilogues, attention's ways out. Test: pytest -m gpu tests/gpu/test_gemm.py; without a GPU: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
 #include <activation_layout.cuh>
 
@@ -34,7 +34,6 @@ struct ReadsNothing {
   template <int>
   using Loaded = Nothing;
 
-  template <bool>
   BK_INLINE Nothing rows(u32) const {
     return Nothing{};
   }
@@ -70,7 +69,7 @@ struct FragmentTail {
   Rows rows;
   Loaded loaded[kSteps];  // [step]
 
-  BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.template rows<kWide>(first_row)) {
+  BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.rows(first_row)) {
 #pragma unroll
     for (u32 i = 0; i < kFirst; i++) load(i);
   }

@@ -102,8 +102,8 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
   constexpr u32 kSliceBytes = kTileRows * 128;
   const u32 input_bytes = input_rows * 128;
   const u32 stage_inputs = kInputStageBytes / input_bytes;  // slices in an input stage: 2, 4, 8 or 16
-  u32 given_weights = kNone;  // stages whose last reader is the group in flight
-  u32 given_inputs = kNone;
+  u32 used_weights = kNone;  // stages whose last reader is the group in flight
+  u32 used_inputs = kNone;
   u32 in_stage = 0;         // slices of the current input stage that are used up
   u32 in_weight_stage = 0;  // and of the weight stage
 #pragma unroll 1
@@ -118,25 +118,25 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
     wgmma_commit();
     in_weight_stage += kGroup;
     in_stage += kGroup;
-    const bool weights_used = in_weight_stage == kStageSlices;
-    const bool inputs_used = in_stage == stage_inputs;
+    const bool ends_weights = in_weight_stage == kStageSlices;
+    const bool ends_inputs = in_stage == stage_inputs;
     wgmma_wait<1>();  // the group before is done
-    loop.give_weights(given_weights, given_weights != kNone);
-    loop.give_inputs(given_inputs, given_inputs != kNone);
-    given_weights = weights_used ? loop.weights.stage : kNone;
-    given_inputs = inputs_used ? loop.inputs.stage : kNone;
-    if (weights_used) {
+    loop.give_weights(used_weights, used_weights != kNone);
+    loop.give_inputs(used_inputs, used_inputs != kNone);
+    used_weights = ends_weights ? loop.weights.stage : kNone;
+    used_inputs = ends_inputs ? loop.inputs.stage : kNone;
+    if (ends_weights) {
       loop.advance_weights();
       in_weight_stage = 0;
     }
-    if (inputs_used) {
+    if (ends_inputs) {
       loop.advance_inputs();
       in_stage = 0;
     }
   }
   wgmma_wait<0>();
-  loop.give_weights(given_weights, given_weights != kNone);
-  loop.give_inputs(given_inputs, given_inputs != kNone);
+  loop.give_weights(used_weights, used_weights != kNone);
+  loop.give_inputs(used_inputs, used_inputs != kNone);
 #pragma unroll 1
   for (u32 slice = num_slices / kGroup * kGroup; slice < num_slices; slice++) {  // a last group that is not full
     if (in_weight_stage == 0) loop.wait_weights();

@@ -2,7 +2,7 @@
 //
 // An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x packed weight rows from `column_begin`, in steps (fragment.cuh).
 //   step_columns<kColumns>()     columns that finish() takes at a time, of a fragment of kColumns
-//   rows<kWide>(row)             before the main loop: what depends on the rows alone
+//   rows(row)                    before the main loop: what depends on the rows alone
 //   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, or as soon as kTailRegisters allow
 //   finish<kStep, kWide>(...)    with a step's products in d
 //   kMostRolledSteps             up to so many steps share one copy of the code

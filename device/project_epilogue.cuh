@@ -29,7 +29,6 @@ struct ProjectEpilogue {
   BK_INLINE static constexpr u32 step_columns() {
     return kColumns < kSquaresColumns ? kHalfColumns : kSquaresColumns;
   }
-  template <bool>
   BK_INLINE Nothing rows(u32) const {
     return Nothing{};
   }

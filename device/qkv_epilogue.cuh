@@ -57,7 +57,7 @@ struct QkvEpilogue {
 
   // Where a block of 8 columns goes, the same for all rows: computed once a warp, in uniform registers.
   struct Target {
-    u32 offset;  // bytes from Place.query, or from Place.cache to the first chunk of the token
+    u32 offset;  // bytes from the row's query, or from Place.cache to the first chunk of the token
     u32 chunk;   // within 64 dimensions; in the cache it is swizzled
     bool is_query;
     bool exists;
@@ -80,7 +80,6 @@ struct QkvEpilogue {
     return (target.is_query ? query : place.cache) + (target.offset + (target.is_query ? 0 : swizzled));
   }
 
-  template <bool>
   BK_INLINE Rows rows(u32 row_begin) const {
     const u32 first_row = row_begin + fragment_row(0);
     const u32 lane = lane_column();

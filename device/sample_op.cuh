@@ -86,7 +86,7 @@ __device__ __noinline__ void run_sample_out_of_line(const EngineParams& params, 
                                                     u32 num_tiles) {
   sample_rows(params, plan, reinterpret_cast<SampleScratch*>(__cvta_shared_to_generic(scratch_address)), LogitTiles{tile_best, num_tiles});
 }
-BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch_bytes, const LogitTiles& tiles = LogitTiles{nullptr, 0}) {
+BK_INLINE void run_sample(const EngineParams& params, const StepPlan* plan, u8* scratch_bytes, const LogitTiles& tiles) {
   run_sample_out_of_line(params, plan, static_cast<u32>(__cvta_generic_to_shared(scratch_bytes)), tiles.best, tiles.num_tiles);
 }
 

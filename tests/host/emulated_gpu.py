@@ -94,10 +94,10 @@ class EmulatedContext:
 
 
 class EmulatedWorkers(StepRunner):
-    """StepRunner's plans and pages, on emulated CTAs. device: the folder of the sources; defines: macros, as BK_WIDE_TOKENS=128."""
+    """StepRunner's plans and pages, on emulated CTAs. device: the folder of the sources."""
 
     def __init__(
-        self, folder: Path, build_folder: Path, num_workers: int, *, defines: dict[str, str] | None = None, device: Path = ROOT / "device",
+        self, folder: Path, build_folder: Path, num_workers: int, *, device: Path = ROOT / "device",
         max_step_tokens: int = 384, max_batch: int = 16,
     ) -> None:  # fmt: skip
         self.config = read_model_config(folder)
@@ -105,8 +105,9 @@ class EmulatedWorkers(StepRunner):
         self.shape = kernel_shape(self.config, num_workers)
         context = EmulatedContext(build(SIMT90 / "pack_weights_cpu.cpp", build_folder / "pack.so", {}, device))
         self.context: Any = context
-        macros = self.shape.defines() | (defines or {})
-        self._library = build(SIMT90 / "worker_sm90_simt.cpp", build_folder / "workers.so", macros, device)
+        self._library = build(
+            SIMT90 / "worker_sm90_simt.cpp", build_folder / "workers.so", self.shape.defines(), device
+        )
         target = GpuTarget(self.context, self.config, b"", num_workers)
         self.model = load_model(folder, target, compute="bf16")
         target.finish()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,26 @@ from blinkimp.host.device_protocol import DeviceError
 from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.gpu_driver import GpuProperties
 from blinkimp.host.parking import Doorbell, WakeThread
-from blinkimp.host.shared_memory import QueuePairGeometry, create_engine_regions
+from blinkimp.host.shared_memory import EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.watchdog import Watchdog
 from blinkimp.ring_abi import EngineCommand, EngineState
 from tests.host.engine_support import PortClient, running_engine, wait_for
 from tests.support import PATIENCE_S
 
 PARK_S = 0.15
+
+
+@contextlib.contextmanager
+def regions_of(num_queue_pairs: int) -> Iterator[EngineRegions]:
+    """Shared memory of an engine that nobody runs."""
+    name, geometry = f"parking-{secrets.token_hex(4)}", QueuePairGeometry(16, 16, 4096)
+    regions = create_engine_regions(
+        name, num_queue_pairs=num_queue_pairs, geometry=geometry, max_context=64, vocab_size=100
+    )
+    try:
+        yield regions
+    finally:
+        regions.unlink()
 
 
 def test_a_parked_engine_serves_as_if_nothing_had_happened(tiny: Path) -> None:
@@ -80,14 +94,7 @@ def test_it_does_not_park_unless_asked(tiny: Path) -> None:
 
 def test_what_rings() -> None:
     """A submission of an attached ingress, an attach, a detach, a command; not what an ingress of the past left behind."""
-    regions = create_engine_regions(
-        f"bell-{secrets.token_hex(4)}",
-        num_queue_pairs=2,
-        geometry=QueuePairGeometry(16, 16, 4096),
-        max_context=64,
-        vocab_size=100,
-    )
-    try:
+    with regions_of(2) as regions:
         doorbell = Doorbell(regions.engine_page, regions.queue_pairs)
         words = regions.queue_pairs[1].view(abi.QUEUE_PAIR)[0]
         page = regions.engine_page.view(abi.ENGINE_PAGE)[0]
@@ -109,8 +116,6 @@ def test_what_rings() -> None:
         assert not doorbell.rings(), "nobody is attached"
         page["control"]["command"] = EngineCommand.DRAIN
         assert doorbell.rings(), "command"
-    finally:
-        regions.unlink()
 
 
 class RecordingContext:
@@ -142,14 +147,7 @@ def test_a_parked_gpu_is_launched_again_without_a_wait(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_device, "allocate_engine", lambda *_: params)
     with pytest.raises(DeviceError, match=r"resume\(\) before start"):
         device.resume()
-    regions = create_engine_regions(
-        f"again-{secrets.token_hex(4)}",
-        num_queue_pairs=1,
-        geometry=QueuePairGeometry(16, 16, 4096),
-        max_context=64,
-        vocab_size=100,
-    )
-    try:
+    with regions_of(1) as regions:
         times = {"ingress_timeout_ns": 1, "spin_budget_ns": 2, "parked_after_ns": 3}
         launch: Any = SimpleNamespace(regions=regions, model=None, sizes=None, **times)
         shape: Any = SimpleNamespace(shared_memory_bytes=1 << 10, num_threads=384)
@@ -166,8 +164,6 @@ def test_a_parked_gpu_is_launched_again_without_a_wait(monkeypatch: pytest.Monke
             ("start_fill", 0x5000, 0, abi.GRID_WORDS_BYTES, "stream"),
             first,
         ]
-    finally:
-        regions.unlink()
 
 
 class StoppedDevice:
@@ -180,14 +176,7 @@ class StoppedDevice:
 
 def test_the_host_wakes_a_gpu_and_the_watchdog_lets_it_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the GPU's host does, with a device that only counts."""
-    regions = create_engine_regions(
-        f"wake-{secrets.token_hex(4)}",
-        num_queue_pairs=1,
-        geometry=QueuePairGeometry(16, 16, 4096),
-        max_context=64,
-        vocab_size=100,
-    )
-    try:
+    with regions_of(1) as regions:
         page = regions.engine_page.view(abi.ENGINE_PAGE)[0]
         words = regions.queue_pairs[0].view(abi.QUEUE_PAIR)[0]
         resumed, is_wanted = threading.Event(), threading.Event()
@@ -231,5 +220,3 @@ def test_the_host_wakes_a_gpu_and_the_watchdog_lets_it_sleep(monkeypatch: pytest
         assert naps_before_resume == naps_before_ring and len(naps_before_ring) == 5, "at the next look"
         assert {naps[idx - 1] for idx in naps_before_ring} == {parking.PARKED_LOOK_S}, "while parked it looks often"
         assert parking.PARKED_LOOK_S <= 0.001
-    finally:
-        regions.unlink()
