@@ -14,7 +14,7 @@ import pytest
 
 from blinkimp.cli import main
 from blinkimp.client import Client
-from blinkimp.ring_abi import LEAST_TRACE_EVENTS
+from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
 from blinkimp.trace.figures import PHASES
 from blinkimp.trace.file import TraceFile
 from tests.host.engine_support import make_tiny_checkpoint, running_engine
@@ -89,10 +89,15 @@ def test_stats(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_timeline(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", "timeline", str(recorded), "--slowest", "1", "--tokens"]) == 0
+    # The cancelled one, which may well be the slowest, has no `ended`: its client did not want its end.
+    events = TraceFile(recorded).events
+    whole = int(events["request_id"][events["kind"] == int(TraceKind.ENDED)][0])
+    assert main(["trace", "timeline", str(recorded), "--request", hex(whole), "--tokens"]) == 0
     text = capsys.readouterr().out
     for words in ("received", "claimed", "polled", "queued", "prompt rows", "streamed", "ended", "ingress 0"):
         assert words in text
+    assert main(["trace", "timeline", str(recorded), "--slowest", "1"]) == 0
+    assert "finish drained" in capsys.readouterr().out
     assert main(["trace", "timeline", str(recorded), "--request", "0x7"]) == 1
     assert "--slowest" in capsys.readouterr().err
 
