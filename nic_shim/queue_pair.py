@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import functools
 import os
 import struct
 import time
@@ -26,9 +25,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from blinkimp import native
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import Region, open_queue_pair
+from blinkimp.nic_shim.port_library import port_library
 
 HEARTBEAT_PERIOD_NS = 20_000_000  # a fifth of what ring_abi.h asks for
 HEARTBEAT_TIMEOUT_S = 2.0  # an owner whose heartbeat is older is taken over
@@ -80,43 +79,10 @@ _HEADER_FIELDS = (
 _POWERS_OF_TWO = frozenset({"num_submissions", "num_completions", "arena_bytes"})
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The native library with the signatures of device/emu/ingress_port.cpp."""
-    library = native.load()
-    handle, u32, u64, i32 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
-    pointer, u64_out = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "bk_port_check_header": (u32, [pointer, u64, u64_out, u64_out]),
-        "bk_port_open": (handle, [pointer, u64, u64]),
-        "bk_port_close": (None, [handle]),
-        "bk_port_heartbeat_start": (i32, [handle, u64]),
-        "bk_port_heartbeat_stop": (None, [handle]),
-        "bk_port_renew_lease": (None, [handle, u64]),
-        "bk_port_heartbeat": (u32, [handle]),
-        "bk_port_try_attach": (u32, [handle, u64]),
-        "bk_port_attach_answered": (u32, [handle]),
-        "bk_port_detach": (None, [handle]),
-        "bk_port_state": (u32, [handle]),
-        "bk_port_epoch": (u64, [handle]),
-        "bk_port_try_submit": (u32, [handle, pointer]),
-        "bk_port_try_load_constraint": (u32, [handle, u32, pointer, u64, u64_out]),
-        "bk_port_try_cancel": (u32, [handle, u64]),
-        "bk_port_try_ping": (u32, [handle, u64, u64]),
-        "bk_port_poll": (u32, [handle, pointer, u32]),
-        "bk_port_wait": (u32, [handle, i32, u64]),
-    }
-    for name, (result_type, argument_types) in signatures.items():
-        function = getattr(library, name)
-        function.restype = result_type
-        function.argtypes = argument_types
-    return library
-
-
 def check_header(region: Region) -> None:
     """Raises QueuePairError unless every header word that the port relies on is sound."""
     got, expected = ctypes.c_uint64(), ctypes.c_uint64()
-    field_idx = _library().bk_port_check_header(
+    field_idx = port_library().bk_port_check_header(
         region.address, region.region_bytes, ctypes.byref(got), ctypes.byref(expected)
     )
     if field_idx:
@@ -178,7 +144,7 @@ class QueuePairPort:
         self.num_constraint_slots = int(header["num_constraint_slots"])
         self.constraint_slot_bytes = int(header["constraint_slot_bytes"])
         self._heartbeat_timeout_ns = int(heartbeat_timeout_s * 1e9)
-        self._library = _library()
+        self._library = port_library()
         self._handle: int | None = self._library.bk_port_open(region.address, region.region_bytes, os.getpid())
         if self._handle is None:
             raise QueuePairError(f"queue pair {region.name}: no memory for a port; free some memory and try again")
@@ -368,6 +334,23 @@ class QueuePairPort:
 
     def try_ping(self, request_id: int, client_ns: int) -> PortStatus:
         return PortStatus(self._library.bk_port_try_ping(self._handle, request_id, client_ns))
+
+    def ping(self, request_id: int, *, spin_s: float, timeout_s: float) -> tuple[PortStatus, int, int]:
+        """A round trip, timed natively: its status, when it was committed (its client_ns), when a completion was first seen.
+
+        For a port that has nothing else on its way: the answer is left for poll(), and one that is there before is BUSY. PENDING: no
+        answer in time. Spins for spin_s, then sleeps between its looks; the GIL is free meanwhile. Times are time.monotonic_ns()'s.
+        """
+        committed, seen = ctypes.c_uint64(), ctypes.c_uint64()
+        status = self._library.bk_port_ping(
+            self._handle,
+            request_id,
+            int(spin_s * 1e9),
+            int(timeout_s * 1e9),
+            ctypes.byref(committed),
+            ctypes.byref(seen),
+        )
+        return PortStatus(status), committed.value, seen.value
 
     def poll(self) -> npt.NDArray[np.void]:
         """All completions that are there, POLL_ENTRIES at most. The array is reused: copy what must outlive the next poll."""

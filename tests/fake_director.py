@@ -75,6 +75,7 @@ class FakeQueuePair:
         self.seen: list[FakeRequest] = []  # every request that was accepted, for the tests
         self.constraints: dict[int, bytes] = {}  # by slot: what was loaded, in order and without a gap
         self.num_cancels = 0
+        self.num_pings = 0
         self.hold_acks = False  # a test's way to keep arena and ring full
 
     # ---- Attach ----------------------------------------------------------------------------------------------------
@@ -130,6 +131,7 @@ class FakeQueuePair:
         op = int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT
         request_id = int(entry["request_id"])
         if op == abi.SUBMISSION_PING:
+            self.num_pings += 1
             self._queue(abi.COMPLETION_PONG, 0, 0, request_id, 0, 0.0, int(entry["client_ns"]))
         elif op == abi.SUBMISSION_CANCEL:
             self.num_cancels += 1

@@ -5,17 +5,20 @@
     python tools/director_gap.py --device emulated --shape embedded --batches 1,8
 
 gap: from the sight of the last worker's arrival (STEP_END) to the publication of the next plan (STEP_START), where both steps decode the
-whole batch. poll: from the ingress's commit of a PING to the director having taken it (POLLED). The two clocks are aligned by the pings
-themselves: each lies between its commit and the sight of its PONG, which bounds the offset from both sides; the figure is given for the worst
-offset and for the best. Test: pytest tests/host/test_director_gap.py
+whole batch. poll: from the ingress's commit of a PING to the director having taken it (POLLED). The clocks are aligned by what cannot be otherwise
+(blinkimp/trace/clock.py): a ping was committed before it was polled, polled before its PONG was seen; and the clock in the status page, stamped
+before it was seen. The figure is given for the latest and for the earliest that these allow each poll to have been.
+Test: pytest tests/host/test_director_gap.py
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,17 @@ from step_stats import header, write_report  # noqa: E402
 from blinkimp.cli.terminal import LoadingBars, set_up_logging  # noqa: E402
 from blinkimp.host.engine import Engine  # noqa: E402
 from blinkimp.host.power import open_nvml  # noqa: E402
-from blinkimp.host.shared_memory import open_trace  # noqa: E402
+from blinkimp.host.shared_memory import Region, open_engine_page, open_trace  # noqa: E402
 from blinkimp.host.trace_reader import TraceReader, events_of, high_half  # noqa: E402
+from blinkimp.host.watch_word import STATUS_DEVICE_NS, watch_word  # noqa: E402
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort  # noqa: E402
 from blinkimp.ring_abi import TraceKind  # noqa: E402
+from blinkimp.trace.clock import Bounds, align  # noqa: E402
 
 TRACE_EVENTS = 1 << 20
 PROMPT_TOKENS = 32
-PING_PAUSE_S = 0.0013  # no multiple of anything that the director does
+PING_PAUSE_S = 0.0005
+SIGHT_TIMEOUT_S = 0.002  # an idle director writes the status page more often than that
 
 
 def spread(values_us: NDArray[np.float64]) -> dict[str, Any]:
@@ -69,34 +75,59 @@ def gaps_us(events: NDArray[np.void], batch: int) -> NDArray[np.float64]:
     return np.array(found)
 
 
-def poll_us(committed: NDArray[np.int64], seen: NDArray[np.int64], polled: NDArray[np.int64]) -> dict[str, Any]:
-    """[n] each: commit and PONG by the host's clock, POLLED by the device's."""
-    least_offset, most_offset = int((polled - seen).max()), int((polled - committed).min())
-    if least_offset > most_offset:
-        raise BenchError(f"the clocks ran apart by {least_offset - most_offset} ns during the pings; repeat the run")
+@dataclass(frozen=True)
+class Moments:
+    """What was stamped on either side. [num_pings] int64 ns: committed, seen by the host's clock, polled by the device's; [num_sights] of the status
+    page's clock: its value and when the host saw it."""
+
+    committed: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    polled: NDArray[np.int64]
+    stamped: NDArray[np.int64]
+    sighted: NDArray[np.int64]
+
+
+def poll_us(moments: Moments) -> dict[str, Any]:
+    polled, committed = moments.polled, moments.committed
+    lower_at = np.concatenate([polled, moments.stamped])
+    clock = align(
+        Bounds(polled, polled - committed, lower_at, lower_at - np.concatenate([moments.seen, moments.sighted]))
+    )
+    if clock.record.slack_ns > 0:
+        raise BenchError(
+            f"the clocks ran apart by {clock.record.slack_ns:.0f} ns during the pings; expected them to run straight; repeat the run"
+        )
+    delay, error = clock.to_host(polled) - committed, clock.error_at(polled)
     return {
-        "if_latest": spread((polled - committed - least_offset) / 1e3),
-        "if_earliest": spread((polled - committed - most_offset) / 1e3),
-        "offset_known_within_us": (most_offset - least_offset) / 1e3,
+        "if_latest": spread((delay + error) / 1e3),
+        "if_earliest": spread(np.maximum(delay - error, 0) / 1e3),
+        "round_trip": spread((moments.seen - committed) / 1e3),
+        "offset_known_within_us": round(float(2 * error.max()) / 1e3, 3),
     }
 
 
-def measure_polls(port: QueuePairPort, reader: TraceReader, num_pings: int, timeout_s: float) -> dict[str, Any]:
+def measure_polls(
+    port: QueuePairPort, reader: TraceReader, page: Region, num_pings: int, timeout_s: float
+) -> dict[str, Any]:
     reader.read()
     committed, seen = np.zeros(num_pings, np.int64), np.zeros(num_pings, np.int64)
+    sights = []
     for i in range(num_pings):
-        time.sleep(PING_PAUSE_S)
-        committed[i] = time.monotonic_ns()
-        if port.try_ping(i, int(committed[i])) != PortStatus.OK:
-            raise BenchError("a ping found the submission ring full; the engine does not take submissions")
-        while not len(port.poll()):
-            if time.monotonic_ns() - committed[i] > timeout_s * 1e9:
-                raise BenchError(f"no PONG within {timeout_s:g} s\n{port.dump()}")
-        seen[i] = time.monotonic_ns()
+        sights.append(watch_word(page, STATUS_DEVICE_NS, num_changes=1, timeout_s=SIGHT_TIMEOUT_S))
+        time.sleep(
+            PING_PAUSE_S * random.random()
+        )  # the page is written at a moment of the director's choice; a ping comes at any
+        status, committed[i], seen[i] = port.ping(i, spin_s=timeout_s, timeout_s=timeout_s)
+        if status != PortStatus.OK or not len(port.poll()):
+            raise BenchError(
+                f"ping {i}: {status.name.lower()} after {timeout_s:g} s; expected its PONG; the engine does not take submissions\n{port.dump()}"
+            )
     time.sleep(0.1)
     events = events_of(reader.read(), TraceKind.POLLED)
     polled_at = dict(zip(events["argument"].tolist(), events["time_ns"].astype(np.int64).tolist(), strict=True))
-    return poll_us(committed, seen, np.array([polled_at[int(at)] for at in committed]))
+    polled = np.array([polled_at[int(at)] for at in committed])
+    stamped, sighted = (np.concatenate(parts) for parts in zip(*sights, strict=True))
+    return poll_us(Moments(committed, seen, polled, stamped, sighted))
 
 
 def measure(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -110,7 +141,8 @@ def measure(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
             report["device"] = engine.device.describe()
             client = Client(engine, port, bars, arguments.timeout)
             with TraceReader(open_trace(config.engine_name)) as reader:
-                report["poll"] = measure_polls(port, reader, arguments.pings, arguments.timeout)
+                with open_engine_page(config.engine_name) as page:
+                    report["poll"] = measure_polls(port, reader, page, arguments.pings, arguments.timeout)
                 for batch in arguments.batches:
                     reader.read()
                     client.run(f"batch {batch}", [Wave(batch, PROMPT_TOKENS, num_tokens)])
@@ -129,6 +161,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'':>10} {'p10 us':>9} {'median':>9} {'p99':>9} {'max':>9} {'n':>6}")
     rows = [(f"gap b{row['batch']}", row) for row in report["gaps"]]
     rows += [(f"poll {name[3:]}", report["poll"][name]) for name in ("if_earliest", "if_latest")]
+    rows.append(("ping", report["poll"]["round_trip"]))
     for name, row in rows:
         print(
             f"{name:>13} {row['p10_us']:>6.2f} {row['median_us']:>9.2f} {row['p99_us']:>9.2f} {row['max_us']:>9.2f} {row['n']:>6}"

@@ -69,6 +69,14 @@ class Clock:
         """The largest error of the whole trace; infinite where nothing is known."""
         return float(self._error.max()) if self.is_known else UNKNOWN_NS
 
+    def error_at(self, device_ns: NDArray[Any]) -> NDArray[np.float64]:
+        """[n] ns by which to_host() may be wrong at these times; infinite where nothing is known."""
+        if not self.is_known:
+            return np.full(len(device_ns), UNKNOWN_NS)
+        at = (device_ns.astype(np.int64) - self._at[0]).astype(np.float64)
+        errors: NDArray[np.float64] = np.interp(at, (self._at - self._at[0]).astype(float), self._error)
+        return errors
+
     def to_host(self, device_ns: NDArray[Any]) -> NDArray[np.int64]:
         """0, which stands for no time, stays 0. Where nothing is known the times are returned as they are."""
         times = device_ns.astype(np.int64)

@@ -43,8 +43,7 @@ SAMPLE_PERIOD_S: Final = 0.005
 ALIVE_PERIOD_S: Final = 0.5
 PING_PERIOD_S: Final = 0.1
 PING_TIMEOUT_S: Final = 0.05  # a step of a large batch may be that long
-PING_SPIN_NS: Final = 100_000  # an idle director answers within microseconds; a sleep would be most of what is measured
-PING_POLL_S: Final = 0.00002
+PING_SPIN_S: Final = 0.0001  # an idle director answers within microseconds; a sleep would be most of what is measured
 CLOCK_GRAIN_NS: Final = 2_000  # a GPU's SMs may see its clock change by so much at different moments
 FIRST_PINGS: Final = 20
 LAST_PINGS: Final = 5
@@ -65,17 +64,11 @@ class Pinger:
         ping_id = self._first_id + self.num_pings
         self.num_pings += 1
         self.port.poll()  # of one that was given up
-        sent_ns = time.monotonic_ns()
-        if self.port.try_ping(ping_id, sent_ns) != PortStatus.OK:
+        status, _, seen_ns = self.port.ping(ping_id, spin_s=PING_SPIN_S, timeout_s=PING_TIMEOUT_S)
+        entries = self.port.poll()
+        if status != PortStatus.OK or not len(entries) or int(entries["request_id"][-1]) != ping_id:
             return []
-        while time.monotonic_ns() - sent_ns < PING_TIMEOUT_S * 1e9:
-            entries = self.port.poll()
-            now_ns = time.monotonic_ns()
-            if len(entries) and int(entries["request_id"][-1]) == ping_id:
-                return [(now_ns, int(TraceKind.FIRST_DRAINED), self.port.queue_pair_idx, 0, ping_id, 0)]
-            if now_ns - sent_ns > PING_SPIN_NS:
-                time.sleep(PING_POLL_S)
-        return []
+        return [(seen_ns, int(TraceKind.FIRST_DRAINED), self.port.queue_pair_idx, 0, ping_id, 0)]
 
 
 class Recorder:

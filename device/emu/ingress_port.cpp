@@ -39,6 +39,7 @@ constexpr u32 kWaitStateChanged = 4;
 // for a few percent of that step, and a wait costs a few dozen wake-ups, however long it is.
 constexpr u64 kLeastWaitSliceNs = 50'000;
 constexpr u64 kMostWaitSliceNs = 250'000;
+constexpr u32 kPingSliceNs = 20'000;
 
 u64 lesser(u64 a, u64 b) { return a < b ? a : b; }
 
@@ -169,6 +170,23 @@ u32 bk_port_try_cancel(void* handle, u64 request_id) { return as_port(handle)->r
 
 u32 bk_port_try_ping(void* handle, u64 request_id, u64 client_ns) {
   return as_port(handle)->ring.try_operation(kSubmissionPing, request_id, client_ns);
+}
+
+// A round trip, timed without an interpreter in between: *committed_ns right before the entry is written, *seen_ns at the first sight of a completion, which
+// stays on the ring. That it is the answer the caller sees to: it has polled before. Spins for spin_ns, then sleeps in slices. kPortPending: none in time.
+u32 bk_port_ping(void* handle, u64 request_id, u64 spin_ns, u64 timeout_ns, u64* committed_ns, u64* seen_ns) {
+  const IngressPort& ring = as_port(handle)->ring;
+  if (ring.has_completion()) return kPortBusy;
+  *committed_ns = device_clock_ns();
+  const u32 status = as_port(handle)->ring.try_operation(kSubmissionPing, request_id, *committed_ns);
+  if (status != kPortOk) return status;
+  while (!ring.has_completion()) {
+    const u64 waited_ns = device_clock_ns() - *committed_ns;
+    if (waited_ns > timeout_ns) return kPortPending;
+    if (waited_ns > spin_ns) sleep_ns(kPingSliceNs);
+  }
+  *seen_ns = device_clock_ns();
+  return kPortOk;
 }
 
 u32 bk_port_poll(void* handle, void* out, u32 max_entries) {

@@ -27,7 +27,7 @@ def test_a_run_on_the_emulated_device(tmp_path: Path, capfd: pytest.CaptureFixtu
         assert 0 < row["p10_us"] <= row["median_us"] <= row["p99_us"] <= row["max_us"] and row["n"] >= 20
     poll = report["poll"]
     assert poll["if_earliest"]["n"] == 40 and poll["offset_known_within_us"] >= 0
-    assert 0 <= poll["if_earliest"]["p10_us"] <= poll["if_latest"]["p10_us"]
+    assert 0 <= poll["if_earliest"]["p10_us"] <= poll["if_latest"]["p10_us"] <= poll["round_trip"]["max_us"]
     assert "gap b4" in capfd.readouterr().out
 
 
@@ -46,16 +46,39 @@ def test_gaps_are_of_full_steps_in_a_row() -> None:
     assert director_gap.gaps_us(events, 2).tolist() == [1.2]
 
 
+NO_SIGHTS = np.zeros(0, np.int64)
+
+
 def test_clock_offset_is_bounded_from_both_sides() -> None:
     """The device's clock is 1,000,000 ns ahead; polls come 2 to 5 us after the commit, PONGs 1 us after the poll."""
     committed = np.arange(4, dtype=np.int64) * 100_000
-    delays = np.array([2000, 3000, 4000, 5000])
+    delays = np.array([2000, 5000, 4000, 2000])
     polled = committed + delays + 1_000_000
-    poll = director_gap.poll_us(committed, committed + delays + 1000, polled)
-    assert poll["offset_known_within_us"] == 3.0
-    assert poll["if_earliest"]["median_us"] == 1.5 and poll["if_latest"]["median_us"] == 4.5
+    poll = director_gap.poll_us(
+        director_gap.Moments(committed, committed + delays + 1000, polled, NO_SIGHTS, NO_SIGHTS)
+    )
+    assert poll["offset_known_within_us"] == pytest.approx(3.0, abs=0.01)
+    assert poll["if_earliest"]["median_us"] == pytest.approx(1.0, abs=0.01)
+    assert poll["if_latest"]["median_us"] == pytest.approx(4.0, abs=0.01) and poll["round_trip"]["median_us"] == 4.0
+
+
+def test_the_status_page_bounds_the_clocks_closer() -> None:
+    """Its clock is seen 0.2 us after it was stamped."""
+    committed = np.arange(4, dtype=np.int64) * 100_000
+    delays = np.array([2000, 5000, 4000, 2000])
+    polled = committed + delays + 1_000_000
+    stamped = polled + 30_000
+    sighted = stamped - 1_000_000 + 200
+    poll = director_gap.poll_us(director_gap.Moments(committed, committed + delays + 1000, polled, stamped, sighted))
+    assert poll["offset_known_within_us"] == pytest.approx(2.2, abs=0.05)
+    assert poll["if_latest"]["median_us"] == pytest.approx(3.2, abs=0.05)
+
+
+def test_clocks_that_contradict_each_other_are_told() -> None:
+    committed = np.arange(4, dtype=np.int64) * 100_000
+    polled = committed + 1_000_000 + np.array([2000, 12_000, 2000, 11_000])
     with pytest.raises(director_gap.BenchError, match="ran apart"):
-        director_gap.poll_us(committed, committed + delays, polled + np.array([0, 9000, 0, 0]))
+        director_gap.poll_us(director_gap.Moments(committed, committed + 3000, polled, NO_SIGHTS, NO_SIGHTS))
 
 
 @pytest.mark.parametrize("flags", [["--batches", "x"], ["--batches", "0"], ["--batches", "257"], ["--steps", "1"]])
