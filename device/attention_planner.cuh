@@ -27,27 +27,35 @@ struct WideWork {
   u32 num_pages;
 };
 
-// Writes wide_seqs and num_wide_items.
+// Writes wide_seqs, wide_rows and num_wide_items.
 BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, u32 lane) {
   const PlanSeq* seqs = plan_seqs(params, plan);
-  const u32 group = attention.group;
-  WideWork work{0, 0};
+  const u32 num_kv_heads = params.dims.num_kv_heads;
+  WideWork work[2] = {{0, 0}, {0, 0}};  // in items of 64 rows, of 128
   for (u32 seq_begin = 0; seq_begin < plan->num_seqs; seq_begin += 32) {
     const u32 seq_idx = seq_begin + lane;
     const bool live = seq_idx < plan->num_seqs;
     const PlanSeq seq = seqs[live ? seq_idx : 0];
-    const bool wide = live && (seq.num_rows != 1 || group > kNarrowRows);
+    const bool wide = live && (seq.num_rows != 1 || attention.group > kNarrowRows);
     const u32 wide_lanes = __ballot_sync(0xffffffffu, wide);
-    const u32 num_tiles = wide ? (seq.num_rows * group + kWideRows - 1) / kWideRows : 0;
+    const u32 num_rows = wide ? seq.num_rows * attention.group : 0;
     const u32 first_pages = seq.position_begin / kPageTokens + 1;
     const u32 last_pages = (seq.position_begin + seq.num_rows - 1) / kPageTokens + 1;
-    work.num_items += warp_sum(num_tiles * params.dims.num_kv_heads);
-    work.num_pages += warp_sum(wide ? (num_tiles * (first_pages + last_pages) + 1) / 2 * params.dims.num_kv_heads : 0);
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 num_tiles = (num_rows + (i + 1) * kTileRows - 1) / ((i + 1) * kTileRows);
+      work[i].num_items += warp_sum(num_tiles * num_kv_heads);
+      work[i].num_pages += warp_sum((num_tiles * (first_pages + last_pages) + 1) / 2 * num_kv_heads);
+    }
     if (lane == 0) attention.wide_seqs[seq_begin / 32] = wide_lanes;
   }
-  if (lane == 0) attention.num_wide_items = work.num_items;
+  const u32 size = work[0].num_items <= params.num_workers ? 0 : 1;
+  if (lane == 0) {
+    attention.wide_rows = (size + 1) * kTileRows;
+    attention.num_wide_items = work[size].num_items;
+  }
   __syncwarp();  // is_wide() below reads what lane 0 wrote
-  return work;
+  return WideWork{size ? work[1].num_items : work[0].num_items, size ? work[1].num_pages : work[0].num_pages};
 }
 
 // How the list of narrow pages is cut among the 2 * num_workers warpgroups: evenly, except that a CTA's wide items count against its share.

@@ -38,7 +38,8 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-template <int kHeadDim>
+// kIsStreamed: nobody else reads the page in this step.
+template <int kHeadDim, bool kIsStreamed>
 BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
@@ -52,7 +53,9 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
     } else {
       mbarrier_arrive(&shared.weights_full[cursor.stage]);
     }
-    bulk_copy_streamed(shared_memory + kRingOffset + cursor.stage * kWeightStageBytes, tile + i * kWeightStageBytes, kWeightStageBytes, full);
+    u8* place = shared_memory + kRingOffset + cursor.stage * kWeightStageBytes;
+    if constexpr (kIsStreamed) bulk_copy_streamed(place, tile + i * kWeightStageBytes, kWeightStageBytes, full);
+    else bulk_copy_to_shared(place, tile + i * kWeightStageBytes, kWeightStageBytes, full);
     cursor.advance(kWeightStages);
   }
 }
@@ -85,7 +88,7 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     }
     u32 next_page_id = 0;  // read before this page's copies are issued and stored after: its latency hides behind theirs
     if (own.num_pages) next_page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
-    produce_page<kHeadDim>(params, op.layer, page_id, kv_head, shared_memory, shared, cursor);
+    produce_page<kHeadDim, true>(params, op.layer, page_id, kv_head, shared_memory, shared, cursor);
     own.page_id = next_page_id;
   }
 }
@@ -111,7 +114,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
         fence_proxy_async();  // the rows were written by ordinary stores of other SMs
         has_waited = true;
       }
-      produce_page<kHeadDim>(params, op.layer, page_id, item.kv_head, shared_memory, shared, cursor);
+      produce_page<kHeadDim, false>(params, op.layer, page_id, item.kv_head, shared_memory, shared, cursor);
     }
   }
 }

@@ -4,7 +4,8 @@
 //   narrow  one row (decode). Units (row, kv head) of splits; all splits of a step stand in one list, cut by pages into one contiguous range
 //           for each warpgroup of the grid. A unit that several warpgroups share meets again in attention_merge.cuh.
 //   wide    several rows (prefill chunk): items (tile of 128 packed rows, kv head), each over all its keys; the longest first, dealt to the
-//           CTAs to and fro. Packed row p of a share is head p % group of the row's group, token p / group; each warpgroup takes 64.
+//           CTAs to and fro. Packed row p of a share is head p % group of the row's group, token p / group; each warpgroup takes 64. So few that
+//           there is a CTA for each tile of 64: then these are the items, because a warpgroup alone is sooner through its pages than two.
 // CTAs with more wide work get shorter narrow ranges. A step has one wide list and a narrow one per window size among the layers.
 // I1 Every CTA computes the same cuts: from the same plan, with the same integer and double arithmetic.
 // I2 The producer and the two warpgroups walk the same ranges in the same order.
@@ -17,8 +18,7 @@
 
 namespace blinkimp {
 
-constexpr u32 kWideRows = 128;    // of an item; half for each warpgroup
-constexpr u32 kTileRows = 64;     // wgmma's M
+constexpr u32 kTileRows = 64;     // wgmma's M: packed rows of a warpgroup
 constexpr u32 kNarrowRows = 16;   // heads of a group that a decode row may have: one warp's rows. Larger groups are computed wide
 constexpr u32 kMaxWindows = 2;    // window sizes among the layers of a model
 constexpr u32 kMaxSeqs = 256;     // of a step: kMaxBatch of director_state.cuh
@@ -98,7 +98,7 @@ struct AttentionShared {
   u32 group;                            // query heads of a kv head (a division otherwise)
   u32 num_windows;
   u32 num_wide_items;
-  u32 reserved0;
+  u32 wide_rows;                        // packed rows of a wide item: 64 or 128
   u32 wide_seqs[kMaxSeqs / 32];         // bit i of word w: share 32w + i is computed wide
   WindowSchedule windows[kMaxWindows];  // [num_windows]
   ProducerWalk producer_walks[2];       // [warpgroup] writer and reader: the producer
@@ -189,13 +189,13 @@ BK_INLINE bool next_wide_item(const EngineParams& params, const PlanSeq* seqs, c
     if (!is_wide(attention, walk.seq_idx)) continue;
     const PlanSeq& seq = seqs[walk.seq_idx];
     const u32 num_packed = seq.num_rows * group;
-    const u32 num_tiles = (num_packed + kWideRows - 1) / kWideRows;
+    const u32 num_tiles = (num_packed + attention.wide_rows - 1) / attention.wide_rows;
     const u32 within = item_idx - walk.items_before;
     if (within < num_tiles * num_kv_heads) {
       item->seq_idx = walk.seq_idx;
       item->kv_head = within % num_kv_heads;
-      item->tile_begin = (num_tiles - 1 - within / num_kv_heads) * kWideRows;  // the longest first
-      item->tile_end = min(item->tile_begin + kWideRows, num_packed);
+      item->tile_begin = (num_tiles - 1 - within / num_kv_heads) * attention.wide_rows;  // the longest first
+      item->tile_end = min(item->tile_begin + attention.wide_rows, num_packed);
       return true;
     }
     walk.items_before += num_tiles * num_kv_heads;
