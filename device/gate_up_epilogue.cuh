@@ -17,6 +17,8 @@ struct GateUpEpilogue : ReadsNothing {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;
+  static constexpr bool kTakesPieces = true;
+  static constexpr bool kMeets = false;
 
   template <int kColumns>
   BK_INLINE static constexpr u32 step_columns() {

@@ -95,8 +95,9 @@ BK_INLINE void multiply_slice(f32 (&d)[kColumns / 2], u64 a, u64 b) {
 
 // Narrow: groups of kGroup slices, which lie in one weight stage and in one input stage. A group's stages are given back when the next one's products are on their
 // way: given back before, a group would wait for its last product (2 to 3 % of a step of 16 to 64 rows).
-template <int kTileRows, int kColumns, int kGroup>
-BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f32 (&d)[kColumns / 2]) {
+// multiply(inputs, weights): the products of one slice, whose operands' descriptors these are.
+template <int kTileRows, int kGroup, class Multiply>
+BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, const Multiply& multiply) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
   static_assert(kStageSlices % kGroup == 0, "groups fill a weight stage");
   constexpr u32 kSliceBytes = kTileRows * 128;
@@ -114,7 +115,7 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
     const u64 b = loop.b_of(in_weight_stage * kSliceBytes);
     wgmma_fence();
 #pragma unroll
-    for (u32 j = 0; j < kGroup; j++) multiply_slice<kColumns>(d, a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
+    for (u32 j = 0; j < kGroup; j++) multiply(a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
     wgmma_commit();
     in_weight_stage += kGroup;
     in_stage += kGroup;
@@ -144,7 +145,7 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, f
     const u64 a = loop.a_of(in_stage * input_bytes);
     const u64 b = loop.b_of(in_weight_stage * kSliceBytes);
     wgmma_fence();
-    multiply_slice<kColumns>(d, a, b);
+    multiply(a, b);
     wgmma_commit();
     wgmma_wait<0>();
     in_weight_stage++;
@@ -175,8 +176,9 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
                 RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u};
-  if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kColumns, kStageSlices>(loop, uniform(shape.num_slices), input_rows, d);
-  else multiply_narrow<kTileRows, kColumns, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, d);  // 64 rows: an input stage has two slices
+  const auto multiply = [&](u64 inputs, u64 tile) { multiply_slice<kColumns>(d, inputs, tile); };
+  if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kStageSlices>(loop, uniform(shape.num_slices), input_rows, multiply);
+  else multiply_narrow<kTileRows, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, multiply);  // 64 rows: an input stage has two slices
   cursors = ConsumerCursors{loop.weights, loop.inputs};
 }
 

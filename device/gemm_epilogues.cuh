@@ -6,6 +6,8 @@
 //   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, or as soon as kTailRegisters allow
 //   finish<kStep, kWide>(...)    with a step's products in d
 //   kMostRolledSteps             up to so many steps share one copy of the code
+//   kTakesPieces                 16 columns may be a warp's own (gemm_swapped.cuh), not a part of what a warpgroup has
+//   kMeets                       finish() has a barrier of all compute threads
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns. Sums of products are spelled out (__fmaf_rn or not),
 // because an epilogue is compiled once for each shape of tile, and the compiler's choice could differ between them.
 // Speed: in a wide item the tensor cores rest meanwhile, and code that is not in the caches is ten times slower: loops over columns are rolled. A block of 8 columns begins at the same column in all threads: what

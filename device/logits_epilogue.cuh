@@ -26,6 +26,7 @@ struct LogitsEpilogue : ReadsNothing {
   const EngineParams& params;
   const Op& op;
   u32 num_rows;  // sampled ones
+  static constexpr bool kTakesPieces = false;  // but 56 columns, for the best of them
 
   template <int kColumns>
   BK_INLINE static constexpr u32 step_columns() {

@@ -13,6 +13,8 @@ struct ProjectEpilogue {
   WorkerShared& shared;
   u32 num_rows;
   static constexpr u32 kMostRolledSteps = 1;
+  static constexpr bool kTakesPieces = true;
+  static constexpr bool kMeets = true;
   static constexpr u32 kTailRegisters = 176;  // for products and loads, of a thread's 224
   static constexpr u32 kHalfColumns = kSquaresColumns / 2;
   using Rows = Nothing;

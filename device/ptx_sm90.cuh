@@ -78,6 +78,13 @@ BK_INLINE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Says to the compiler that these registers change here: what uses a product stays behind the wait for it.
+template <int kRegisters>
+BK_INLINE void settle(f32 (&d)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // ---- Warps -------------------------------------------------------------------------------------------------------
 template <int kRegisters>
 BK_INLINE void set_registers_down() {

@@ -11,6 +11,16 @@ template <int N>
 BK_INLINE void wgmma_m64_k16(f32 (&d)[N / 2], u64 a_descriptor, u64 b_descriptor, int accumulate);
 
 template <>
+BK_INLINE void wgmma_m64_k16<8>(f32 (&d)[4], u64 a_descriptor, u64 b_descriptor, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3"
+      "}, %4, %5, p, 1, 1, 0, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
+}
+
+template <>
 BK_INLINE void wgmma_m64_k16<16>(f32 (&d)[8], u64 a_descriptor, u64 b_descriptor, int accumulate) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"

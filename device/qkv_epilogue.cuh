@@ -27,6 +27,8 @@ struct QkvEpilogue {
 
   // A packed tile at a time, a head where heads are normalised.
   static constexpr u32 kMostRolledSteps = 2;
+  static constexpr bool kTakesPieces = kTileRows != kHeadDim;  // else a tile may be a head that is normalised
+  static constexpr bool kMeets = false;
   static constexpr u32 kTailRegisters = 152;  // for products and loads, of a thread's 224
   struct Rows {
     Place places[2];  // [half]

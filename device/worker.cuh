@@ -6,6 +6,7 @@
 // Called by device/persistent_kernel.cu. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 #pragma once
 #include <attention.cuh>
+#include <gemm_swapped.cuh>
 #include <gemm_wide.cuh>
 #include <gate_up_epilogue.cuh>
 #include <logits_epilogue.cuh>
@@ -283,9 +284,16 @@ template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   if (is_wide(num_rows)) {
     run_gemm_wide<kTileRows, kScaled>(params, op, num_rows, shared_memory, shared, epilogue);
-  } else {
-    run_gemm<kTileRows, kColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
+    return;
   }
+  if constexpr (kIsSwappable<kTileRows, Epilogue>) {
+    if (num_rows <= kMostSwappedRows) {
+      if (num_rows <= kMostSwappedRows / 2) run_gemm_swapped<kTileRows, kMostSwappedRows / 2, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
+      else run_gemm_swapped<kTileRows, kMostSwappedRows, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
+      return;
+    }
+  }
+  run_gemm<kTileRows, kColumns, kScaled>(params, gemm_shape(op, num_rows), shared_memory, shared, epilogue);
 }
 
 // The GEMM ops, at the tile widths that host/gpu_kernel.py chose. Tiles are divided at multiples of 8 rows, gate-up's at multiples of 16 (8 gate, 8 up).

@@ -39,6 +39,12 @@ struct RingCursor {
       phase ^= 1;
     }
   }
+  // Past `count` stages of a ring of num_stages.
+  BK_INLINE void advance_by(u32 count, u32 num_stages) {
+    stage += count;
+    phase ^= stage / num_stages & 1u;
+    stage %= num_stages;
+  }
 };
 
 struct ConsumerCursors {

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-WIDTHS = (16, 24, 32, 48, 56, 64, 96, 112, 128, 192, 224, 256)
+WIDTHS = (8, 16, 24, 32, 48, 56, 64, 96, 112, 128, 192, 224, 256)
 VALUE_WIDTHS = (64, 128)  # head dimensions
 DEVICE = Path(__file__).resolve().parent.parent / "device"
 

@@ -193,6 +193,27 @@ def test_an_op_has_more_slices_than_its_rings_hold(tmp_path: Path) -> None:
         assert (np.linalg.norm(got - wanted, axis=1) < 2e-2 * np.linalg.norm(wanted, axis=1)).all()
 
 
+def test_few_rows_leave_the_bits_of_many(tmp_path: Path) -> None:
+    """Up to 16 rows wgmma's operands change places. The tiles are as high as a large model's on a GPU: 48, 32 and 112 rows."""
+    config = CONFIG | {"intermediate_size": 448, "num_attention_heads": 1, "head_dim": 64}
+    tensors = write_checkpoint(tmp_path, config, np.random.default_rng(6))
+    workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=4)
+    assert (workers.shape.qkv_tile_rows, workers.shape.gate_up_tile_rows) == (48, 112)
+    tokens = np.random.default_rng(7).integers(0, workers.config.vocab, 90, dtype=np.uint32)
+    counts = (1, 7, 8, 9, 16, 17, 32)
+    script = Script(workers, [tokens] * (1 + len(counts)))
+    script.step((0, 90))
+    for idx in range(1, 1 + len(counts)):
+        script.step((idx, 90 - counts[idx - 1]))
+    for idx in range(1, 1 + len(counts)):
+        script.step((idx, counts[idx - 1]))
+    got = logits_of(workers, script, seed=0)
+    wanted = reference_logits(tensors, config, tokens)[89]
+    assert np.linalg.norm(got[0] - wanted) < 2e-2 * np.linalg.norm(wanted)
+    for num_rows, logits in zip(counts, got[-len(counts) :], strict=True):
+        np.testing.assert_array_equal(logits, got[0], err_msg=f"{num_rows} rows")
+
+
 def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:
     workers = EmulatedWorkers(folder, build_folder, num_workers=2, device=device)
     script = Script(workers, [np.arange(20, dtype=np.uint32)])

@@ -142,6 +142,9 @@ BK_INLINE void wgmma_wait() {
   simt90::run_wgmmas(kPending);
 }
 
+template <int kRegisters>
+BK_INLINE void settle(f32 (&)[kRegisters]) {}
+
 // ---- Warps -------------------------------------------------------------------------------------------------------
 template <int kId, int kNumThreads>
 BK_INLINE void named_barrier_sync() {
