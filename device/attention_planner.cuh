@@ -49,13 +49,13 @@ BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, A
     }
     if (lane == 0) attention.wide_seqs[seq_begin / 32] = wide_lanes;
   }
-  const u32 size = work[0].num_items <= params.num_workers ? 0 : 1;
+  const u32 chosen = work[0].num_items <= params.num_workers ? 0 : 1;
   if (lane == 0) {
-    attention.wide_rows = (size + 1) * kTileRows;
-    attention.num_wide_items = work[size].num_items;
+    attention.wide_rows = (chosen + 1) * kTileRows;
+    attention.num_wide_items = work[chosen].num_items;
   }
   __syncwarp();  // is_wide() below reads what lane 0 wrote
-  return WideWork{size ? work[1].num_items : work[0].num_items, size ? work[1].num_pages : work[0].num_pages};
+  return WideWork{chosen ? work[1].num_items : work[0].num_items, chosen ? work[1].num_pages : work[0].num_pages};
 }
 
 // How the list of narrow pages is cut among the 2 * num_workers warpgroups: evenly, except that a CTA's wide items count against its share.
