@@ -213,6 +213,8 @@ def test_few_rows_leave_the_bits_of_many(tmp_path: Path) -> None:
     assert np.linalg.norm(got[0] - wanted) < 2e-2 * np.linalg.norm(wanted)
     for num_rows, logits in zip(counts, got[-len(counts) :], strict=True):
         np.testing.assert_array_equal(logits, got[0], err_msg=f"{num_rows} rows")
+
+
 def test_the_host_counts_rounds_as_the_rule_does(
     checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path
 ) -> None:
