@@ -38,8 +38,15 @@ from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
 from blinkimp.transport import Security, detect_lost_hosts
 
 __all__ = [
-    *("BadRequestError", "Chunk", "Client", "ClientError", "Completion", "EndpointError"),
-    *("RequestRefusedError", "ServerTimeoutError", "TokenStream"),
+    "BadRequestError",
+    "Chunk",
+    "Client",
+    "ClientError",
+    "Completion",
+    "EndpointError",
+    "RequestRefusedError",
+    "ServerTimeoutError",
+    "TokenStream",
 ]
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -66,8 +73,8 @@ def connect_socket(socket: zmq.Socket[Any], endpoint: str, context: zmq.Context[
     except zmq.ZMQError as error:
         context.destroy()
         raise EndpointError(
-            f"endpoint: got {endpoint!r} ({zmq.strerror(error.errno or 0)}), expected a server's, such as tcp://127.0.0.1:5555 or ipc:///run/blinkimp; "
-            "correct it"
+            f"endpoint: got {endpoint!r} ({zmq.strerror(error.errno or 0)}), expected a server's, such as "
+            "tcp://127.0.0.1:5555 or ipc:///run/blinkimp; correct it"
         ) from None
 
 
