@@ -279,7 +279,13 @@ class Api:
     # ---- About the server ------------------------------------------------------------------------------------------
     def _model(self, name: str) -> Model:
         port = self.context.engine.link.port
-        return Model(id=name, created=self._created, root=self.model_root, max_model_len=port.max_context)
+        return Model(
+            id=name,
+            created=self._created,
+            root=self.model_root,
+            max_model_len=port.max_context,
+            vocab_size=port.vocab_size,
+        )
 
     async def models(self, _: Request) -> Response:
         return _json(ModelList(data=[self._model(name) for name in self.context.model_names]))
