@@ -63,7 +63,7 @@ class FakeEngine:
     num_left = 0  # requests when a drain ends
 
     def num_requests(self) -> int:
-        has_drained = any(call[0] == "drain" for call in self.calls)
+        has_drained = any(isinstance(call, tuple) for call in self.calls)
         return FakeEngine.num_left if has_drained else 3
 
     def drain(self, timeout_s: float, should_give_up: Callable[[], bool]) -> bool:
