@@ -243,7 +243,7 @@ class Api:
             raise HttpError(
                 413,
                 f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_body_bytes}; send a shorter prompt, or "
-                "start the server with a larger --max-body-bytes",
+                "start the ingress (blinkimp.nic_shim.http_ingress) with a larger --max-body-bytes",
                 code="too_large",
             )
         request.state.arrived_ns = time.monotonic_ns()
