@@ -17,7 +17,7 @@ from typing import Any
 
 import zmq
 
-from blinkimp.client import DEFAULT_TIMEOUT_S, configure_socket
+from blinkimp.client import DEFAULT_TIMEOUT_S, configure_socket, connect_socket
 from blinkimp.client_core import (
     CallState,
     Chunk,
@@ -54,7 +54,7 @@ class AsyncClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         configure_socket(self._socket, security)
-        self._socket.connect(endpoint)
+        connect_socket(self._socket, endpoint, self._context)
         self._core = ClientCore(endpoint, self._send, timeout_s=timeout_s, now=time.monotonic())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.TimerHandle | None = None

@@ -14,6 +14,7 @@ where they stopped. Test: pytest tests/host/test_clients.py
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -22,11 +23,13 @@ from typing import Any
 import zmq
 
 from blinkimp.client_core import (
+    BadRequestError,
     CallState,
     Chunk,
     ClientCore,
     ClientError,
     Completion,
+    EndpointError,
     RequestRefusedError,
     RequestState,
     ServerTimeoutError,
@@ -34,9 +37,20 @@ from blinkimp.client_core import (
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
 from blinkimp.transport import Security, detect_lost_hosts
 
-__all__ = ["Chunk", "Client", "ClientError", "Completion", "RequestRefusedError", "ServerTimeoutError", "TokenStream"]
+__all__ = [
+    "BadRequestError",
+    "Chunk",
+    "Client",
+    "ClientError",
+    "Completion",
+    "EndpointError",
+    "RequestRefusedError",
+    "ServerTimeoutError",
+    "TokenStream",
+]
 
 DEFAULT_TIMEOUT_S = 30.0
+MAX_PORT = 65535
 
 
 def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None:
@@ -49,6 +63,21 @@ def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None
         security(socket)
 
 
+def connect_socket(socket: zmq.Socket[Any], endpoint: str, context: zmq.Context[Any]) -> None:
+    """Raises EndpointError, and ends the context, which has no other socket yet: an open one would keep the process from ending."""
+    port = endpoint.rpartition(":")[2]
+    try:
+        if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > MAX_PORT:
+            raise zmq.ZMQError(errno.EINVAL)  # libzmq would connect to another port, without a word
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        context.destroy()
+        raise EndpointError(
+            f"endpoint: got {endpoint!r} ({zmq.strerror(error.errno or 0)}), expected a server's, such as "
+            "tcp://127.0.0.1:5555 or ipc:///run/blinkimp; correct it"
+        ) from None
+
+
 class Client:
     """One connection. timeout_s: how long the server may be silent while something is asked of it."""
 
@@ -58,7 +87,7 @@ class Client:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         configure_socket(self._socket, security)
-        self._socket.connect(endpoint)
+        connect_socket(self._socket, endpoint, self._context)
         self._core = ClientCore(endpoint, self._send, timeout_s=timeout_s, now=time.monotonic())
 
     def close(self) -> None:

@@ -62,6 +62,14 @@ class RequestRefusedError(ClientError):
         self.code = error.code
 
 
+class EndpointError(ClientError, ValueError):
+    """An address that cannot be one of a server."""
+
+
+class BadRequestError(ClientError, ValueError):
+    """A field that the protocol does not have, or not with this value; nothing was sent."""
+
+
 class ServerTimeoutError(ClientError, TimeoutError):
     """The server was silent for too long."""
 
@@ -155,7 +163,7 @@ class ClientCore:
     def submit(
         self, prompt: str | Sequence[int], sampling: dict[str, Any], now: float, *, stream: bool, detokenize: bool
     ) -> RequestState:
-        """Raises ValueError for a field of Sampling, or one of REQUEST_FIELDS, that does not exist or cannot be."""
+        """Raises BadRequestError for a field of Sampling, or one of REQUEST_FIELDS, that does not exist or cannot be."""
         try:
             options = {name: value for name, value in sampling.items() if name in REQUEST_FIELDS}
             checked = msgspec.convert(
@@ -163,9 +171,15 @@ class ClientCore:
             )
             msgspec.convert({"type": "submit", "id": 0, "prompt": "", **options}, Submit)
         except msgspec.ValidationError as error:
+            expected, _, path = str(error).partition(" - at `$.")
+            name = path.rstrip("`")
+            if name:
+                value = sampling.get(name.partition("[")[0])
+                words = expected[0].lower() + expected[1:].replace("`", "")
+                raise BadRequestError(f"{name}: got {value!r}, {words}; correct it") from None
             fields = ", ".join((*Sampling.__struct_fields__, *REQUEST_FIELDS))
-            raise ValueError(
-                f"sampling cannot be used: {error}; got {sampling!r}; expected fields out of {fields}; correct it"
+            raise BadRequestError(
+                f"sampling: got {', '.join(sampling)}; {error}; expected fields out of {fields}; correct it"
             ) from None
         ids = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
         state = RequestState(Submit(self._take_id(), ids, checked, stream=stream, detokenize=detokenize, **options))
@@ -235,7 +249,7 @@ class ClientCore:
             self.fail_all(
                 ServerTimeoutError(
                     f"no word from {self.endpoint} for {silent_s:.1f} s; expected one each {ALIVE_PERIOD_S:g} s; "
-                    "check that the server runs and the address is right, or raise timeout_s"
+                    "check that the server runs, that the address is right and that it asks for no CURVE key, or raise timeout_s"
                 )
             )
             return

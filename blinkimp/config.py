@@ -21,6 +21,7 @@ from msgspec import Meta
 from blinkimp import ring_abi
 
 ENVIRONMENT_PREFIX = "BLINKIMP_"
+MAX_PORT = 65535
 # Variables that are not configuration of an engine; README, "Environment".
 OTHER_VARIABLES = {
     "BLINKIMP_API_KEY": "HTTP: API keys, separated by commas, beside those of api_key_file",
@@ -351,4 +352,21 @@ def load_config(
         raise ConfigError(
             f"{missing}: got nothing, expected a file, because the other of curve_key and curve_clients is set; give both"
         )
+    _check_ports(config)
     return config
+
+
+def _check_ports(config: Config) -> None:
+    """ZeroMQ would listen on another port than one that does not exist, without a word."""
+    for name in ("http", "metrics"):
+        address = getattr(config, name)
+        if address and int(address.rpartition(":")[2]) > MAX_PORT:
+            raise ConfigError(f"{name}: got {address!r}, expected a port from 0 to {MAX_PORT}; choose another")
+    port = config.bind.rpartition(":")[2]
+    if not config.bind.startswith("tcp://") or port == "*":
+        return
+    if not port.isdecimal() or int(port) + config.num_ingress - 1 > MAX_PORT:
+        raise ConfigError(
+            f"bind: got {config.bind!r} for {config.num_ingress} ingress processes, expected a port up to {MAX_PORT} for each, such as "
+            "tcp://127.0.0.1:5555, or tcp://127.0.0.1:* for any free one; choose another"
+        )

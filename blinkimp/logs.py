@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 LogFormat = Literal["text", "json"]
-TEXT_FORMAT: Final = "%(asctime)s %(name)s %(levelname)s %(message)s"
+TEXT_FORMAT: Final = "%(asctime)s %(levelname)s {process}: %(message)s"
 MAX_WAITING_LINES: Final = 10_000
 LINES_PER_WRITE: Final = 64
 FLUSH_TIMEOUT_S: Final = 2.0
@@ -146,13 +146,14 @@ def set_up_logging(
     log_format: LogFormat,
     process: str,
     *,
-    text_format: str = TEXT_FORMAT,
+    text_format: str | None = None,
     datefmt: str | None = None,
     in_background: bool = False,
 ) -> None:
     """From now on everything that is logged goes to stderr; with JSON, warnings and uncaught exceptions too."""
     handler = BackgroundHandler() if in_background else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(text_format, datefmt))
+    text = TextFormatter(text_format or TEXT_FORMAT.format(process=process), datefmt)
+    handler.setFormatter(JsonFormatter(process) if log_format == "json" else text)
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
     if log_format == "json":
         log_uncaught()

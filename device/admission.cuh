@@ -94,10 +94,9 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
 // All lanes. The plan's last chunk, from first_new on, leaves to the next step the rows that this one does better without.
 BK_INLINE void cut_last_chunk(const EngineParams& params, const Lanes& lanes, StepPlan* plan, u32 first_new, StepDraft& draft) {
   if (params.cost_rows == 0 || first_new == draft.num_seqs) return;
-  if (lanes.is_first()) {
-    const u32 num_rows = rows_to_defer(params, draft.num_rows, draft.num_seqs);
-    if (num_rows != 0 && num_rows < plan_seqs(params, plan)[draft.num_seqs - 1].num_rows) shorten_last_chunk(params, plan, num_rows, draft);
-  }
+  const u32 num_rows = rows_to_defer(params, lanes, draft.num_rows, draft.num_seqs, plan_seqs(params, plan)[draft.num_seqs - 1].num_rows);
+  lanes.sync();  // hazard: lane 0 changes the sequence that the others have read
+  if (lanes.is_first() && num_rows != 0) shorten_last_chunk(params, plan, num_rows, draft);
   lanes.sync();  // hazard: the other lanes read the sequence
   draft.num_rows = lanes.broadcast(draft.num_rows, 0);
 }

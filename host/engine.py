@@ -193,10 +193,12 @@ class Engine:
 
     def is_busy(self) -> bool:
         """Whether a drain has not been noticed yet, or requests are still on their way."""
+        return self.status()["state"] in (EngineState.RUNNING, EngineState.PARKED) or self.num_requests() > 0
+
+    def num_requests(self) -> int:
+        """In the batch, waiting for it, or for their ingress to read."""
         status = self.status()
-        return status["state"] in (EngineState.RUNNING, EngineState.PARKED) or any(
-            status[name] for name in ("num_running", "num_waiting", "num_finishing")
-        )
+        return status["num_running"] + status["num_waiting"] + status["num_finishing"]
 
     def halt(self) -> bool:
         """STOP: what still runs is finished as `draining`; the device ends. The shared memory stays until stop()."""

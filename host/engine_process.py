@@ -125,14 +125,16 @@ class EngineProcess:
         while self._num_signals == 0:
             engine.check()
             time.sleep(WATCH_PERIOD_S)
-        status = engine.status()
-        num_requests = status["num_running"] + status["num_waiting"] + status["num_finishing"]
+        num_requests = engine.num_requests()
         timeout_s = self._order.config.drain_timeout_s
         _log.info("draining: %d requests have %g s to finish; another signal stops at once", num_requests, timeout_s)
-        if engine.drain(timeout_s, should_give_up=lambda: self._num_signals > 1):
-            _log.info("drained")
+        engine.drain(timeout_s, should_give_up=lambda: self._num_signals > 1)
+        if num_left := engine.num_requests():
+            _log.warning(
+                "%d requests were still running when the drain ended; they finish with reason `draining`", num_left
+            )
         else:
-            _log.warning("requests were still running when the drain ended; they finish with reason `draining`")
+            _log.info("drained")
 
     def _tune(self, engine: Engine) -> None:
         if any(self._order.tuning.values()):

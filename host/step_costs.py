@@ -3,8 +3,9 @@
     cost_rows, costs = step_costs(config, shape, num_workers)      EngineParams.cost_rows and .step_costs
 
 A step of more than 64 rows takes its GEMMs' tiles in rounds: device/gemm_wide_tiling.cuh says how many and how long, and so does this. Fewer rows
-take as long as the weights take to stream. Attention and sampling cost the same on either side of a cut, so they are left out. Where nothing is
-known of rounds, as of the portable kernel, there are no costs and no cuts.
+take as long as the weights take to stream. A step more has another LM head and another 32 beginnings and ends of attention; what attention and
+sampling do for a row costs the same on either side of a cut and is left out. Where nothing is known of rounds, as of the portable kernel, there
+are no costs and no cuts.
 Called by host/gpu_device.py, tools/bench_gemm_wide.py. Test: pytest tests/null/test_step_costs.py tests/host/test_worker_sm90_simt.py
 """
 
@@ -30,7 +31,8 @@ EPILOGUE_NS: Final = 4000
 BULK_COPY_NS: Final = 100
 SLICE_COLUMNS: Final = 64
 PROJECT_TILE_ROWS: Final = 32
-STREAM_BYTES_PER_NS: Final = 4000  # of a step of at most 64 rows, whole; 4,600 is the roof
+STREAM_BYTES_PER_NS: Final = 4300  # 4,600 is the roof
+ATTENTION_NS: Final = 10_000  # of a layer, however little there is to do
 LEAST_UNIT_NS: Final = 1000
 
 
@@ -82,11 +84,14 @@ def matrices_of(config: ModelConfig, shape: KernelShape) -> list[Matrix]:
     ]
 
 
-def step_ns(rows: int, matrices: list[Matrix], num_workers: int) -> int:
+def stream_ns(out_features: int, in_features: int) -> int:
+    return 2 * out_features * in_features // STREAM_BYTES_PER_NS
+
+
+def gemms_ns(rows: int, matrices: list[Matrix], num_workers: int) -> int:
     """Of a layer's GEMMs."""
     if rows <= HALVED_ROWS:
-        num_bytes = sum(2 * matrix.out_features * matrix.in_features for matrix in matrices)
-        return num_bytes // STREAM_BYTES_PER_NS + (1 + len(matrices)) * EPILOGUE_NS  # attention has an end, too
+        return sum(stream_ns(matrix.out_features, matrix.in_features) + EPILOGUE_NS for matrix in matrices)
     return sum(least_wide_time_ns(rows, matrix, num_workers) for matrix in matrices)
 
 
@@ -96,6 +101,7 @@ def step_costs(config: ModelConfig, shape: KernelShape, num_workers: int) -> tup
         return 0, np.zeros(abi.MAX_STEP_COSTS, np.uint16)
     matrices = matrices_of(config, shape)
     rows = [HALVED_ROWS, *(COST_ROWS * i for i in range(1, abi.MAX_STEP_COSTS))]
-    times_ns = [config.num_layers * step_ns(count, matrices, num_workers) for count in rows]
+    step_ns = config.num_layers * ATTENTION_NS + stream_ns(config.vocab, config.hidden)
+    times_ns = [config.num_layers * gemms_ns(count, matrices, num_workers) + step_ns for count in rows]
     unit_ns = max(LEAST_UNIT_NS, -(-max(times_ns) // np.iinfo(np.uint16).max))
     return COST_ROWS, np.array([-(-time_ns // unit_ns) for time_ns in times_ns], np.uint16)

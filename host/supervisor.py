@@ -11,7 +11,8 @@
 After a fault the ingresses live on: they submit what is unfinished again to the next engine, with the tokens that clients have already.
 SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most, through a fault and a restart if need be),
 ingresses flush, exit 0. A second signal stops at once. SIGSTOP stops only this process: engine, device and ingresses go on. If this
-process dies, the others die with it. Exit status: 0 drained, 1 the engine could not start, or has faulted too often (max_restarts).
+process dies, the others die with it. Exit status: 0 drained, 1 the engine or an ingress could not start (a port in use, say), or the engine
+has faulted too often (max_restarts).
 Called by blinkimp/cli and tests. Test: pytest tests/null/test_supervisor.py tests/host/test_server.py tests/host/test_recovery.py
 """
 
@@ -27,7 +28,7 @@ from types import FrameType
 from typing import Final
 
 from blinkimp.config import Config, ConfigError, load_config, model_folder
-from blinkimp.host.child_process import ChildProcess
+from blinkimp.host.child_process import EXIT_MISCONFIGURED, ChildProcess
 from blinkimp.host.device_protocol import Progress
 from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
 from blinkimp.host.engine_slot import EngineSlot, Phase
@@ -55,7 +56,13 @@ class ProcessSlot:
         self._backoff_s = FIRST_BACKOFF_S
         self._restart_at = 0.0
         self._is_ending = False
+        self._has_served = False
         self.child = self._start()
+
+    @property
+    def cannot_serve(self) -> bool:
+        """It has never served, and what is wrong will not go away by itself: its port is another's, a file of keys cannot be read."""
+        return not self._has_served and self.child.returncode() == EXIT_MISCONFIGURED
 
     def _start(self) -> ChildProcess:
         self._started_at = time.monotonic()
@@ -65,6 +72,7 @@ class ProcessSlot:
         """`ready ENDPOINT`, on the child's thread."""
         word, _, endpoint = line.decode(errors="replace").strip().partition(" ")
         if word == "ready":
+            self._has_served = True
             log_event(
                 _log, logging.INFO, "serving", f"{self.name} serves on {endpoint}", child=self.name, endpoint=endpoint
             )
@@ -113,6 +121,7 @@ class Supervisor:
         self._config = config
         self._progress = progress
         self._num_signals = 0
+        self._is_misconfigured = False
         self._ingresses: list[ProcessSlot] = []  # and the metrics
 
     def run(self) -> int:
@@ -145,7 +154,7 @@ class Supervisor:
             discard_regions(lock)
             lock.release()
             self._end_ingresses()
-        return 1 if engine.phase == Phase.FAILED else 0
+        return 1 if self._is_misconfigured or engine.phase == Phase.FAILED else 0
 
     def _serve(self, engine: EngineSlot) -> None:
         while self._num_signals == 0:
@@ -155,6 +164,14 @@ class Supervisor:
             if phase == Phase.RUNNING:
                 self._ingresses = self._ingresses or [*metrics_slots(self._config), *ingress_slots(self._config)]
                 for slot in self._ingresses:
+                    if slot.cannot_serve:
+                        text = "; it has said why above. Correct that, and start again: the server ends"
+                        log_event(
+                            _log, logging.ERROR, "child_not_started", slot.child.describe_exit() + text, child=slot.name
+                        )
+                        self._shut_down(engine)
+                        self._is_misconfigured = True
+                        return
                     slot.look()
             time.sleep(WATCH_PERIOD_S)
         self._shut_down(engine)

@@ -24,13 +24,18 @@ LOOK_PERIOD_S: Final = 0.05  # between looks for ended requests, and writes
 
 
 class ArrivalCapture:
-    """One file. Raises OSError where it cannot be made."""
+    """One file. Raises OSError, in words, where it cannot be made."""
 
     def __init__(self, folder: Path, engine_name: str, queue_pair_idx: int) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"arrivals.{engine_name}.qp{queue_pair_idx}.{os.getpid()}.{time.monotonic_ns()}.jsonl"
         self.path = folder / name
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise OSError(
+                f"capture_arrivals: got {folder} ({error.strerror}), expected a folder that can be made and written to; choose another"
+            ) from error
         self._file = os.fdopen(fd, "wb", buffering=1 << 20)
         self._live: dict[LiveRequest, tuple[int, int]] = {}  # its number, and how many output tokens it had before
         self._next_number = 0

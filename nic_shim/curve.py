@@ -65,8 +65,9 @@ class CurveServer:
             self._authenticator = None
 
 
-def client_security(server_public_key: Path, client_secret_key: Path) -> Security:
-    """For Client(security=...) and AsyncClient(security=...)."""
+def client_security(server_public_key: Path | str, client_secret_key: Path | str) -> Security:
+    """For Client(security=...) and AsyncClient(security=...): the server's NAME.pub, one's own NAME.key."""
+    server_public_key, client_secret_key = Path(server_public_key), Path(client_secret_key)
     server = _checked(_read(server_public_key).strip(), server_public_key)
     secret = read_secret(client_secret_key)
 
@@ -79,15 +80,16 @@ def client_security(server_public_key: Path, client_secret_key: Path) -> Securit
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """Writes NAME.key and NAME.pub; never over existing ones."""
+    """Writes NAME.key and NAME.pub, makes the folder (its owner's only) where there is none; never over existing ones."""
     public, secret = zmq.curve_keypair()
     paths = (folder / f"{name}.key", folder / f"{name}.pub")
     for path, content, mode in zip(paths, (secret, public), (0o600, 0o644), strict=True):
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         except OSError as error:
             raise CurveError(
-                f"{path} cannot be made: {error.strerror}; expected a new file; choose another name"
+                f"{path} cannot be made: {error.strerror}; expected a new file in a folder that may be written to; choose another"
             ) from None
         with os.fdopen(descriptor, "wb") as file:
             file.write(content + b"\n")

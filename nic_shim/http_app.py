@@ -243,7 +243,7 @@ class Api:
             raise HttpError(
                 413,
                 f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_body_bytes}; send a shorter prompt, or "
-                "start the server with a larger --max-body-bytes",
+                "start the ingress (blinkimp.nic_shim.http_ingress) with a larger --max-body-bytes",
                 code="too_large",
             )
         request.state.arrived_ns = time.monotonic_ns()
@@ -279,7 +279,13 @@ class Api:
     # ---- About the server ------------------------------------------------------------------------------------------
     def _model(self, name: str) -> Model:
         port = self.context.engine.link.port
-        return Model(id=name, created=self._created, root=self.model_root, max_model_len=port.max_context)
+        return Model(
+            id=name,
+            created=self._created,
+            root=self.model_root,
+            max_model_len=port.max_context,
+            vocab_size=port.vocab_size,
+        )
 
     async def models(self, _: Request) -> Response:
         return _json(ModelList(data=[self._model(name) for name in self.context.model_names]))

@@ -113,8 +113,9 @@ def read_keys(path: str) -> list[str]:
             mode = os.stat(path).st_mode
             lines = Path(path).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
             raise ApiKeyError(
-                f"API keys: {path} cannot be read: {error}; expected a text file with one key a line"
+                f"API keys: {path} cannot be read ({why}); expected a text file with one key a line; check --api-key-file"
             ) from None
         if mode & 0o077:
             raise ApiKeyError(

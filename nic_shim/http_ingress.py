@@ -26,6 +26,7 @@ from typing import Final
 import uvicorn
 import uvloop
 
+from blinkimp.host.child_process import EXIT_MISCONFIGURED
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.logs import fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SharedMemoryError, QueuePairError, TokenizerError, ChatTemplateError, ApiKeyError, NativeLibraryError, OSError, ValueError,
     ) as error:  # fmt: skip
         fail_start("blinkimp http ingress", error, arguments.log_format)
-        return 1
+        return 1 if isinstance(error, SharedMemoryError | QueuePairError) else EXIT_MISCONFIGURED
 
 
 if __name__ == "__main__":

@@ -270,6 +270,7 @@ class Model(msgspec.Struct, kw_only=True):
     owned_by: str = "blinkimp"
     root: str
     max_model_len: int
+    vocab_size: int  # not OpenAI's nor vLLM's: prompts of token ids need it
 
 
 class ModelList(msgspec.Struct, kw_only=True):

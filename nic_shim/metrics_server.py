@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
+from blinkimp.host.child_process import EXIT_MISCONFIGURED
 from blinkimp.host.engine_view import look
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.logs import add_log_flags, fail_start, set_up_logging
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
     except (SharedMemoryError, OSError, ValueError) as error:
         fail_start("blinkimp metrics", error, arguments.log_format)
-        return 1
+        return 1 if isinstance(error, SharedMemoryError) else EXIT_MISCONFIGURED
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

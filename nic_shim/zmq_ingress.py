@@ -24,6 +24,7 @@ from pathlib import Path
 
 import zmq
 
+from blinkimp.host.child_process import EXIT_MISCONFIGURED
 from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.logs import fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         endpoint = ingress.start()
     except (SharedMemoryError, QueuePairError, TokenizerError, NativeLibraryError, OSError, ValueError) as error:
         fail_start("blinkimp ingress", error, arguments.log_format)
-        return 1
+        return 1 if isinstance(error, SharedMemoryError | QueuePairError) else EXIT_MISCONFIGURED
 
     def on_signal(number: int, _frame: object) -> None:
         if ingress.handler.is_draining:

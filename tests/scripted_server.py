@@ -36,6 +36,7 @@ class Script:
     first_ms: float = 30.0
     gap_ms: float = 10.0
     fail_each: int = 0  # 0: none
+    vocab_size: int = 0  # 0: not told, as by most servers
     stall_after: int = 0  # the whole server stops for stall_ms when it has taken so many requests; 0: never
     stall_ms: float = 0.0
     hold_for: int = 0  # nobody gets a token before so many requests ran at once, on any machine; 0: no hold
@@ -88,7 +89,8 @@ async def answer_http(script: Script, reader: asyncio.StreamReader, writer: asyn
         )
         body = json.loads(await reader.readexactly(length)) if length else {}
         if head.startswith("GET"):
-            await respond(writer, 200, {"data": [{"id": "scripted", "max_model_len": 4096}]})
+            vocab = {"vocab_size": script.vocab_size} if script.vocab_size else {}
+            await respond(writer, 200, {"data": [{"id": "scripted", "max_model_len": 4096, **vocab}]})
         elif not script.take(body.get("prompt") or body["messages"]):
             await respond(writer, 503, {"error": "busy"})
         else:

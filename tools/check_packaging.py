@@ -11,6 +11,7 @@ Called by: .ci/run (`python tools/check_packaging.py`, needs the `dev` extra). I
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -163,4 +164,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -7,6 +7,7 @@ Test: pytest tests/null/test_config.py (compares the README with what this would
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -38,5 +39,6 @@ def updated(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.path.insert(0, str(ROOT))
     README.write_text(updated(README.read_text()))

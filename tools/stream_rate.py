@@ -8,6 +8,7 @@ The kernel is tools/stream_rate.cu. Test: pytest tests/compile/test_stream_rate.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import sys
@@ -69,4 +70,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -57,9 +57,12 @@ class LoadOptions:
                 "load: got neither rate nor concurrency nor a trace; expected one: give --rate, --concurrency or --trace"
             )
         if self.trace is None and (self.num_requests is None) == (self.duration_s is None):
-            raise LoadError(
-                f"load: got {self.num_requests} requests and {self.duration_s} s; expected one of both: give --num-requests or --duration"
+            got = (
+                "neither a number of requests nor a duration"
+                if self.duration_s is None
+                else "a number of requests and a duration"
             )
+            raise LoadError(f"load: got {got}; expected one of both: give --num-requests or --duration")
         least = {
             "input_len": 1,
             "output_len": 1,

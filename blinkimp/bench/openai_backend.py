@@ -24,7 +24,7 @@ from blinkimp.bench.replay import openai_fields
 from blinkimp.bench.sse import EventParser, HttpError, ResponseParser
 from blinkimp.trace.arrivals import Arrival
 
-MAX_ERROR_CHARS: Final = 200
+MAX_ERROR_CHARS: Final = 400
 DEFAULT_VOCAB: Final = 32000  # of prompts, where the server does not tell and the user does not say
 
 
@@ -71,7 +71,7 @@ class OpenAiBackend:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise LoadError(f"url: got {url!r}, expected http://host:port or https://host:port, with or without /v1")
         self.model = model or ""
-        self.vocab_size = vocab_size or DEFAULT_VOCAB
+        self.vocab_size = vocab_size or 0  # 0: what the server says, see open()
         self.max_context: int | None = None
         self._url, self._host = url, parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -103,11 +103,13 @@ class OpenAiBackend:
             served = msgspec.json.decode(body)["data"][0]
             self.model = self.model or served["id"]
             self.max_context = served.get("max_model_len")
+            self.vocab_size = self.vocab_size or int(served.get("vocab_size") or 0)
         except (msgspec.DecodeError, KeyError, IndexError, TypeError):
             if not self.model:
                 raise LoadError(
                     f"{self._url}: /models names no model: {body[:MAX_ERROR_CHARS]!r}; expected data[0].id; give --model-name"
                 ) from None
+        self.vocab_size = self.vocab_size or DEFAULT_VOCAB
 
     def prepare(self, output_len: int, prompt: list[int], arrival: Arrival | None = None) -> bytes:
         """A request as submit() takes it: what does not belong to the measured time is done here."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+MAX_ERROR_KINDS: Final = 5
 STATISTICS: Final = ("mean", "median", "p90", "p95", "p99", "p99.9")
 ROWS: Final = (
     ("TTFT, from sending", "ttft"),
@@ -23,12 +25,13 @@ def table_of(report: Mapping[str, Any]) -> str:
         f"({report['num_not_counted']} of the warm-up not counted)",
         f"{report['request_throughput']:.2f} requests/s, {report['output_throughput']:.1f} output tokens/s, "
         f"{report['total_token_throughput']:.1f} total tokens/s; while sending {report['steady_output_throughput']:.1f} output tokens/s",
-        f"{'ms':30}" + "".join(f"{name:>11}" for name in STATISTICS),
     ]
-    lines += [
-        f"{label:30}" + "".join(f"{report[f'{statistic}_{name}_ms']:11.3f}" for statistic in STATISTICS)
-        for label, name in ROWS
-    ]
+    if report["completed"]:  # of nothing there are no latencies
+        lines.append(f"{'ms':30}" + "".join(f"{name:>11}" for name in STATISTICS))
+        lines += [
+            f"{label:30}" + "".join(f"{report[f'{statistic}_{name}_ms']:11.3f}" for statistic in STATISTICS)
+            for label, name in ROWS
+        ]
     if report["slos_ms"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slos_ms"].items())
         lines.append(
@@ -52,5 +55,17 @@ def table_of(report: Mapping[str, Any]) -> str:
             else f", {above:.4f} without the {energy['idle_w']:.0f} W of idling ({energy['idle_source']})"
         )
         lines.append(f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle}")
-    lines += [f"failed {number} times: {words}" for words, number in report["error_counts"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *error_lines(report["error_counts"])])
+
+
+def error_lines(counts: Mapping[str, int]) -> list[str]:
+    """Failures that differ in their numbers only are one kind, shown by its first; the JSON has all."""
+    kinds: dict[str, tuple[str, int]] = {}
+    for words, number in counts.items():
+        kind = re.sub(r"\d+", "0", words)
+        first, before = kinds.get(kind, (words, 0))
+        kinds[kind] = first, before + number
+    most = sorted(kinds.values(), key=lambda one: -one[1])
+    lines = [f"failed {number} times: {words}" for words, number in most[:MAX_ERROR_KINDS]]
+    num_more = sum(number for _, number in most[MAX_ERROR_KINDS:])
+    return [*lines, f"failed {num_more} times in other ways; --out has them"] if num_more else lines

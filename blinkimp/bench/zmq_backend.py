@@ -19,7 +19,7 @@ import zmq
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.record import Record
 from blinkimp.bench.replay import submit_of
-from blinkimp.client import configure_socket
+from blinkimp.client import configure_socket, connect_socket
 from blinkimp.protocol import (
     Alive,
     AliveReply,
@@ -50,7 +50,7 @@ class _Link:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         configure_socket(self._socket, backend.security)
-        self._socket.connect(endpoint)
+        connect_socket(self._socket, endpoint, context)
         self._fd = int(self._socket.get(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from blinkimp import __version__
+from blinkimp.cli.options import HelpFormatter
 
 COMMANDS = {
     "serve": "load a model and serve it to clients",
@@ -52,12 +53,12 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         prog="blinkimp",
         description=DESCRIPTION + listing,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         usage="blinkimp COMMAND [options]",
     )
     parser.add_argument("--version", action="version", version=f"blinkimp {__version__}")
     # The list of commands stands in the description, with a line each.
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="blinkimp")
     for name, summary in COMMANDS.items():
         if only in (None, name):
             importlib.import_module(f"blinkimp.cli.{name}").add_parser(subparsers, summary)

@@ -6,6 +6,7 @@ Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_cli_bench.py
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--api-key", metavar="KEY", help="for --url")
     target.add_argument("--chat", action="store_true", help="chat completions in place of completions, for --url")
     target.add_argument(
-        "--vocab-size", type=int, metavar="N", help="prompts are of ids below it (--url: default 32000)"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="prompts are of ids below it (default: what the server says, else 32000)",
     )
     target.add_argument("--num-gpus", type=int, default=1, metavar="N", help="for figures per GPU")
     target.add_argument(
@@ -156,6 +160,17 @@ def replay_line(replay: dict[str, Any]) -> str:
     return f"{text}; not those of requests {differing}" if differing else text
 
 
+def check_writable(path: Path) -> None:
+    """Before the load: figures of an hour are not lost for a folder that is not there. Raises LoadError."""
+    from blinkimp.bench.errors import LoadError
+
+    place = path if path.is_file() else path.parent
+    if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise LoadError(
+            f"{path}: cannot be written; expected a file in a folder that exists and may be written to; choose another"
+        )
+
+
 def run(options: argparse.Namespace) -> int:
     import asyncio
     import json
@@ -187,10 +202,13 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.save_trace is not None and options.connect is None and options.url is None:
+        check_writable(options.save_trace)
         write_trace(options.save_trace, make_plan(load, vocab_size=2))
         print(f"wrote {options.save_trace}")
         return 0
     slos = parse_slos(options.goodput)
+    for path in filter(None, (options.out, options.save_trace)):
+        check_writable(path)
     with LoadingBars() as bars:
         report = asyncio.run(
             run_load(

@@ -41,13 +41,22 @@ the NVRTC version. `blinkimp serve` finds them there. The table shows what the a
 """
 
 
+def worker_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1, such as 131 (an H200)")
+    return int(text)
+
+
 def add_parser(subparsers: Any, summary: str) -> None:
     parser = new_parser(subparsers, "compile", summary, EPILOG, usage="[options]")
     parser.add_argument(
         "--arch", metavar="ARCH", help=f"such as sm_90a (default: this machine's GPU, else {DEFAULT_ARCH})"
     )
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help=f"SMs less one (default: of this GPU, else {DEFAULT_NUM_WORKERS})"
+        "--num-workers",
+        type=worker_count,
+        metavar="N",
+        help=f"SMs less one (default: of this GPU, else {DEFAULT_NUM_WORKERS})",
     )
     add_config_flags(parser, without=("bind", "engine_name", "device"))
 

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from blinkimp.cli.options import HelpFormatter
+
 SHAPE: Final = "llama-3-8b"  # --model: made up by the lab, with weights made up by each engine
 START_S: Final = {"persistent": 30.0, "cpu": 30.0, "cpu-ahead": 30.0, "vllm": 110.0}  # until measured; with the warm-up
 EMULATED_START_S: Final = 8.0
@@ -40,7 +42,8 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
         "evidence",
         help="engines x interference x loads in resumable calls, and the page of results",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="the whole comparison under interference, and the page of its results",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--resume", type=Path, required=True, metavar="DIR", help="where the state and the results are")
     parser.add_argument(
@@ -53,29 +56,35 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the page (.md or .html) and stop")
     engines = parser.add_argument_group("engines")
     engines.add_argument(
-        "--engines", type=words, default=["persistent", "cpu", "vllm"], help="of persistent,cpu,cpu-ahead,vllm"
+        "--engines", type=words, default="persistent,cpu,vllm", metavar="LIST", help="of persistent,cpu,cpu-ahead,vllm"
     )
     engines.add_argument("--vllm-command", metavar="TEXT", help="starts vLLM; {model} and {port} are filled in")
-    engines.add_argument("--model", default=SHAPE, help=f"`{SHAPE}` (made up), `embedded`, or a folder")
+    engines.add_argument(
+        "--model", default=SHAPE, metavar="MODEL", help=f"`{SHAPE}` (made up), `embedded`, or a folder"
+    )
     engines.add_argument("--device", choices=("gpu", "emulated"), default="gpu", help="of our engines")
     engines.add_argument("--serve-flags", default="", metavar="TEXT", help="more flags for `blinkimp serve`")
-    engines.add_argument("--transports", type=words, default=["http", "zmq"], help="of our engines")
+    engines.add_argument("--transports", type=words, default="http,zmq", metavar="LIST", help="of our engines")
     grid = parser.add_argument_group("what is varied")
-    grid.add_argument("--rates", type=numbers, default=[2.0, 4.0, 8.0, 16.0, 32.0], help="requests/s of open loops")
+    grid.add_argument("--rates", type=numbers, default="2,4,8,16,32", metavar="LIST", help="requests/s of open loops")
     grid.add_argument("--open-lengths", default="512x128", metavar="L", help="their prompt and output tokens")
-    grid.add_argument("--users", type=whole_numbers, default=[4, 16, 64, 128], help="of closed loops")
+    grid.add_argument("--users", type=whole_numbers, default="4,16,64,128", metavar="LIST", help="of closed loops")
     grid.add_argument("--closed-lengths", default="1k1k", metavar="L", help="their prompt and output tokens")
-    grid.add_argument("--threads", type=whole_numbers, default=[0, 16, 32, 64], help="interfering ones")
+    grid.add_argument("--threads", type=whole_numbers, default="0,16,32,64", metavar="LIST", help="interfering ones")
     grid.add_argument("--interference", default="stream+bz2", metavar="KIND", help="a kind, or a mixture of kinds")
-    grid.add_argument("--placements", type=words, default=["reserved", "sharing"])
+    grid.add_argument(
+        "--placements", type=words, default="reserved,sharing", metavar="LIST", help="who has which CPUs; LAB.md"
+    )
     grid.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress")
-    grid.add_argument("--seconds", type=float, default=20.0, help="of counted sending in a cell (default %(default)s)")
+    grid.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="of counted sending in a cell (default %(default)s)"
+    )
     grid.add_argument("--warmup", type=float, default=2.0, metavar="S", help="of sending before, not counted")
-    grid.add_argument("--seed", type=int, default=0)
+    grid.add_argument("--seed", type=int, default=0, metavar="N", help="of arrivals, lengths and prompts")
     parser.add_argument(
         "--cpus", type=int, metavar="N", help="--plan: of the machine that it is for (default: this one's)"
     )
-    parser.add_argument("--commit", default="", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", default="", metavar="TEXT", help="what is measured, where there is no git to ask")
 
 
 def serve_command(options: argparse.Namespace, engine: str, load_format: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from blinkimp.cli.bench import add_target_flags, target_of
 from blinkimp.cli.evidence import add_evidence_parser, run_evidence_part
-from blinkimp.cli.options import new_parser
+from blinkimp.cli.options import new_parser, new_part
 
 IDLE_S: Final = 2.0  # how long an idle GPU's power is looked at
 EPILOG = """\
@@ -34,15 +34,34 @@ How to read the figures: blinkimp/lab/LAB.md.
 
 
 def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers such as 2,4.5") from None
 
 
 def whole_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers such as 4,16") from None
 
 
 def words(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+SWEEP_EXAMPLES: Final = """\
+blinkimp lab sweep --connect tcp://127.0.0.1:5555 --folder results/sweep --scenarios 512x128 --concurrency 4,16
+blinkimp lab sweep --url http://127.0.0.1:8000 --folder results/sweep --rates 2,4,8 --report sweep.html
+"""
+INTERFERENCE_EXAMPLES: Final = """\
+blinkimp lab interference --folder results/noise --loads r8:512x128 --kinds stream,bz2 --threads 16 --report noise.html \\
+    --engine persistent tcp://127.0.0.1:5601 'blinkimp serve --bind tcp://127.0.0.1:5601 --engine-name noise'
+"""
+REPORT_EXAMPLES: Final = """\
+blinkimp lab report --folder results/sweep results/noise --out report.html
+"""
 
 
 def add_parser(subparsers: Any, summary: str) -> None:
@@ -50,52 +69,71 @@ def add_parser(subparsers: Any, summary: str) -> None:
         subparsers, "lab", summary, EPILOG, usage="(sweep | interference | evidence | report) [options]"
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp lab")
-    sweep = parts.add_parser("sweep", help="throughput and latency over concurrency and rates")
+    sweep = new_part(parts, "sweep", "throughput and latency over concurrency and rates", SWEEP_EXAMPLES)
     add_target_flags(sweep)
     sweep.add_argument(
-        "--scenarios", type=words, default=["1k1k", "1k8k", "8k1k"], help="prompt and output tokens: 1k1k,512x128"
+        "--scenarios",
+        type=words,
+        default="1k1k,1k8k,8k1k",
+        metavar="LIST",
+        help="prompt and output tokens, such as 512x128",
     )
     sweep.add_argument(
-        "--concurrency", type=whole_numbers, default=[4, 8, 16, 32, 64, 128, 256], help="users of closed loops"
+        "--concurrency",
+        type=whole_numbers,
+        default="4,8,16,32,64,128,256",
+        metavar="LIST",
+        help="users of closed loops",
     )
-    sweep.add_argument("--rates", type=numbers, default=[], help="requests/s of open loops")
-    sweep.add_argument("--range-ratio", type=float, default=0.8, help="lengths are uniform in [R * L, L]")
+    sweep.add_argument(
+        "--rates", type=numbers, default="", metavar="LIST", help="requests/s of open loops; none by default"
+    )
+    sweep.add_argument("--range-ratio", type=float, default=0.8, metavar="R", help="lengths are uniform in [R * L, L]")
     sweep.add_argument("--duration", type=float, default=60.0, metavar="S", help="of each open loop")
     sweep.add_argument("--warmup", type=float, default=5.0, metavar="S", help="of each open loop, not counted")
-    noise = parts.add_parser("interference", help="engines beside interference on the host's CPU")
+    noise = new_part(parts, "interference", "engines beside interference on the host's CPU", INTERFERENCE_EXAMPLES)
     noise.add_argument(
         *("--engine", "--engines"), nargs="+", action="append", required=True, metavar="WORD",
         help="NAME ADDRESS [COMMAND]: a server, and how to start it; once for each engine",
     )  # fmt: skip
     noise.add_argument(
-        "--loads", nargs="+", default=["r8:512x128"], help="r<requests/s>:<lengths> or c<users>:<lengths>"
-    )
+        "--loads", nargs="+", default=["r8:512x128"], metavar="LOAD",
+        help="r<requests/s>:<lengths> or c<users>:<lengths> (default r8:512x128)",
+    )  # fmt: skip
     noise.add_argument(
-        "--kinds", type=words, default=["arithmetic", "stream", "llc", "tlb", "syscall", "bz2", "compile", "stress-ng"]
-    )
+        "--kinds", type=words, default="arithmetic,stream,llc,tlb,syscall,bz2,compile,stress-ng", metavar="LIST",
+        help="of interference, as LAB.md tells them; a+b: threads take turns",
+    )  # fmt: skip
     noise.add_argument(
-        "--intensities", type=numbers, help="threads per contested CPU (default 0.5,1,2; none with --threads)"
+        "--intensities",
+        type=numbers,
+        metavar="LIST",
+        help="threads per contested CPU (default 0.5,1,2; none with --threads)",
     )
-    noise.add_argument("--threads", type=whole_numbers, default=[], help="threads outright")
+    noise.add_argument("--threads", type=whole_numbers, default="", metavar="LIST", help="threads outright")
     noise.add_argument(
-        "--placements", type=words, default=["reserved", "sharing"], help="reserved, sharing, or both (default)"
+        "--placements", type=words, default="reserved,sharing", metavar="LIST", help="reserved, sharing, or both"
     )
-    noise.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress (default 2)")
+    noise.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress")
     noise.add_argument("--duration", type=float, default=30.0, metavar="S", help="of each load")
     noise.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each load, not counted")
     noise.add_argument("--start-timeout", type=float, default=600.0, metavar="S", help="until an engine must answer")
     add_evidence_parser(parts, numbers, whole_numbers, words)
-    report = parts.add_parser("report", help="tables and plots of what was measured")
+    report = new_part(parts, "report", "tables and plots of what was measured", REPORT_EXAMPLES)
     for part in (sweep, noise):
         part.add_argument(
-            "--folder", type=Path, required=True, help="where cells are kept; measured ones are not measured again"
+            "--folder",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="where cells are kept; measured ones are not measured again",
         )
-        part.add_argument("--seed", type=int, default=0)
+        part.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same loads")
         part.add_argument(
             "--stop-after", type=float, metavar="S", help="begin no cell later; the same command goes on there"
         )
         part.add_argument("--report", type=Path, metavar="FILE", help="write the report of the folder too")
-    report.add_argument("--folder", type=Path, nargs="+", required=True, help="folders of cells")
+    report.add_argument("--folder", type=Path, nargs="+", required=True, metavar="DIR", help="folders of cells")
     report.add_argument(
         "--out",
         type=Path,
@@ -103,7 +141,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
         metavar="FILE",
         help=".html: one that opens offline; .md: plots in a folder beside it",
     )
-    report.add_argument("--title", default="blinkimp lab")
+    report.add_argument("--title", default="blinkimp lab", metavar="TEXT", help="of the page")
 
 
 def run(options: argparse.Namespace) -> int:

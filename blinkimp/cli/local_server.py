@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from blinkimp.cli.options import add_config_flags, config_of
@@ -49,7 +52,8 @@ def server_for(options: argparse.Namespace) -> Iterator[str]:
     if options.connect is not None:
         yield options.connect
         return
-    with tempfile.TemporaryDirectory(prefix="blinkimp-") as folder:  # mode 0700: nobody else can connect
+    # A folder of mode 0700: nobody else can connect.
+    with ends_in_order(), tempfile.TemporaryDirectory(prefix="blinkimp-") as folder:
         socket_path = Path(folder) / "ingress"
         child = ChildProcess("the local server", "blinkimp", ["serve", *serve_arguments(options, socket_path)])
         try:
@@ -57,6 +61,25 @@ def server_for(options: argparse.Namespace) -> Iterator[str]:
             yield f"ipc://{socket_path}"
         finally:
             child.end(END_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def ends_in_order() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the command as Ctrl-C does: what it has made is removed."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only that one may set handlers
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]:

@@ -6,13 +6,47 @@ Called by the subcommands. Test: pytest tests/null/test_cli_arguments.py
 from __future__ import annotations
 
 import argparse
+import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from blinkimp.config import Config, keys, load_config
 
 # What nearly everyone sets; the rest is listed under its own heading.
+METAVARS = {
+    "max_requests_per_s": "N",
+    "max_outstanding": "N",
+    "capture_arrivals": "DIR",
+    "http": "HOST:PORT",
+    "metrics": "HOST:PORT",
+}
 COMMON_KEYS = ("model", "device", "bind", "http", "engine_name", "max_batch", "max_context", "log_level")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs are as wide as the terminal, lines that begin with a space stay as they are; an option's default stands beside it."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        filled = (part if "\n " in part else textwrap.fill(" ".join(part.split()), width) for part in paragraphs)
+        return "\n\n".join(filled) + "\n"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        takes_value = bool(action.option_strings) and action.nargs != 0
+        if not text or not takes_value or "(default" in text or default in (None, "", [], argparse.SUPPRESS, math.inf):
+            return text
+        return f"{text} (default %(default)s)"
+
+
+def new_part(parts: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of one part of a command, such as `trace record`. examples: one a line."""
+    lines = "".join(f"  {line}\n" for line in examples.strip().splitlines())
+    part: argparse.ArgumentParser = parts.add_parser(
+        name, help=summary, description=summary, epilog=f"examples:\n{lines}", formatter_class=HelpFormatter
+    )
+    return part
 
 
 def new_parser(subparsers: Any, command: str, summary: str, epilog: str, *, usage: str) -> argparse.ArgumentParser:
@@ -23,7 +57,7 @@ def new_parser(subparsers: Any, command: str, summary: str, epilog: str, *, usag
         description=summary,
         epilog=epilog,
         usage=f"blinkimp {command} {usage}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     return parser
 
@@ -41,7 +75,8 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: tuple[str, ...
         value = str(key.default).lower() if isinstance(key.default, bool) else key.default  # as TOML writes it
         default = "default empty" if value == "" else f"default {value}"
         group = common if name in COMMON_KEYS else other
-        metavar = "|".join(key.choices) if key.choices else name.rpartition("_")[2].upper()
+        metavar = "|".join(key.choices) or METAVARS.get(name, name.rpartition("_")[2].upper())
+        metavar = "true|false" if isinstance(key.default, bool) else metavar
         text = f"{key.description.replace('`', '')} ({default})".replace("%", "%%")
         group.add_argument(key.flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=text)
 

@@ -9,7 +9,8 @@ import argparse
 from typing import Any
 
 from blinkimp.cli.options import add_config_flags, config_of, new_parser
-from blinkimp.cli.terminal import LoadingBars, set_up_logging
+from blinkimp.cli.terminal import LoadingBars
+from blinkimp.logs import set_up_logging
 
 EPILOG = """\
 examples:
@@ -42,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.host.supervisor import serve
 
     config = config_of(options)
-    set_up_logging(config.log_level, config.log_format)
+    set_up_logging(config.log_level, config.log_format, "host")
     with LoadingBars(is_shown=config.log_format == "text") as bars:
         return serve(config, bars)

@@ -16,10 +16,10 @@ from blinkimp import logs
 stderr_console = Console(stderr=True)
 
 
-def set_up_logging(log_level: str, log_format: logs.LogFormat = "text") -> None:
-    """As the other processes of a server, but without what a person at the terminal knows already."""
+def set_up_logging(log_level: str) -> None:
+    """Of a command that a person waits for: shorter than a server's lines, which are kept."""
     text_format = "%(asctime)s %(levelname)s %(message)s"
-    logs.set_up_logging(log_level, log_format, "host", text_format=text_format, datefmt="%H:%M:%S")
+    logs.set_up_logging(log_level, "text", "host", text_format=text_format, datefmt="%H:%M:%S")
 
 
 class LoadingBars:

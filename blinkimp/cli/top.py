@@ -25,7 +25,7 @@ what it shows:
   tokens    a second, in (prompt tokens computed, and found in the prefix cache) and out; requests a second
   step      time of the last model step, gap between two steps on the device, rows a step
   pages     KV memory: used by requests, kept by the prefix cache, free; share of prompt tokens that the cache had
-  queue pairs  who serves each (process), entries in its rings, unfinished requests, tokens a second, times its ring was full
+  qp        queue pairs: who serves each (process), entries in its rings, unfinished requests, tokens a second, times its ring was full
   GPU       power and clocks, where the engine runs on one
 
 what happens: the engine's status page, its queue pairs and the ingresses' counters are mapped read-only; nothing is written, no process is
@@ -85,7 +85,7 @@ def _look_once(console: Any, watcher: Any, options: argparse.Namespace) -> int:
     else:
         from blinkimp.cli.top_screen import render
 
-        console.print(render(snapshot, ()))
+        console.print(render(snapshot, (), columns=console.width))
     return 0
 
 
@@ -106,6 +106,6 @@ def _live(console: Any, watcher: Any, interval_s: float) -> int:
             try:
                 snapshot = watcher.look()
                 history.append(snapshot["rates"]["output_tokens_per_s"])
-                live.update(render(snapshot, tuple(history)), refresh=True)
+                live.update(render(snapshot, tuple(history), columns=console.width), refresh=True)
             except SharedMemoryError as error:  # it may be started anew
                 live.update(Text(f"waiting for the engine: {error}", style="yellow"), refresh=True)

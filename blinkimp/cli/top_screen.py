@@ -17,18 +17,24 @@ from rich.text import Text
 from blinkimp.ring_abi import FaultCode
 
 STALE_S: Final = 2.0  # without a heartbeat for longer an engine is shown in red
+WIDE_PANEL: Final = 50  # columns, two in a row where they find place
+NARROW_PANEL: Final = 39
+PANEL_EDGE: Final = 2  # frame and blank
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 _STATE_STYLES: Final = {"running": "green", "draining": "yellow", "parked": "cyan", "starting": "yellow"}
 
 
-def render(snapshot: dict[str, Any], history: Sequence[float]) -> RenderableType:
-    """history: output tokens a second of the last looks."""
-    panels: list[RenderableType] = [
-        Panel(_batch(snapshot["batch"], snapshot["totals"]), title="batch", width=50),
-        Panel(_pages(snapshot["pages"], snapshot["prefix_cache"]), title="pages", width=50),
-        Panel(_tokens(snapshot["rates"], history), title="tokens", width=50),
-        Panel(_step(snapshot["step"], snapshot["rates"], snapshot["gpu"]), title="step", width=50),
-    ]
+def render(snapshot: dict[str, Any], history: Sequence[float], *, columns: int) -> RenderableType:
+    """history: output tokens a second of the last looks. columns: of the terminal; 24 lines of 80 hold it all."""
+    width = NARROW_PANEL if 2 * NARROW_PANEL + 1 <= columns <= 2 * WIDE_PANEL else WIDE_PANEL
+    inner = width - 2 * PANEL_EDGE
+    parts = {
+        "batch": _batch(snapshot["batch"], snapshot["totals"], inner),
+        "pages": _pages(snapshot["pages"], snapshot["prefix_cache"], inner),
+        "tokens": _tokens(snapshot["rates"], history, inner),
+        "step": _step(snapshot["step"], snapshot["rates"], snapshot["gpu"]),
+    }
+    panels = [Panel(part, title=title, width=width) for title, part in parts.items()]
     return Group(_head(snapshot["engine"]), Columns(panels), _queue_pairs(snapshot["queue_pairs"]))
 
 
@@ -52,7 +58,7 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
 
 
-def bar(parts: Sequence[tuple[float, str]], total: float, width: int = 46) -> Text:
+def bar(parts: Sequence[tuple[float, str]], total: float, width: int) -> Text:
     """Shares of total, each in its colour; what is something is never nothing."""
     text, used = Text(), 0
     for value, style in parts:
@@ -62,7 +68,7 @@ def bar(parts: Sequence[tuple[float, str]], total: float, width: int = 46) -> Te
     return text.append("░" * (width - used), style="bright_black")
 
 
-def spark(values: Sequence[float], width: int = 46) -> str:
+def spark(values: Sequence[float], width: int) -> str:
     shown = list(values)[-width:]
     most = max(shown, default=0.0)
     return "".join(_BLOCKS[round(value / most * (len(_BLOCKS) - 1))] if most > 0 else " " for value in shown)
@@ -72,7 +78,7 @@ def _line(*words: tuple[str, object]) -> Text:
     """name value, name value"""
     text = Text()
     for name, value in words:
-        text.append(f"{name} ", style="bright_black").append(f"{value}   ")
+        text.append("  " if text else "").append(f"{name} ", style="bright_black").append(f"{value}")
     return text
 
 
@@ -97,24 +103,24 @@ def _head(engine: dict[str, Any]) -> Text:
     return text
 
 
-def _batch(batch: dict[str, Any], totals: dict[str, Any]) -> RenderableType:
+def _batch(batch: dict[str, Any], totals: dict[str, Any], width: int) -> RenderableType:
     limit = batch["max_running"]
     words: list[tuple[str, object]] = [("running", f"{batch['running']} of {limit or '?'}")]
     if limit != batch["max_batch"]:
         words.append(("launched for", batch["max_batch"]))
     words += [("waiting", batch["waiting"]), ("finishing", batch["finishing"])]
     return Group(
-        bar([(batch["running"], "green")], limit),
+        bar([(batch["running"], "green")], limit, width),
         _line(*words),
         _line(("accepted", count(totals["requests_accepted"])), ("rejected", count(totals["requests_rejected"]))),
         _line(("preemptions", count(totals["preemptions"])), ("credit stalls", count(totals["credit_stalls"]))),
     )
 
 
-def _pages(pages: dict[str, int], cache: dict[str, Any]) -> RenderableType:
+def _pages(pages: dict[str, int], cache: dict[str, Any], width: int) -> RenderableType:
     rate = cache["hit_rate"]
     return Group(
-        bar([(pages["used"], "green"), (pages["cached"], "blue")], pages["total"]),
+        bar([(pages["used"], "green"), (pages["cached"], "blue")], pages["total"], width),
         _line(("used", count(pages["used"])), ("cached", count(pages["cached"])), ("free", count(pages["free"]))),
         _line(("of", f"{count(pages['total'])} pages of 64 tokens")),
         _line(
@@ -124,7 +130,7 @@ def _pages(pages: dict[str, int], cache: dict[str, Any]) -> RenderableType:
     )
 
 
-def _tokens(rates: dict[str, float], history: Sequence[float]) -> RenderableType:
+def _tokens(rates: dict[str, float], history: Sequence[float], width: int) -> RenderableType:
     lines: list[RenderableType] = [
         _line(("out", f"{count(rates['output_tokens_per_s'])}/s"), ("requests", f"{count(rates['requests_finished_per_s'])}/s")),
         _line(
@@ -132,13 +138,13 @@ def _tokens(rates: dict[str, float], history: Sequence[float]) -> RenderableType
             ("from the prefix cache", f"{count(rates['cached_prompt_tokens_per_s'])}/s"),
         ),
     ]  # fmt: skip
-    lines.append(Text(spark(history) or " ", style="green"))
+    lines.append(Text(spark(history, width) or " ", style="green"))
     lines.append(_line(("over", f"{rates['interval_s']:.2f} s")))
     return Group(*lines)
 
 
 def _step(step: dict[str, float], rates: dict[str, float], gpu: dict[str, Any] | None) -> RenderableType:
-    power: list[tuple[str, object]] = [("GPU", "none: the emulated device, or no NVML")]
+    power: list[tuple[str, object]] = [("GPU", "none (emulated), or no NVML")]
     if gpu is not None:
         power = [
             ("power", f"{gpu['power_w']:.0f} W"),
@@ -154,21 +160,24 @@ def _step(step: dict[str, float], rates: dict[str, float], gpu: dict[str, Any] |
 
 
 def _queue_pairs(pairs: Sequence[dict[str, Any]]) -> Table:
-    table = Table(expand=False, box=None, header_style="bright_black", pad_edge=False)
+    table = Table(expand=False, box=None, header_style="bright_black", pad_edge=False, collapse_padding=True)
     for name in (
-        "queue pair",
+        "qp",
         "served by",
-        "outstanding",
+        "requests",
         "tokens/s",
         "submissions",
         "completions",
         "ring full",
         "arena full",
     ):
-        table.add_column(name, justify="left" if name in ("queue pair", "served by") else "right")
+        table.add_column(name, justify="left" if name in ("qp", "served by") else "right")
     for pair in pairs:
         if not pair["owner_pid"]:
             table.add_row(str(pair["idx"]), Text("free", style="bright_black"))
+            continue
+        if pair["owner"] is None:
+            table.add_row(str(pair["idx"]), Text(f"gone {pair['owner_pid']}", style="red"))
             continue
         owner = Text(f"{pair['protocol']} {pair['owner_pid']}")
         if not pair["is_attached"]:

@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from blinkimp.cli.options import new_parser
+from blinkimp.cli.options import new_parser, new_part
 
 EPILOG = """\
 examples:
   blinkimp serve --trace-events 1048576 --trace-op-period 64 &            the engine keeps a trace; op times of every 64th step
-  blinkimp trace record --engine blinkimp --seconds 30 -o run.trace       attach, record, go away; the engine does not notice
+  blinkimp trace record --seconds 30 -o run.trace                         attach, record, go away; the engine does not notice
   blinkimp trace stats run.trace                                          steps, ops, the director's gap, requests' timelines, ring occupancy
   blinkimp trace timeline run.trace --slowest 5                           what the five slowest requests waited for
   blinkimp trace export run.trace --perfetto run.json.gz                  open it at ui.perfetto.dev
@@ -26,8 +26,26 @@ what happens: the device writes 32-byte events into a ring in shared memory, eac
 samples of the rings and pings that tell how far the device's clock is from the host's. A ring that is overrun is told (`lost`).
 The file's layout and what every figure means: blinkimp/trace/TRACE.md.
 """
+EXAMPLES: Final = {  # one a line
+    "record": "blinkimp trace record --seconds 30 -o run.trace\n"
+    "blinkimp trace record --from-start --seconds 1 -o before.trace        what has just happened",
+    "stats": "blinkimp trace stats run.trace\nblinkimp trace stats run.trace --json | jq .requests",
+    "timeline": "blinkimp trace timeline run.trace --slowest 5\n"
+    "blinkimp trace timeline run.trace --request 0x16d46746e8c1d167 --tokens",
+    "export": "blinkimp trace export run.trace --perfetto run.json.gz --from 2 --to 4\n"
+    "blinkimp trace export run.trace --parquet run.parquet",
+    "diff": "blinkimp trace diff before.trace after.trace",
+    "arrivals": "blinkimp trace arrivals captured/ -o arrivals.jsonl",
+}
 MAX_PERFETTO_EVENTS: Final = 5_000_000
 FILE_COLUMNS: Final = 170
+
+
+def request_id(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number such as 0x1f3a") from None
 
 
 def add_parser(subparsers: Any, summary: str) -> None:
@@ -35,9 +53,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
         subparsers, "trace", summary, EPILOG, usage="(record | stats | timeline | export | diff | arrivals) ..."
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp trace")
-    record = parts.add_parser("record", help="copy what a running engine traces into a file")
+    record = new_part(parts, "record", "copy what a running engine traces into a file", EXAMPLES["record"])
     record.add_argument(
-        "--engine", default="blinkimp", metavar="NAME", help="as `blinkimp serve --engine-name` (default %(default)s)"
+        "--engine-name", default="blinkimp", metavar="NAME", help="of the engine, as configured (default %(default)s)"
     )
     record.add_argument(
         "--seconds",
@@ -58,20 +76,18 @@ def add_parser(subparsers: Any, summary: str) -> None:
         help="align clocks from requests alone; pings need a queue pair that no ingress uses",
     )
     record.set_defaults(run=run_record)
-    stats = parts.add_parser("stats", help="steps, ops, requests, ring occupancy")
+    stats = new_part(parts, "stats", "steps, ops, requests, ring occupancy", EXAMPLES["stats"])
     stats.add_argument("file", type=Path, help="a trace")
     stats.add_argument("--json", action="store_true", help="as JSON, in place of tables")
     stats.set_defaults(run=run_stats)
-    timeline = parts.add_parser("timeline", help="requests, event by event")
+    timeline = new_part(parts, "timeline", "requests, event by event", EXAMPLES["timeline"])
     timeline.add_argument("file", type=Path, help="a trace")
     which = timeline.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--request", type=lambda text: int(text, 0), metavar="ID", help="its id on the ring, such as 0x1f3a"
-    )
+    which.add_argument("--request", type=request_id, metavar="ID", help="its id on the ring, such as 0x1f3a")
     which.add_argument("--slowest", type=int, metavar="N", help="the N requests that took longest")
     timeline.add_argument("--tokens", action="store_true", help="every token, not only the first and the last")
     timeline.set_defaults(run=run_timeline)
-    export = parts.add_parser("export", help="for ui.perfetto.dev, or as a table")
+    export = new_part(parts, "export", "for ui.perfetto.dev, or as a table", EXAMPLES["export"])
     export.add_argument("file", type=Path, help="a trace")
     export.add_argument("--perfetto", type=Path, metavar="OUT", help="Chrome JSON trace events; .gz compresses")
     export.add_argument("--gzip", action="store_true", help="compress --perfetto whatever it is called")
@@ -90,12 +106,14 @@ def add_parser(subparsers: Any, summary: str) -> None:
         help="--perfetto: at most (default %(default)s)",
     )
     export.set_defaults(run=run_export)
-    diff = parts.add_parser("diff", help="where time moved between two traces")
+    diff = new_part(parts, "diff", "where time moved between two traces", EXAMPLES["diff"])
     diff.add_argument("before", type=Path, help="a trace")
     diff.add_argument("after", type=Path, help="another")
     diff.add_argument("--json", action="store_true", help="as JSON, in place of tables")
     diff.set_defaults(run=run_diff)
-    arrivals = parts.add_parser("arrivals", help="what a live run was asked, for `blinkimp bench --replay`")
+    arrivals = new_part(
+        parts, "arrivals", "what a live run was asked, for `blinkimp bench --replay`", EXAMPLES["arrivals"]
+    )
     arrivals.add_argument(
         "sources", type=Path, nargs="+", metavar="SOURCE",
         help="folder of `blinkimp serve --capture-arrivals` (prompts, seeds, outputs to compare), or a trace (lengths only)",
@@ -125,7 +143,9 @@ def run_record(options: argparse.Namespace) -> int:
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with (
         Progress(*columns, console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar,
-        Recorder(options.engine, options.out, pings=not options.no_pings, from_start=options.from_start) as recorder,
+        Recorder(
+            options.engine_name, options.out, pings=not options.no_pings, from_start=options.from_start
+        ) as recorder,
     ):
         if not recorder.has_pings and not options.no_pings:
             print(

@@ -26,6 +26,8 @@ obeys them. What is not named stays as it is; more than the engine was launched 
 def aging(text: str) -> int:
     from blinkimp.host.tuning import NEVER
 
+    if text != "never" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected milliseconds such as 5000, or never")
     return NEVER if text == "never" else int(text)
 
 

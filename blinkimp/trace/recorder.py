@@ -88,7 +88,6 @@ class Recorder:
         self._status = self._page.view(abi.ENGINE_PAGE)["status"]
         self._queue_pairs = [open_queue_pair(engine_name, idx, writable=False) for idx in range(self.num_queue_pairs)]
         self._lines = [region.view(abi.QUEUE_PAIR) for region in self._queue_pairs]
-        self._pinger = self._open_pinger() if pings else None
         self.lost_op_samples = 0
         self._slot_written_ns = [0] * self.device.header["num_op_slots"]
         self._last_samples: dict[tuple[int, int], int] = {}
@@ -98,6 +97,8 @@ class Recorder:
             num_workers=self.device.header["num_workers"],
             begin_ns=time.monotonic_ns(),
         )
+        # Last: its thread writes to a queue pair until it is closed, and a constructor that fails before leaves none to a process that ends.
+        self._pinger = self._open_pinger() if pings else None
 
     @property
     def has_pings(self) -> bool:

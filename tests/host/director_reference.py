@@ -489,8 +489,7 @@ class Reference:
             planned.append((job, self.seq(job, min(job.num_uncomputed, self.chunk_tokens, num_left))))
         if num_known < len(planned):
             job, seq = planned[-1]
-            num_deferred = self.rows_to_defer(planned)
-            if 0 < num_deferred < seq.num_rows:
+            if num_deferred := self.rows_to_defer(planned):
                 planned[-1] = job, seq._replace(num_rows=seq.num_rows - num_deferred, samples=False)
         self.register_chunks(planned, num_known)
 
@@ -500,17 +499,20 @@ class Reference:
         return len(planned)
 
     def rows_to_defer(self, planned: Planned) -> int:
-        """What the step has beyond whole tiles, if the next one, with a row of each other sequence, is the better place for it."""
+        """Of the last chunk: the step keeps whole tiles, if that and the next one, with a row of each other sequence, are sooner over."""
         tile, costs = self.shape.cost_rows, self.shape.step_costs
         num_rows = sum(seq.num_rows for _, seq in planned)
-        if not tile or num_rows < tile or num_rows % tile == 0:
-            return 0
 
         def cost(count: int) -> int:
             return costs[min(0 if count <= tile / 2 else -(-count // tile), len(costs) - 1)]
 
-        left = num_rows % tile
-        return left if cost(num_rows - left) + cost(len(planned) - 1 + left) < cost(num_rows) else 0
+        def both(left: int) -> int:
+            return cost(num_rows - left) + cost(len(planned) - 1 + left)
+
+        lefts = [num_rows - kept for kept in range(tile, num_rows, tile)] if tile else []
+        lefts = [left for left in lefts if left < planned[-1][1].num_rows]
+        best = min(lefts, key=lambda left: (both(left), left), default=0)
+        return best if best and both(best) < cost(num_rows) else 0
 
     def effective_level(self, job: Job) -> int:
         """Waiting brings it closer to the most urgent that could be admitted, but not past them."""

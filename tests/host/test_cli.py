@@ -106,6 +106,25 @@ def test_generate_starts_its_own_server_and_ends_it() -> None:
     assert left_by_own_servers() <= left_before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        command("generate", *EMULATED, "--load-format", "null", "--max-tokens", "1900", "--ignore-eos", PROMPT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(TMPDIR=str(tmp_path)),
+    )
+    try:
+        assert process.stdout is not None
+        assert os.read(process.stdout.fileno(), 1), "it generates"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and b"Traceback" not in errors, errors
+    assert not list(tmp_path.iterdir()) and not regions_of(f"local-{process.pid}")
+
+
 def test_generate_says_when_the_emulated_device_stands_in() -> None:
     result = run("generate", "--max-tokens", "2", PROMPT, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr

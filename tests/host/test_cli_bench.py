@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blinkimp.bench.load_plan import read_trace
+from blinkimp.bench.report import error_lines
 from blinkimp.cli import main
 from tests.scripted_server import Script, scripted_server
 
@@ -50,8 +51,39 @@ def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pyte
         (["--url", "http://127.0.0.1:1", "--rate", "1"], "--num-requests or --duration"),
         (["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1", "--goodput", "x"], "NAME:MILLISECONDS"),
         (["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1"], "check that it runs"),
+        (
+            ["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1", "--out", "/nowhere/x"],
+            "/nowhere/x: cannot be written",
+        ),
+        (["--rate", "1", "--num-requests", "1", "--save-trace", "/nowhere/x"], "/nowhere/x: cannot be written"),
     ],
 )
 def test_a_load_that_cannot_be_is_explained(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *flags]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_load_of_which_all_failed_shows_why_and_no_latencies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_lines({"id 17 is wrong": 2, "id 99 is wrong": 3, "lost": 1}) == [
+        "failed 5 times: id 17 is wrong",
+        "failed 1 times: lost",
+    ]
+    assert error_lines(dict.fromkeys("abcdefg", 1))[-1] == "failed 2 times in other ways; --out has them"
+    with scripted_server("http", Script(fail_each=1)) as address:
+        assert main(["bench", "--url", address, "--concurrency", "2", "--num-requests", "4", "--input-len", "4"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "0 requests completed, 4 failed" in printed
+        and "failed 4 times: status 503" in printed
+        and "TTFT" not in printed
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [0, 50])
+def test_prompts_are_of_ids_that_the_server_has(vocab_size: int) -> None:
+    script = Script(gap_ms=1, vocab_size=vocab_size)
+    with scripted_server("http", script) as address:
+        flags = ["--concurrency", "2", "--num-requests", "4", "--input-len", "100", "--output-len", "2"]
+        assert main(["bench", "--url", address, *flags]) == 0
+    ids = {token for prompt in script.prompts for token in prompt}
+    assert (vocab_size or 32000) * 0.9 < max(ids) < (vocab_size or 32000)

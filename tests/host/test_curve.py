@@ -25,7 +25,7 @@ def test_only_clients_of_the_list_are_served(tmp_path: Path) -> None:
     secret: dict[str, Path] = {}
     public: dict[str, Path] = {}
     for name in names:
-        secret[name], public[name] = make_keys(tmp_path, name)
+        secret[name], public[name] = make_keys(tmp_path / "keys", name)
         assert secret[name].stat().st_mode & 0o777 == 0o600
     allowed = tmp_path / "clients"
     allowed.write_bytes(b"# friends\n" + public["friend"].read_bytes() + b"\n")
@@ -36,7 +36,7 @@ def test_only_clients_of_the_list_are_served(tmp_path: Path) -> None:
         endpoint = ingress.start()
         try:
             with Client(
-                endpoint, timeout_s=PATIENCE_S, security=client_security(public["server"], secret["friend"])
+                endpoint, timeout_s=PATIENCE_S, security=client_security(str(public["server"]), secret["friend"])
             ) as client:
                 assert client.generate([5, 6], max_tokens=4).num_output_tokens == 4
             for security in (client_security(public["server"], secret["stranger"]), None):

@@ -107,6 +107,20 @@ def test_what_would_only_begin_a_tile_waits_for_the_next_step(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_a_whole_tile_waits_where_it_begins_a_round(kind: str) -> None:
+    costs = (1, 3, 4, 5, 6, 30, *(30,) * (abi.MAX_STEP_COSTS - 6))
+    rig = attached(kind, prefill_chunk_tokens=64, max_batch=16, cost_rows=8, step_costs=costs)
+    for request_id in range(1, 9):
+        assert rig.ingresses[0].submit(request_id, [1], 50)
+    one_plan(rig)
+    assert rig.ingresses[0].submit(9, [2] * 32, 2)
+    assert [seq.num_rows for seq in one_plan(rig)] == [1] * 8 + [24], (
+        "8 + 32 rows take 30; 32, and 8 + 8 in the next step, 6 and 4"
+    )
+    assert [seq.num_rows for seq in one_plan(rig)] == [1] * 8 + [8]
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
 def test_rows_stay_where_another_step_would_cost_more(kind: str) -> None:
     rig = attached(kind, prefill_chunk_tokens=64, max_step_tokens=64, **ROUNDS)
     ingress = rig.ingresses[0]

@@ -66,6 +66,9 @@ def test_javascript_over_zeromq_by_hand(served: Served) -> None:
     assert num_code_lines(path) <= 20
     host, _, port = served.endpoint.removeprefix("tcp://").partition(":")
     assert output_of(str(shutil.which("node")), str(path), host, port, PROMPT) == served.text
+    command = [str(shutil.which("node")), str(path), host, port, ""]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert refused.returncode == 1 and refused.stderr == "the prompt is empty\n", "a refusal is seen"
     assert "ï" in output_of(str(shutil.which("node")), str(path), host, port, "# naïve ïïïïïïïï")
 
 

@@ -220,6 +220,7 @@ def test_tokenize_and_detokenize_are_inverse(server: HttpServer) -> None:
 def test_small_endpoints(server: HttpServer) -> None:
     models = server.get("/v1/models").json
     assert [model["id"] for model in models["data"]] == [MODEL] and models["data"][0]["max_model_len"] == 2048
+    assert models["data"][0]["vocab_size"] == 4096
     assert server.get(f"/v1/models/{MODEL}").json["id"] == MODEL
     assert server.get("/v1/models/other").status == 404
     assert server.get("/health").json == {"status": "ok"} and server.get("/ready").status == 200

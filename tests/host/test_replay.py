@@ -17,6 +17,7 @@ from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Target, run_load
 from blinkimp.cli import main
 from blinkimp.client import Client
+from blinkimp.nic_shim.arrival_capture import ArrivalCapture
 from blinkimp.ring_abi import LEAST_TRACE_EVENTS
 from blinkimp.trace.arrivals import collect_arrivals, read_arrivals
 from blinkimp.trace.diff import compare
@@ -118,3 +119,9 @@ def test_an_ingress_that_was_not_asked_to_writes_nothing_down(tmp_path: Path) ->
         client.generate([5, 6], max_tokens=2)
     (arrival,) = collect_arrivals([tmp_path / "captured"])
     assert arrival.prompt_ids == [5, 6] and arrival.outcome is not None and arrival.outcome.num_output_tokens == 2
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"capture_arrivals: got .*file/captured \(Not a directory\), expected a folder"):
+        ArrivalCapture(tmp_path / "file" / "captured", "engine", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -96,6 +97,17 @@ def test_broken_checkpoint_ends_the_server_with_what_is_wrong(tmp_path: Path) ->
         assert server.wait(PATIENCE_S) == 1
         log = "".join(server.log)
         assert "could not start" in log and "model.safetensors" in log and "Traceback" not in log
+
+
+def test_port_in_use_ends_the_server_with_what_is_wrong(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with ServerProcess(tmp_path, wait=False, http=address) as server:
+            assert server.wait(PATIENCE_S) == 1
+            log = "".join(server.log)
+            assert log.count(f"cannot bind {address}") == 1, "it is not tried again"
+            assert "the server ends" in log and "Traceback" not in log
+            assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*.engine"))
 
 
 def test_killed_device_ends_a_server_without_restarts_with_a_clear_error(tmp_path: Path) -> None:

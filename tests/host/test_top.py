@@ -159,11 +159,27 @@ def test_the_power_of_a_gpu_and_the_lack_of_it(monkeypatch: pytest.MonkeyPatch) 
         assert watcher.look()["gpu"] is None
 
 
-def shown(seen: dict[str, Any]) -> str:
-    console = Console(width=110, force_terminal=False)
+def shown(seen: dict[str, Any], columns: int = 110) -> str:
+    console = Console(width=columns, force_terminal=False)
     with console.capture() as capture:
-        console.print(render(seen, (1.0, 5.0, 3.0)))
+        console.print(render(seen, (1.0, 5.0, 3.0), columns=columns))
     return capture.get()
+
+
+@pytest.mark.parametrize("columns", [79, 80, 100, 101, 110])
+def test_all_of_it_fits_a_terminal_of_24_lines(columns: int) -> None:
+    with FakeDirector(engine_name(), vocab_size=258, num_queue_pairs=4) as director:
+        seen = Watcher(director.regions.engine_name).look()
+    held = {"owner_pid": 4194304, "owner": "python3", "is_attached": True, "protocol": "http", "outstanding": 1024}
+    seen["queue_pairs"][0] |= held | {"num_submissions": 1024, "num_completions": 8192, "tokens_per_s": 41234.5}
+    seen["queue_pairs"][1] |= held | {"owner": None}
+    lines = shown(seen, columns).splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= columns and "…" not in "".join(lines)
+    assert any("─ batch ─" in line and "─ pages ─" in line for line in lines), "two panels in a row"
+    (row,) = (line for line in lines if line.startswith("0 "))
+    assert "http 4194304" in row and "1,024" not in row and "0/8192" in row and "41,234" in row
+    (row,) = (line for line in lines if line.startswith("1 "))
+    assert "gone 4194304" in row
 
 
 def test_a_fault_and_a_silent_engine_are_seen() -> None:
@@ -232,4 +248,4 @@ def test_small_things_are_readable() -> None:
     ]
     assert bar([(1, "green")], 1000, width=10).plain == "█░░░░░░░░░"
     assert bar([(5, "green"), (5, "blue")], 10, width=10).plain == "█" * 10 and bar([], 0, width=4).plain == "░░░░"
-    assert spark([0, 1, 2]) == " ▄█" and spark([]) == "" and spark([0, 0]) == "  "
+    assert spark([0, 1, 2], 3) == " ▄█" and spark([], 3) == "" and spark([0, 0], 3) == "  "

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blinkimp.host.engine_view import look
 from blinkimp.host.shared_memory import EngineNotFoundError
 from blinkimp.host.trace_reader import events_of, high_half, low_half
 from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
 from blinkimp.trace.clock import is_ping
+from blinkimp.trace.errors import TraceError
 from blinkimp.trace.file import EVENTS_OFFSET, FILE_HEADER, Metadata, TraceFile
 from blinkimp.trace.recorder import LAST_PINGS, Recorder
 from tests.host.engine_support import PortClient, make_tiny_checkpoint, running_engine, wait_for
@@ -161,3 +163,12 @@ def test_an_engine_without_a_trace_is_refused_with_the_remedy(tmp_path: Path) ->
     ):
         Recorder(engine.config.engine_name, tmp_path / "none.trace")
     assert not (tmp_path / "none.trace").exists()
+
+
+def test_recorder_that_cannot_write_leaves_its_queue_pair_free(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    with running_engine(tmp_path, trace_events=LEAST_TRACE_EVENTS) as engine:
+        name = engine.config.engine_name
+        with pytest.raises(TraceError, match="cannot be written"):
+            Recorder(name, tmp_path / "no-such-folder" / "run.trace")
+        assert not any(pair.owner_pid for pair in look(name).queue_pairs)

@@ -16,6 +16,8 @@ from blinkimp.cli.options import config_of, sampling_of
 from blinkimp.config import Config, ConfigError, keys
 from blinkimp.protocol import Sampling
 
+SUBPARSERS = argparse._SubParsersAction
+
 
 def parse(*arguments: str) -> argparse.Namespace:
     return build_parser().parse_args(arguments)
@@ -86,6 +88,60 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         for name, summary in COMMANDS.items():
             assert name in text
             assert summary in text
+
+
+PARTS = {
+    "trace": ("record", "stats", "timeline", "export", "diff", "arrivals"),
+    "lab": ("sweep", "interference", "evidence", "report"),
+}
+
+
+@pytest.mark.parametrize(("command", "part"), [(command, part) for command, parts in PARTS.items() for part in parts])
+def test_help_of_a_part_teaches_and_tells_every_default(
+    command: str, part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main([command, part, "--help"])
+    text = capsys.readouterr().out
+    assert f"  blinkimp {command} {part} " in text.partition("examples:")[2]
+    (parser,) = (action for action in build_parser(only=command)._actions if isinstance(action, SUBPARSERS))
+    (parts,) = (action for action in parser.choices[command]._actions if isinstance(action, SUBPARSERS))
+    for action in parts.choices[part]._actions:
+        assert action.help, f"{action.dest} has no help"
+        if action.option_strings and action.nargs != 0 and action.default not in (None, "", float("inf")):
+            assert f"{action.help} (default" in text or "(default" in action.help, action.dest
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_paragraphs_of_help_are_as_wide_as_the_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*filter(None, [command]), "--help"])
+    text = capsys.readouterr().out
+    usage, _, rest = text.partition("\n\n")
+    assert usage and not [line for line in rest.splitlines() if len(line) > 80 and not line.startswith(" ")]
+
+
+def test_wrong_usage_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (
+            ["tune", "--aging-ms", "soon"],
+            "blinkimp tune: error: argument --aging-ms: got 'soon', expected milliseconds",
+        ),
+        (
+            ["lab", "sweep", "--folder", "x", "--rates", "a"],
+            "argument --rates: got 'a', expected numbers such as 2,4.5",
+        ),
+        (["trace", "timeline", "x", "--request", "z"], "argument --request: got 'z', expected a number such as 0x1f3a"),
+        (["compile", "--num-workers", "-4"], "argument --num-workers: got '-4', expected a whole number of at least 1"),
+        (["generate"], "blinkimp generate: error: the following arguments are required: prompt"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
 
 
 def test_no_command_prints_help_and_counts_as_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,22 @@ Run: pytest tests/null/test_client_core.py
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
-from blinkimp.client_core import ClientCore, ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.async_client import AsyncClient
+from blinkimp.bench.zmq_backend import ZmqBackend
+from blinkimp.client import Client
+from blinkimp.client_core import (
+    BadRequestError,
+    ClientCore,
+    ClientError,
+    EndpointError,
+    RequestRefusedError,
+    ServerTimeoutError,
+)
 from blinkimp.protocol import (
     Alive,
     AliveReply,
@@ -53,6 +65,32 @@ def finish(request_id: int, num_output_tokens: int, reason: str = "length") -> F
 @pytest.fixture
 def wire() -> Wire:
     return Wire()
+
+
+def test_field_out_of_range_is_told_by_name() -> None:
+    with pytest.raises(BadRequestError, match=r"^max_tokens: got 0, expected int >= 1; correct it$"):
+        Wire().core.submit("a", {"max_tokens": 0}, 0.0, stream=True, detokenize=True)
+    with pytest.raises(BadRequestError, match=r"^stop\[0\]: got \[''\], expected str of length >= 1; correct it$"):
+        Wire().core.submit("a", {"stop": [""]}, 0.0, stream=True, detokenize=True)
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "tcp://:5555:x"])
+def test_endpoint_that_cannot_be_is_refused_and_nothing_stays_open(endpoint: str) -> None:
+    async def connect_async() -> None:
+        AsyncClient(endpoint)
+
+    async def open_backend() -> None:
+        backend = ZmqBackend(endpoint, lambda record: None)
+        try:
+            await backend.open(1.0)
+        finally:
+            await backend.close()
+
+    with pytest.raises(EndpointError, match=f"got '{endpoint}'.*expected a server's, such as tcp://"):
+        Client(endpoint)
+    for attempt in (connect_async, open_backend):
+        with pytest.raises(EndpointError):
+            asyncio.run(attempt())
 
 
 def test_submit_stream_finish(wire: Wire) -> None:

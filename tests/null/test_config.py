@@ -55,6 +55,15 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
         ({"kv_memory_fraction": "nan"}, {}, "", r"a number above 0"),
         ({"bind": "5555"}, {}, "", r"text that matches \^\(tcp\|ipc\)"),
         ({"num_ingress": "5"}, {}, "", r"num_ingress: got 5, expected at most num_queue_pairs = 4"),
+        ({"bind": "tcp://127.0.0.1:99999"}, {}, "", r"expected a port up to 65535 for each"),
+        (
+            {"bind": "tcp://127.0.0.1:65535", "num_ingress": "2"},
+            {},
+            "",
+            r"for 2 ingress processes, expected a port up to",
+        ),
+        ({"bind": "tcp://127.0.0.1"}, {}, "", r"such as tcp://127\.0\.0\.1:5555"),
+        ({"http": "127.0.0.1:65536"}, {}, "", r"http: got '127\.0\.0\.1:65536', expected a port from 0 to 65535"),
         (
             {},
             {"BLINKIMP_MAX_BACTH": "1"},

@@ -60,12 +60,15 @@ class FakeEngine:
         self.calls.append(words)
         FakeEngine.on_tune()
 
-    def status(self) -> dict[str, int]:
-        return {"num_running": 1, "num_waiting": 2, "num_finishing": 0}
+    num_left = 0  # requests when a drain ends
+
+    def num_requests(self) -> int:
+        has_drained = any(isinstance(call, tuple) for call in self.calls)
+        return FakeEngine.num_left if has_drained else 3
 
     def drain(self, timeout_s: float, should_give_up: Callable[[], bool]) -> bool:
         self.calls.append(("drain", timeout_s, should_give_up()))
-        return True
+        return False  # a second signal, say
 
     def stop(self) -> None:
         self.calls.append("stop")
@@ -116,6 +119,17 @@ def test_signal_drains_and_stops(bench: Bench) -> None:
     assert [event.kind for event in bench.events] == ["progress", "running"]
     assert bench.events[0] == Event("progress", name="weights", done=1, total=2)
     assert bench.engine.calls == [("drain", 7.0, False), "stop"] and bench.engine.num_restarts == 2
+
+
+@pytest.mark.parametrize(("num_left", "words"), [(0, "drained"), (2, "2 requests were still running")])
+def test_end_of_a_drain_says_what_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_left: int, words: str
+) -> None:
+    monkeypatch.setattr(FakeEngine, "num_left", num_left)
+    with caplog.at_level(logging.INFO, "blinkimp.host.engine_process"):
+        assert bench.run() == EXIT_STOPPED
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("draining: 3 requests have 7 s") and lines[-1].startswith(words)
 
 
 def test_refusal_at_the_start_is_told(bench: Bench) -> None:

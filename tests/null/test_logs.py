@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -163,3 +164,23 @@ def test_a_reader_that_stands_still_stops_nobody_and_loses_only_what_is_said_to_
     num_dropped = sum(line["num_lines"] for line in lines if line["event"] == "lines_dropped")
     assert seen == sorted(seen) and len(seen) + num_dropped == num_lines
     assert (num_dropped > 0) == (num_lines > 20_000)
+
+
+def test_text_lines_of_all_processes_look_alike_and_name_theirs() -> None:
+    for process in ("host", "zmq ingress 1"):
+        script = (
+            "import logging\nfrom blinkimp.logs import log_event, set_up_logging\n"
+            f"set_up_logging('info', 'text', {process!r})\n"
+            "log_event(logging.getLogger('x'), logging.INFO, 'draining', num_unfinished=1)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+            env={**os.environ, "PYTHONPATH": python_path()},
+        )
+        assert re.fullmatch(
+            rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO {process}: draining num_unfinished=1\n", done.stderr
+        )

@@ -33,6 +33,13 @@ def test_a_round_more_costs_more_than_a_decode_step() -> None:
     assert (np.diff(costs.astype(int)) >= 0).all() and costs[0] > 0
 
 
+def test_a_step_more_is_not_for_nothing() -> None:
+    """Two steps of whole rounds take longer than one of both: an LM head and 32 beginnings of attention."""
+    _, costs = costs_of()
+    assert int(costs[4]) + int(costs[2]) > int(costs[6]) and 2 * int(costs[8]) > int(costs[16])
+    assert int(costs[8]) + int(costs[0]) < int(costs[9])
+
+
 def test_a_model_ten_times_as_large_fits_the_words() -> None:
     _, costs = costs_of(
         {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}

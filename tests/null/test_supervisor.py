@@ -10,6 +10,7 @@ import pytest
 
 from blinkimp.config import Config
 from blinkimp.host import supervisor
+from blinkimp.host.child_process import EXIT_MISCONFIGURED
 from blinkimp.host.supervisor import (
     FIRST_BACKOFF_S,
     HEALTHY_S,
@@ -27,14 +28,19 @@ class FakeChild:
 
     started: list[FakeChild]
 
-    def __init__(self, name: str, module: str, arguments: list[str], **_: Any) -> None:
+    def __init__(self, name: str, module: str, arguments: list[str], *, on_line: Any) -> None:
         self.alive = True
+        self.status = 1
+        self.on_line = on_line
         self.arguments = arguments
         self.signals: list[signal.Signals] = []
         FakeChild.started.append(self)
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def returncode(self) -> int | None:
+        return None if self.alive else self.status
 
     def describe_exit(self) -> str:
         return "ingress ended"
@@ -85,6 +91,22 @@ def test_dead_ingress_is_restarted_with_growing_pauses(clock: list[float]) -> No
     clock[0] += HEALTHY_S + 1
     slot.look()
     assert seconds_to_restart(slot, clock) == pytest.approx(FIRST_BACKOFF_S, abs=0.05), "a long life starts afresh"
+
+
+def test_ingress_that_is_configured_wrongly_is_not_tried_again(clock: list[float]) -> None:
+    def slot_that_ended(status: int, *, has_served: bool = False) -> IngressSlot:
+        slot = IngressSlot(Config(), 0, "module", [])
+        assert not slot.cannot_serve, "it lives"
+        child = FakeChild.started[-1]
+        if has_served:
+            child.on_line(b"ready tcp://127.0.0.1:5555\n")
+        child.alive, child.status = False, status
+        return slot
+
+    assert slot_that_ended(EXIT_MISCONFIGURED).cannot_serve
+    assert not slot_that_ended(1).cannot_serve, "the engine may have faulted under it"
+    assert not slot_that_ended(-signal.SIGKILL).cannot_serve
+    assert not slot_that_ended(EXIT_MISCONFIGURED, has_served=True).cannot_serve, "it could, so it may again"
 
 
 def test_each_ingress_has_its_queue_pair_and_endpoint(clock: list[float]) -> None:

@@ -29,4 +29,6 @@ async def main(endpoint: str, prompts: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: async_streams.py ENDPOINT PROMPT...")
     asyncio.run(main(sys.argv[1], sys.argv[2:]))

@@ -15,9 +15,9 @@ let data = Buffer.alloc(0), rest = [bytes(ready), bytes("\x02"), big(body.length
 for await (const piece of socket) {
   if ((data = Buffer.concat([data, piece])).length >= 64 && rest.length) socket.write(Buffer.concat(rest.splice(0)));
   for (; data.length >= at + 9; at = end) { // a frame: flags, size, body
-    const [flags, size] = data[at] & 2 ? [take(1)[0], number(8)] : [take(1)[0], number(1)];
-    if (data.length < (end = at + size)) { at -= flags & 2 ? 9 : 2; break; } // its end is still on the way
+    const [flags, size] = data[at] & 2 ? [take(1)[0], number(8)] : [take(1)[0], number(1)]; if (data.length < (end = at + size)) { at -= flags & 2 ? 9 : 2; break; } // its end is still on the way
     for (const message of flags & 4 ? [] : value()) // flag 4: a command, no message
-      message.type === "tokens" ? process.stdout.write(message.text) : message.type === "finish" || message.final ? socket.end() : 0;
+      message.type === "tokens" ? process.stdout.write(message.text) : message.type === "finish" ? socket.end()
+        : message.final && (console.error(message.what), (process.exitCode = 1), socket.end());
   }
 }
