@@ -195,10 +195,8 @@ BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 
 }
 
 // Where an op leaves the rings, with or without an item. Equal in all threads; taken over when the op ends.
-BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors, const RingCursor& scales) {
-  if (!is_first_thread()) return;
-  shared.next_cursors = cursors;
-  shared.next_scales = scales;
+BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors) {
+  if (is_first_thread()) shared.next_cursors = cursors;
 }
 
 // Runs all items of an op for this CTA.
@@ -207,16 +205,17 @@ BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors,
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   ConsumerCursors cursors = shared.compute.cursors;
-  ScaleReader scales{shared.compute.scales, kNoRow};
+  ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const u32 warpgroup = uniform(thread_idx() / 128);
   const GemmWalk walk = tile_walk(params, shape);
   const u32 end = uniform(walk.end);
+  if (walk.first >= end) note_idle(shared);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
     if constexpr (kScaled) scales.enter(shared, 0);
     run_item<kTileRows, kColumns, kScaled>(params, shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_rings(shared, cursors, scales.cursor);
+  leave_rings(shared, cursors);
 }
 
 }  // namespace blinkimp

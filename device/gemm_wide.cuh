@@ -225,9 +225,8 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
 }
 
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, u8* shared_memory, WorkerShared& shared,
+BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared,
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
-  const GemmWalk walk = gemm_walk(params, tiling);
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
@@ -237,18 +236,22 @@ BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tili
   MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
                 thread_idx() % 128 == 0 ? 1u : 0u};
+  // Anew for each item: with the tokens and the stack known that costs less than registers through an item.
+  const auto tiling_now = [&] { return wide_tiling_of(op, num_rows, kHalved ? kRowTile : 2 * kRowTile, kStack); };
+  WideTiling tiling = tiling_now();
+  u32 idx = uniform(cta_idx());
+  bool has_item = idx < uniform(tiling.num_items);
+  if (!has_item) note_idle(shared);
 #pragma unroll 1
-  for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
+  while (has_item) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
     run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, shared, scales, epilogue);
+    idx += params.num_workers;
+    tiling = tiling_now();
+    has_item = idx < uniform(tiling.num_items);
   }
   cursors = ConsumerCursors{loop.weights, loop.inputs};
-}
-
-BK_INLINE bool has_wide_items(const EngineParams& params, const Op& op, u32 num_rows) {
-  const GemmWalk walk = gemm_walk(params, wide_tiling(params, op, num_rows));
-  return walk.first < walk.end;
 }
 
 // Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).
@@ -258,21 +261,21 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
   ConsumerCursors cursors = shared.compute.cursors;
-  ScaleReader scales{shared.compute.scales, kNoRow};
+  ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
-    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if (stack == kMax) {
-    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kMax, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {
     if (stack == kMax / 2) {
-      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
     } else if constexpr (kMax / 4 >= kMin) {
-      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
     }
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_rings(shared, cursors, scales.cursor);
+  leave_rings(shared, cursors);
 }
 
 // The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.

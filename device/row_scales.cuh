@@ -24,6 +24,7 @@ struct ScaleReader {
   }
   BK_INLINE void leave(WorkerShared& shared) {
     if (group != kNoRow) give_back(shared);
+    if (is_first_thread()) shared.next_scales = cursor;
   }
 
  private:

@@ -183,9 +183,9 @@ BK_INLINE void fetch_op(const EngineParams& params, u32 op_idx, Op* destination)
   cp_async_commit();
 }
 
-// Ends an op: the program counter moves on, past the last op to the next step. joined: this CTA's threads or its producers have waited for
-// the grid in this op; a CTA that had nothing to do must not arrive at its end before the others have arrived at its beginning.
-BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joined) {
+// Ends an op: the program counter moves on, past the last op to the next step. This CTA's threads or its producers have waited for the grid in
+// this op, except where it had nothing to do: it must not arrive at the op's end before the others have arrived at its beginning.
+BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared) {
   ComputeState& state = shared.compute;
   cp_async_wait<0>();
   // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
@@ -199,7 +199,10 @@ BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joi
       state.op_idx = 0;
       state.step++;
     }
-    if (!joined) wait_grid(params, state.num_barriers);
+    if (shared.is_idle) {
+      shared.is_idle = 0;
+      wait_grid(params, state.num_barriers);
+    }
     state.num_barriers++;
   }
   named_barrier_sync<1, kComputeThreads>();  // nobody reads the old state
@@ -338,7 +341,6 @@ BK_INLINE void compute(const EngineParams& params) {
     const u32 kind = uniform(op.kind);
     fetch_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &shared.ops[state.op_buffer ^ 1]);
     trace_moment(params, plan, state.op_idx, kOpBegins);
-    bool joined = true;
     if (kind == kOpLmHead && uniform(state.num_sample_rows) != uniform(state.num_rows)) {
       wait_phases(params, state);
       gather_sampled_rows(params, opaque(plan));
@@ -346,7 +348,6 @@ BK_INLINE void compute(const EngineParams& params) {
     }
     if (is_gemm(kind)) {
       const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
-      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : has_tiles(gemm_shape(op, num_rows));
       run_gemm_op(params, op, opaque(plan), num_rows, shared_memory, shared);
     } else if (kind == kOpAttention) {
       prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));
@@ -363,7 +364,7 @@ BK_INLINE void compute(const EngineParams& params) {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }
     trace_moment(params, plan, state.op_idx, kOpIsDone);
-    end_op(params, shared, joined);
+    end_op(params, shared);
   }
 }
 

@@ -90,6 +90,7 @@ struct WorkerShared {
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
+  u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
 };
 
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
