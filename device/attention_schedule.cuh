@@ -114,6 +114,11 @@ struct AttentionState {
   AttentionRun runs[2][2];  // [warpgroup][slot] the run and the next one; writer: its scout, while nobody reads that slot
 };
 
+BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
+  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
+  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
+}
+
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
 
 // (sequence, split) pairs that a step can have: there is room for their partial results, attention_part_bytes() of host/gpu_memory.py.

@@ -34,6 +34,5 @@ BK_INLINE void note_idle(WorkerShared& shared) {
 
 // The tiles of this CTA.
 BK_INLINE GemmWalk tile_walk(const EngineParams& params, const GemmShape& shape) { return GemmWalk{cta_idx(), params.num_workers, shape.num_items}; }
-BK_INLINE bool has_tiles(const GemmShape& shape) { return cta_idx() < shape.num_items; }
 
 }  // namespace blinkimp

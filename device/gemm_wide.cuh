@@ -278,26 +278,4 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   leave_rings(shared, cursors);
 }
 
-// The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.
-BK_INLINE void produce_row_scales_wide(const EngineParams& params, const Op& op, const f32* squares, u32 num_rows, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const GemmWalk walk = gemm_walk(params, tiling);
-  u32 row_tile = kNoRow;
-  for (u32 idx = walk.first; idx < walk.end; idx += walk.stride) {
-    const u32 next_row_tile = gemm_item(tiling, idx).row_tile;
-    if (next_row_tile == row_tile) continue;
-    row_tile = next_row_tile;
-    wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-    const u32 row_begin = row_tile * tiling.tokens;
-    const u32 row_end = min(num_rows, row_begin + tiling.tokens);
-    if (row_begin < row_end) {
-      const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
-      sum_row_scales(params, rows, row_end - row_begin, warp, shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
-    }
-    __syncwarp();
-    if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
-    cursor.advance(kScaleBuffers);
-  }
-}
-
 }  // namespace blinkimp

@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
     if (cta_idx() == params.num_workers) return;
     const u32 role = warp - kComputeThreads / 32;
     if (role >= 2) {
-      scale_producer(params, role - 2);
+      scale_producer(params);
     } else if (elect_one()) {
       if (role == 0) weight_producer(params);
       else input_producer(params);

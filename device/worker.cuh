@@ -13,6 +13,7 @@
 #include <project_epilogue.cuh>
 #include <qkv_epilogue.cuh>
 #include <sample_op.cuh>
+#include <scale_producer.cuh>
 #include <trace.cuh>
 
 namespace blinkimp {
@@ -33,14 +34,6 @@ constexpr int kGateUpTileRows = BK_GATE_UP_TILE_ROWS;
 constexpr int kProjectTileRows = 32;
 constexpr int kLmHeadTileRows = 112;
 
-// The rows a GEMM op works on: the LM head sees the sampled rows alone.
-BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
-
-BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
-
-// Whether the op normalises its input: its epilogue needs row scales.
-BK_INLINE bool is_scaled(u32 kind) { return is_gemm(kind) && kind != kOpProject; }
-
 BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const StepPlan& plan) {
   switch (op.kind) {
     case kOpProject: return params.workspaces[op.input == kBufAttention ? kWsAttention : kWsActivation];
@@ -49,31 +42,7 @@ BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const St
   }
 }
 
-BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
-  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
-  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
-}
-
-// Waits for the plan of a step; an idle wait has no budget, it ends with the exit flag at the latest. Acquire: pairs with the
-// director's publication in persistent_kernel.cu.
-BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
-  constexpr u32 kPollSleepNs = 100;
-  while (static_cast<i32>(ld_acquire_gpu(grid_word(params, kGridWordPlan)) - (step + 1)) < 0) sleep_ns(kPollSleepNs);
-  return reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
-}
-
 // ---- Producers ---------------------------------------------------------------------------------------------------
-// Begins a producer's step. Null: the workers leave.
-BK_INLINE const StepPlan* begin_producer_step(const EngineParams& params, ProducerState& state) {
-  const StepPlan* plan = wait_plan(params, state.step);
-  state.op_idx = 0;
-  return plan->flags & kPlanExit ? nullptr : plan;
-}
-
-// The plan of the producer's step, looked up where it is used.
-BK_INLINE const StepPlan* producer_plan(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]); }
-BK_INLINE const Op& producer_op(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const Op*>(params.ops)[state.op_idx]; }
-
 BK_INLINE void weight_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
@@ -119,39 +88,6 @@ BK_INLINE void input_producer(const EngineParams& params) {
       state.num_barriers++;
     }
     mbarrier_arrive(&shared.producers_done);
-  }
-}
-
-// A whole warp: scale warp `warp` of kScaleWarps.
-BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
-  WorkerShared& shared = worker_shared(worker_memory());
-  const Op* ops = reinterpret_cast<const Op*>(params.ops);
-  AttentionShared& attention = attention_shared(worker_memory());
-  const bool elected = thread_idx() % 32 == 0;
-  RingCursor cursor{0, 1};
-  u32 num_barriers = 0;
-  if (warp == 0) find_windows(params, attention);
-  for (u32 step = 0;; step++) {
-    const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
-    if (elected) wait_plan(params, step);
-    __syncwarp();  // the plan was acquired by one lane
-    if (plan->flags & kPlanExit) return;
-    if (warp == 0) plan_attention(params, plan, attention);
-    for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-      const Op& op = ops[op_idx];
-      num_barriers += phases_in_step(op.kind, *plan) - 1;
-      if (is_scaled(op.kind)) {
-        const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(*plan);
-        const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]);
-        const u32 num_rows = rows_of(op.kind, *plan);
-        if (elected) wait_grid(params, num_barriers);
-        __syncwarp();  // the grid was acquired by one lane
-        if (is_wide(num_rows)) produce_row_scales_wide(params, op, squares, num_rows, warp, shared, cursor);
-        else produce_row_scales(params, squares, gemm_shape(op, num_rows), warp, shared, cursor);
-      }
-      num_barriers++;
-    }
-    if (elected) mbarrier_arrive(&shared.producers_done);
   }
 }
 

@@ -73,6 +73,15 @@ constexpr u32 kInputProducer = 1;
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
+// Where a scale warp is, likewise: eight rows' loads take its registers.
+struct ScaleState {
+  ProducerState program;
+  u32 item;      // of a GEMM op
+  u32 tokens;    // rows of an item
+  u32 stack;     // packed tiles of an item
+  u32 row_tile;  // whose scales the last buffer has, of `tokens` rows
+};
+
 struct WorkerShared {
   // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
@@ -87,6 +96,7 @@ struct WorkerShared {
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
   ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
+  ScaleState scale_states[kScaleWarps];  // [scale warp]; writer: its first lane, between two __syncwarp(); readers: its lanes
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
@@ -96,7 +106,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232064;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
