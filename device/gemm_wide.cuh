@@ -207,7 +207,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
 
 // One item for one warpgroup.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
+BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
   constexpr int kParts = kHalved ? 1 : kStack;
   constexpr int kColumns = kTileRows * kParts;
@@ -220,7 +220,7 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
-  if constexpr (kScaled) row_scale = scales.wait(params, shared);
+  if constexpr (kScaled) row_scale = scales.wait(shared);
   tail.finish(d, row_scale);
 }
 
@@ -233,7 +233,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
   const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
-  MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
+  MainLoop loop{shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
                 thread_idx() % 128 == 0 ? 1u : 0u};
   // Anew for each item: with the tokens and the stack known that costs less than registers through an item.
@@ -246,7 +246,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   while (has_item) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
-    run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, shared, scales, epilogue);
+    run_wide_item<kTileRows, kStack, kHalved, kScaled>(tiling, item, loop, shared, scales, epilogue);
     idx += params.num_workers;
     tiling = tiling_now();
     has_item = idx < uniform(tiling.num_items);

@@ -18,8 +18,8 @@ struct ScaleReader {
     if (group != kNoRow && group != next_group) give_back(shared);
     group = next_group;
   }
-  BK_INLINE const f32* wait(const EngineParams& params, WorkerShared& shared) const {
-    wait_mbarrier_warp(params, &shared.scales_full[cursor.stage], cursor.phase, kSiteScales);
+  BK_INLINE const f32* wait(WorkerShared& shared) const {
+    wait_mbarrier_warp(&shared.scales_full[cursor.stage], cursor.phase, kSiteScales);
     return shared.row_scale[cursor.stage];
   }
   BK_INLINE void leave(WorkerShared& shared) {
