@@ -49,7 +49,7 @@ BK_INLINE bool fault_recorded(const EngineParams& params) {
   return ld_relaxed_sys(&fault_latch(params)->taken) != 0;  // relaxed: a hint to leave, no data is read through it
 }
 
-// Returns true to the caller whose record it became. The latch lies in device memory: PCIe has no compare-and-swap to rely on.
+// Returns true to the caller whose record it became. The latch lies in device memory: PCIe has no atomics to rely on.
 BK_INLINE bool record_fault(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
   FaultLatch* latch = fault_latch(params);
   if (exchange_acq_rel_sys(&latch->taken, 1) != 0) return false;
