@@ -257,9 +257,9 @@ BK_INLINE bool begin_step(const EngineParams& params, ComputeState& state) {
 }
 
 // Op times for the trace, in kernels that were compiled for it: a traced engine pays with a look at the trace's header for each op.
-BK_INLINE void trace_moment(const EngineParams& params, const StepPlan* plan, u32 op_idx, OpMoment moment) {
+BK_INLINE void trace_moment(const EngineParams& params, const ComputeState& state, OpMoment moment) {
 #if defined(BK_TRACE_OPS)
-  if (is_first_thread()) trace_op(params, plan->step, op_idx, cta_idx(), moment);
+  if (is_first_thread()) trace_op(params, reinterpret_cast<const StepPlan*>(params.plans[state.step & 1])->step, state.op_idx, cta_idx(), moment);
 #endif
 }
 
@@ -276,7 +276,7 @@ BK_INLINE void compute(const EngineParams& params) {
     const Op& op = shared.ops[state.op_buffer];
     const u32 kind = uniform(op.kind);
     fetch_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &shared.ops[state.op_buffer ^ 1]);
-    trace_moment(params, plan, state.op_idx, kOpBegins);
+    trace_moment(params, state, kOpBegins);
     if (kind == kOpLmHead && uniform(state.num_sample_rows) != uniform(state.num_rows)) {
       wait_phases(params, state);
       gather_sampled_rows(params, opaque(plan));
@@ -299,7 +299,7 @@ BK_INLINE void compute(const EngineParams& params) {
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }
-    trace_moment(params, plan, state.op_idx, kOpIsDone);
+    trace_moment(params, state, kOpIsDone);
     end_op(params, shared);
   }
 }
