@@ -239,8 +239,8 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
   static_assert(kPageStages<kHeadDim> * kWeightStageBytes == 2 * kKvTileBytes<kHeadDim>, "a page fills whole stages");
   AttentionState& state = attention_state<kHeadDim>(shared_memory);
   keys = RingCursor{uniform(keys.stage), uniform(keys.phase)};
-  const u32 warpgroup = uniform(compute_warpgroup());
   // The ring holds a page of warpgroup 0, then one of warpgroup 1, and so on while both have some.
+  const u32 warpgroup = uniform(compute_warpgroup());  // up to the loop, which has no register for it
   u32 others = uniform(schedule_of(attention, state.op->window).narrow[1 - warpgroup].num_pages);
   if (warpgroup == 1 && others) {
     advance_by(keys, kPageStages<kHeadDim>);
@@ -248,10 +248,15 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
   }
   // Turns go on from item to item: given anew for each, a warpgroup 1 that is ahead would give the same turn twice.
   if (warpgroup == 1) barrier_arrive(kTurnBarrier, 2 * kWarpgroupThreads);  // warpgroup 0 has the first
+  // The loop over pages leaves a register for the address of the run alone: what else says where a run is, is computed where it is used.
+  const auto own_runs = [&] { return state.runs[uniform(compute_warpgroup())]; };
+  const AttentionRun* current = own_runs();
+  const auto other_slot = [&]() -> u32 { return shared_address(current) == shared_address(own_runs()) ? 1 : 0; };
+  bool is_first = true;
 #pragma unroll 1
-  for (u32 slot = 0, is_first = 1;; slot ^= 1) {
+  for (;; current = own_runs() + other_slot()) {
     warpgroup_sync();  // the run is written, and a narrow one's queries if it is not the first; hazard: a slow warp still reads the other slot
-    const AttentionRun& run = state.runs[warpgroup][slot];
+    const AttentionRun& run = *current;
     const u32 kind = uniform(run.kind);
     if (kind != kRunNarrow) {
       advance_by(keys, others * kPageStages<kHeadDim>);  // the other warpgroup's last pages
@@ -266,11 +271,12 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
       land_queries();
       warpgroup_sync();  // the query tile is whole
     }
-    is_first = 0;
+    is_first = false;
     if (uniform(is_scout_warp())) {  // nobody reads the other slot any more
-      if (is_scout()) next_run<kHeadDim>(params, attention, state, slot ^ 1, warpgroup);
+      const u32 next_slot = other_slot();
+      if (is_scout()) next_run<kHeadDim>(params, attention, state, next_slot, compute_warpgroup());
       __syncwarp();  // the run is written
-      const AttentionRun& next = state.runs[warpgroup][slot ^ 1];
+      const AttentionRun& next = own_runs()[next_slot];
       if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, shared_memory + kScratchOffset, thread_idx() % 32, 32);
     }
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
@@ -278,7 +284,7 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
     land_queries();
   }
-  if (warpgroup == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
+  if (uniform(compute_warpgroup()) == 0) barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);  // takes the turn that warpgroup 1 left over
   return keys;
 }
 

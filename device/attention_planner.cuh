@@ -65,7 +65,8 @@ struct NarrowCuts {
   u32 num_more;       // such CTAs: the first, or in an odd round of dealing the last
   bool from_end;
 
-  BK_INLINE NarrowCuts(const EngineParams& params, const WideWork& wide, u32 num_pages) {
+  BK_INLINE NarrowCuts(const EngineParams& params, const WideWork& work, u32 num_pages) {
+    const WideWork wide{opaque(work.num_items), opaque(work.num_pages)};  // or doubles made of it live through all window sizes
     const double num_ctas = params.num_workers;
     if (wide.num_items == 0) {
       capacity_more = capacity_less = 1.0;

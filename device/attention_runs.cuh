@@ -50,7 +50,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   run.group = attention.group;
   run.window = op.window;
   if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {
-    NarrowWalk& walk = *opaque(&state.walks[warpgroup]);  // read anew: kept from before, its words would be more than there are registers
+    NarrowWalk& walk = state.walks[opaque(warpgroup)];  // read anew: kept from before, its words would be more than there are registers
     const u32 unit_begin = first_page(walk.position, op.window);
     const u32 unit_end = walk.position / kPageTokens + 1;
     const u32 num_pages = run_pages(walk);
@@ -82,11 +82,11 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     walk.num_pages -= num_pages;
     return;
   }
-  WideItem item;
-  if (!next_wide_item(params, seqs, attention, state.wide_walks[warpgroup], &item)) {
+  if (!next_wide_item(params, seqs, attention, state.wide_walks[warpgroup], &state.wide_items[warpgroup])) {
     run.kind = kRunEnd;
     return;
   }
+  const WideItem& item = state.wide_items[opaque(warpgroup)];  // read anew, too
   const PlanSeq& seq = seqs[item.seq_idx];
   run.kind = kRunWide;
   run.joins = state.wide_walks[warpgroup].round == 1;

@@ -52,6 +52,13 @@ struct WideWalk {
   u32 items_before;  // of the shares before it
 };
 
+struct WideItem {
+  u32 seq_idx;
+  u32 kv_head;
+  u32 tile_begin;  // packed rows [tile_begin, tile_end)
+  u32 tile_end;
+};
+
 struct WindowSchedule {
   u32 window;            // tokens, 0 = none
   u32 reserved0;
@@ -110,9 +117,15 @@ struct AttentionState {
   const StepPlan* plan;     // of the step
   NarrowWalk walks[2];      // [warpgroup] where each warpgroup is; writer and reader: its scout (attention.cuh)
   WideWalk wide_walks[2];   // likewise
+  WideItem wide_items[2];   // likewise, the item that it stands at
   u32 messages[2];          // [warpgroup] writer: its first thread, between two of its barriers
   AttentionRun runs[2][2];  // [warpgroup][slot] the run and the next one; writer: its scout, while nobody reads that slot
 };
+
+BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
+  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
+  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
+}
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
 
@@ -166,13 +179,6 @@ BK_INLINE u32 run_pages(const NarrowWalk& walk) {
   const u32 in_unit = walk.position / kPageTokens + 1 - walk.page;
   return in_unit < walk.num_pages ? in_unit : walk.num_pages;
 }
-
-struct WideItem {
-  u32 seq_idx;
-  u32 kv_head;
-  u32 tile_begin;  // packed rows [tile_begin, tile_end)
-  u32 tile_end;
-};
 
 // Pages [begin, end) that the item's rows see; position_begin: of its share.
 BK_INLINE u32 wide_page_begin(const WideItem& item, u32 position_begin, u32 group, u32 window) { return first_page(position_begin + item.tile_begin / group, window); }

@@ -39,7 +39,7 @@ enum FaultSite : u32 {
 
 // The first words of director_state, so that code which does not know the director can record a fault.
 struct FaultLatch {
-  u64 taken;  // 0, or 1 once somebody records; compare-and-swap decides who
+  u64 taken;  // 0, or 1 once somebody records: an exchange says who was first
   u64 step;   // written by director_plan: the step that the plan is for
 };
 
@@ -49,10 +49,10 @@ BK_INLINE bool fault_recorded(const EngineParams& params) {
   return ld_relaxed_sys(&fault_latch(params)->taken) != 0;  // relaxed: a hint to leave, no data is read through it
 }
 
-// Returns true to the caller whose record it became. The latch lies in device memory: PCIe has no compare-and-swap to rely on.
+// Returns true to the caller whose record it became. The latch lies in device memory: PCIe has no atomics to rely on.
 BK_INLINE bool record_fault(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
   FaultLatch* latch = fault_latch(params);
-  if (cas_acq_rel_sys(&latch->taken, 0, 1) != 0) return false;
+  if (exchange_acq_rel_sys(&latch->taken, 1) != 0) return false;
   EnginePage* page = reinterpret_cast<EnginePage*>(params.engine_page);
   FaultRecord* record = &page->fault;
 #if BK_GPU

@@ -50,15 +50,16 @@ struct FragmentTail {
   static constexpr u32 kStep = Epilogue::template step_columns<kColumns>();
   static constexpr u32 kSteps = kColumns / kStep;
   static_assert(kColumns % kStep == 0, "whole steps");
-  static constexpr bool kIsRolled = kSteps <= Epilogue::kMostRolledSteps;
   using Rows = typename Epilogue::Rows;
   using Loaded = typename Epilogue::template Loaded<kStep>;
-  // Steps whose loads are sent by the beginning of a step: its own, and those that fit beside the products that are left.
+  static constexpr u32 kLoadedWords = sizeof(Loaded) / 4;
+  // Rolled: all steps' loads are held through the main loop, so they must fit beside its products.
+  static constexpr bool kIsRolled = kSteps == 1 || (kSteps <= Epilogue::kMostRolledSteps && (kLoadedWords == 0 || kSteps * kLoadedWords + kColumns / 2 <= Epilogue::kTailRegisters));
+  // Steps whose loads are sent by the beginning of a step, those that fit beside the products that are left; its own by then in any case.
   BK_INLINE static constexpr u32 loads_sent(u32 step) {
     const u32 num_products = (kSteps - step) * kStep / 2;
     const u32 num_free = Epilogue::kTailRegisters > num_products ? Epilogue::kTailRegisters - num_products : 0;
-    const u32 num_fitting = num_free / (sizeof(Loaded) / 4);
-    const u32 num_sent = step + (num_fitting > 1 ? num_fitting : 1);
+    const u32 num_sent = step + num_free / kLoadedWords;
     return num_sent < kSteps ? num_sent : kSteps;
   }
   static constexpr u32 kFirst = kIsRolled ? kSteps : loads_sent(0);  // before the main loop: where steps are rolled all, for what moves down must have come
@@ -82,7 +83,8 @@ struct FragmentTail {
       if constexpr (!kIsRolled) {
 #pragma unroll
         for (u32 i = kFirst; i < kSteps; i++) {
-          if (step > 0 && i >= loads_sent(step - 1) && i < loads_sent(step)) load(i);
+          const bool is_sent = i < (step > 0 ? loads_sent(step - 1) : kFirst);
+          if (!is_sent && (i == step || i < loads_sent(step))) load(i);
         }
       }
       epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), loaded[kIsRolled ? 0 : step], row_scale);

@@ -69,7 +69,6 @@ BK_INLINE u32 input_tile_bytes(u32 num_rows, u32 row_begin) {
 constexpr u32 kNone = 0xffffffff;
 
 struct MainLoop {
-  const EngineParams& params;
   WorkerShared& shared;
   RingCursor weights;
   RingCursor inputs;
@@ -77,8 +76,8 @@ struct MainLoop {
   u64 b_base;
   u32 num_arrivals;  // of this thread where a stage is given back: 1 of one thread of the warpgroup
 
-  BK_INLINE void wait_weights() const { wait_mbarrier_warp(params, &shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
-  BK_INLINE void wait_inputs() const { wait_mbarrier_warp(params, &shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
+  BK_INLINE void wait_weights() const { wait_mbarrier_warp(&shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
+  BK_INLINE void wait_inputs() const { wait_mbarrier_warp(&shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
   BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[used ? stage : 0], used ? num_arrivals : 0); }
@@ -166,7 +165,7 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, c
 }
 
 template <int kTileRows, int kColumns>
-BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape, u32 row_offset, u8* shared_memory, WorkerShared& shared,
+BK_INLINE void multiply_tile(const GemmShape& shape, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                              ConsumerCursors& cursors, f32 (&d)[kColumns / 2]) {
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
   const u32 base = uniform(shared_address(shared_memory));
@@ -174,7 +173,7 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
   // With 8 rows the row groups of wgmma's A operand are all the same one.
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
-  MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
+  MainLoop loop{shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
                 RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u};
   const auto multiply = [&](u64 inputs, u64 tile) { multiply_slice<kColumns>(d, inputs, tile); };
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kStageSlices>(loop, uniform(shape.num_slices), input_rows, multiply);
@@ -184,23 +183,21 @@ BK_INLINE void multiply_tile(const EngineParams& params, const GemmShape& shape,
 
 // One item for one warpgroup. Epilogue: the interface of gemm_epilogues.cuh.
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
-BK_INLINE void run_item(const EngineParams& params, const GemmShape& shape, u32 row_begin, u32 tile_idx, u32 row_offset, u8* shared_memory, WorkerShared& shared,
+BK_INLINE void run_item(const GemmShape& shape, u32 row_begin, u32 tile_idx, u32 row_offset, u8* shared_memory, WorkerShared& shared,
                         ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   FragmentTail<kColumns, false, Epilogue> tail(epilogue, row_begin, tile_idx * kTileRows + row_offset);
-  multiply_tile<kTileRows, kColumns>(params, shape, row_offset, shared_memory, shared, cursors, d);
+  multiply_tile<kTileRows, kColumns>(shape, row_offset, shared_memory, shared, cursors, d);
   const f32* row_scale = nullptr;
-  if constexpr (kScaled) row_scale = scales.wait(params, shared);
+  if constexpr (kScaled) row_scale = scales.wait(shared);
   tail.finish(d, row_scale);
 }
 
 // Where an op leaves the rings, with or without an item. Equal in all threads; taken over when the op ends.
-BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors, const RingCursor& scales) {
-  if (!is_first_thread()) return;
-  shared.next_cursors = cursors;
-  shared.next_scales = scales;
+BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors) {
+  if (is_first_thread()) shared.next_cursors = cursors;
 }
 
 // Runs all items of an op for this CTA.
@@ -209,16 +206,17 @@ BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors,
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   ConsumerCursors cursors = shared.compute.cursors;
-  ScaleReader scales{shared.compute.scales, kNoRow};
+  ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const u32 warpgroup = uniform(thread_idx() / 128);
   const GemmWalk walk = tile_walk(params, shape);
   const u32 end = uniform(walk.end);
+  if (walk.first >= end) note_idle(shared);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
     if constexpr (kScaled) scales.enter(shared, 0);
-    run_item<kTileRows, kColumns, kScaled>(params, shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
+    run_item<kTileRows, kColumns, kScaled>(shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_rings(shared, cursors, scales.cursor);
+  leave_rings(shared, cursors);
 }
 
 }  // namespace blinkimp

@@ -27,8 +27,12 @@ struct GemmWalk {
   u32 end;
 };
 
+// A walk without an item: end_op() of worker.cuh will have to know.
+BK_INLINE void note_idle(WorkerShared& shared) {
+  if (is_first_thread()) shared.is_idle = 1;
+}
+
 // The tiles of this CTA.
 BK_INLINE GemmWalk tile_walk(const EngineParams& params, const GemmShape& shape) { return GemmWalk{cta_idx(), params.num_workers, shape.num_items}; }
-BK_INLINE bool has_tiles(const GemmShape& shape) { return cta_idx() < shape.num_items; }
 
 }  // namespace blinkimp

@@ -207,7 +207,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
 
 // One item for one warpgroup.
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
+BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
   constexpr int kParts = kHalved ? 1 : kStack;
   constexpr int kColumns = kTileRows * kParts;
@@ -220,35 +220,38 @@ BK_INLINE void run_wide_item(const EngineParams& params, const WideTiling& tilin
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
-  if constexpr (kScaled) row_scale = scales.wait(params, shared);
+  if constexpr (kScaled) row_scale = scales.wait(shared);
   tail.finish(d, row_scale);
 }
 
 template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_items(const EngineParams& params, const WideTiling& tiling, u8* shared_memory, WorkerShared& shared,
+BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared,
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
-  const GemmWalk walk = gemm_walk(params, tiling);
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
   // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
   const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
   const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
-  MainLoop loop{params, shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
+  MainLoop loop{shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
                 thread_idx() % 128 == 0 ? 1u : 0u};
+  // Anew for each item: with the tokens and the stack known that costs less than registers through an item.
+  const auto tiling_now = [&] { return wide_tiling_of(op, num_rows, kHalved ? kRowTile : 2 * kRowTile, kStack); };
+  WideTiling tiling = tiling_now();
+  u32 idx = uniform(cta_idx());
+  bool has_item = idx < uniform(tiling.num_items);
+  if (!has_item) note_idle(shared);
 #pragma unroll 1
-  for (u32 idx = uniform(walk.first); idx < uniform(walk.end); idx += walk.stride) {
+  while (has_item) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
-    run_wide_item<kTileRows, kStack, kHalved, kScaled>(params, tiling, item, loop, shared, scales, epilogue);
+    run_wide_item<kTileRows, kStack, kHalved, kScaled>(tiling, item, loop, shared, scales, epilogue);
+    idx += params.num_workers;
+    tiling = tiling_now();
+    has_item = idx < uniform(tiling.num_items);
   }
   cursors = ConsumerCursors{loop.weights, loop.inputs};
-}
-
-BK_INLINE bool has_wide_items(const EngineParams& params, const Op& op, u32 num_rows) {
-  const GemmWalk walk = gemm_walk(params, wide_tiling(params, op, num_rows));
-  return walk.first < walk.end;
 }
 
 // Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).
@@ -258,43 +261,21 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   constexpr u32 kMin = min_stack(kTileRows);
   const WideTiling tiling = wide_tiling(params, op, num_rows);
   ConsumerCursors cursors = shared.compute.cursors;
-  ScaleReader scales{shared.compute.scales, kNoRow};
+  ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
-    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if (stack == kMax) {
-    run_wide_items<kTileRows, kMax, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+    run_wide_items<kTileRows, kMax, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {
     if (stack == kMax / 2) {
-      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 2, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
     } else if constexpr (kMax / 4 >= kMin) {
-      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, tiling, shared_memory, shared, cursors, scales, epilogue);
+      run_wide_items<kTileRows, kMax / 4, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
     }
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_rings(shared, cursors, scales.cursor);
-}
-
-// The scale warps' side of an op (row_scales.cuh): the rows of each item's row tile, once for items in a row that share it.
-BK_INLINE void produce_row_scales_wide(const EngineParams& params, const Op& op, const f32* squares, u32 num_rows, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling tiling = wide_tiling(params, op, num_rows);
-  const GemmWalk walk = gemm_walk(params, tiling);
-  u32 row_tile = kNoRow;
-  for (u32 idx = walk.first; idx < walk.end; idx += walk.stride) {
-    const u32 next_row_tile = gemm_item(tiling, idx).row_tile;
-    if (next_row_tile == row_tile) continue;
-    row_tile = next_row_tile;
-    wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-    const u32 row_begin = row_tile * tiling.tokens;
-    const u32 row_end = min(num_rows, row_begin + tiling.tokens);
-    if (row_begin < row_end) {
-      const f32* rows = squares + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
-      sum_row_scales(params, rows, row_end - row_begin, warp, shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
-    }
-    __syncwarp();
-    if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
-    cursor.advance(kScaleBuffers);
-  }
+  leave_rings(shared, cursors);
 }
 
 }  // namespace blinkimp

@@ -10,7 +10,7 @@
 namespace blinkimp {
 
 // ---- Workers -----------------------------------------------------------------------------------------------------
-BK_INLINE void init_shared() {
+BK_INLINE void init_shared(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
   if (is_first_thread()) {
@@ -29,9 +29,11 @@ BK_INLINE void init_shared() {
     mbarrier_init(&shared.producers_done, 2 + kScaleWarps);
     mbarrier_init(&attention_shared(shared_memory).schedule_ready, 1);
     fence_mbarrier_init();
+    shared.params = &params;
     shared.compute = ComputeState{};
     shared.next_cursors = ConsumerCursors{};
     shared.next_scales = RingCursor{};
+    shared.is_idle = 0;
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};
@@ -41,14 +43,14 @@ BK_INLINE void init_shared() {
 
 // The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
 extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
-  init_shared();
+  init_shared(params);
   const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
   if (warp >= kComputeThreads / 32) {
     set_registers_down<56>();  // 128 x 56 + 256 x 224 = 384 x 168: what the launch has; more would wait for ever
     if (cta_idx() == params.num_workers) return;
     const u32 role = warp - kComputeThreads / 32;
     if (role >= 2) {
-      scale_producer(params, role - 2);
+      scale_producer(params);
     } else if (elect_one()) {
       if (role == 0) weight_producer(params);
       else input_producer(params);

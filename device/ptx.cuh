@@ -205,6 +205,17 @@ BK_INLINE u32 atom_add_relaxed_shared(u32* address, u32 value) {
 #endif
 }
 
+// Exchange; returns the value seen before.
+BK_INLINE u64 exchange_acq_rel_sys(u64* address, u64 value) {
+#if BK_GPU
+  u64 seen;
+  asm volatile("atom.acq_rel.sys.exch.b64 %0, [%1], %2;" : "=l"(seen) : "l"(address), "l"(value) : "memory");
+  return seen;
+#else
+  return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL);
+#endif
+}
+
 // Compare-and-swap; returns the value seen before. Acquire and release: the winner sees what the loser published.
 BK_INLINE u64 cas_acq_rel_sys(u64* address, u64 expected, u64 desired) {
 #if BK_GPU

@@ -18,12 +18,13 @@ struct ScaleReader {
     if (group != kNoRow && group != next_group) give_back(shared);
     group = next_group;
   }
-  BK_INLINE const f32* wait(const EngineParams& params, WorkerShared& shared) const {
-    wait_mbarrier_warp(params, &shared.scales_full[cursor.stage], cursor.phase, kSiteScales);
+  BK_INLINE const f32* wait(WorkerShared& shared) const {
+    wait_mbarrier_warp(&shared.scales_full[cursor.stage], cursor.phase, kSiteScales);
     return shared.row_scale[cursor.stage];
   }
   BK_INLINE void leave(WorkerShared& shared) {
     if (group != kNoRow) give_back(shared);
+    if (is_first_thread()) shared.next_scales = cursor;
   }
 
  private:
@@ -47,30 +48,26 @@ BK_INLINE void sum_row_scales(const EngineParams& params, const f32* squares, u3
     f32 sums[kRowsAtOnce] = {};
 #pragma unroll 1
     for (u32 pair = lane; pair < num_pairs; pair += 64) {
+      float2 low[kRowsAtOnce];
+      float2 high[kRowsAtOnce];
+      const u32 first_row = opaque(first);  // eight rows' addresses, kept for the next turn, would take the registers of eight rows' loads
 #pragma unroll
       for (u32 i = 0; i < kRowsAtOnce; i++) {
-        const float2* row = pairs + min(first + i, num_rows - 1) * num_pairs;
-        const float2 low = load_l2(row + pair);
-        const float2 high = pair + 32 < num_pairs ? load_l2(row + pair + 32) : float2{0.0f, 0.0f};
-        sums[i] += (low.x + low.y) + (high.x + high.y);
+        const float2* row = pairs + min(first_row + i, num_rows - 1) * num_pairs;
+        low[i] = load_l2(row + pair);
+        high[i] = pair + 32 < num_pairs ? load_l2(row + pair + 32) : float2{0.0f, 0.0f};
       }
+#pragma unroll
+      for (u32 i = 0; i < kRowsAtOnce; i++) sums[i] += (low[i].x + low[i].y) + (high[i].x + high[i].y);
     }
+    f32 sum = 0.0f;  // of the lane's row
 #pragma unroll
     for (u32 i = 0; i < kRowsAtOnce; i++) {
       for (u32 distance = 16; distance; distance /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-      if (lane == 0) row_scale[min(first + i, num_rows - 1)] = rsqrtf(sums[i] / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
+      if (lane == i) sum = sums[i];
     }
+    if (lane < kRowsAtOnce && first + lane < num_rows) row_scale[first + lane] = rsqrtf(sum / static_cast<f32>(params.dims.hidden) + params.dims.norm_eps);
   }
-}
-
-// The scale warps' side of one op of at most 64 rows, after the grid barrier that completes `squares`: one buffer for all items.
-BK_INLINE void produce_row_scales(const EngineParams& params, const f32* squares, const GemmShape& shape, u32 warp, WorkerShared& shared, RingCursor& cursor) {
-  if (!has_tiles(shape)) return;
-  wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-  sum_row_scales(params, squares, shape.num_rows, warp, shared.row_scale[cursor.stage]);
-  __syncwarp();
-  if (thread_idx() % 32 == 0) mbarrier_arrive(&shared.scales_full[cursor.stage]);
-  cursor.advance(kScaleBuffers);
 }
 
 }  // namespace blinkimp

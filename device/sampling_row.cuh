@@ -6,6 +6,9 @@
 // Called by device/sampling*.cuh, device/sample_op.cuh. Test: pytest tests/host/test_sampling.py tests/host/test_sampling_edits.py
 #pragma once
 #include <logit_edits.cuh>
+#if BK_GPU
+#include <ptx_mma.cuh>
+#endif
 
 #if BK_GPU
 #define BK_UNROLL _Pragma("unroll")
@@ -48,6 +51,7 @@ BK_INLINE u32 num_lead_of(const f32* logits) { return (static_cast<u32>(reinterp
 template <class Load, class Fn>
 BK_INLINE void for_each_two_quads(u32 num_quads, u32 start, u32 stride, Load load, Fn fn) {
 #if BK_GPU
+  start = opaque(start);  // or the bounds of its first quads, predicates, live through all passes over the row
   // Four loads on their way while two quads are worked on: 256 threads alone would leave most of the memory's bandwidth unused.
   auto next0 = load(start);
   auto next1 = load(start + stride);

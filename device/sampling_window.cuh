@@ -10,9 +10,6 @@
 // Called by device/sampling.cuh. Test: pytest tests/host/test_sampling.py
 #pragma once
 #include <sampling_row.cuh>
-#if BK_GPU
-#include <ptx_mma.cuh>
-#endif
 
 namespace blinkimp {
 

@@ -14,6 +14,7 @@
 #include <project_epilogue.cuh>
 #include <qkv_epilogue.cuh>
 #include <sample_op.cuh>
+#include <scale_producer.cuh>
 #include <trace.cuh>
 
 namespace blinkimp {
@@ -34,14 +35,6 @@ constexpr int kGateUpTileRows = BK_GATE_UP_TILE_ROWS;
 constexpr int kProjectTileRows = 32;
 constexpr int kLmHeadTileRows = 112;
 
-// The rows a GEMM op works on: the LM head sees the sampled rows alone.
-BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
-
-BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
-
-// Whether the op normalises its input: its epilogue needs row scales.
-BK_INLINE bool is_scaled(u32 kind) { return is_gemm(kind) && kind != kOpProject; }
-
 BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const StepPlan& plan) {
   switch (op.kind) {
     case kOpProject: return params.workspaces[op.input == kBufAttention ? kWsAttention : kWsActivation];
@@ -50,31 +43,7 @@ BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const St
   }
 }
 
-BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
-  static_assert(sizeof(AttentionShared) <= kAttentionBlockBytes, "its place in the shared memory map");
-  return *reinterpret_cast<AttentionShared*>(shared_memory + kAttentionBlockOffset);
-}
-
-// Waits for the plan of a step; an idle wait has no budget, it ends with the exit flag at the latest. Acquire: pairs with the
-// director's publication in persistent_kernel.cu.
-BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
-  constexpr u32 kPollSleepNs = 100;
-  while (static_cast<i32>(ld_acquire_gpu(grid_word(params, kGridWordPlan)) - (step + 1)) < 0) sleep_ns(kPollSleepNs);
-  return reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
-}
-
 // ---- Producers ---------------------------------------------------------------------------------------------------
-// Begins a producer's step. Null: the workers leave.
-BK_INLINE const StepPlan* begin_producer_step(const EngineParams& params, ProducerState& state) {
-  const StepPlan* plan = wait_plan(params, state.step);
-  state.op_idx = 0;
-  return plan->flags & kPlanExit ? nullptr : plan;
-}
-
-// The plan of the producer's step, looked up where it is used.
-BK_INLINE const StepPlan* producer_plan(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]); }
-BK_INLINE const Op& producer_op(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const Op*>(params.ops)[state.op_idx]; }
-
 BK_INLINE void weight_producer(const EngineParams& params) {
   u8* shared_memory = worker_memory();
   WorkerShared& shared = worker_shared(shared_memory);
@@ -123,39 +92,6 @@ BK_INLINE void input_producer(const EngineParams& params) {
   }
 }
 
-// A whole warp: scale warp `warp` of kScaleWarps.
-BK_INLINE void scale_producer(const EngineParams& params, u32 warp) {
-  WorkerShared& shared = worker_shared(worker_memory());
-  const Op* ops = reinterpret_cast<const Op*>(params.ops);
-  AttentionShared& attention = attention_shared(worker_memory());
-  const bool elected = thread_idx() % 32 == 0;
-  RingCursor cursor{0, 1};
-  u32 num_barriers = 0;
-  if (warp == 0) find_windows(params, attention);
-  for (u32 step = 0;; step++) {
-    const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[step & 1]);
-    if (elected) wait_plan(params, step);
-    __syncwarp();  // the plan was acquired by one lane
-    if (plan->flags & kPlanExit) return;
-    if (warp == 0) plan_attention(params, plan, attention);
-    for (u32 op_idx = 0; op_idx < params.num_ops; op_idx++) {
-      const Op& op = ops[op_idx];
-      num_barriers += phases_in_step(op.kind, *plan) - 1;
-      if (is_scaled(op.kind)) {
-        const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(*plan);
-        const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]);
-        const u32 num_rows = rows_of(op.kind, *plan);
-        if (elected) wait_grid(params, num_barriers);
-        __syncwarp();  // the grid was acquired by one lane
-        if (is_wide(num_rows)) produce_row_scales_wide(params, op, squares, num_rows, warp, shared, cursor);
-        else produce_row_scales(params, squares, gemm_shape(op, num_rows), warp, shared, cursor);
-      }
-      num_barriers++;
-    }
-    if (elected) mbarrier_arrive(&shared.producers_done);
-  }
-}
-
 // ---- Compute -----------------------------------------------------------------------------------------------------
 // Ends a phase: everything the compute threads wrote before is visible to whoever waits for the grid after. To bulk copies too: whoever starts
 // one has a proxy fence between the wait and the copy.
@@ -184,9 +120,9 @@ BK_INLINE void fetch_op(const EngineParams& params, u32 op_idx, Op* destination)
   cp_async_commit();
 }
 
-// Ends an op: the program counter moves on, past the last op to the next step. joined: this CTA's threads or its producers have waited for
-// the grid in this op; a CTA that had nothing to do must not arrive at its end before the others have arrived at its beginning.
-BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joined) {
+// Ends an op: the program counter moves on, past the last op to the next step. This CTA's threads or its producers have waited for the grid in
+// this op, except where it had nothing to do: it must not arrive at the op's end before the others have arrived at its beginning.
+BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared) {
   ComputeState& state = shared.compute;
   cp_async_wait<0>();
   // Hazard: a producer with no tile in this step may lag; the director reuses the plan's memory two steps on.
@@ -200,7 +136,10 @@ BK_INLINE void end_op(const EngineParams& params, WorkerShared& shared, bool joi
       state.op_idx = 0;
       state.step++;
     }
-    if (!joined) wait_grid(params, state.num_barriers);
+    if (shared.is_idle) {
+      shared.is_idle = 0;
+      wait_grid(params, state.num_barriers);
+    }
     state.num_barriers++;
   }
   named_barrier_sync<1, kComputeThreads>();  // nobody reads the old state
@@ -326,9 +265,9 @@ BK_INLINE bool begin_step(const EngineParams& params, ComputeState& state) {
 }
 
 // Op times for the trace, in kernels that were compiled for it: a traced engine pays with a look at the trace's header for each op.
-BK_INLINE void trace_moment(const EngineParams& params, const StepPlan* plan, u32 op_idx, OpMoment moment) {
+BK_INLINE void trace_moment(const EngineParams& params, const ComputeState& state, OpMoment moment) {
 #if defined(BK_TRACE_OPS)
-  if (is_first_thread()) trace_op(params, plan->step, op_idx, cta_idx(), moment);
+  if (is_first_thread()) trace_op(params, reinterpret_cast<const StepPlan*>(params.plans[state.step & 1])->step, state.op_idx, cta_idx(), moment);
 #endif
 }
 
@@ -345,8 +284,7 @@ BK_INLINE void compute(const EngineParams& params) {
     const Op& op = shared.ops[state.op_buffer];
     const u32 kind = uniform(op.kind);
     fetch_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &shared.ops[state.op_buffer ^ 1]);
-    trace_moment(params, plan, state.op_idx, kOpBegins);
-    bool joined = true;
+    trace_moment(params, state, kOpBegins);
     if (kind == kOpLmHead && uniform(state.num_sample_rows) != uniform(state.num_rows)) {
       wait_phases(params, state);
       gather_sampled_rows(params, opaque(plan));
@@ -354,7 +292,6 @@ BK_INLINE void compute(const EngineParams& params) {
     }
     if (is_gemm(kind)) {
       const u32 num_rows = uniform(kind == kOpLmHead ? state.num_sample_rows : state.num_rows);
-      joined = is_wide(num_rows) ? has_wide_items(params, op, num_rows) : has_tiles(gemm_shape(op, num_rows));
       run_gemm_op(params, op, opaque(plan), num_rows, shared_memory, shared);
     } else if (kind == kOpAttention) {
       prepare_attention<kHeadDim>(params, op, opaque(plan), state.step, shared_memory, attention_shared(shared_memory));
@@ -370,8 +307,8 @@ BK_INLINE void compute(const EngineParams& params) {
     } else {
       fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, kind);
     }
-    trace_moment(params, plan, state.op_idx, kOpIsDone);
-    end_op(params, shared, joined);
+    trace_moment(params, state, kOpIsDone);
+    end_op(params, shared);
   }
 }
 

@@ -79,6 +79,15 @@ constexpr u32 kInputProducer = 1;
 constexpr u32 kScaleBuffers = 2;
 constexpr u32 kScaleWarps = 2;
 
+// Where a scale warp is, likewise: eight rows' loads take its registers.
+struct ScaleState {
+  ProducerState program;
+  u32 item;      // of a GEMM op
+  u32 tokens;    // rows of an item
+  u32 stack;     // packed tiles of an item
+  u32 row_tile;  // whose scales the last buffer has, of `tokens` rows
+};
+
 struct WorkerShared {
   // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
   u64 weights_full[kWeightStages];   // [stage]
@@ -88,20 +97,22 @@ struct WorkerShared {
   u64 scales_full[kScaleBuffers];    // [buffer]; the scale warps arrive
   u64 scales_empty[kScaleBuffers];   // [buffer]; the compute warpgroups arrive
   u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
-  u64 reserved0;
+  const EngineParams* params;  // for what is out of line: arguments cost instructions at each call
   Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
   ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
+  ScaleState scale_states[kScaleWarps];  // [scale warp]; writer: its first lane, between two __syncwarp(); readers: its lanes
   ComputeState compute;
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
+  u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
 };
 
 constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232064;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -136,11 +147,14 @@ BK_INLINE void poll_mbarrier_warp(const EngineParams& params, u64* barrier, u32 
 
 // Out of line: what hardly ever happens, written out at each wait, would be most of a step's code, and that must fit into the instruction caches
 // (PERFORMANCE.md).
-__device__ __noinline__ void wait_mbarrier_long(const EngineParams& params, u64* barrier, u32 parity, u32 site) { poll_mbarrier_warp(params, barrier, parity, site); }
+// offset: of the barrier in the shared memory map.
+__device__ __noinline__ void wait_mbarrier_long(u32 offset, u32 parity, u32 site) {
+  poll_mbarrier_warp(*worker_shared(worker_memory()).params, reinterpret_cast<u64*>(worker_memory() + offset), parity, site);
+}
 
 // Waits of all lanes of a compute warp together: the vote keeps the warp provably in step, which uniform registers need (gemm.cuh).
-BK_INLINE void wait_mbarrier_warp(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
-  if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) wait_mbarrier_long(params, barrier, parity, site);  // it mostly waits in the first try
+BK_INLINE void wait_mbarrier_warp(u64* barrier, u32 parity, u32 site) {
+  if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, parity))) wait_mbarrier_long(shared_address(barrier) - shared_address(worker_memory()), parity, site);  // it mostly waits in the first try
 }
 
 // Waits of one thread for a phase of an mbarrier; a wait that outlives the spin budget is a fault.

@@ -33,10 +33,25 @@ BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num
   return static_cast<i32>(arrivals - num_barriers * params.num_workers) >= 0;  // both count modulo 2^32, at most one step apart
 }
 
-// All threads of all worker CTAs: what they wrote before is visible to all of them after. num_barriers: passed since launch, this one included.
-BK_INLINE void grid_barrier(const EngineParams& params, u32 num_barriers) {
-  named_barrier_sync<1, kComputeThreads>();  // this CTA's writes are done before thread 0 releases them
+// Where a worker CTA is in the program. In shared memory: what lives through all ops would take registers that some op lacks.
+// Writer: thread 0 between two barriers, so that nobody reads it meanwhile; readers: all threads.
+struct ProgramState {
+  u32 step;
+  u32 op_idx;
+  u32 num_barriers;  // grid barriers passed since launch
+  u32 reserved0;
+};
+
+// All threads of all worker CTAs: what they wrote before is visible to all of them after. ends_op: the program counter moves on, past the last op to
+// the next step.
+BK_INLINE void grid_barrier(const EngineParams& params, ProgramState& state, bool ends_op) {
+  named_barrier_sync<1, kComputeThreads>();  // this CTA's writes are done before thread 0 releases them, its reads of the state before it writes
   if (is_first_thread()) {
+    const u32 num_barriers = ++state.num_barriers;
+    if (ends_op && ++state.op_idx == params.num_ops) {
+      state.op_idx = 0;
+      state.step++;
+    }
     u32* arrivals = grid_word(params, kGridWordArrivals);
     red_add_release_gpu(arrivals, 1);  // pairs with the acquire below, and with the director's in wait_for_workers()
     const u64 start_ns = device_clock_ns();
@@ -45,7 +60,7 @@ BK_INLINE void grid_barrier(const EngineParams& params, u32 num_barriers) {
       if (device_clock_ns() - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
     }
   }
-  named_barrier_sync<1, kComputeThreads>();  // nobody reads what thread 0 has not acquired
+  named_barrier_sync<1, kComputeThreads>();  // nobody reads what thread 0 has not acquired, nor the old state
 }
 
 // Waits for the plan of a step; an idle wait has no budget, it ends with the exit flag at the latest. All threads of the CTA.

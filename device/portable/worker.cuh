@@ -35,6 +35,7 @@ constexpr u32 kScratchBytes = BK_SCRATCH_BYTES;
 struct WorkerShared {
   f32 row_scale[kMaxItemRows];  // 1 / rms of the rows of the current item
   AttentionShared attention;
+  ProgramState program;
 };
 constexpr u32 kSharedBesideScratchBytes = 1024;  // SHARED_BESIDE_SCRATCH_BYTES of host/gpu_kernel.py
 static_assert(sizeof(WorkerShared) <= kSharedBesideScratchBytes, "it has its place");
@@ -173,13 +174,13 @@ BK_INLINE void fill_attention_args(const EngineParams& params, const Op& op, con
   args.part_softmax = reinterpret_cast<float2*>(parts + num_slots * dims.num_heads * kHeadDim * sizeof(f32));
 }
 
-BK_INLINE void run_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32& num_barriers) {
+BK_INLINE void run_attention(const EngineParams& params, const Op& op, const StepPlan* plan) {
   AttentionShared& attention = worker_shared().attention;
   if (is_first_thread()) fill_attention_args(params, op, plan, attention.args);
   named_barrier_sync<1, kComputeThreads>();  // the arguments are complete
   const RowStore store{params};
   attention_splits<kHeadDim, 1>(attention, worker_scratch(), store);
-  grid_barrier(params, ++num_barriers);
+  grid_barrier(params, worker_shared().program, false);
   attention_combine<kHeadDim>(attention, store);
 }
 
@@ -189,35 +190,34 @@ BK_INLINE LogitTiles logit_tiles(const EngineParams& params) {
 
 // ---- The interpreter ---------------------------------------------------------------------------------------------
 BK_INLINE void work(const EngineParams& params) {
-  u32 num_barriers = 0;
+  ProgramState& state = worker_shared().program;
+  if (is_first_thread()) state = ProgramState{};
+  named_barrier_sync<1, kComputeThreads>();  // the state is written
 #pragma unroll 1
-  for (u32 step = 0;; ++step) {
-    const StepPlan* plan = wait_plan(params, step);
-    if (plan->flags & kPlanExit) return;
-#pragma unroll 1
-    for (u32 op_idx = 0; op_idx < params.num_ops; ++op_idx) {
-      const Op& op = reinterpret_cast<const Op*>(params.ops)[op_idx];
-      switch (op.kind) {
-        case kOpQkv:
-        case kOpProject:
-        case kOpGateUp:
-        case kOpLmHead:
-          run_gemm_op(params, op, opaque(plan));
-          break;
-        case kOpAttention:
-          run_attention(params, op, opaque(plan), num_barriers);
-          break;
-        case kOpEmbed:
-          run_embed(params, op, opaque(plan));
-          break;
-        case kOpSample:
-          run_sample(params, opaque(plan), worker_scratch(), logit_tiles(params));
-          break;
-        default:
-          fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
-      }
-      grid_barrier(params, ++num_barriers);
+  for (;;) {
+    if (state.op_idx == 0 && wait_plan(params, state.step)->flags & kPlanExit) return;
+    const StepPlan* plan = reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]);
+    const Op& op = reinterpret_cast<const Op*>(params.ops)[state.op_idx];
+    switch (op.kind) {
+      case kOpQkv:
+      case kOpProject:
+      case kOpGateUp:
+      case kOpLmHead:
+        run_gemm_op(params, op, opaque(plan));
+        break;
+      case kOpAttention:
+        run_attention(params, op, opaque(plan));
+        break;
+      case kOpEmbed:
+        run_embed(params, op, opaque(plan));
+        break;
+      case kOpSample:
+        run_sample(params, opaque(plan), worker_scratch(), logit_tiles(params));
+        break;
+      default:
+        fail(params, kFaultBadProgram, kSiteUnknownOp, kOpSample, op.kind);
     }
+    grid_barrier(params, state, true);
   }
 }
 

@@ -57,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
   WorkerShared& shared = worker_shared(memory);
   const Op* ops = reinterpret_cast<const Op*>(params.ops);
   if (threadIdx.x == 0) {
+    shared.params = &params;
     shared.compute = ComputeState{};
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
