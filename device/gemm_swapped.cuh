@@ -44,7 +44,7 @@ BK_INLINE void turn_fragment(const f32 (&d)[kTokens / 2], f32 (&rows)[kPieceColu
 
 // One item. All compute threads; those of a warpgroup without a window count along in the rings.
 template <int kTileRows, int kTokens, bool kScaled, class Epilogue>
-BK_INLINE void run_swapped_item(const EngineParams& params, const GemmShape& shape, u32 tile_idx, u8* shared_memory, WorkerShared& shared, ConsumerCursors& cursors,
+BK_INLINE void run_swapped_item(const GemmShape& shape, u32 tile_idx, u8* shared_memory, WorkerShared& shared, ConsumerCursors& cursors,
                                 ScaleReader& scales, const Epilogue& epilogue) {
   constexpr bool kTwoWindows = kTileRows > static_cast<int>(kRowTile);
   constexpr u32 kStageSlices = slices_per_stage(kTileRows);
@@ -61,7 +61,7 @@ BK_INLINE void run_swapped_item(const EngineParams& params, const GemmShape& sha
   const u32 num_slices = uniform(shape.num_slices);
   if (has_window) {
     const u32 base = uniform(shared_address(shared_memory));
-    MainLoop loop{params, shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)}, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
+    MainLoop loop{shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)}, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                   wgmma_descriptor(base + kScratchOffset), wgmma_descriptor(base + kRingOffset + static_cast<u32>(window * 128)), thread_idx() % 128 == 0 ? (kTwoWindows ? 1u : 2u) : 0u};
     multiply_narrow<kTileRows, kStageSlices>(loop, num_slices, kTokens, [&](u64 inputs, u64 tile) {
 #pragma unroll
@@ -76,7 +76,7 @@ BK_INLINE void run_swapped_item(const EngineParams& params, const GemmShape& sha
   f32 rows[kPieceColumns / 2];
   turn_fragment<kTokens>(d, rows);
   const f32* row_scale = nullptr;
-  if constexpr (kScaled) row_scale = scales.wait(params, shared);
+  if constexpr (kScaled) row_scale = scales.wait(shared);
   if (Epilogue::kMeets || has_piece) tail.finish(rows, row_scale);
 }
 
@@ -84,15 +84,16 @@ BK_INLINE void run_swapped_item(const EngineParams& params, const GemmShape& sha
 template <int kTileRows, int kTokens, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm_swapped(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   ConsumerCursors cursors = shared.compute.cursors;
-  ScaleReader scales{shared.compute.scales, kNoRow};
+  ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const GemmWalk walk = tile_walk(params, shape);
   const u32 end = uniform(walk.end);
+  if (walk.first >= end) note_idle(shared);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
     if constexpr (kScaled) scales.enter(shared, 0);
-    run_swapped_item<kTileRows, kTokens, kScaled>(params, shape, item, shared_memory, shared, cursors, scales, epilogue);
+    run_swapped_item<kTileRows, kTokens, kScaled>(shape, item, shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);
-  leave_rings(shared, cursors, scales.cursor);
+  leave_rings(shared, cursors);
 }
 
 }  // namespace blinkimp
