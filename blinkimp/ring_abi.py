@@ -46,6 +46,7 @@ REQUEST_BYTES: Final = 512
 DIRECTOR_STATE_BYTES: Final = 98304
 GRID_WORDS_BYTES: Final = 4096
 NUM_WORKSPACES: Final = 16
+MAX_STEP_COSTS: Final = 68
 
 # ---- Constants of trace_abi.h
 TRACE_MAGIC: Final = 0x313052544B4E4C42
@@ -612,7 +613,7 @@ SAMPLE_RESULT: Final = _struct(
     },
 )
 ENGINE_PARAMS: Final = _struct(
-    752,
+    896,
     {
         "num_queue_pairs": ("<u4", 0),
         "num_requests": ("<u4", 4),
@@ -656,7 +657,10 @@ ENGINE_PARAMS: Final = _struct(
         "trace_op_times": ("<u8", 704),
         "trace_op_period": ("<u4", 712),
         "num_trace_op_slots": ("<u4", 716),
-        "reserved": (("<u8", (4,)), 720),
+        "cost_rows": ("<u4", 720),
+        "reserved0": ("<u4", 724),
+        "step_costs": (("<u2", (68,)), 728),
+        "reserved": (("<u8", (4,)), 864),
     },
 )
 TRACE_EVENT: Final = _struct(

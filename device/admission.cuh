@@ -7,6 +7,7 @@
 #include <plan_writer.cuh>
 #include <prefix_cache.cuh>
 #include <request_life.cuh>
+#include <step_cost.cuh>
 
 namespace blinkimp {
 
@@ -90,17 +91,28 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
   write_chunk(params, plan, request_idx, draft);
 }
 
+// All lanes. The plan's last chunk, from first_new on, leaves to the next step the rows that this one does better without.
+BK_INLINE void cut_last_chunk(const EngineParams& params, const Lanes& lanes, StepPlan* plan, u32 first_new, StepDraft& draft) {
+  if (params.cost_rows == 0 || first_new == draft.num_seqs) return;
+  const u32 num_rows = rows_to_defer(params, lanes, draft.num_rows, draft.num_seqs, plan_seqs(params, plan)[draft.num_seqs - 1].num_rows);
+  lanes.sync();  // hazard: lane 0 changes the sequence that the others have read
+  if (lanes.is_first() && num_rows != 0) shorten_last_chunk(params, plan, num_rows, draft);
+  lanes.sync();  // hazard: the other lanes read the sequence
+  draft.num_rows = lanes.broadcast(draft.num_rows, 0);
+}
+
 // All lanes. Admits while there are rows, places, pages and credit; appends the chunks to the plan. Sequences from first_new on are chunks
 // whose pages the cache does not know yet.
 BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, DirectorState& state, StepPlan* plan, u32 first_new,
                               bool may_admit, StepDraft& draft) {
-  for (u32 seq_idx = first_new;;) {
-    for (; seq_idx < draft.num_seqs; ++seq_idx) register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);
+  u32 seq_idx = first_new;
+  for (;;) {
     if (!may_admit || draft.num_rows >= state.limits.step_tokens || state.status.num_waiting == 0) break;
     if (state.status.num_running >= state.limits.max_running && state.num_stalled == 0) break;  // nobody could give way
     const WaitingHead head = choose_waiting(params, lanes, state);
     const u32 request_idx = head.request_idx;
     if (request_idx == kNoRequest) break;
+    for (; seq_idx < draft.num_seqs; ++seq_idx) register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);  // this one may find them
     Request* request = request_at(params, request_idx);
     PrefixMatch match{0, 0};
     if (uses_prefix_cache(state.pages, *request)) {
@@ -129,6 +141,8 @@ BK_INLINE void admit_requests(const EngineParams& params, const Lanes& lanes, Di
     draft.num_rows = lanes.broadcast(draft.num_rows, 0);
     draft.num_seqs = lanes.broadcast(draft.num_seqs, 0);
   }
+  cut_last_chunk(params, lanes, plan, seq_idx, draft);
+  for (; seq_idx < draft.num_seqs; ++seq_idx) register_seq(params, lanes, state, plan_seqs(params, plan)[seq_idx]);
 }
 
 }  // namespace blinkimp

@@ -293,7 +293,7 @@ BK_NOINLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, St
   if (lanes.is_first() && may_exit(params, state)) state.is_stopped = 1;
   lanes.sync();  // hazard: all lanes branch on is_stopped
   const bool has_next = !state.is_stopped && state.next_plan == kNextReady;
-  StepDraft draft = has_next ? state.next_draft : StepDraft{0, 0, 0, 0};
+  StepDraft draft = has_next ? state.next_draft : StepDraft{0, 0, 0, 0, 0};
   const bool keeps = has_next && keep_next_plan(params, lanes, state, plan, draft);
   if (!state.is_stopped) plan_step(params, lanes, state, plan, keeps, draft);
   if (lanes.is_first()) {

@@ -52,6 +52,7 @@ struct StepDraft {  // of one plan, uniform over the lanes
   u32 num_rows;
   u32 num_sample_rows;
   u32 max_kv_tokens;
+  u32 kv_tokens_before;  // max_kv_tokens without the last chunk
 };
 
 struct QueuePairState {

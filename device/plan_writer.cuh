@@ -46,7 +46,8 @@ BK_INLINE void write_decodes(const EngineParams& params, const Lanes& lanes, Dir
     }
     num_written += lanes.sum(is_in ? 1 : 0);
   }
-  draft = StepDraft{num_written, num_written, num_written, lanes.max(longest)};
+  longest = lanes.max(longest);
+  draft = StepDraft{num_written, num_written, num_written, longest, longest};
 }
 
 // Lane 0. A prefill chunk; its rows are filled in later by all lanes.
@@ -58,7 +59,22 @@ BK_INLINE void write_chunk(const EngineParams& params, StepPlan* plan, u32 reque
   draft.num_seqs += 1;
   draft.num_rows += request->step_rows;
   draft.num_sample_rows += samples ? 1 : 0;
+  draft.kv_tokens_before = draft.max_kv_tokens;
   draft.max_kv_tokens = end > draft.max_kv_tokens ? end : draft.max_kv_tokens;
+}
+
+// Lane 0. The plan's last sequence, a chunk that was just written, by num_rows shorter; some are left.
+BK_INLINE void shorten_last_chunk(const EngineParams& params, StepPlan* plan, u32 num_rows, StepDraft& draft) {
+  PlanSeq& seq = plan_seqs(params, plan)[draft.num_seqs - 1];
+  seq.num_rows -= num_rows;
+  request_at(params, seq.request_idx)->step_rows = seq.num_rows;
+  draft.num_rows -= num_rows;
+  if (seq.sample_row != kNoRow) {  // it was the prompt's last one
+    seq.sample_row = kNoRow;
+    draft.num_sample_rows -= 1;
+  }
+  const u32 end = seq.position_begin + seq.num_rows;
+  draft.max_kv_tokens = end > draft.kv_tokens_before ? end : draft.kv_tokens_before;
 }
 
 // Lane 0. Chunks of running requests, in admission order.

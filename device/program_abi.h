@@ -133,6 +133,7 @@ constexpr u32 kRequestBytes = 512;              // one entry of the request tabl
 constexpr u32 kDirectorStateBytes = 96 * 1024;  // director state (device/director.cuh)
 constexpr u32 kGridWordsBytes = 4096;           // barrier and hand-off words of the persistent kernel
 constexpr u32 kNumWorkspaces = 16;
+constexpr u32 kMaxStepCosts = 68;
 
 struct EngineParams {  // written by the host before launch, then constant
   u32 num_queue_pairs;
@@ -177,11 +178,14 @@ struct EngineParams {  // written by the host before launch, then constant
   u64 trace_op_times;                // u64 [num_trace_op_slots, num_ops, num_workers, 2] of the trace (trace_abi.h), or 0
   u32 trace_op_period;               // of the steps whose op times are kept
   u32 num_trace_op_slots;
+  u32 cost_rows;                     // rows that an entry of step_costs stands for; 0: there is none (device/step_cost.cuh)
+  u32 reserved0;
+  u16 step_costs[kMaxStepCosts];     // time of a step of at most i * cost_rows rows, [0] of half of cost_rows, in any unit
   u64 reserved[4];
 };
 ABI_AT(EngineParams, ingress_timeout_ns, 48);
 ABI_AT(EngineParams, queue_pairs, 72);
 ABI_AT(EngineParams, kv_cache, 408);
-ABI_SIZE(EngineParams, 752);
+ABI_SIZE(EngineParams, 896);
 
 }  // namespace blinkimp

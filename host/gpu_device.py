@@ -34,6 +34,7 @@ from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import DeviceKind, EngineSizes
 from blinkimp.host.model_config import ModelConfig
 from blinkimp.host.program import Model, load_model
+from blinkimp.host.step_costs import step_costs
 from blinkimp.host.trace_memory import fill_trace
 from blinkimp.ring_abi import EngineState
 
@@ -202,6 +203,7 @@ class GpuDevice:
         context, regions = self._context, launch.regions
         params = allocate_engine(context, launch.model, launch.sizes, model.dims, model.ops)
         params["num_workers"] = self.num_workers
+        params["cost_rows"], params["step_costs"] = step_costs(launch.model, shape, self.num_workers)
         params["idle_sleep_ns"] = IDLE_SLEEP_NS
         params["ingress_timeout_ns"] = launch.ingress_timeout_ns
         params["spin_budget_ns"] = launch.spin_budget_ns

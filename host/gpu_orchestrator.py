@@ -92,6 +92,8 @@ class GpuOrchestrator:
             address + 2 * batch_bytes,
             address + 2 * batch_bytes + sampled_bytes,
         )
+        for name in ("cost_rows", "step_costs"):
+            self._host_params[name] = params[name]
         self._order = CudaLaunch(
             driver_path=driver.encode(),
             context=context.handle,

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How long running streams stall while a long prompt arrives: their worst gap between tokens against their steady one, by chunk size.
+"""How long running streams stall while a long prompt arrives: their worst gap between tokens against their steady one, by the rows of a step.
 
-    python tools/bench_arrival.py [--batch 16] [--context 1024] [--prompt 8192] [--chunks 256,512,1024,2048] [--out FILE.json]
+    python tools/bench_arrival.py [--batch 16] [--context 1024] [--prompt 8192] [--budgets 64,128,256,512] [--out FILE.json]
 
-For each chunk size (prefill_chunk_tokens) an engine with random weights: `batch` streams decode; once each has some tokens, one prompt is
-submitted. Steady: the median gap between tokens before the arrival; worst: the longest gap that touches the time from the newcomer's ACK to its
-first token. All by the device's clock (device_ns of completion entries); the client's worst gap, the newcomer's time to its first token and the
-number of steps that the streams made meanwhile stand beside it. Test: pytest tests/host/test_bench_arrival.py
+One engine with random weights; for each budget (step_tokens, tuned while it runs): `batch` streams decode; once each has some tokens, one
+prompt is submitted, and takes the rows that the streams leave of each step. Steady: the median gap between tokens before the arrival; worst: the
+longest gap that touches the time from the newcomer's ACK to its first token. All by the device's clock (device_ns of completion entries); the
+client's worst gap, the newcomer's time to its first token and the number of steps that the streams made meanwhile stand beside it.
+Test: pytest tests/host/test_bench_arrival.py
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ from blinkimp.host.engine import EngineFaultError  # noqa: E402
 from blinkimp.host.memory_plan import MemoryPlanError  # noqa: E402
 from blinkimp.host.power import open_nvml  # noqa: E402
 from blinkimp.nic_shim.queue_pair import QueuePairError  # noqa: E402
+from blinkimp.ring_abi import MAX_STEP_TOKENS, PAGE_TOKENS  # noqa: E402
 
 NUM_STEADY: Final = 48  # tokens of each stream before the arrival
 NUM_AFTER: Final = 32  # and some for the time after it
@@ -50,7 +51,7 @@ def gaps_of(streams: Times, newcomer: Times) -> dict[str, Any]:
         raise BenchError(
             f"{int(is_before.sum())} gaps before the arrival, {int(is_beside.sum())} beside it, streams' end "
             f"{(int(streams.device[:, -1].min()) - began_ns) / 1e6:.1f} ms after the newcomer's first token; expected some, some, at "
-            "least 0; the streams are too short for this prompt: raise --chunks"
+            "least 0; the streams are too short for this prompt: raise --budgets"
         )
     steady_ms = float(np.median(device_gaps[is_before])) / 1e6
     worst_ms = float(device_gaps[is_beside].max()) / 1e6
@@ -68,22 +69,25 @@ def gaps_of(streams: Times, newcomer: Times) -> dict[str, Any]:
     }
 
 
-def measure(arguments: argparse.Namespace, chunk: int) -> list[dict[str, Any]]:
-    """--repeats arrivals on one engine."""
-    # At worst a prompt shares its steps with all streams; twice as many steps leave room for a scheduler that gives prompts less.
-    max_tokens = NUM_STEADY + 2 * math.ceil(arguments.prompt / max(1, chunk - arguments.batch)) + NUM_AFTER
-    max_context = max(arguments.context + max_tokens, arguments.prompt + 1)
-    # A step of decodes and one chunk, and no more: the chunk is what is being looked at.
-    settings = {"prefill_chunk_tokens": chunk, "max_step_tokens": chunk + max(arguments.batch, 256)}
-    waves = [Wave(arguments.batch, arguments.context, max_tokens), Wave(1, arguments.prompt, 1, NUM_STEADY)]
-    with EngineBench(
-        arguments.shape, arguments.device, -(-max_context // 64) * 64, settings, arguments.timeout, None
-    ) as bench:
-        runs = []
-        for _ in range(1 + arguments.repeats):  # the first one warms up
-            streams, newcomer = bench.client.run(f"chunk {chunk}", waves)
-            runs.append(gaps_of(streams, newcomer))
-        return runs[1:]
+def num_stream_tokens(arguments: argparse.Namespace, budget: int) -> int:
+    """So long a stream lives: at worst a prompt has what the streams leave of each step; twice as many steps leave room for a scheduler that
+    gives prompts less."""
+    num_steps: int = -(-arguments.prompt // (budget - arguments.batch))
+    return NUM_STEADY + 2 * num_steps + NUM_AFTER
+
+
+def measure(bench: EngineBench, arguments: argparse.Namespace, budget: int) -> list[dict[str, Any]]:
+    """--repeats arrivals."""
+    bench.engine.tune(step_tokens=budget)
+    waves = [
+        Wave(arguments.batch, arguments.context, num_stream_tokens(arguments, budget)),
+        Wave(1, arguments.prompt, 1, NUM_STEADY),
+    ]
+    runs = []
+    for _ in range(1 + arguments.repeats):  # the first one warms up
+        streams, newcomer = bench.client.run(f"budget {budget}", waves)
+        runs.append(gaps_of(streams, newcomer))
+    return runs[1:]
 
 
 def number_list(text: str) -> list[int]:
@@ -98,36 +102,46 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1024, help="their prompt tokens")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prompt that arrives")
     parser.add_argument(
-        "--chunks", type=number_list, default=[256, 512, 1024, 2048], help="prefill_chunk_tokens to try"
+        "--budgets", type=number_list, default=[32, 64, 128, 256, 512, 2048], help="rows of a step (step_tokens) to try"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="arrivals to measure for each chunk size")
+    parser.add_argument("--repeats", type=int, default=3, help="arrivals to measure for each budget")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one arrival may take")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, help="JSON of what was measured")
     arguments = parser.parse_args(argv)
-    if min([1, arguments.batch, arguments.context, arguments.prompt, arguments.repeats, *arguments.chunks]) < 1:
-        parser.error("expected positive numbers for --batch, --context, --prompt, --chunks and --repeats")
+    if min([1, arguments.batch, arguments.context, arguments.prompt, arguments.repeats]) < 1:
+        parser.error("expected positive numbers for --batch, --context, --prompt and --repeats")
+    if (
+        not arguments.budgets
+        or not arguments.batch < min(arguments.budgets) <= max(arguments.budgets) <= MAX_STEP_TOKENS
+    ):
+        parser.error(
+            f"--budgets is {arguments.budgets}, expected numbers above --batch ({arguments.batch}), whose rows come first, up to {MAX_STEP_TOKENS}"
+        )
     set_up_logging("warning")
     report: dict[str, Any] = {
         **header("bench_arrival", argv, arguments.commit, open_nvml()),
         "shape": arguments.shape,
         **{name: getattr(arguments, name) for name in ("batch", "context", "prompt")},
-        "chunks": [],
+        "budgets": [],
         "errors": [],
     }
-    print(f"{'chunk':>6}{'steady ms':>11}{'worst gap':>11}{'ratio':>8}{'client worst':>14}{'newcomer TTFT ms':>18}")
-    for chunk in arguments.chunks:
-        try:
-            runs = measure(arguments, chunk)
-        except (BenchError, DeviceError, EngineFaultError, MemoryPlanError, QueuePairError) as error:
-            report["errors"].append(f"chunk {chunk}: {error}")
-            continue
-        worst = max(runs, key=lambda run: float(run["ratio"]))
-        report["chunks"].append({"chunk": chunk, "worst": worst, "runs": runs})
-        print(
-            f"{chunk:6}{worst['steady_tpot_ms']:11.3f}{worst['worst_gap_ms']:11.3f}{worst['ratio']:8.2f}"
-            f"{worst['client_worst_gap_ms']:14.3f}{worst['newcomer_ttft_ms']:18.1f}"
-        )
+    longest = arguments.context + num_stream_tokens(arguments, min(arguments.budgets))
+    max_context = -(-max(longest, arguments.prompt + 1) // PAGE_TOKENS) * PAGE_TOKENS
+    settings = {"max_step_tokens": max(arguments.budgets), "max_batch": arguments.batch + 1}
+    print(f"{'budget':>6}{'steady ms':>11}{'worst gap':>11}{'ratio':>8}{'client worst':>14}{'newcomer TTFT ms':>18}")
+    try:
+        with EngineBench(arguments.shape, arguments.device, max_context, settings, arguments.timeout, None) as bench:
+            for budget in arguments.budgets:
+                runs = measure(bench, arguments, budget)
+                worst = max(runs, key=lambda run: float(run["ratio"]))
+                report["budgets"].append({"budget": budget, "worst": worst, "runs": runs})
+                print(
+                    f"{budget:6}{worst['steady_tpot_ms']:11.3f}{worst['worst_gap_ms']:11.3f}{worst['ratio']:8.2f}"
+                    f"{worst['client_worst_gap_ms']:14.3f}{worst['newcomer_ttft_ms']:18.1f}"
+                )
+    except (BenchError, DeviceError, EngineFaultError, MemoryPlanError, QueuePairError) as error:
+        report["errors"].append(str(error))
     return finish(report, arguments.out)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from blinkimp.host.bf16 import bf16_from_f32
+from blinkimp.host.step_costs import Matrix, wide_time_ns
 from tests.gpu.gemm_wide_runner import PlacedWeights, WideRunner, compile_wide
 
 SHAPES = {  # name: (packed tile rows, out features, in features)
@@ -37,16 +38,6 @@ NUM_LAYERS = 32
 CACHED_BYTES = 200 << 20  # weights that are used again sooner would partly come from the L2 cache
 MIN_OPS = 8
 VARIANTS: dict[str, tuple[str, ...]] = {"whole": (), "no stores": ("-DSTORE=0",)}  # options
-
-
-def wide_time_ns(rows: int, shape: tuple[int, int, int], tokens: int, stack: int, num_workers: int) -> int:
-    """wide_time_ns() of gemm_wide_tiling.cuh."""
-    tile_rows, out_features, in_features = shape
-    columns = stack * tile_rows
-    items = -(-rows // tokens) * -(-out_features // columns)
-    copies = 2 if tokens == 64 else stack + 2
-    slice_ns = max(tokens * columns // 47, 2 * (tokens + columns), 100 * copies)
-    return -(-items // num_workers) * (in_features // 64 * slice_ns + 4000)
 
 
 def tilings(rows: int, tile_rows: int) -> list[tuple[int, int]]:
@@ -75,7 +66,7 @@ def measure(runner: WideRunner, rows_list: list[int], rng: np.random.Generator) 
             output = runner.zeros((rows, out_features), np.float32)
             candidates = tilings(rows, tile_rows)
             for variant, options in VARIANTS.items():
-                predicted = {t: wide_time_ns(rows, shape, *t, runner.num_workers) for t in candidates}
+                predicted = {t: wide_time_ns(rows, Matrix(*shape), *t, runner.num_workers) for t in candidates}
                 chosen = min(reversed(candidates), key=lambda t: predicted[t])
                 for tokens, stack in candidates:
                     kernel = compile_wide(tile_rows, tokens=tokens, stack=stack, options=options)

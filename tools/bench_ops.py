@@ -1,11 +1,13 @@
-"""Times the persistent kernel op by op, several builds of it in one run: what a change costs or saves, row by row.
+"""Times the persistent kernel op by op, several builds of it in one run, in time and in energy: what a change costs or saves, row by row.
 
-Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: once whole, and each kind of op
-of all layers by itself. Wall time of a launch less that of the same step's embedding alone; the least of some repeats. Variants are builds
-with other macros; `base` is always there, and the logits of each variant must be base's, bit for bit. A variant is measured in a process of its
-own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling takes a minute, all variants side by side, and nothing
-where the cache of compiled kernels has them. Writes JSON with --out.
-Usage: python tools/bench_ops.py [--rows d1@1024,d64@1024,p1024] [--variant wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2] [--out ops.json]
+Each row is a step of the Llama-3-8B shape with random weights, run by the workers alone, without a director: the whole program, and each kind of
+op of all layers by itself, over and over in one launch. Figures are of a step: a burst's on a rested GPU, and, over --seconds without a pause,
+time, joules, watts and SM clock (ops_timing.py says how). Variants are builds with other macros; `base` is always there, and the logits of each
+variant must be base's, bit for bit. --torch puts the same matrix products by cuBLAS and attention by SDPA beside them, on the same GPU in the same
+run (torch_ops.py): products alone, where this kernel's ops have norms, rotations, residuals and KV pages as well. A variant is measured in a process
+of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling takes a minute, all variants side by side, and
+nothing where the cache of compiled kernels has them; then the eight rows with --torch take 3.5 minutes. Writes JSON with --out.
+Usage: python tools/bench_ops.py [--rows d1@1024,p1024] [--parts qkv,down] [--variant wide:BK_WIDE_TOKENS=128] [--torch] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
 
@@ -15,10 +17,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,44 +28,29 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ops_engine import Bits, RowFigures, measure_build
+from ops_parts import PARTS, WHOLE, matrix_shapes, parse_parts, part_cost
+from ops_report import TORCH, costs, layout, resolution, table
+from ops_report import figures_of as figures_of_report
+from ops_timing import Settings
 from step_rows import SHAPES, Row, parse_rows
-from step_stats import header, write_report
+from step_stats import ROOT, header, write_report
 
-from blinkimp import ring_abi as abi
 from blinkimp.config import cache_folder, load_config
 from blinkimp.host.compile_cache import get_kernel
 from blinkimp.host.gpu_driver import GpuError, probe_gpu
 from blinkimp.host.gpu_kernel import kernel_shape
-from blinkimp.host.memory_plan import page_bytes_of
 from blinkimp.host.model_config import parse_config
-from blinkimp.host.power import open_nvml
-from blinkimp.ring_abi import BufferId, DType, OpKind
-from tests.gpu.step_runner import Request, StepRunner
+from blinkimp.host.power import idle_power_w, open_nvml
 
 DEFAULT_ROWS: Final = "d1@1024,d16@1024,d64@1024,d128@1024,d256@1024,p128,p1024,p8192"
 MODEL: Final = "llama-3-8b"
-KV_BYTE: Final = 0x3C  # bf16 0.0115: keys and values that nobody computed
-NUM_REPEATS: Final = 5
-VARIANT_TIMEOUT_S: Final = 240.0
-WHOLE: Final = "all"
-
-Ops = NDArray[np.void]
-Bits = dict[str, NDArray[np.uint32]]  # of the logits, by row
-Times = dict[str, dict[str, float]]  # ms by row and part
-PARTS: Final[dict[str, Callable[[Ops], Ops]]] = {
-    WHOLE: lambda ops: ops,
-    "qkv": lambda ops: ops[ops["kind"] == OpKind.QKV],
-    "attention": lambda ops: ops[ops["kind"] == OpKind.ATTENTION],
-    "o": lambda ops: ops[(ops["kind"] == OpKind.PROJECT) & (ops["input"] == BufferId.ATTENTION)],
-    "gate_up": lambda ops: ops[ops["kind"] == OpKind.GATE_UP],
-    "down": lambda ops: ops[(ops["kind"] == OpKind.PROJECT) & (ops["input"] != BufferId.ATTENTION)],
-    "lm_head": lambda ops: ops[ops["kind"] == OpKind.LM_HEAD],
-    "sample": lambda ops: ops[ops["kind"] == OpKind.SAMPLE],
-}
+BASE: Final = "base"
+IDLE_S: Final = 1.0  # how long an idle GPU's power is looked at
+START_S: Final = 15.0  # of a process: imports, a context, 16 GB of weights
 
 
 @dataclass(frozen=True)
@@ -76,45 +63,32 @@ def parse_variant(text: str) -> Variant:
     """`name:MACRO=value,MACRO=value`. Raises ArgumentTypeError."""
     name, colon, rest = text.partition(":")
     defines = tuple(tuple(part.split("=", 1)) for part in rest.split(","))
-    if not name or not colon or any(len(define) != 2 or not define[0] for define in defines):
+    if not name or not colon or any(len(define) != 2 or not define[0] for define in defines) or name in (BASE, TORCH):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2"
+            f"got {text!r}, expected NAME:MACRO=VALUE[,MACRO=VALUE], such as wide:BK_WIDE_TOKENS=128,BK_WIDE_STACK=2; "
+            f"{BASE} and {TORCH} are taken"
         )
     return Variant(name, tuple((macro, value) for macro, value in defines))
 
 
-def requests_of(row: Row, rng: np.random.Generator, vocab: int) -> list[Request]:
-    num_computed = row.context - 1 if row.phase == "decode" else 0
-    batch = row.batch if row.phase == "decode" else 1
-    return [Request(rng.integers(0, vocab, row.context, dtype=np.uint32), num_computed, i) for i in range(batch)]
+# ---- How long it takes -----------------------------------------------------------------------------------------------
+def torch_parts(parts: Sequence[str]) -> list[str]:
+    """Those that torch has: matrix products and attention."""
+    return [part for part in parts if part == "attention" or part in matrix_shapes(parse_config(SHAPES[MODEL]))]
 
 
-def time_ms(run: Callable[[], None], num_repeats: int) -> float:
-    """The least wall time of some calls, after one that warms up."""
-    run()
-    times = []
-    for _ in range(num_repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return min(times) * 1e3
+def process_s(rows: Sequence[Row], parts: Sequence[str], settings: Settings) -> float:
+    """About what one process takes on a GPU. A long step adds to each of its parts: it comes before each, and few of it are a run."""
+    model = parse_config(SHAPES[MODEL])
+    steps_s = sum(1.5 * part_cost(model, WHOLE, row).limit_s() * (2 * len(parts) + 10) for row in rows)
+    return START_S + steps_s + len(rows) * (settings.rest_s + len(parts) * settings.load_s())
 
 
-def measure_row(runner: StepRunner, row: Row, seed: int) -> tuple[dict[str, float], NDArray[np.uint32]]:
-    """(ms by part, bits of the logits)."""
-    requests = requests_of(row, np.random.default_rng(seed), runner.config.vocab)
-    launch_ms = time_ms(lambda: runner.run(requests, ops=lambda ops: ops[:1]), NUM_REPEATS)  # the plan's upload, too
-    parts = {
-        name: round(time_ms(lambda pick=pick: runner.run(requests, ops=pick), NUM_REPEATS) - launch_ms, 4)  # type: ignore[misc]
-        for name, pick in PARTS.items()
-    }
-    runner.run(requests)
-    logits = runner.logits(len(requests)).view(np.uint32).copy()
-    for request in requests:
-        runner.release(request.request_idx)
-    return parts, logits
+def timeout_s(rows: Sequence[Row], parts: Sequence[str], settings: Settings) -> float:
+    return 120 + 2 * process_s(rows, parts, settings)
 
 
+# ---- Variants --------------------------------------------------------------------------------------------------------
 def compile_variant(variant: Variant, num_workers: int) -> bytes:
     shape = kernel_shape(parse_config(SHAPES[MODEL]), num_workers)
     defines = shape.defines() | dict(variant.defines)
@@ -127,43 +101,28 @@ def compile_variants(variants: Sequence[Variant], num_workers: int) -> list[byte
         return [future.result() for future in futures]
 
 
-def measure_variant(name: str, cubin: bytes, num_workers: int, rows: Sequence[Row]) -> tuple[Times, Bits]:
-    longest = max(row.context for row in rows)
-    num_pages = max((row.batch if row.phase == "decode" else 1) * -(-row.context // abi.PAGE_TOKENS) for row in rows)
-    times: Times = {}
-    bits: Bits = {}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[MODEL]))
-        with StepRunner(
-            Path(folder), load_format="dummy", max_context=longest, num_pages=num_pages, max_step_tokens=max(longest, 512),
-            num_workers=num_workers, cubin=cubin,
-        ) as runner:  # fmt: skip
-            kv_bytes = num_pages * page_bytes_of(runner.config, DType.BF16)
-            for seed, row in enumerate(rows):
-                runner.context.fill(int(runner.params["kv_cache"][0]), KV_BYTE, kv_bytes)
-                times[row.name], bits[row.name] = measure_row(runner, row, seed)
-                print(f"{name} {row.label}: {times[row.name][WHOLE]:.3f} ms", file=sys.stderr, flush=True)
-    return times, bits
-
-
 def _measure_in_child(answer: Connection, *arguments: Any) -> None:
     try:
-        answer.send(measure_variant(*arguments))
+        answer.send(measure_build(*arguments))
     except Exception as error:
         answer.send(f"{type(error).__name__}: {error}")
 
 
-def measure_apart(variant: Variant, cubin: bytes, num_workers: int, rows: Sequence[Row]) -> tuple[Times, Bits] | str:
-    """measure_variant() in a process of its own, or why there are no figures: a GPU exception ends the process that meets it."""
+def measure_apart(
+    variant: Variant, cubin: bytes, num_workers: int, rows: Sequence[Row], parts: Sequence[str], settings: Settings
+) -> tuple[RowFigures, Bits] | str:
+    """measure_build() in a process of its own, or why there are no figures: a GPU exception ends the process that meets it."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_in_child, args=(sender, variant.name, cubin, num_workers, rows))
+    arguments = (sender, variant.name, MODEL, cubin, num_workers, rows, parts, settings)
+    child = context.Process(target=_measure_in_child, args=arguments)
     child.start()
     sender.close()
+    patience_s = timeout_s(rows, parts, settings)
     try:
-        if not receiver.poll(VARIANT_TIMEOUT_S):
-            return f"no answer in {VARIANT_TIMEOUT_S:.0f} s"
-        result: tuple[Times, Bits] | str = receiver.recv()
+        if not receiver.poll(patience_s):
+            return f"no answer in {patience_s:.0f} s"
+        result: tuple[RowFigures, Bits] | str = receiver.recv()
         return result
     except EOFError:
         return "its process ended without an answer"
@@ -172,25 +131,51 @@ def measure_apart(variant: Variant, cubin: bytes, num_workers: int, rows: Sequen
         child.join()
 
 
-def table(rows: Sequence[Row], results: dict[str, Times]) -> str:
-    """Markdown: a line for each row and variant; results[variant][row][part] in ms."""
-    lines = [f"| row | variant | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 2) + "|"]
-    for row in rows:
-        for variant, by_row in results.items():
-            figures = " | ".join(f"{by_row[row.name][part]:.3f}" for part in PARTS)
-            lines.append(f"| {row.name} | {variant} | {figures} |")
-    return "\n".join(lines)
-
-
 def differing(base: Bits, other: Bits) -> list[str]:
     """Rows whose logits are not base's, bit for bit."""
     return [name for name, bits in base.items() if not np.array_equal(bits, other[name])]
 
 
+# ---- torch -----------------------------------------------------------------------------------------------------------
+def measure_torch(
+    rows: Sequence[Row], parts: Sequence[str], settings: Settings, idle_w: float | None
+) -> dict[str, Any] | str:
+    """The report of tools/torch_ops.py, in a process of its own, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "torch.json"
+        command = [sys.executable, str(ROOT / "tools" / "torch_ops.py"), "--shape", MODEL, "--out", str(out)]
+        command += ["--rows", ",".join(row.name for row in rows), "--parts", ",".join(torch_parts(parts))]
+        command += ["--seconds", str(settings.seconds)] if settings.seconds else ["--no-energy"]
+        command += [] if idle_w is None else ["--idle-w", str(idle_w)]
+        patience_s = timeout_s(rows, torch_parts(parts), settings)
+        try:
+            done = subprocess.run(command, check=False, timeout=patience_s, stdout=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return f"still ran after {patience_s:.0f} s"
+        if not out.exists():
+            return f"ended with status {done.returncode} and no figures; its messages stand above"
+        report: dict[str, Any] = json.loads(out.read_text())
+    for row in rows:
+        if row.name not in report["ms"][TORCH]:
+            report["failures"].setdefault(row.name, f"ended before it, with status {done.returncode}")
+    return report
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=DEFAULT_ROWS, help=f"as of tools/bench_step.py (default {DEFAULT_ROWS})")
+    parser.add_argument(
+        "--rows", type=parse_rows, default=DEFAULT_ROWS, help=f"as of tools/bench_step.py (default {DEFAULT_ROWS})"
+    )
+    parser.add_argument(
+        "--parts", type=parse_parts, default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default all)"
+    )
     parser.add_argument("--variant", type=parse_variant, action="append", default=[], help="NAME:MACRO=VALUE[,...]")
+    parser.add_argument(
+        "--seconds", type=float, default=Settings().seconds, help="that each part goes on for (default 0.6)"
+    )
+    parser.add_argument("--no-energy", action="store_true", help="bursts alone: no sustained time, no joules")
+    parser.add_argument("--torch", action="store_true", help="tools/torch_ops.py beside it")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, help="JSON")
     return parser
@@ -198,29 +183,48 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    rows: list[Row] = parse_rows(arguments.rows)
-    variants = [Variant("base"), *arguments.variant]
+    rows: list[Row] = arguments.rows
+    parts: list[str] = arguments.parts
     try:
+        settings = Settings(seconds=0.0 if arguments.no_energy else arguments.seconds)
         num_workers = probe_gpu().num_multiprocessors - 1  # one is the director's
-    except GpuError as error:
+    except (GpuError, ValueError) as error:
         print(f"bench_ops: {error}", file=sys.stderr)
         return 2
-    print(f"compiling {len(variants)} kernels side by side", file=sys.stderr, flush=True)
+    variants = [Variant(BASE), *arguments.variant]
+    has_torch = arguments.torch and bool(torch_parts(parts))
+    estimate_s = IDLE_S + len(variants) * process_s(rows, parts, settings)
+    estimate_s += process_s(rows, torch_parts(parts), settings) if has_torch else 0.0
+    print(f"about {estimate_s:.0f} s on the GPU once {len(variants)} kernels are compiled", file=sys.stderr, flush=True)
     cubins = compile_variants(variants, num_workers)
-    results: dict[str, Times] = {}
+    source = open_nvml() if settings.seconds else None
+    idle_w = idle_power_w(source, IDLE_S)
+    results: dict[str, RowFigures] = {}
     logits: dict[str, Bits] = {}
     failures: dict[str, str] = {}
+    report: dict[str, Any] = header("bench_ops", argv, arguments.commit, open_nvml())
+    report["settings"] = vars(settings)
     for variant, cubin in zip(variants, cubins, strict=True):
-        found = measure_apart(variant, cubin, num_workers, rows)
+        found = measure_apart(variant, cubin, num_workers, rows, parts, settings)
         if isinstance(found, str):
             failures[variant.name] = found
         else:
             results[variant.name], logits[variant.name] = found
-    print(table(rows, results))
-    wrong = {name: differing(logits["base"], bits) for name, bits in logits.items()} if "base" in logits else {}
-    if arguments.out:
-        report = header("bench_ops", argv, arguments.commit, open_nvml())
-        write_report(report | {"ms": results, "differing_logits": wrong, "failures": failures}, arguments.out)
+    if has_torch:
+        theirs = measure_torch(rows, parts, settings, idle_w)
+        if isinstance(theirs, str):
+            failures[TORCH] = theirs
+        else:
+            results[TORCH] = figures_of_report(theirs, TORCH)
+            report[TORCH] = theirs[TORCH]
+            failures |= {f"{TORCH} {row}": why for row, why in theirs["failures"].items()}
+    wrong = {name: differing(logits[BASE], bits) for name, bits in logits.items()} if BASE in logits else {}
+    model = parse_config(SHAPES[MODEL])
+    print(table(model, rows, results))
+    if words := resolution(results, settings.seconds):
+        print(f"{words}; idle GPU: {'-' if idle_w is None else f'{idle_w:.1f} W'}")
+    report |= layout(results, idle_w) | {"costs": costs(model, rows, parts), "resolution": words}
+    write_report(report | {"differing_logits": wrong, "failures": failures}, arguments.out)
     for name, why in failures.items():
         print(f"{name}: not measured: {why}", file=sys.stderr)
     for name, row_names in wrong.items():

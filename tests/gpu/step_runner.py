@@ -2,8 +2,9 @@
 
     runner = StepRunner(folder)                              a checkpoint folder; weights packed and placed as in serving
     runner.run([Request(tokens, num_computed)], ops=...)     one launch: plan 0 is the step, plan 1 says exit
-    runner.hidden(rows) / .tiled(...) / .logits(rows) ...    what the step left in the workspaces
-Used by tests/gpu/test_gemm.py and tests/gpu/test_model_gpu.py.
+    runner.launch(runner.prepare(requests, ops=...))         the same in two, for who takes the time of the launch alone
+    runner.workspace(...) / .logits(rows) / .sampled(num)    what the step left behind
+Used by tests/gpu/test_gemm.py, tests/gpu/test_model_gpu.py, tools/bench_ops.py. Its own test: tests/null/test_step_runner.py
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from blinkimp.host.program import load_model
 from tests.gpu.gpu_harness import device_kernel
 
 PLAN_EXIT = 1
+
+Pick = Callable[[NDArray[np.void]], NDArray[np.void]]
 
 
 def write_checkpoint(
@@ -119,6 +122,8 @@ def in_steps(requests: list[Request], max_rows: int) -> Iterator[list[Request]]:
 class StepRunner:
     """An engine's memory on the GPU and its kernel, driven step by step."""
 
+    _program, _program_bytes = 0, 0  # where programs other than the model's are put, and how much fits there
+
     def __init__(
         self, folder: Path, *, max_step_tokens: int = 2048, max_batch: int = 256, num_requests: int = 256, max_context: int = 4096,
         num_pages: int = 256, load_format: Any = "auto", kernel: KernelKind = "hopper", num_workers: int = 0, cubin: bytes = b"",
@@ -202,33 +207,44 @@ class StepRunner:
         header["max_kv_tokens"] = max(len(request.tokens) for request in requests)
         return np.concatenate([part.view(np.uint8).reshape(-1) for part in (header, seqs, rows, sampled)])
 
-    def run(
-        self, requests: list[Request], *, ops: Callable[[NDArray[np.void]], NDArray[np.void]] | None = None
-    ) -> None:
-        """One step; without requests, none. `ops` picks the part of the program that runs."""
-        params = self.params.copy()
+    def run(self, requests: list[Request], *, ops: Pick | None = None) -> None:
+        """One step; without requests, none. `ops` makes the program that runs of the model's: a part of it, or longer than it."""
+        self.launch(self.prepare(requests, ops=ops))
+
+    def prepare(self, requests: list[Request], *, ops: Pick | None = None) -> NDArray[np.void]:
+        """[1] ENGINE_PARAMS of a launch: plans and program are on the GPU. They stay until the next call, whatever was launched."""
+        params, context = self.params.copy(), self.context
         if ops is not None:
-            part = np.ascontiguousarray(ops(self.model.ops))
-            self.context.upload(int(params["ops"][0]), part)
-            params["num_ops"] = len(part)
-        context = self.context
+            params["ops"], params["num_ops"] = self._place_program(ops(self.model.ops))
         exit_plan = np.zeros(1, abi.STEP_PLAN)
         exit_plan["flags"] = PLAN_EXIT
         context.upload(int(params["plans"][0, 0]), self.plan(requests) if requests else exit_plan)
         context.upload(int(params["plans"][0, 1]), exit_plan)
         context.upload(int(params["page_tables"][0]), self.page_tables)
         context.upload(int(params["requests"][0]), self.requests)
+        return params
+
+    def _place_program(self, program: NDArray[np.void]) -> tuple[int, int]:
+        """(address, number of ops): never over the model's own, which has room for itself alone."""
+        assert len(program), "a program: got no ops, expected at least one; an empty one would run what lies behind it"
+        if program.nbytes > self._program_bytes:
+            if self._program_bytes:
+                self.context.free(self._program)
+            self._program = self.context.allocate(program.nbytes, f"a program of {len(program)} ops")
+            self._program_bytes = program.nbytes
+        self.context.upload(self._program, program)
+        return self._program, len(program)
+
+    def launch(self, params: NDArray[np.void]) -> None:
+        """Runs what prepare() put there, and waits for its end."""
+        context = self.context
         words = np.zeros(abi.GRID_WORDS_BYTES // 4, np.uint32)
         words[0] = 2  # both plans are published
         context.upload(int(params["grid_words"][0]), words)
         context.launch(
-            self.function,
-            self.num_workers,
-            self.shape.num_threads,
-            [params],
-            shared_memory_bytes=self.shape.shared_memory_bytes,
-            cooperative=True,
-        )
+            self.function, self.num_workers, self.shape.num_threads, [params],
+            shared_memory_bytes=self.shape.shared_memory_bytes, cooperative=True,
+        )  # fmt: skip
         try:
             context.synchronize()
         except Exception as error:
@@ -236,8 +252,6 @@ class StepRunner:
             raise AssertionError(
                 f"{error}; fault record {dict(zip(abi.FAULT_RECORD.names or (), fault.tolist(), strict=True))}"
             ) from error
-        if ops is not None:
-            context.upload(int(params["ops"][0]), self.model.ops)
 
     # ---- Workspaces ----------------------------------------------------------------------------------------------
     def workspace(self, idx: int, dtype: Any) -> NDArray[Any]:

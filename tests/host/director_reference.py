@@ -137,6 +137,9 @@ class Lane:
         return max(0, self.num_completions - self.num_owed - len(self.staged) - self.promised)
 
 
+Planned = list[tuple[Job, PlannedSeq]]
+
+
 def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // abi.PAGE_TOKENS)
 
@@ -343,7 +346,7 @@ class Reference:
         assert self.in_flight is None
         planned, self.next = self.next, None
         if planned is not None and (self.plan_fills_cache or any(not job.is_over for job, _ in planned)):
-            planned += self.admit(sum(seq.num_rows for _, seq in planned), [])
+            self.admit(planned, len(planned), [])
         else:
             if planned is not None:
                 for lane in self.lanes:
@@ -375,7 +378,7 @@ class Reference:
                     lane.promised_now = 0
                 return [], False
         else:
-            self.next += self.admit(sum(seq.num_rows for _, seq in self.next), [])
+            self.admit(self.next, len(self.next), [])
         in_next = [job for job, _ in self.next]
         num_rows = sum(seq.num_rows for _, seq in self.next)
         waits = (
@@ -438,13 +441,10 @@ class Reference:
             num_filled, left_over = divmod(job.num_computed, abi.PAGE_TOKENS)
             if job.is_cacheable and left_over == 0 and num_filled == len(job.links) + 1:
                 self.pages.register(job, num_filled - 1)
+        num_decodes = len(order)
         order += [job for job in self.running if rows.get(job) and not job.is_decode]
         planned = [(job, self.seq(job, rows[job])) for job in order]
-        for job in order:
-            if not job.is_decode:
-                self.register_chunk(job, rows[job])
-        if num_preemptions == self.counts["preemptions"]:
-            planned += self.admit(sum(rows[job] for job in order), stalled)
+        self.admit(planned, num_decodes, stalled, may_admit=num_preemptions == self.counts["preemptions"])
         return planned
 
     def seq(self, job: Job, num_rows: int) -> PlannedSeq:
@@ -456,10 +456,17 @@ class Reference:
             self.pages.register(job, page_idx)
             self.plan_fills_cache = True
 
-    def admit(self, num_rows: int, stalled: list[Job]) -> list[tuple[Job, PlannedSeq]]:
-        """Behind num_rows rows that are planned already."""
-        admitted = []
-        while num_rows < self.step_tokens and (job := self.choose_admission(stalled)) is not None:
+    def admit(self, planned: Planned, num_known: int, stalled: list[Job], *, may_admit: bool = True) -> None:
+        """To the end of `planned`; the cache knows the pages of its first num_known."""
+        while may_admit and sum(seq.num_rows for _, seq in planned) < self.step_tokens:
+            if len(self.running) >= self.max_running and not stalled:
+                break
+            job = self.choose_admission()
+            if job is None:
+                break
+            num_known = self.register_chunks(planned, num_known)
+            if not self.make_room(job, stalled):
+                break
             job.running_level = self.effective_level(job)
             job.queue_pair.waiting.remove(job)
             found = self.pages.find(job) if job.is_cacheable else []
@@ -477,12 +484,35 @@ class Reference:
             self.served_floor += self.lead(job.queue_pair)
             job.queue_pair.served = self.served_floor + job.num_uncomputed
             self.next_admit = (self.lanes.index(job.queue_pair) + 1) % len(self.lanes)
-            count = min(job.num_uncomputed, self.chunk_tokens, self.step_tokens - num_rows)
-            num_rows += count
+            num_left = self.step_tokens - sum(seq.num_rows for _, seq in planned)
             self.running.append(job)
-            admitted.append((job, self.seq(job, count)))
-            self.register_chunk(job, count)
-        return admitted
+            planned.append((job, self.seq(job, min(job.num_uncomputed, self.chunk_tokens, num_left))))
+        if num_known < len(planned):
+            job, seq = planned[-1]
+            if num_deferred := self.rows_to_defer(planned):
+                planned[-1] = job, seq._replace(num_rows=seq.num_rows - num_deferred, samples=False)
+        self.register_chunks(planned, num_known)
+
+    def register_chunks(self, planned: Planned, num_known: int) -> int:
+        for job, seq in planned[num_known:]:
+            self.register_chunk(job, seq.num_rows)
+        return len(planned)
+
+    def rows_to_defer(self, planned: Planned) -> int:
+        """Of the last chunk: the step keeps whole tiles, if that and the next one, with a row of each other sequence, are sooner over."""
+        tile, costs = self.shape.cost_rows, self.shape.step_costs
+        num_rows = sum(seq.num_rows for _, seq in planned)
+
+        def cost(count: int) -> int:
+            return costs[min(0 if count <= tile / 2 else -(-count // tile), len(costs) - 1)]
+
+        def both(left: int) -> int:
+            return cost(num_rows - left) + cost(len(planned) - 1 + left)
+
+        lefts = [num_rows - kept for kept in range(tile, num_rows, tile)] if tile else []
+        lefts = [left for left in lefts if left < planned[-1][1].num_rows]
+        best = min(lefts, key=lambda left: (both(left), left), default=0)
+        return best if best and both(best) < cost(num_rows) else 0
 
     def effective_level(self, job: Job) -> int:
         """Waiting brings it closer to the most urgent that could be admitted, but not past them."""
@@ -497,7 +527,7 @@ class Reference:
         heads = {job.level: job for job in reversed(lane.waiting)}
         return min(heads.values(), key=lambda job: (self.effective_level(job), -job.level))
 
-    def choose_admission(self, stalled: list[Job]) -> Job | None:
+    def choose_admission(self) -> Job | None:
         """The best level; then the queue pair that was served least; then the one whose turn it is."""
         choices = []
         for q, lane in enumerate(self.lanes):
@@ -507,11 +537,13 @@ class Reference:
                 choices.append((self.effective_level(job), self.lead(lane) // FAIR_UNIT_TOKENS, turn, job))
         if not choices:
             return None
-        job = min(choices, key=lambda choice: choice[:3])[3]
+        return min(choices, key=lambda choice: choice[:3])[3]
+
+    def make_room(self, job: Job, stalled: list[Job]) -> bool:
         while not self.has_room(job):
             if not self.make_way(job, stalled):
-                return None
-        return job
+                return False
+        return True
 
     def missing_pages(self, job: Job) -> int:
         """What there is too little of for the job, if negative; without the pages that stay free while others run."""

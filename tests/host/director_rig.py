@@ -150,6 +150,8 @@ class Shape:
     ingress_timeout_ns: int = 3_600_000_000_000  # a test that wants a stale heartbeat ages it
     trace_events: int = 0  # 0: no trace
     prefix_cache: bool = False  # a test that counts pages means each request's own
+    cost_rows: int = 0  # step_costs is then abi.MAX_STEP_COSTS long
+    step_costs: tuple[int, ...] = ()
 
 
 class MemoryRegion:
@@ -192,6 +194,8 @@ class Rig:
         ):  # fmt: skip
             params[name] = getattr(shape, name)
         params["max_pages_per_request"] = pages_per_request
+        params["cost_rows"] = shape.cost_rows
+        params["step_costs"][: len(shape.step_costs)] = shape.step_costs
         params["num_workers"] = 1
         params["idle_sleep_ns"] = 1000
         params["dims"]["vocab"] = VOCAB

@@ -24,6 +24,7 @@ from blinkimp.host.gpu_memory import allocate_engine
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import EngineSizes
 from blinkimp.host.program import load_model
+from blinkimp.host.step_costs import Matrix
 from tests.gpu.step_runner import StepRunner
 from tests.support import ROOT
 
@@ -126,6 +127,15 @@ class EmulatedWorkers(StepRunner):
         self.num_pages_of = np.zeros(max_batch, int)
 
     def close(self) -> None: ...
+
+    def wide_time_ns(self, matrix: Matrix, rows: int, num_workers: int) -> int:
+        """What the rule of gemm_wide_tiling.cuh expects."""
+        params, op = np.zeros(1, abi.ENGINE_PARAMS), np.zeros(1, abi.OP)
+        params["num_workers"] = num_workers
+        op["in_features"], op["out_features"] = matrix.in_features, matrix.out_features
+        op["tile_rows"], op["num_tiles"] = matrix.tile_rows, -(-matrix.out_features // matrix.tile_rows)
+        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (params, op))
+        return int(self._library.bk_wide_time_ns(*pointers, rows))
 
     def run_steps(
         self, plans: Sequence[NDArray[np.uint8]], seed: int

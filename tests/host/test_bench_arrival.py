@@ -39,19 +39,26 @@ def test_streams_that_end_before_the_newcomer_begins_are_no_measurement() -> Non
 
 
 @undisturbed
-def test_a_smaller_chunk_spreads_the_prompt_over_more_steps(tmp_path: Path) -> None:
+def test_a_smaller_budget_spreads_the_prompt_over_more_steps(tmp_path: Path) -> None:
     """Counted in steps by the device's own stamps: how long a step takes is the machine's business. A client that sleeps for thirty of
     them comes too late to meet the streams: then once more."""
     out = tmp_path / "arrival.json"
     batch, prompt = 3, 512
     flags = ["--shape", "embedded", "--batch", str(batch), "--context", "16", "--prompt", str(prompt)]
-    assert tool.main(["--device", "emulated", *flags, "--chunks", "16,256", "--repeats", "1", "--out", str(out)]) == 0
+    assert tool.main(["--device", "emulated", *flags, "--budgets", "16,256", "--repeats", "1", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert report["errors"] == [] and report["prompt"] == prompt
-    for row in report["chunks"]:
-        fewest = prompt // row["chunk"]  # were each chunk the newcomer's alone
-        most = -(-prompt // (row["chunk"] - batch))  # were the streams' tokens taken out of it
+    assert report["errors"] == [] and report["prompt"] == prompt and len(report["budgets"]) == 2
+    for row in report["budgets"]:
+        fewest = prompt // row["budget"]  # were each step the newcomer's alone
+        most = -(-prompt // (row["budget"] - batch))  # with the streams' rows taken out of it
         steps = row["worst"]["num_steps_beside"]
         # Besides: a step under way at the arrival, one that was planned before it, and one that ends beside the first token.
-        assert fewest <= steps <= most + 3, f"chunk {row['chunk']}: {steps} steps, expected {fewest} to {most + 3}"
-    assert [row["chunk"] for row in report["chunks"]] == [16, 256]
+        assert fewest <= steps <= most + 3, f"budget {row['budget']}: {steps} steps, expected {fewest} to {most + 3}"
+    assert [row["budget"] for row in report["budgets"]] == [16, 256]
+
+
+@pytest.mark.parametrize("budgets", ["16", "8,64", "8193", ""])
+def test_budgets_that_leave_no_row_for_the_prompt_are_refused(budgets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["--batch", "16", "--budgets", budgets])
+    assert "expected numbers above --batch (16)" in capsys.readouterr().err

@@ -88,6 +88,59 @@ def test_decode_rows_come_first_and_prefill_fills_the_budget(kind: str) -> None:
     ]
 
 
+# Tiles of 8 rows, rounds of two: 17 rows take as long as 32.
+ROUNDS = {"cost_rows": 8, "step_costs": tuple(2 + 10 * -(-tiles // 2) for tiles in range(abi.MAX_STEP_COSTS))}
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_what_would_only_begin_a_tile_waits_for_the_next_step(kind: str) -> None:
+    rig = attached(kind, prefill_chunk_tokens=64, prefix_cache=True, **ROUNDS)
+    ingress = rig.ingresses[0]
+    assert ingress.submit(1, [1] * 3, 50)
+    assert one_plan(rig) == [PlannedSeq(1, 3, 0, True, 0)]
+    assert ingress.submit(2, [2] * 16, 50)
+    assert one_plan(rig) == [PlannedSeq(1, 1, 3, True, 1), PlannedSeq(2, 15, 0, False, 0)], "16 rows, not 17"
+    assert one_plan(rig) == [PlannedSeq(1, 1, 4, True, 2), PlannedSeq(2, 1, 15, True, 0)]
+    assert ingress.submit(3, [3] * 32, 50)
+    assert one_plan(rig)[2:] == [PlannedSeq(3, 30, 0, False, 0)], "a running prompt's last rows, likewise"
+    assert [seq.num_rows for seq in one_plan(rig)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_a_whole_tile_waits_where_it_begins_a_round(kind: str) -> None:
+    costs = (1, 3, 4, 5, 6, 30, *(30,) * (abi.MAX_STEP_COSTS - 6))
+    rig = attached(kind, prefill_chunk_tokens=64, max_batch=16, cost_rows=8, step_costs=costs)
+    for request_id in range(1, 9):
+        assert rig.ingresses[0].submit(request_id, [1], 50)
+    one_plan(rig)
+    assert rig.ingresses[0].submit(9, [2] * 32, 2)
+    assert [seq.num_rows for seq in one_plan(rig)] == [1] * 8 + [24], (
+        "8 + 32 rows take 30; 32, and 8 + 8 in the next step, 6 and 4"
+    )
+    assert [seq.num_rows for seq in one_plan(rig)] == [1] * 8 + [8]
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_rows_stay_where_another_step_would_cost_more(kind: str) -> None:
+    rig = attached(kind, prefill_chunk_tokens=64, max_step_tokens=64, **ROUNDS)
+    ingress = rig.ingresses[0]
+    assert ingress.submit(1, [1] * 13, 1)
+    assert [seq.num_rows for seq in one_plan(rig)] == [13], "13 rows take 12, 8 and then 5 of them 12 and 12"
+    assert ingress.submit(2, [2] * 16, 1)
+    assert [seq.num_rows for seq in one_plan(rig)] == [16], "whole tiles"
+
+
+@pytest.mark.parametrize("kind", ["single", "lanes"])
+def test_a_chunk_that_others_follow_is_whole(kind: str) -> None:
+    """Only the step's end is cut, and never a whole chunk."""
+    rig = attached(kind, prefill_chunk_tokens=64, max_step_tokens=64, **ROUNDS)
+    for request_id, num_prompt in enumerate([17, 15, 1]):
+        assert rig.ingresses[0].submit(request_id + 1, [1] * num_prompt, 2)
+    assert [seq.num_rows for seq in one_plan(rig)] == [17, 15, 1], (
+        "the 33rd row begins a round, but is all of its chunk"
+    )
+
+
 def test_a_single_token_prompt_is_admitted_as_one_row_that_samples() -> None:
     rig = attached()
     assert rig.ingresses[0].submit(1, [9], 2)

@@ -6,6 +6,8 @@ integrity check. Run: pytest tests/host/test_director_stateful.py
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -24,7 +26,7 @@ COMPARED_COUNTS = (
     "prefix_query_tokens", "prefix_hit_tokens",
 )  # fmt: skip
 
-SHAPES = st.builds(
+PLAIN_SHAPES = st.builds(
     Shape,
     num_queue_pairs=st.integers(1, 3),
     num_requests=st.sampled_from([3, 6, 40]),
@@ -38,6 +40,16 @@ SHAPES = st.builds(
     num_completions=st.sampled_from([2, 4, 8, 32, 128]),
     arena_bytes=st.just(8192),
     prefix_cache=st.booleans(),
+)
+# What a step costs, by tiles of rows: each adds little or much.
+COSTS = st.lists(st.sampled_from([0, 1, 20]), min_size=abi.MAX_STEP_COSTS, max_size=abi.MAX_STEP_COSTS)
+SHAPES = st.builds(
+    lambda shape, tile, steps: dataclasses.replace(
+        shape, cost_rows=tile, step_costs=tuple(itertools.accumulate(steps))
+    ),
+    PLAIN_SHAPES,
+    st.sampled_from([0, 4, 16]),
+    COSTS,
 )
 QUEUE_PAIRS = st.integers(0, 2)
 IDS = st.integers(1, 12)

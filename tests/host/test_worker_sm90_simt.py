@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
+from blinkimp.host.step_costs import Matrix, least_wide_time_ns
 from tests.gpu.step_runner import Request, llama_config, write_checkpoint
 from tests.host.emulated_gpu import EmulatedWorkers
 from tests.support import ROOT
@@ -191,6 +192,20 @@ def test_an_op_has_more_slices_than_its_rings_hold(tmp_path: Path) -> None:
     for seed in range(2):
         got = logits_of(workers, script, seed)
         assert (np.linalg.norm(got - wanted, axis=1) < 2e-2 * np.linalg.norm(wanted, axis=1)).all()
+
+
+def test_the_host_counts_rounds_as_the_rule_does(
+    checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path
+) -> None:
+    workers = EmulatedWorkers(checkpoint[0], tmp_path, num_workers=3)
+    rng = np.random.default_rng(8)
+    for tile_rows in (32, 48, 64, 112, 128):
+        for num_workers in (3, 77, 131):
+            out_features, in_features = int(rng.integers(1, 500)) * 64, int(rng.integers(1, 250)) * 64
+            matrix = Matrix(tile_rows, out_features, in_features)
+            for rows in (65, 128, 129, 512, 513, 1024, 8192):
+                expected = least_wide_time_ns(rows, matrix, num_workers)
+                assert workers.wide_time_ns(matrix, rows, num_workers) == expected, (matrix, rows, num_workers)
 
 
 def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plans that tests/gpu/step_runner.py writes: rows, samples and pages of a step, and what does not fit into one. No GPU is asked.
+"""tests/gpu/step_runner.py without a GPU: rows, samples and pages of a plan, what does not fit into one, which program a launch runs.
 
 Run: pytest tests/null/test_step_runner.py
 """
@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
-from tests.gpu.step_runner import Request, StepRunner, in_steps
+from blinkimp.ring_abi import OpKind
+from tests.fake_gpu import FakeGpu, fake_runner
+from tests.gpu.step_runner import PLAN_EXIT, Request, StepRunner, in_steps
 
 MAX_ROWS, MAX_BATCH, NUM_PAGES = 64, 8, 16
 
@@ -80,3 +82,58 @@ def test_requests_are_cut_into_steps_that_fit(runner: StepRunner, num_tokens: li
     assert [request.request_idx for step in steps for request in step] == list(range(len(num_tokens)))
     for step, after in itertools.pairwise(steps):
         assert sum(request.num_rows for request in step) + after[0].num_rows > MAX_ROWS, "cut too early"
+
+
+# ---- Launches, on a GPU that only keeps time ---------------------------------------------------------------------
+def test_a_program_longer_than_the_models_has_a_place_of_its_own() -> None:
+    """FakeGpu refuses to read or write behind an allocation, and a launch over the words of the one before."""
+    gpu = FakeGpu()
+    runner = fake_runner(gpu)
+    ops, requests = runner.model.ops, [Request(prompt(5), 4, 0)]
+    places = []
+    for num_repeats in (1, 7, 3, 50):
+        runner.run(requests, ops=lambda ops, n=num_repeats: np.tile(ops[1:3], n))
+        assert gpu.launches[-1].tolist() == [OpKind.QKV, OpKind.ATTENTION] * num_repeats
+        places.append(runner._program)
+    assert places[1] == places[2] and len(set(places)) == 3  # what fits stays where it is
+    assert [len(gpu.memory[place]) // abi.OP.itemsize for place in places] == [
+        0,
+        0,
+        0,
+        100,
+    ]  # the others are free again
+    runner.run(requests)
+    assert gpu.launches[-1].tolist() == ops["kind"].tolist()
+    np.testing.assert_array_equal(gpu.view(int(runner.params["ops"][0]), abi.OP, len(ops)), ops)
+
+
+def test_what_is_prepared_is_launched_as_often_as_asked() -> None:
+    gpu = FakeGpu()
+    runner = fake_runner(gpu)
+    params = runner.prepare([Request(prompt(9), 0, 2)], ops=lambda ops: ops[:2])
+    plan = gpu.view(int(params["plans"][0, 0]), abi.STEP_PLAN, 1)[0]
+    assert (plan["num_rows"], plan["flags"]) == (9, 0)
+    assert gpu.view(int(params["plans"][0, 1]), abi.STEP_PLAN, 1)[0]["flags"] == PLAN_EXIT
+    for _ in range(3):
+        runner.launch(params)
+    assert [len(kinds) for kinds in gpu.launches] == [2, 2, 2]
+    runner.run([])
+    assert gpu.view(int(params["plans"][0, 0]), abi.STEP_PLAN, 1)[0]["flags"] == PLAN_EXIT
+
+
+def test_an_empty_program_is_refused() -> None:
+    with pytest.raises(AssertionError, match="got no ops, expected at least one"):
+        fake_runner(FakeGpu()).prepare([], ops=lambda ops: ops[:0])
+
+
+def test_a_lost_context_is_told_with_its_fault_record() -> None:
+    gpu = FakeGpu()
+    runner = fake_runner(gpu)
+
+    def fail(stream: Any = None) -> None:
+        raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED")
+
+    params = runner.prepare([Request(prompt(2), 0, 0)])
+    gpu.synchronize = fail  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match=r"CUDA_ERROR_LAUNCH_FAILED; fault record \{'code': 0"):
+        runner.launch(params)

@@ -21,6 +21,11 @@ u32 phases_of_step(const EngineParams& params, const StepPlan& plan) {
 
 // plans: [num_steps, plan_bytes]; plans of params are the two places that they are copied to. logits: [num_steps, max_batch, vocab] or null;
 // sampled: [num_steps, max_batch] tokens.
+// What the rule expects of an op of num_rows > 64 rows: host/step_costs.py counts the same.
+extern "C" unsigned bk_wide_time_ns(const blinkimp::EngineParams* params, const blinkimp::Op* op, unsigned num_rows) {
+  return wide_time_ns(*params, wide_tiling(*params, *op, num_rows));
+}
+
 extern "C" void bk_worker_sm90_simt(const blinkimp::EngineParams* params_of_test, const unsigned char* plans, unsigned num_steps, unsigned seed, float* logits, unsigned* sampled) {
   const EngineParams params = *params_of_test;
   const u64 num_bytes = plan_bytes(params);
