@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,3 +67,8 @@ def blocks_kept_by(action: Callable[[], object], num_calls: int) -> int:
         finally:
             gc.enable()
     return min(kept)
+
+
+def hear_hangup() -> None:
+    """preexec_fn of a process that a test sends SIGHUP: under nohup it would inherit that the signal is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
