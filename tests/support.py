@@ -69,6 +69,7 @@ def blocks_kept_by(action: Callable[[], object], num_calls: int) -> int:
     return min(kept)
 
 
-def hear_hangup() -> None:
-    """preexec_fn of a process that a test sends SIGHUP: under nohup it would inherit that the signal is ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals() -> None:
+    """preexec_fn of a process that a test sends signals: under nohup, or behind a shell's &, it would inherit that they are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

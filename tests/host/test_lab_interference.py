@@ -22,7 +22,7 @@ from blinkimp.lab.engines import EngineSpec, RunningEngine, placement_of
 from blinkimp.lab.interference_report import compared
 from tests.host.engine_support import wait_for
 from tests.scripted_server import Script, scripted_server
-from tests.support import PATIENCE_S, hear_hangup, python_path
+from tests.support import PATIENCE_S, hear_signals, python_path
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_lab_that_is_ended_takes_its_engine_with_it(tmp_path: Path, number: sign
         engine,
     ]
     with (tmp_path / "log").open("w") as log:
-        lab = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=hear_hangup)
+        lab = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=hear_signals)
     try:
         wait_for(pid_file.exists, PATIENCE_S, "the engine is started")
         lab.send_signal(number)
