@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import IO, Final
 
 _PR_SET_PDEATHSIG: Final = 1
-EXIT_MISCONFIGURED: Final = (
-    2  # of a child: its arguments, files or addresses are wrong; another try would end like this one
-)
+# Exit status of a child whose arguments, files or addresses are wrong: another try would end like this one.
+EXIT_MISCONFIGURED: Final = 2
 
 
 class ChildProcess:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.gpu_kernel import KernelShape
+from blinkimp.host.gpu_weights import SLICE_COLUMNS, TILE_ROWS
 from blinkimp.host.model_config import ModelConfig
+from blinkimp.ring_abi import OpKind
 
 # Those of gemm_wide_tiling.cuh.
 COST_ROWS: Final = 128
@@ -29,8 +31,6 @@ MIN_COLUMNS: Final = 64
 MAX_COLUMNS: Final = 256
 EPILOGUE_NS: Final = 4000
 BULK_COPY_NS: Final = 100
-SLICE_COLUMNS: Final = 64
-PROJECT_TILE_ROWS: Final = 32
 STREAM_BYTES_PER_NS: Final = 4300  # 4,600 is the roof
 ATTENTION_NS: Final = 10_000  # of a layer, however little there is to do
 LEAST_UNIT_NS: Final = 1000
@@ -76,11 +76,12 @@ def least_wide_time_ns(rows: int, matrix: Matrix, num_workers: int) -> int:
 
 def matrices_of(config: ModelConfig, shape: KernelShape) -> list[Matrix]:
     """Of a layer."""
+    (project_tile_rows,) = TILE_ROWS[OpKind.PROJECT]
     return [
         Matrix(shape.qkv_tile_rows, config.query_features + 2 * config.kv_features, config.hidden),
-        Matrix(PROJECT_TILE_ROWS, config.hidden, config.query_features),
+        Matrix(project_tile_rows, config.hidden, config.query_features),
         Matrix(shape.gate_up_tile_rows, 2 * config.intermediate, config.hidden),
-        Matrix(PROJECT_TILE_ROWS, config.hidden, config.intermediate),
+        Matrix(project_tile_rows, config.hidden, config.intermediate),
     ]
 
 

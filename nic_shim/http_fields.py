@@ -109,6 +109,8 @@ def _first(*values: Any) -> Any:
 
 def check_combinations(body: CompletionRequest | ChatRequest) -> None:
     """What msgspec's types cannot say. Raises HttpError 400."""
+    if body.seed is not None and body.seed >= 2**64:
+        raise bad_field("seed", "seed cannot be used", str(body.seed), "int from -2^63 to 2^64 - 1", "choose another")
     if body.stream_options is not None and not body.stream:
         raise bad_field(
             "stream_options",

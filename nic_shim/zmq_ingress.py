@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 import signal
 import sys
 import threading
@@ -101,6 +102,7 @@ class ZmqIngress:
         self._stop = threading.Event()
         self._fd = -1
         self._closings: zmq.Socket[bytes] | None = None  # tells of connections that have closed
+        self._socket_file: tuple[int, int] | None = None  # of an ipc endpoint, once it is bound
         self._num_probes = 0  # that are due because of one
 
     def start(self) -> str:
@@ -139,6 +141,7 @@ class ZmqIngress:
                 f"cannot bind {self._bind}: {zmq.strerror(error.errno or 0)}; expected a free endpoint such as tcp://127.0.0.1:5555; "
                 "choose another port, or stop what holds it"
             ) from error
+        self._socket_file = file_id(self._bind)
 
     def drain(self, timeout_s: float) -> None:
         """No new requests from now on; ends when all are finished, or cancels what is left after timeout_s. Any thread."""
@@ -255,6 +258,9 @@ class ZmqIngress:
         if self._closings is not None:
             self._socket.disable_monitor()
             self._closings.close()
+        # libzmq leaves the file. While the socket is open nobody else's has its number, so this one is ours and not a successor's.
+        if self._socket_file is not None and file_id(self._bind) == self._socket_file:
+            Path(self._bind.removeprefix("ipc://")).unlink(missing_ok=True)
         self._socket.close()
         if self._curve is not None:
             self._curve.stop()
@@ -262,6 +268,15 @@ class ZmqIngress:
         self.handler.close()
         self.link.close()
         self._memory.close()
+
+
+def file_id(bind: str) -> tuple[int, int] | None:
+    """Device and inode of the file of an ipc endpoint; None where there is none."""
+    try:
+        found = os.lstat(bind.removeprefix("ipc://")) if bind.startswith("ipc://") else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino)
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------

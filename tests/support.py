@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,3 +67,9 @@ def blocks_kept_by(action: Callable[[], object], num_calls: int) -> int:
         finally:
             gc.enable()
     return min(kept)
+
+
+def hear_signals() -> None:
+    """preexec_fn of a process that a test sends signals: under nohup, or behind a shell's &, it would inherit that they are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

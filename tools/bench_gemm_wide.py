@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from blinkimp.host.bf16 import bf16_from_f32
-from blinkimp.host.step_costs import Matrix, wide_time_ns
+from blinkimp.host.step_costs import COST_ROWS, HALVED_ROWS, HALVED_STACK, Matrix, stacks, wide_time_ns
 from tests.gpu.gemm_wide_runner import PlacedWeights, WideRunner, compile_wide
 
 SHAPES = {  # name: (packed tile rows, out features, in features)
@@ -27,11 +27,6 @@ SHAPES = {  # name: (packed tile rows, out features, in features)
     "o": (32, 4096, 4096),
     "gate_up": (112, 28672, 4096),
     "down": (32, 4096, 14336),
-}
-TILINGS = {  # packed tile rows: (tokens, stack)
-    32: [(64, 2), (128, 2), (128, 4), (128, 8)],
-    48: [(64, 2), (128, 2), (128, 4)],
-    112: [(64, 2), (128, 2)],
 }
 ROWS = (128, 256, 512, 1024, 2048, 8192)
 NUM_LAYERS = 32
@@ -41,7 +36,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {"whole": (), "no stores": ("-DSTORE=0",)
 
 
 def tilings(rows: int, tile_rows: int) -> list[tuple[int, int]]:
-    return [(tokens, stack) for tokens, stack in TILINGS[tile_rows] if tokens == 128 or rows <= 128]
+    """(tokens, stack) of those that the rule chooses from, small ones first."""
+    whole = [(COST_ROWS, stack) for stack in reversed(stacks(tile_rows))]
+    return [(HALVED_ROWS, HALVED_STACK), *whole] if rows <= COST_ROWS else whole
 
 
 def place_copies(runner: WideRunner, rng: np.random.Generator, shape: tuple[int, int, int]) -> list[PlacedWeights]:

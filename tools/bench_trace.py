@@ -119,7 +119,17 @@ class RecorderProcess:
     """`blinkimp trace record` beside the engine."""
 
     def __init__(self, engine_name: str, folder: Path) -> None:
-        command = [sys.executable, "-m", "blinkimp", "trace", "record", "--engine", engine_name, "--seconds", "3600"]
+        command = [
+            sys.executable,
+            "-m",
+            "blinkimp",
+            "trace",
+            "record",
+            "--engine-name",
+            engine_name,
+            "--seconds",
+            "3600",
+        ]
         self.path = folder / "bench.trace"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(

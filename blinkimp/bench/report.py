@@ -22,7 +22,8 @@ def table_of(report: Mapping[str, Any]) -> str:
     """What `blinkimp bench` prints."""
     lines = [
         f"{report['completed']} requests completed, {report['failed']} failed, in {report['duration']:.2f} s "
-        f"({report['num_not_counted']} of the warm-up not counted)",
+        f"({report['num_not_counted']} of the warm-up not counted)"
+        + ("; stopped early" if report["stopped_early"] else ""),
         f"{report['request_throughput']:.2f} requests/s, {report['output_throughput']:.1f} output tokens/s, "
         f"{report['total_token_throughput']:.1f} total tokens/s; while sending {report['steady_output_throughput']:.1f} output tokens/s",
     ]

@@ -190,11 +190,15 @@ class LoadRun:
             self._progress("draining", self.num_ended, len(self.records))
             if not await wait_until(self._changed, deadline_ns):
                 break
+        self.give_up(f"unfinished {timeout_s:g} s after the load's end")
+
+    def give_up(self, why: str) -> None:
+        """What has not ended does now."""
         now_ns = time.monotonic_ns()
         for record in self.records:
             if not record.is_ended:
                 record.is_cut = True
-                record.end(now_ns, error=f"unfinished {timeout_s:g} s after the load's end")
+                record.end(now_ns, error=why)
 
 
 async def sleep_until(at_ns: int) -> None:
@@ -228,10 +232,12 @@ async def run_load(
     source: PowerSource | None = None,
     idle_w: float | None = None,
     details: bool = False,
+    keeps_when_cancelled: bool = False,
 ) -> dict[str, Any]:
     """The report of one load: vLLM's keys, this tool's own, energy, and InferenceX's under `inferencex`.
 
-    idle_w is subtracted for one of the two energy figures; None: the GPU's power before the load, with the server running, is measured."""
+    idle_w is subtracted for one of the two energy figures; None: the GPU's power before the load, with the server running, is measured.
+    keeps_when_cancelled: a load that is cancelled (Ctrl-C) ends there, `stopped_early`, with what it has measured."""
     runs: list[LoadRun] = []
     backend = make_backend(target, lambda record: runs[0].on_end(record))
     try:
@@ -248,9 +254,19 @@ async def run_load(
         try:
             with PowerMeter(source) as meter:
                 begin_ns = time.monotonic_ns()
-                sent_ns = await run.run(begin_ns)
-                await run.drain(drain_s)
+                sent_ns, stopped_early = None, False
+                try:
+                    sent_ns = await run.run(begin_ns)
+                    await run.drain(drain_s)
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if not keeps_when_cancelled or task is None:
+                        raise
+                    task.uncancel()
+                    stopped_early = True
+                    run.give_up("on its way when the load was stopped")
                 end_ns = time.monotonic_ns()
+                sent_ns = sent_ns or end_ns
         finally:
             gc.enable()
     finally:
@@ -286,6 +302,7 @@ async def run_load(
         "request_rate": "inf" if options.rate is None else options.rate,
         "burstiness": options.burstiness,
         "max_concurrency": concurrency,
+        "stopped_early": stopped_early,
         **figures,
         **(queue_inclusive(figures) if options.rate is not None and concurrency is not None else {}),
         "gpu_energy": {

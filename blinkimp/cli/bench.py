@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ examples:
 what happens: --rate is an open loop (requests are sent at random times whatever comes back: Poisson, or gamma with --burstiness), --concurrency
 alone a closed loop (so many users, each sends when its last answer is complete); both together cap the open loop. Prompts are random token ids.
 Latencies are counted from when a request was sent (as vLLM does), and from when it was meant to be sent, beside it. --out writes JSON with the
-keys of vLLM's `bench serve`, and InferenceX's under `inferencex`. Every figure is defined in blinkimp/bench/BENCH.md.
+keys of vLLM's `bench serve`, and InferenceX's under `inferencex`. Ctrl-C ends the load and shows what it has measured; a second one shows nothing.
+Every figure is defined in blinkimp/bench/BENCH.md.
 
 where next:
   blinkimp lab interference --help        the same under CPU interference
@@ -220,6 +222,7 @@ def run(options: argparse.Namespace) -> int:
                 source=open_nvml(),
                 idle_w=options.idle_w,
                 details=options.details,
+                keeps_when_cancelled=True,
             )
         )
     print(table_of(report))
@@ -230,4 +233,6 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {options.out}")
+    if report["stopped_early"]:
+        return 128 + signal.SIGINT
     return 0 if report["completed"] else 1

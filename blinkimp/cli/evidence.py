@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -190,7 +189,7 @@ def print_plan(grid: Any, options: argparse.Namespace) -> None:
 
 def measure_call(grid: Any, options: argparse.Namespace) -> int:
     from blinkimp.bench.errors import LoadError
-    from blinkimp.cli.terminal import LoadingBars
+    from blinkimp.cli.terminal import LoadingBars, ends_in_order
     from blinkimp.config import Config, model_folder
     from blinkimp.host.power import open_nvml
     from blinkimp.lab.evidence import Setup, run_evidence
@@ -201,8 +200,7 @@ def measure_call(grid: Any, options: argparse.Namespace) -> int:
     if "vllm" in options.engines and not options.vllm_command:
         raise LoadError("vllm: got no command that starts it; expected --vllm-command, or --engines persistent,cpu")
     # The engine's processes are its own group's: they end with this one only if it ends as Python does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="blinkimp-evidence-") as made:
+    with ends_in_order(), tempfile.TemporaryDirectory(prefix="blinkimp-evidence-") as made:
         model, load_format = options.model, "auto"
         if model == SHAPE:
             model, load_format = made, "dummy"

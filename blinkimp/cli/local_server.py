@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from blinkimp.cli.options import add_config_flags, config_of
+from blinkimp.cli.terminal import ends_in_order
 from blinkimp.config import keys
 from blinkimp.host.child_process import ChildProcess
 
@@ -61,25 +59,6 @@ def server_for(options: argparse.Namespace) -> Iterator[str]:
             yield f"ipc://{socket_path}"
         finally:
             child.end(END_TIMEOUT_S)
-
-
-@contextlib.contextmanager
-def ends_in_order() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that is closed, end the command as Ctrl-C does: what it has made is removed."""
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []  # only that one may set handlers
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]:

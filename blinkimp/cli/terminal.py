@@ -1,11 +1,15 @@
-"""What the terminal shows besides a command's own output: log lines and progress bars, both on stderr.
+"""What the terminal shows besides a command's own output, log lines and progress bars on stderr; and what a closed terminal means.
 
 Called by the subcommands. Test: pytest tests/host/test_cli.py
 """
 
 from __future__ import annotations
 
-from types import TracebackType
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -20,6 +24,25 @@ def set_up_logging(log_level: str) -> None:
     """Of a command that a person waits for: shorter than a server's lines, which are kept."""
     text_format = "%(asctime)s %(levelname)s %(message)s"
     logs.set_up_logging(log_level, "text", "host", text_format=text_format, datefmt="%H:%M:%S")
+
+
+@contextlib.contextmanager
+def ends_in_order() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the command as Ctrl-C does: what it has made is removed."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only that one may set handlers
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class LoadingBars:

@@ -27,6 +27,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """torch's threads spin for each other where the cores are busy."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     """A scripted engine and its ingress."""
     from tests.ingress_support import serve

@@ -199,3 +199,26 @@ def test_a_bad_url_is_refused(tmp_path: Path) -> None:
         asyncio.run(run_load(LoadOptions(concurrency=1, num_requests=1), Target(url="localhost:8000")))
     with pytest.raises(LoadError, match="expected one of them"):
         Target()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_that_is_stopped_keeps_what_it_has_measured(kind: str) -> None:
+    async def stop_after_some(address: str) -> dict[str, Any]:
+        options = LoadOptions(concurrency=4, duration_s=600, input_len=12, output_len=4)
+        ended = asyncio.Event()
+
+        def progress(what: str, done: int, total: int) -> None:
+            if len(script.prompts) > 40:
+                ended.set()
+
+        task = asyncio.create_task(run_load(options, target_of(address), progress=progress, keeps_when_cancelled=True))
+        await asyncio.wait_for(ended.wait(), PATIENCE_S)
+        task.cancel()
+        return await task
+
+    script = Script()
+    with scripted_server(kind, script) as address:
+        got = asyncio.run(stop_after_some(address))
+    assert got["stopped_early"] and got["completed"] >= 36 and got["failed"] <= 4
+    assert set(got["error_counts"]) <= {"on its way when the load was stopped"}
+    assert "stopped early" in table_of(got)

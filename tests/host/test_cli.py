@@ -22,7 +22,7 @@ from blinkimp.config import Config, model_folder
 from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.compile_cache import CompiledKernel, get_kernel
 from blinkimp.host.gpu_kernel import KERNEL_SOURCE, PACK_SOURCE, STEP_SOURCE, kernel_shape
-from tests.support import PATIENCE_S, python_path
+from tests.support import PATIENCE_S, hear_signals, python_path
 
 SHARED_MEMORY = Path("/dev/shm")
 PROMPT = "def read_file(path):"
@@ -113,6 +113,7 @@ def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Si
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(TMPDIR=str(tmp_path)),
+        preexec_fn=hear_signals,
     )
     try:
         assert process.stdout is not None

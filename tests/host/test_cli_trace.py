@@ -41,7 +41,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 failures: list[BaseException] = []
                 clients = threading.Thread(target=_ask, args=(endpoint, path, failures))
                 clients.start()
-                assert main(["trace", "record", "--engine", name, "--seconds", str(seconds), "-o", str(path)]) == 0
+                assert main(["trace", "record", "--engine-name", name, "--seconds", str(seconds), "-o", str(path)]) == 0
                 are_recorded = not clients.is_alive()
                 clients.join()
                 assert not failures, failures
@@ -130,7 +130,7 @@ def test_a_trace_does_not_differ_from_itself(recorded: Path, capsys: pytest.Capt
 def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "stats", str(tmp_path / "none")]) == 1
     assert "check the name" in capsys.readouterr().err
-    assert main(["trace", "record", "--engine", "nobody-is-called-so", "-o", str(tmp_path / "a")]) == 1
+    assert main(["trace", "record", "--engine-name", "nobody-is-called-so", "-o", str(tmp_path / "a")]) == 1
     assert "--trace-events" in capsys.readouterr().err
     assert main(["trace", "record", "--seconds", "0", "-o", str(tmp_path / "a")]) == 1
     assert "more than 0" in capsys.readouterr().err

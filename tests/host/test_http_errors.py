@@ -46,6 +46,7 @@ def refusal(reply: Reply, status: int) -> dict[str, Any]:
         ({"temperature": "hot"}, "temperature", "expected float"),
         ({"top_p": 0}, "top_p", "float > 0.0"),
         ({"n": 0}, "n", "int >= 1"),
+        ({"seed": 2**64}, "seed", "2^64 - 1"),
         ({"max_tokens": 0}, "max_tokens", "int >= 1"),
         ({"stop": ["a"] * 17}, "stop", "length <= 16"),
         ({"stop": ""}, "stop", "length >= 1"),

@@ -15,6 +15,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.host.child_process import EXIT_MISCONFIGURED
+from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (
@@ -117,3 +118,19 @@ def test_bind_to_a_taken_port_is_explained(served: Served, tmp_path: Path) -> No
         with pytest.raises(OSError, match=r"cannot bind .*: Address already in use; expected a free endpoint"):
             rival.start()
         assert int(director.queue_pairs[0].ingress["owner_pid"][0]) == 0  # the queue pair was given back
+
+
+@pytest.mark.parametrize("is_successors", [False, True])
+def test_socket_file_is_removed_unless_a_successor_has_its_place(tmp_path: Path, is_successors: bool) -> None:
+    path = tmp_path / "ingress"
+    tokenizer = Tokenizer(write_byte_tokenizer(tmp_path))
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        ingress = ZmqIngress(director.regions.engine_name, 0, f"ipc://{path}", tokenizer)
+        ingress.start()
+        assert path.is_socket()
+        if is_successors:
+            path.unlink()
+            path.touch()
+        ingress.stop()
+        assert ingress.join(PATIENCE_S)
+    assert path.exists() == is_successors

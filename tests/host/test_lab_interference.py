@@ -9,6 +9,8 @@ import json
 import os
 import secrets
 import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.cli import main
 from blinkimp.lab.engines import EngineSpec, RunningEngine, placement_of
 from blinkimp.lab.interference_report import compared
+from tests.host.engine_support import wait_for
 from tests.scripted_server import Script, scripted_server
-from tests.support import PATIENCE_S, python_path
+from tests.support import PATIENCE_S, hear_signals, python_path
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +113,31 @@ def test_an_engine_that_does_not_start_is_explained() -> None:
         RunningEngine(EngineSpec("x", "tcp://127.0.0.1:1", "/none"), 1),
     ):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_lab_that_is_ended_takes_its_engine_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    pid_file = tmp_path / "pid"
+    engine = shlex.join(["sh", "-c", f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 600"])
+    flags = ["--folder", str(tmp_path / "cells"), "--kinds", "arithmetic", "--threads", "1", "--placements", "sharing"]
+    command = [
+        sys.executable,
+        "-m",
+        "blinkimp",
+        "lab",
+        "interference",
+        *flags,
+        "--engine",
+        "x",
+        "tcp://127.0.0.1:1",
+        engine,
+    ]
+    with (tmp_path / "log").open("w") as log:
+        lab = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=hear_signals)
+    try:
+        wait_for(pid_file.exists, PATIENCE_S, "the engine is started")
+        lab.send_signal(number)
+        assert lab.wait(PATIENCE_S) == 128 + number, (tmp_path / "log").read_text()
+        assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
+    finally:
+        lab.kill()

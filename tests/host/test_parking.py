@@ -150,7 +150,7 @@ def test_a_parked_gpu_is_launched_again_without_a_wait(monkeypatch: pytest.Monke
     with regions_of(1) as regions:
         times = {"ingress_timeout_ns": 1, "spin_budget_ns": 2, "parked_after_ns": 3}
         launch: Any = SimpleNamespace(regions=regions, model=None, sizes=None, **times)
-        shape: Any = SimpleNamespace(shared_memory_bytes=1 << 10, num_threads=384)
+        shape: Any = SimpleNamespace(kind="portable", shared_memory_bytes=1 << 10, num_threads=384)
         kernel: Any = SimpleNamespace(cubin=b"")
         model: Any = SimpleNamespace(dims=None, ops=None)
         device._launch(launch, shape, kernel, model)

@@ -116,20 +116,24 @@ def test_what_is_not_logged_costs_no_formatting() -> None:
     assert not collector.lines
 
 
-@pytest.mark.parametrize(
-    "how", ["raise RuntimeError('here')", "__import__('threading').Thread(target=lambda: 1 / 0).start()"]
-)
-def test_uncaught_exceptions_are_lines_too(how: str) -> None:
-    script = f"from blinkimp.logs import set_up_logging\nset_up_logging('info', 'json', 'host')\n{how}"
-    done = subprocess.run(
+def stderr_of(script: str) -> str:
+    """Of a Python process of its own."""
+    return subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
         env={**os.environ, "PYTHONPATH": python_path()},
-    )
-    (line,) = done.stderr.splitlines()
+    ).stderr
+
+
+@pytest.mark.parametrize(
+    "how", ["raise RuntimeError('here')", "__import__('threading').Thread(target=lambda: 1 / 0).start()"]
+)
+def test_uncaught_exceptions_are_lines_too(how: str) -> None:
+    script = f"from blinkimp.logs import set_up_logging\nset_up_logging('info', 'json', 'host')\n{how}"
+    (line,) = stderr_of(script).splitlines()
     assert json.loads(line)["level"] == "critical" and "Error" in json.loads(line)["exception"]
 
 
@@ -173,14 +177,6 @@ def test_text_lines_of_all_processes_look_alike_and_name_theirs() -> None:
             f"set_up_logging('info', 'text', {process!r})\n"
             "log_event(logging.getLogger('x'), logging.INFO, 'draining', num_unfinished=1)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-            env={**os.environ, "PYTHONPATH": python_path()},
-        )
         assert re.fullmatch(
-            rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO {process}: draining num_unfinished=1\n", done.stderr
+            rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} INFO {process}: draining num_unfinished=1\n", stderr_of(script)
         )
