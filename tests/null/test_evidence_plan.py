@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,9 @@ def test_a_plan_measures_everything_once_and_keeps_to_its_budget(budget_s: int, 
     assert sorted(measured) == sorted(cell.label for cell in missing)
     labels = {cell.label: cell for cell in missing}
     for lines in calls:
-        assert "start" in lines[0]
+        started = [line.split()[3] for line in lines if " start " in line]
+        assert "start" in lines[0] and all(a != b for a, b in pairwise(started))  # no engine makes room for itself
+        assert len(started) <= len(ENGINES) * cells_of(grid)[-1].round
         if "tier" in lines[-1]:
             begun_s = float(lines[-1].split()[0])
             assert begun_s + estimate_s(grid, labels[lines[-1].rpartition("  ")[2]]) <= budget_s + 1  # rounded
