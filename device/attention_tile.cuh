@@ -63,11 +63,11 @@ BK_INLINE void patch_page(const AttentionRun& run, const u8* scratch, u8* keys, 
   warpgroup_sync();     // the rows are whole before any warp's wgmma reads them
 }
 
-// scores = 64 query rows x 64 keys
+// scores = 64 query rows x 64 keys. Addresses: uniform().
 template <int kHeadDim>
 BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
-  const u64 a = wgmma_tile_descriptor(uniform(queries), kKvBlockBytes);
-  const u64 b = wgmma_tile_descriptor(uniform(keys), kKvBlockBytes);
+  const u64 a = wgmma_tile_descriptor(queries, kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(keys, kKvBlockBytes);
   static_assert(kTileRows == kPageTokens, "blocks of 64 dimensions are equally far apart in both tiles");
 #pragma unroll
   for (u32 step = 0; step < kHeadDim / 16; ++step) {
@@ -76,10 +76,10 @@ BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
   }
 }
 
-// outputs (+)= 64 rows of weights x 64 values
+// outputs (+)= 64 rows of weights x 64 values. Address: uniform().
 template <int kHeadDim>
 BK_INLINE void issue_outputs(f32 (&outputs)[kHeadDim / 2], const u32 (&weights)[kWeightWords], u32 values, bool accumulate) {
-  const u64 b = wgmma_tile_descriptor(uniform(values), kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(values, kKvBlockBytes);
 #pragma unroll
   for (u32 step = 0; step < kPageTokens / 16; ++step) {
     wgmma_values_k16<kHeadDim>(outputs, weights + step * 4, b + step * (16 * kKvBlockDims * 2 >> 4), step != 0 || accumulate);
