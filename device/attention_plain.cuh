@@ -71,17 +71,20 @@ BK_INLINE void compute_plain_pages(const EngineParams& params, const AttentionRu
       for (u32 i = 0; i < kHeadDim / 2; ++i) outputs[i] = __fmul_rn(outputs[i], factors[i / 2 % 2]);
     }
   };
-#pragma unroll 1
-  do {
-    const u32 values_stage = values_of<kHeadDim>(keys).stage;
+  const auto find_next_page = [&] {
 #pragma unroll
     for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) keys.advance(kWeightStages);
-    const u32 queries = memory + run.query_offset;
-    pack_weights(scores, weights);  // not before: the products on their way read them
     wait_stage(params, shared, keys);
-    const u32 query_place = uniform(queries) + kScratchOffset;
+  };
+  // Of the values of the page before the one whose keys stand at `stage`. Computed twice: there is no register to keep it in.
+  const auto stage_before = [](u32 stage) { return stage == 0 ? kWeightStages - 1 : stage - 1; };
+  find_next_page();
+#pragma unroll 1
+  do {
+    const u32 query_place = uniform(memory + run.query_offset) + kScratchOffset;
     const u32 key_place = uniform(memory + keys.stage * kWeightStageBytes) + kRingOffset;
-    const u32 value_place = uniform(memory + values_stage * kWeightStageBytes) + kRingOffset + kValuesOffset;
+    const u32 value_place = uniform(memory + stage_before(keys.stage) * kWeightStageBytes) + kRingOffset + kValuesOffset;
+    pack_weights(scores, weights);  // not before: the products on their way read them
     barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
     wgmma_fence();
     issue_scores<kHeadDim>(scores, query_place, key_place);
@@ -92,16 +95,18 @@ BK_INLINE void compute_plain_pages(const EngineParams& params, const AttentionRu
     wgmma_commit();
     barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
     page++;
+    const u32 key_stage = keys.stage;
+    if (page != end) find_next_page();  // while the products take their time
     if (page % kSplitPages == 0) {
 #pragma unroll
       for (u32 half = 0; half < 2; ++half) fold[half] = fold_split(total[half], softmax.maximum[half], quad_total(softmax.sum[half]), scale);
       softmax.reset();
     }
     wgmma_wait<1>();
-    if (kPageStages<kHeadDim> == 2) mbarrier_arrive_if(&shared.weights_empty[keys.stage], is_elected());
+    if (kPageStages<kHeadDim> == 2) mbarrier_arrive_if(&shared.weights_empty[key_stage], is_elected());
     if (has_rows) softmax_block(scores, scale, softmax, factors);  // has_rows: always. A branch keeps the wait for the outputs behind it
     wgmma_wait<0>();
-    mbarrier_arrive_if(&shared.weights_empty[values_stage], is_elected());
+    mbarrier_arrive_if(&shared.weights_empty[stage_before(opaque(key_stage))], is_elected());
   } while (page != end);
   settle_outputs(end);
 }
