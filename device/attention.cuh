@@ -236,12 +236,20 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
     // one it wants (I1 of attention_producer.cuh).
     if (uniform(run.joins)) named_barrier_sync<1, kComputeThreads>();
     if (is_first || kind == kRunWide) {
-      issue_queries<kHeadDim>(params, run, shared_memory + kScratchOffset, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
+      // Wide: the scout finds the next run while the other warps bring this one's queries; nobody reads the other slot any more.
+      const u32 num_issuers = kind == kRunWide ? kWarpgroupThreads - 32 : kWarpgroupThreads;
+      if (uniform(thread_idx() % kWarpgroupThreads < num_issuers)) {
+        issue_queries<kHeadDim>(params, run, shared_memory + kScratchOffset, thread_idx() % kWarpgroupThreads, num_issuers);
+      } else {
+        const u32 next_slot = other_slot();
+        if (is_scout()) next_run<kHeadDim>(params, attention, state, next_slot, compute_warpgroup());
+        __syncwarp();
+      }
       land_queries();
       warpgroup_sync();  // the query tile is whole
     }
     is_first = false;
-    if (uniform(is_scout_warp())) {  // nobody reads the other slot any more
+    if (kind == kRunNarrow && uniform(is_scout_warp())) {  // nobody reads the other slot any more
       const u32 next_slot = other_slot();
       if (is_scout()) next_run<kHeadDim>(params, attention, state, next_slot, compute_warpgroup());
       __syncwarp();  // the run is written
