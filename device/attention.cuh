@@ -2,19 +2,19 @@
 //
 //   attention_planner.cuh    who computes what, once a step                    (a warp of the producers)
 //   attention_producer.cuh   pages into the ring, ahead of the op              (the weight producer)
-//   attention.cuh            the two compute warpgroups: runs of pages          (here; runs: attention_runs.cuh, pieces: attention_tile.cuh)
+//   attention.cuh            the two compute warpgroups: runs of pages          (here and attention_plain.cuh; runs: attention_runs.cuh, pieces: attention_tile.cuh)
 //   attention_merge.cuh      units that several warpgroups share
 // One loop serves decode rows and prefill chunks: 64 packed rows of a kv head's group (a decode row fills 1..16 of them) x a page of keys. Scores
 // of the next page and outputs of this one are issued together; the softmax runs beside the outputs and beside the other warpgroup's products; in
-// wide items named barriers keep them taking turns.
+// wide items named barriers keep them taking turns. Most pages of a prompt need nothing special and have a loop of their own (attention_plain.cuh).
 // Scratch: kAttentionScratchBytes<head_dim>, aligned to 1024 bytes, free of readers and writers at the call; the ring's cursor is
 // given and returned. store.chunk(row, column, uint4) writes 8 outputs of a plan row, store.pair(row, column, u32) two;
 // column = head * head_dim + dimension.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention_sm90.py; without a GPU: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_merge.cuh>
+#include <attention_plain.cuh>
 #include <attention_planner.cuh>
-#include <attention_tile.cuh>
 
 namespace blinkimp {
 
@@ -26,55 +26,12 @@ BK_INLINE AttentionState& attention_state(u8* shared_memory) {
   return *reinterpret_cast<AttentionState*>(shared_memory + kScratchOffset + 2 * kQueryTileBytes<kHeadDim>);
 }
 
-// ---- Pages -------------------------------------------------------------------------------------------------------
-template <int kHeadDim>
-BK_INLINE RingCursor values_of(RingCursor keys) {
-  if constexpr (kPageStages<kHeadDim> == 2) keys.advance(kWeightStages);
-  return keys;
-}
-
-BK_INLINE void advance_by(RingCursor& cursor, u32 num_stages) {
-  cursor.stage += num_stages;
-  cursor.phase ^= cursor.stage / kWeightStages & 1u;
-  cursor.stage %= kWeightStages;
-}
-
-// Past a page; `others`: pages of the other warpgroup still to come, one between each two of ours.
-template <int kHeadDim>
-BK_INLINE void next_page(RingCursor& keys, u32& others) {
-  const u32 num_pages = others ? 2 : 1;
-  if (others) others--;
-#pragma unroll
-  for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) keys.advance(kWeightStages);
-  if (num_pages == 2) {
-#pragma unroll
-    for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) keys.advance(kWeightStages);
-  }
-}
-
-// wait_mbarrier_warp() without its call, which would push values of the loop over pages out of their registers.
-BK_INLINE void wait_stage(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
-  u64* barrier = &shared.weights_full[cursor.stage];
-  if (!__all_sync(0xffffffffu, mbarrier_try_wait(barrier, cursor.phase))) poll_mbarrier_warp(params, barrier, cursor.phase, kSiteWeightRing);
-}
-
-// Wide: pages that only the other warpgroup computes. The first warp alone waits: a slow one might find its stage two laps on, and wait for ever.
-template <int kHeadDim>
-BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, RingCursor& keys, u32 num_pages) {
-  for (u32 i = 0; i < num_pages * kPageStages<kHeadDim>; ++i) {
-    if (uniform(thread_idx() % kWarpgroupThreads < 32)) wait_stage(params, shared, keys);  // an arrival before the stage's turn would count for the turn before
-    mbarrier_arrive_if(&shared.weights_empty[keys.stage], is_elected());
-    keys.advance(kWeightStages);
-  }
-}
-
 // ---- A run -------------------------------------------------------------------------------------------------------
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
 template <int kHeadDim, class Store>
 BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, u8* shared_memory, WorkerShared& shared, RingCursor& keys, u32& others, const Store& store) {
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;  // exponentials are powers of 2
-  const u32 scratch = shared_address(shared_memory + kScratchOffset);
-  const u32 ring = shared_address(shared_memory + kRingOffset);
+  const u32 memory = shared_address(shared_memory);
   constexpr u32 kValuesOffset = kPageStages<kHeadDim> == 2 ? 0 : kKvTileBytes<kHeadDim>;
   const bool has_rows = uniform(thread_idx() % kWarpgroupThreads / 32u * 16u < run.num_packed);  // of this warp: if not, its products are never read
 
@@ -93,7 +50,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   softmax.reset();
 
   const bool takes_turns = uniform(run.kind) == kRunWide;
-  const u32 num_arrivals = is_elected() ? (takes_turns ? 1 : 2) : 0;  // a narrow page has one reader
+  u32 num_arrivals = is_elected() ? (takes_turns ? 1 : 2) : 0;  // a narrow page has one reader
   const auto wait_page = [&](const RingCursor& at, u32 page, bool is_plain) {
     wait_stage(params, shared, at);
     if (!is_plain && uniform(page == run.patch_page)) {
@@ -134,38 +91,50 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   const u32 last_page = uniform(run.page_end - 1);
   wait_page(keys, page, false);
   wgmma_fence();
-  issue_scores<kHeadDim>(scores, scratch + run.query_offset, ring + keys.stage * kWeightStageBytes);
+  issue_scores<kHeadDim>(scores, uniform(memory + run.query_offset) + kScratchOffset, uniform(memory + keys.stage * kWeightStageBytes) + kRingOffset);
   wgmma_commit();
   wgmma_wait<0>();
   if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
   weigh(page, false, factors);
-  bool starts_split = true;
+  // Plain pages of a tile without empty rows have a loop of their own, from a split's first on.
+  const u32 plain_begin = (run.plain_begin + kSplitPages - 1) / kSplitPages * kSplitPages;
+  const bool has_plain = takes_turns && run.num_packed == kTileRows && plain_begin < run.plain_begin + run.num_plain;
+  u32 stop = uniform(has_plain ? plain_begin : last_page);
 #pragma unroll 1
-  for (; page != last_page; page++) {
-    if (has_rows) pack_weights(scores, weights);  // not before: the products on their way read them. Rows that nobody reads stay zeros: zeros cost less power
-    const bool is_plain = uniform(page - run.plain_begin < run.num_plain) != 0;
-    const bool in_turn = is_plain ? takes_turns : is_in_turn(page);
-    const u32 values_stage = values_of<kHeadDim>(keys).stage;
-    next_page<kHeadDim>(keys, others);
-    wait_page(keys, page + 1, is_plain);
-    if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
-    // Scores of the next page, then outputs of this one, during which the scores become exponentials.
-    wgmma_fence();
-    issue_scores<kHeadDim>(scores, scratch + run.query_offset, ring + keys.stage * kWeightStageBytes);
-    wgmma_commit();
-    issue_outputs<kHeadDim>(outputs, weights, ring + values_stage * kWeightStageBytes + kValuesOffset, !starts_split);
-    wgmma_commit();
-    if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
-    wgmma_wait<1>();
-    if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
-    starts_split = (page + 1) % kSplitPages == 0;
-    const SoftmaxState done = softmax;
-    if (starts_split) softmax.reset();
-    weigh(page + 1, is_plain, factors);
-    wgmma_wait<0>();
-    release_stage(values_stage);
-    if (starts_split) end_split(page, done);
-    else if (has_rows) rescale_outputs(outputs, factors);
+  for (;;) {
+#pragma unroll 1
+    for (; page != stop; page++) {
+      if (has_rows) pack_weights(scores, weights);  // not before: the products on their way read them. Rows that nobody reads stay zeros: zeros cost less power
+      const bool is_plain = uniform(page - run.plain_begin < run.num_plain) != 0;
+      const bool in_turn = is_plain ? takes_turns : is_in_turn(page);
+      const u32 values_stage = values_of<kHeadDim>(keys).stage;
+      next_page<kHeadDim>(keys, others);
+      wait_page(keys, page + 1, is_plain);
+      if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
+      // Scores of the next page, then outputs of this one, during which the scores become exponentials.
+      wgmma_fence();
+      issue_scores<kHeadDim>(scores, uniform(memory + run.query_offset) + kScratchOffset, uniform(memory + keys.stage * kWeightStageBytes) + kRingOffset);
+      wgmma_commit();
+      issue_outputs<kHeadDim>(outputs, weights, uniform(memory + values_stage * kWeightStageBytes) + kRingOffset + kValuesOffset, page % kSplitPages != 0);
+      wgmma_commit();
+      if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
+      wgmma_wait<1>();
+      if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
+      const bool ends_split = (page + 1) % kSplitPages == 0;
+      const SoftmaxState done = softmax;
+      if (ends_split) softmax.reset();
+      weigh(page + 1, is_plain, factors);
+      wgmma_wait<0>();
+      release_stage(values_stage);
+      if (ends_split) end_split(page, done);
+      else if (has_rows) rescale_outputs(outputs, factors);
+    }
+    if (uniform(page + 1 == run.page_end)) break;
+    compute_plain_pages<kHeadDim>(params, run, memory, shared, keys, page, uniform(run.plain_begin + run.num_plain), has_rows, outputs, totals, scores, weights, total, softmax);
+    // Known again, instead of kept beside those pages.
+    others = 0;
+    num_arrivals = is_elected() ? 1 : 0;
+    stop = uniform(run.page_end - 1);
   }
   if (has_rows) pack_weights(scores, weights);
   const bool in_turn = is_in_turn(page);
@@ -173,7 +142,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   next_page<kHeadDim>(keys, others);
   if (in_turn) barrier_sync(kTurnBarrier + compute_warpgroup(), 2 * kWarpgroupThreads);
   wgmma_fence();
-  issue_outputs<kHeadDim>(outputs, weights, ring + values_stage * kWeightStageBytes + kValuesOffset, !starts_split);
+  issue_outputs<kHeadDim>(outputs, weights, uniform(memory + values_stage * kWeightStageBytes) + kRingOffset + kValuesOffset, page % kSplitPages != 0);
   wgmma_commit();
   if (in_turn) barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
   wgmma_wait<0>();
@@ -267,12 +236,20 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
     // one it wants (I1 of attention_producer.cuh).
     if (uniform(run.joins)) named_barrier_sync<1, kComputeThreads>();
     if (is_first || kind == kRunWide) {
-      issue_queries<kHeadDim>(params, run, shared_memory + kScratchOffset, thread_idx() % kWarpgroupThreads, kWarpgroupThreads);
+      // Wide: the scout finds the next run while the other warps bring this one's queries; nobody reads the other slot any more.
+      const u32 num_issuers = kind == kRunWide ? kWarpgroupThreads - 32 : kWarpgroupThreads;
+      if (uniform(thread_idx() % kWarpgroupThreads < num_issuers)) {
+        issue_queries<kHeadDim>(params, run, shared_memory + kScratchOffset, thread_idx() % kWarpgroupThreads, num_issuers);
+      } else {
+        const u32 next_slot = other_slot();
+        if (is_scout()) next_run<kHeadDim>(params, attention, state, next_slot, compute_warpgroup());
+        __syncwarp();
+      }
       land_queries();
       warpgroup_sync();  // the query tile is whole
     }
     is_first = false;
-    if (uniform(is_scout_warp())) {  // nobody reads the other slot any more
+    if (kind == kRunNarrow && uniform(is_scout_warp())) {  // nobody reads the other slot any more
       const u32 next_slot = other_slot();
       if (is_scout()) next_run<kHeadDim>(params, attention, state, next_slot, compute_warpgroup());
       __syncwarp();  // the run is written

@@ -64,11 +64,17 @@ BK_INLINE void mask_scores(f32 (&scores)[kScoreWords], u32 half, i32 key_begin, 
 // One block: scores become exponentials, in place. factors are what the split's output so far must be multiplied with. The two rows go side by side:
 // each is one long chain.
 BK_INLINE void softmax_block(f32 (&scores)[kScoreWords], f32 scale, SoftmaxState& state, f32 (&factors)[2]) {
-  f32 maximum[2] = {state.maximum[0], state.maximum[1]};
+  f32 maximum[2];
 #pragma unroll
-  for (u32 tile = 0; tile < kPageTokens / 8; ++tile) {
+  for (u32 half = 0; half < 2; ++half) {  // four short chains
+    f32 parts[4];
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) maximum[half] = fmaxf(maximum[half], fmaxf(scores[tile * 4 + half * 2], scores[tile * 4 + half * 2 + 1]));
+    for (u32 i = 0; i < 4; ++i) {
+      const f32* first = &scores[i * 4 + half * 2];
+      const f32* second = &scores[i * 4 + 16 + half * 2];
+      parts[i] = fmaxf(fmaxf(first[0], first[1]), fmaxf(second[0], second[1]));
+    }
+    maximum[half] = fmaxf(state.maximum[half], fmaxf(fmaxf(parts[0], parts[1]), fmaxf(parts[2], parts[3])));
   }
 #pragma unroll
   for (u32 distance = 1; distance <= 2; ++distance) {

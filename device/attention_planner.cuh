@@ -208,6 +208,7 @@ BK_INLINE void find_windows(const EngineParams& params, AttentionShared& attenti
   }
   if (lane == 0) {
     attention.group = group_of(params);
+    attention.group_reciprocal = group_reciprocal_of(attention.group);
     attention.num_windows = num_windows;
 #pragma unroll
     for (u32 i = 0; i < kMaxWindows; ++i) attention.windows[i].window = windows[i];

@@ -103,8 +103,8 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
     const PlanSeq& seq = seqs[item.seq_idx];
     const u32* page_table = page_table_of(params, seq.request_idx);
     const u32 first_new_page = seq.position_begin / kPageTokens;
-    const u32 page_begin = wide_page_begin(item, seq.position_begin, attention.group, op.window);
-    const u32 page_end = wide_page_end(item, seq.position_begin, attention.group);
+    const u32 page_begin = wide_page_begin(item, seq.position_begin, attention.group_reciprocal, op.window);
+    const u32 page_end = wide_page_end(item, seq.position_begin, attention.group_reciprocal);
     u32 next_page_id = page_table[page_begin];
     for (u32 page = page_begin; page < page_end; ++page) {
       const u32 page_id = next_page_id;

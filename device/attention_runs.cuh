@@ -48,6 +48,7 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   const u32 num_kv_heads = params.dims.num_kv_heads;
   AttentionRun& run = state.runs[warpgroup][slot];
   run.group = attention.group;
+  run.group_reciprocal = attention.group_reciprocal;
   run.window = op.window;
   if (normalise(params, seqs, attention, op.window, state.walks[warpgroup])) {
     NarrowWalk& walk = state.walks[opaque(warpgroup)];  // read anew: kept from before, its words would be more than there are registers
@@ -97,15 +98,15 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
   run.key_end = seq.position_begin + seq.num_rows;
   run.skip_before = run.skip_after = run.order_begin = 0;
   run.order_end = kNoPatchPage;
-  const u32 group = attention.group;
-  const u32 item_begin = wide_page_begin(item, run.position_begin, group, op.window);
-  const u32 item_end = wide_page_end(item, run.position_begin, group);
+  const u32 reciprocal = attention.group_reciprocal;
+  const u32 item_begin = wide_page_begin(item, run.position_begin, reciprocal, op.window);
+  const u32 item_end = wide_page_end(item, run.position_begin, reciprocal);
 #pragma unroll 1
   for (u32 i = 0; i < 2; ++i) {  // both warpgroups' pages: turns are taken where they overlap
     const u32 packed_begin = item.tile_begin + i * kTileRows;
     const u32 num_packed = packed_begin < item.tile_end ? min(kTileRows, item.tile_end - packed_begin) : 0;
-    const u32 first_position = run.position_begin + packed_begin / group;
-    const u32 last_position = num_packed ? run.position_begin + (packed_begin + num_packed - 1) / group : first_position;
+    const u32 first_position = run.position_begin + divide_by_group(packed_begin, reciprocal);
+    const u32 last_position = num_packed ? run.position_begin + divide_by_group(packed_begin + num_packed - 1, reciprocal) : first_position;
     const u32 page_begin = num_packed ? first_page(first_position, op.window) : item_begin;
     const u32 page_end = num_packed ? last_position / kPageTokens + 1 : item_begin;
     if (page_begin > run.order_begin) run.order_begin = page_begin;

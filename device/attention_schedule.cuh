@@ -71,6 +71,7 @@ enum RunKind : u32 { kRunEnd = 0, kRunNarrow = 1, kRunWide = 2 };
 struct AttentionRun {
   u32 kind;
   u32 group;           // heads of a kv head
+  u32 group_reciprocal;
   u32 kv_head;
   u32 row_begin;       // the share's first row in the step
   u32 position_begin;  // and its position
@@ -103,6 +104,7 @@ struct AttentionRun {
 struct AttentionShared {
   u64 schedule_ready;                   // mbarrier, a phase per step: the planning warp has written the rest
   u32 group;                            // query heads of a kv head (a division otherwise)
+  u32 group_reciprocal;                 // group_reciprocal_of(group)
   u32 num_windows;
   u32 num_wide_items;
   u32 wide_rows;                        // packed rows of a wide item: 64 or 128
@@ -128,6 +130,11 @@ BK_INLINE AttentionShared& attention_shared(u8* shared_memory) {
 }
 
 BK_INLINE u32 group_of(const EngineParams& params) { return params.dims.num_heads / params.dims.num_kv_heads; }
+
+// value / group by a product: a division takes a hundred clk, and one thread that finds a run makes ten. Exact for value * group < 2^32, as with packed rows
+// it is by far: the excess of ceil(2^32 / group) over 2^32 / group is less than 1, and the quotient's, value / 2^32 of that, less than 1 / group.
+BK_INLINE u32 group_reciprocal_of(u32 group) { return group == 1 ? 0 : 0xffffffffu / group + 1; }
+BK_INLINE u32 divide_by_group(u32 value, u32 reciprocal) { return reciprocal == 0 ? value : static_cast<u32>(static_cast<u64>(value) * reciprocal >> 32); }
 
 // (sequence, split) pairs that a step can have: there is room for their partial results, attention_part_bytes() of host/gpu_memory.py.
 BK_INLINE u64 attention_slots(const EngineParams& params) {
@@ -181,8 +188,8 @@ BK_INLINE u32 run_pages(const NarrowWalk& walk) {
 }
 
 // Pages [begin, end) that the item's rows see; position_begin: of its share.
-BK_INLINE u32 wide_page_begin(const WideItem& item, u32 position_begin, u32 group, u32 window) { return first_page(position_begin + item.tile_begin / group, window); }
-BK_INLINE u32 wide_page_end(const WideItem& item, u32 position_begin, u32 group) { return (position_begin + (item.tile_end - 1) / group) / kPageTokens + 1; }
+BK_INLINE u32 wide_page_begin(const WideItem& item, u32 position_begin, u32 reciprocal, u32 window) { return first_page(position_begin + divide_by_group(item.tile_begin, reciprocal), window); }
+BK_INLINE u32 wide_page_end(const WideItem& item, u32 position_begin, u32 reciprocal) { return (position_begin + divide_by_group(item.tile_end - 1, reciprocal)) / kPageTokens + 1; }
 
 // This CTA's next wide item. False: there is none.
 BK_INLINE bool next_wide_item(const EngineParams& params, const PlanSeq* seqs, const AttentionShared& attention, WideWalk& walk, WideItem* item) {

@@ -29,8 +29,9 @@ BK_INLINE void issue_queries(const EngineParams& params, const AttentionRun& run
 #pragma unroll 2
   for (u32 idx = id; idx < run.num_packed * kChunks; idx += count) {
     const u32 packed = run.packed_begin + idx / kChunks;
-    const u64 row = run.row_begin + packed / group;
-    const u32 head = run.kv_head * group + packed % group;
+    const u32 token = divide_by_group(packed, run.group_reciprocal);
+    const u64 row = run.row_begin + token;
+    const u32 head = run.kv_head * group + packed - token * group;
     cp_async_16(shared_address(scratch + run.query_offset + kv_byte_offset(idx / kChunks, idx % kChunks * 8)), query + (row * params.dims.num_heads + head) * kHeadDim + idx % kChunks * 8, true);
   }
   if (run.kind == kRunNarrow && run.patch_page != kNoPatchPage && id < 2 * kChunks) {
@@ -63,11 +64,11 @@ BK_INLINE void patch_page(const AttentionRun& run, const u8* scratch, u8* keys, 
   warpgroup_sync();     // the rows are whole before any warp's wgmma reads them
 }
 
-// scores = 64 query rows x 64 keys
+// scores = 64 query rows x 64 keys. Addresses: uniform().
 template <int kHeadDim>
 BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
-  const u64 a = wgmma_tile_descriptor(uniform(queries), kKvBlockBytes);
-  const u64 b = wgmma_tile_descriptor(uniform(keys), kKvBlockBytes);
+  const u64 a = wgmma_tile_descriptor(queries, kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(keys, kKvBlockBytes);
   static_assert(kTileRows == kPageTokens, "blocks of 64 dimensions are equally far apart in both tiles");
 #pragma unroll
   for (u32 step = 0; step < kHeadDim / 16; ++step) {
@@ -76,10 +77,10 @@ BK_INLINE void issue_scores(f32 (&scores)[kScoreWords], u32 queries, u32 keys) {
   }
 }
 
-// outputs (+)= 64 rows of weights x 64 values
+// outputs (+)= 64 rows of weights x 64 values. Address: uniform().
 template <int kHeadDim>
 BK_INLINE void issue_outputs(f32 (&outputs)[kHeadDim / 2], const u32 (&weights)[kWeightWords], u32 values, bool accumulate) {
-  const u64 b = wgmma_tile_descriptor(uniform(values), kKvBlockBytes);
+  const u64 b = wgmma_tile_descriptor(values, kKvBlockBytes);
 #pragma unroll
   for (u32 step = 0; step < kPageTokens / 16; ++step) {
     wgmma_values_k16<kHeadDim>(outputs, weights + step * 4, b + step * (16 * kKvBlockDims * 2 >> 4), step != 0 || accumulate);
@@ -92,7 +93,7 @@ BK_INLINE void mask_page(const AttentionRun& run, u32 page, f32 (&scores)[kScore
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
     const u32 row = min(thread / 32u * 16u + thread % 32u / 4u + half * 8u, run.num_packed - 1);
-    const u32 position = run.position_begin + (run.packed_begin + row) / run.group;
+    const u32 position = run.position_begin + divide_by_group(run.packed_begin + row, run.group_reciprocal);
     const i32 first_key = static_cast<i32>(page * kPageTokens);
     mask_scores(scores, half, static_cast<i32>(first_visible_key(position, run.window)) - first_key, static_cast<i32>(position) + 1 - first_key);
   }
@@ -131,8 +132,9 @@ BK_INLINE void store_rows(const AttentionRun& run, f32 (&totals)[kHeadDim / 2], 
     const u32 row = thread / 32u * 16u + thread % 32u / 4u + half * 8u;
     const u32 packed = run.packed_begin + row;
     inverse_sums[half] = __frcp_rn(total[half].sum);
-    out_rows[half] = run.row_begin + packed / run.group;
-    columns[half] = (run.kv_head * run.group + packed % run.group) * kHeadDim + thread % 4u * 8u;
+    const u32 token = divide_by_group(packed, run.group_reciprocal);
+    out_rows[half] = run.row_begin + token;
+    columns[half] = (run.kv_head * run.group + packed - token * run.group) * kHeadDim + thread % 4u * 8u;
     exists[half] = row < run.num_packed;
   }
 #pragma unroll 1
