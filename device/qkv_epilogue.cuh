@@ -26,10 +26,10 @@ struct QkvEpilogue {
   };
 
   // A packed tile at a time, a head where heads are normalised.
-  static constexpr u32 kMostRolledSteps = 2;
+  static constexpr u32 kMostUnrolledSteps = 1;
   static constexpr bool kTakesPieces = kTileRows != kHeadDim;  // else a tile may be a head that is normalised
   static constexpr bool kMeets = false;
-  static constexpr u32 kTailRegisters = 152;  // for products and loads, of a thread's 224
+  static constexpr u32 kTailRegisters = 128;  // for products and loads, of a thread's 224: with two steps ahead of 192 columns the kernel spills
   struct Rows {
     Place places[2];  // [half]
   };
@@ -111,7 +111,7 @@ struct QkvEpilogue {
     add_bias(d, op, column);
     if (op.q_norm != 0 && column < num_rotated()) norm_head<kColumns>(d, column);
     Loaded<kColumns> turns = loaded;
-#pragma unroll 1
+#pragma unroll (kWide ? kColumns / 8 : 1)
     for (u32 block = 0; block < kColumns / 8; block++, column += 8) {
       store_block(d, rows.places, turns.turns, column);
       move_down<4>(d);
