@@ -1,8 +1,9 @@
 """The GPU's WeightTarget: matrices packed into the tiles that the weight producer streams, vectors in the order the epilogues read.
 
 Layout and row order are those of device/gemm.cuh and device/packed_order.cuh: [tile][k / 64][tile_rows][64] bf16, 128-byte swizzle; the two
-rows of a q or k head that rotate together are neighbours, those of O and down stand so that a thread's products are four columns side by side. Threads read rows into pinned staging buffers (host/weight_stream.py); from there the copy
-engine brings them to the GPU, which packs them, while the threads read on.
+rows of a q or k head that rotate together are neighbours, those of O and down stand so that a thread's products are four columns side by side.
+Threads read rows into pinned staging buffers (host/weight_stream.py); from there the copy engine brings them to the GPU, which packs them, while
+the threads read on.
 Called by host/gpu_device.py. Test: pytest -m gpu tests/gpu/test_gemm.py; speed: python tools/bench_load.py
 """
 
