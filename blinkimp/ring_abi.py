@@ -579,8 +579,8 @@ PLAN_SEQ: Final = _struct(
         "position_begin": ("<u4", 12),
         "sample_row": ("<u4", 16),
         "output_idx": ("<u4", 20),
-        "reserved0": ("<u4", 24),
-        "reserved1": ("<u4", 28),
+        "prefix_is_fresh": ("<u4", 24),
+        "reserved0": ("<u4", 28),
     },
 )
 PLAN_ROW: Final = _struct(

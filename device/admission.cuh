@@ -88,7 +88,8 @@ BK_INLINE void admit_request(const EngineParams& params, DirectorState& state, u
   if (request->num_preemptions == 0 && has_room) {
     stage_completion(state, request->queue_pair_idx, kCompletionStart, 0, 0, request->request_id, request->num_cached_tokens, state.now_ns);
   }
-  write_chunk(params, plan, request_idx, draft);
+  // Pages of the cache that it has found may be those that chunks of this plan fill (F2).
+  write_chunk(params, plan, request_idx, request->num_computed > 0 && state.pages.plan_fills_cache, draft);
 }
 
 // All lanes. The plan's last chunk, from first_new on, leaves to the next step the rows that this one does better without.

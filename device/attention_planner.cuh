@@ -36,7 +36,7 @@ BK_INLINE WideWork plan_wide(const EngineParams& params, const StepPlan* plan, A
     const u32 seq_idx = seq_begin + lane;
     const bool live = seq_idx < plan->num_seqs;
     const PlanSeq seq = seqs[live ? seq_idx : 0];
-    const bool wide = live && (seq.num_rows != 1 || attention.group > kNarrowRows);
+    const bool wide = live && (seq.num_rows != 1 || seq.prefix_is_fresh || attention.group > kNarrowRows);
     const u32 wide_lanes = __ballot_sync(0xffffffffu, wide);
     const u32 num_rows = wide ? seq.num_rows * attention.group : 0;
     const u32 first_pages = seq.position_begin / kPageTokens + 1;

@@ -4,7 +4,8 @@
 // Order: the two warpgroups' narrow pages by turns, while both have some; then the wide items, whose pages both warpgroups read.
 // Narrow pages do not wait for this layer's QKV op: they are prefetched as the last step left them, and the consumer puts in the one new
 // key and value (attention.cuh, patch_page). Ordering such pages last would not do: with short contexts most pages are last ones.
-// Wide pages wait for it from the share's first new position on.
+// Wide pages wait for it from the share's first new position on, or from the first page where others fill its pages in this step (prefix_is_fresh): such a
+// share is wide though it may be of one row.
 // I1 A page is brought once the one kPagesOnTheWay before it has landed. Copies land in any order, and a warp that skips the other warpgroup's pages
 //    has not seen them: it asks for a stage, two pages past the last that it saw, by the parity of a phase, and would take the phase before the one
 //    in progress for it. So what last stood in that stage has landed when a warp asks.
@@ -102,7 +103,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
   while (next_wide_item(params, seqs, attention, walk, &item)) {
     const PlanSeq& seq = seqs[item.seq_idx];
     const u32* page_table = page_table_of(params, seq.request_idx);
-    const u32 first_new_page = seq.position_begin / kPageTokens;
+    const u32 first_new_page = seq.prefix_is_fresh ? 0 : seq.position_begin / kPageTokens;
     const u32 page_begin = wide_page_begin(item, seq.position_begin, attention.group_reciprocal, op.window);
     const u32 page_end = wide_page_end(item, seq.position_begin, attention.group_reciprocal);
     u32 next_page_id = page_table[page_begin];

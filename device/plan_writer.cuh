@@ -15,7 +15,7 @@ BK_INLINE u32 chunk_rows(const DirectorState& state, const Request& request, u32
 
 // ---- Sequences ---------------------------------------------------------------------------------------------------
 BK_INLINE void write_seq(const EngineParams& params, StepPlan* plan, u32 seq_idx, u32 request_idx, const Request& request, u32 row_begin,
-                         u32 sample_row) {
+                         u32 sample_row, bool prefix_is_fresh) {
   PlanSeq* seq = &plan_seqs(params, plan)[seq_idx];
   seq->request_idx = request_idx;
   seq->row_begin = row_begin;
@@ -23,8 +23,8 @@ BK_INLINE void write_seq(const EngineParams& params, StepPlan* plan, u32 seq_idx
   seq->position_begin = request.num_computed;
   seq->sample_row = sample_row;
   seq->output_idx = request.num_tokens - request.num_prompt_tokens + request.num_prior_outputs;
+  seq->prefix_is_fresh = prefix_is_fresh ? 1 : 0;
   seq->reserved0 = 0;
-  seq->reserved1 = 0;
   if (sample_row != kNoRow) plan_sampled_rows(params, plan)[sample_row] = row_begin + request.step_rows - 1;
 }
 
@@ -40,7 +40,7 @@ BK_INLINE void write_decodes(const EngineParams& params, const Lanes& lanes, Dir
     const bool is_in = request != nullptr && request->step_rows == 1 && is_decode(*request);
     const u32 rank = num_written + lanes.exclusive_sum(is_in ? 1 : 0);
     if (is_in) {
-      write_seq(params, plan, rank, request_idx, *request, rank, rank);
+      write_seq(params, plan, rank, request_idx, *request, rank, rank, false);
       plan_rows(params, plan)[rank] = PlanRow{request->last_token, request->num_computed, rank, rank};
       longest = request->num_tokens > longest ? request->num_tokens : longest;
     }
@@ -51,11 +51,11 @@ BK_INLINE void write_decodes(const EngineParams& params, const Lanes& lanes, Dir
 }
 
 // Lane 0. A prefill chunk; its rows are filled in later by all lanes.
-BK_INLINE void write_chunk(const EngineParams& params, StepPlan* plan, u32 request_idx, StepDraft& draft) {
+BK_INLINE void write_chunk(const EngineParams& params, StepPlan* plan, u32 request_idx, bool prefix_is_fresh, StepDraft& draft) {
   const Request* request = request_at(params, request_idx);
   const u32 end = request->num_computed + request->step_rows;
   const bool samples = end == request->num_tokens;
-  write_seq(params, plan, draft.num_seqs, request_idx, *request, draft.num_rows, samples ? draft.num_sample_rows : kNoRow);
+  write_seq(params, plan, draft.num_seqs, request_idx, *request, draft.num_rows, samples ? draft.num_sample_rows : kNoRow, prefix_is_fresh);
   draft.num_seqs += 1;
   draft.num_rows += request->step_rows;
   draft.num_sample_rows += samples ? 1 : 0;
@@ -81,7 +81,7 @@ BK_INLINE void shorten_last_chunk(const EngineParams& params, StepPlan* plan, u3
 BK_INLINE void write_running_chunks(const EngineParams& params, const DirectorState& state, StepPlan* plan, StepDraft& draft) {
   for (u32 i = 0; i < state.status.num_running; ++i) {
     const Request* request = request_at(params, state.running[i]);
-    if (request->step_rows > 0 && !is_decode(*request)) write_chunk(params, plan, state.running[i], draft);
+    if (request->step_rows > 0 && !is_decode(*request)) write_chunk(params, plan, state.running[i], false, draft);
   }
 }
 

@@ -93,8 +93,8 @@ struct PlanSeq {       // one request's share of the step
   u32 position_begin;  // position of its first row = KV entries already in its pages
   u32 sample_row;      // index among the sampled rows, or kNoRow (a chunk that is not the prompt's last)
   u32 output_idx;      // output position of the token to sample (Philox counter)
+  u32 prefix_is_fresh; // 1: pages before position_begin may be filled in this very step, by the rows of other sequences
   u32 reserved0;
-  u32 reserved1;
 };
 ABI_SIZE(PlanSeq, 32);
 

@@ -101,6 +101,9 @@ class Request:
     request_idx: int
     sample: bool = True
     output_idx: int = 0
+    prefix_of: int | None = (
+        None  # its first num_computed tokens are in this request's pages, which may be filled in this very step
+    )
 
     @property
     def num_rows(self) -> int:
@@ -154,6 +157,7 @@ class StepRunner:
         self.page_tables = np.zeros((num_requests, self.sizes.max_pages_per_request), np.uint32)
         self.free_pages = list(np.random.default_rng(1).permutation(num_pages))  # scattered, as after hours of serving
         self.num_pages_of = np.zeros(num_requests, int)
+        self.num_shared_of = np.zeros(num_requests, int)  # of them, those of others
         self.requests = np.zeros((num_requests, abi.REQUEST_BYTES), np.uint8)
 
     def close(self) -> None:
@@ -166,10 +170,10 @@ class StepRunner:
         self.close()
 
     def release(self, request_idx: int) -> None:
-        """Gives a request's pages back."""
-        num = self.num_pages_of[request_idx]
-        self.free_pages.extend(self.page_tables[request_idx, :num])
-        self.num_pages_of[request_idx] = 0
+        """Gives a request's own pages back."""
+        num_shared, num = self.num_shared_of[request_idx], self.num_pages_of[request_idx]
+        self.free_pages.extend(self.page_tables[request_idx, num_shared:num])
+        self.num_pages_of[request_idx] = self.num_shared_of[request_idx] = 0
 
     def plan(self, requests: list[Request]) -> NDArray[np.uint8]:
         """The bytes of a StepPlan and its arrays; pages are assigned on the way."""
@@ -185,13 +189,30 @@ class StepRunner:
         sampled = np.zeros(sizes.max_batch, np.uint32)
         num_rows = num_samples = 0
         for i, request in enumerate(requests):
+            if request.prefix_of is not None:
+                num_shared, left_over = divmod(request.num_computed, abi.PAGE_TOKENS)
+                assert left_over == 0 and self.num_pages_of[request.request_idx] == 0, (
+                    "full pages, of a request that has none"
+                )
+                self.page_tables[request.request_idx, :num_shared] = self.page_tables[request.prefix_of, :num_shared]
+                self.num_pages_of[request.request_idx] = self.num_shared_of[request.request_idx] = num_shared
             while self.num_pages_of[request.request_idx] * abi.PAGE_TOKENS < len(request.tokens):
                 self.page_tables[request.request_idx, self.num_pages_of[request.request_idx]] = self.free_pages.pop()
                 self.num_pages_of[request.request_idx] += 1
             count = request.num_rows
             last = num_rows + count - 1
             sample_row = num_samples if request.sample else abi.NO_ROW
-            seqs[i] = (request.request_idx, num_rows, count, request.num_computed, sample_row, request.output_idx, 0, 0)
+            is_fresh = request.prefix_of is not None
+            seqs[i] = (
+                request.request_idx,
+                num_rows,
+                count,
+                request.num_computed,
+                sample_row,
+                request.output_idx,
+                is_fresh,
+                0,
+            )
             block = rows[num_rows : num_rows + count]
             block["token"], block["position"] = (
                 request.tokens[request.num_computed :],

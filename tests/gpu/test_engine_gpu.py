@@ -116,6 +116,28 @@ def test_greedy_tokens_are_those_of_the_emulated_device(device_options: Options,
         assert max(difference.margins) <= MAX_TIE_NATS, f"not a near-tie: {difference}"
 
 
+@pytest.mark.parametrize("kernel", ["hopper", "portable"])
+def test_a_burst_of_equal_prompts_says_what_each_says_alone(device_options: Options, kernel: str) -> None:
+    """They share pages that the first of them fills in the same step (F2 of prefix_cache.cuh), with 44 rows of their own or one."""
+    text = embedded_prompts()[-1]
+    prompts = [[3 + i, *text[: num_tokens - 1]] for i in range(8) for num_tokens in (300, 257)]
+    with (
+        running_engine("embedded", kernel=kernel, prefix_cache=False, **device_options) as engine,
+        PortClient(engine.config.engine_name, 0) as client,
+    ):
+        expected = [client.generate(prompt, 32).tokens for prompt in prompts]
+    with (
+        running_engine("embedded", kernel=kernel, **device_options) as engine,
+        PortClient(engine.config.engine_name, 0) as client,
+    ):
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            num_hits = engine.status()["prefix_hit_tokens"]
+            ids = [client.submit(prompt, 32) for _ in range(12)]
+            client.wait_all(60)
+            assert [client.streams[i].tokens for i in ids] == [tokens] * len(ids)
+            assert engine.status()["prefix_hit_tokens"] > num_hits
+
+
 # ---- Speed ---------------------------------------------------------------------------------------------------------
 def test_throughput_of_the_embedded_model_grows_with_the_batch(device_options: Options) -> None:
     """By the device's own clock, from the first completion to the last: prefill of 32 tokens and 256 steps."""

@@ -210,6 +210,7 @@ class Rig:
         self.page_tables = np.zeros((shape.num_requests, pages_per_request), np.uint32)
         self.free_pages = np.zeros(shape.num_pages, np.uint32)
         self.page_owners = np.zeros(shape.num_pages, np.uint32)
+        self.num_fresh = 0  # sequences so far that read pages filled in the same step
         self.sampled = np.zeros((2, shape.max_batch), abi.SAMPLE_RESULT)
         for name, array in (
             ("engine_page", self.engine_page), ("director_state", self.director_state), ("requests", self.requests),
@@ -285,6 +286,7 @@ class Rig:
         seqs = plan_memory[64:seqs_end].view(abi.PLAN_SEQ)[:num_seqs]
         rows = plan_memory[seqs_end:rows_end].view(abi.PLAN_ROW)[:num_rows]
         sampled_rows = plan_memory[rows_end:].view(np.uint32)[:num_sample_rows]
+        self.check_fresh_prefixes(seqs)
         planned, row, sample_row, longest = [], 0, 0, 0
         sample_of: list[tuple[int, int]] = []
         for seq_idx, seq in enumerate(seqs):
@@ -318,6 +320,22 @@ class Rig:
         assert row == num_rows and sample_row == num_sample_rows and int(header["max_kv_tokens"]) == longest
         self.samples_of_step[step] = sample_of
         return planned
+
+    def check_fresh_prefixes(self, seqs: NDArray[np.void]) -> None:
+        """F2: who reads pages that others fill in this step says so, and nobody who begins at 0."""
+        writers: dict[int, set[int]] = {}
+        for seq_idx, seq in enumerate(seqs):
+            begin, end = int(seq["position_begin"]), int(seq["position_begin"] + seq["num_rows"])
+            for page in self.page_tables[
+                int(seq["request_idx"]), begin // abi.PAGE_TOKENS : -(-end // abi.PAGE_TOKENS)
+            ]:
+                writers.setdefault(int(page), set()).add(seq_idx)
+        for seq_idx, seq in enumerate(seqs):
+            prefix = self.page_tables[int(seq["request_idx"]), : int(seq["position_begin"]) // abi.PAGE_TOKENS]
+            is_fresh = any(writers.get(int(page), set()) - {seq_idx} for page in prefix)
+            assert int(seq["prefix_is_fresh"]) >= is_fresh, f"sequence {seq_idx} reads pages that this step fills"
+            assert not (seq["prefix_is_fresh"] and seq["position_begin"] == 0)
+            self.num_fresh += is_fresh
 
     def commit(self, sampler: Sampler) -> None:
         self.run_workers(sampler)

@@ -124,7 +124,7 @@ class EmulatedWorkers(StepRunner):
         self.params["engine_page"] = context.allocate(abi.ENGINE_PAGE.itemsize, "engine page", zero=True)
         self.page_tables = np.zeros((max_batch, self.sizes.max_pages_per_request), np.uint32)
         self.free_pages = list(np.random.default_rng(1).permutation(self.sizes.num_pages))
-        self.num_pages_of = np.zeros(max_batch, int)
+        self.num_pages_of, self.num_shared_of = np.zeros(max_batch, int), np.zeros(max_batch, int)
 
     def close(self) -> None: ...
 

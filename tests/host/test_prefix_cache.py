@@ -72,6 +72,7 @@ def test_equal_prompts_at_once_share_pages_within_one_plan(kind: str) -> None:
     assert [(seq.num_rows, seq.position_begin) for seq in planned] == [(200, 0), (8, 192), (8, 192), (8, 192)]
     assert len({tuple(rig.page_tables[r, :3]) for r in range(4)}) == 1
     assert len({int(rig.page_tables[r, 3]) for r in range(4)}) == 4
+    assert rig.num_fresh == 3, "read_plan() has seen that they say so"
     rig.commit(plain_sampler)
     rig.publish()
     assert rig.engine_status("num_pages_used") == 3 + 4

@@ -9,7 +9,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,12 +83,15 @@ class Script:
         self.plans: list[NDArray[np.uint8]] = []
         self.places: list[tuple[int, int, int, int]] = []  # (step, sampled row, request, position)
 
-    def step(self, *shares: tuple[int, int]) -> None:
-        """shares: (request, rows)."""
+    def step(self, *shares: tuple[int, int], prefixes: Mapping[int, tuple[int, int]] = MappingProxyType({})) -> None:
+        """shares: (request, rows); prefixes: of a request, whose pages it begins with, and how many tokens they hold."""
         requests = []
         for row, (idx, num_rows) in enumerate(shares):
+            prefix_of = None
+            if idx in prefixes:
+                prefix_of, self.computed[idx] = prefixes[idx]
             end = self.computed[idx] + num_rows
-            requests.append(Request(self.tokens[idx][:end], self.computed[idx], idx))
+            requests.append(Request(self.tokens[idx][:end], self.computed[idx], idx, prefix_of=prefix_of))
             self.places.append((len(self.plans), row, idx, end - 1))
             self.computed[idx] = end
         self.plans.append(self.workers.plan(requests))
@@ -247,9 +252,47 @@ def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]]
         source = (device / "worker.cuh").read_text()
         assert source.count(wait) == 1
         (device / "worker.cuh").write_text(source.replace(wait, replacement))
-        call = f"check_a_prompt(Path({str(folder)!r}), Path({str(device)!r}), Path({str(device)!r}))"
-        program = f"from pathlib import Path; from tests.host.test_worker_sm90_simt import check_a_prompt; {call}"
-        result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        result = run_apart("check_a_prompt", folder, device)
+        assert (result.returncode == 0) == wanted, result.stderr
+
+
+def run_apart(check: str, folder: Path, device: Path) -> subprocess.CompletedProcess[str]:
+    """A check of this file with the sources in `device`, in a process of its own: a planted fault may crash it."""
+    call = f"{check}(Path({str(folder)!r}), Path({str(device)!r}), Path({str(device)!r}))"
+    program = f"from pathlib import Path; from tests.host.test_worker_sm90_simt import {check}; {call}"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def check_fresh_prefixes(folder: Path, build_folder: Path, device: Path) -> None:
+    """A prompt, and in the same step two that begin as it does, of 44 rows and of one: what they read of its pages must be what it writes there."""
+    workers = EmulatedWorkers(
+        folder, build_folder, num_workers=6, device=device
+    )  # as many as items of attention: some have no other before
+    prompt = np.random.default_rng(9).integers(0, workers.config.vocab, 200, dtype=np.uint32)
+    script = Script(workers, [prompt, prompt[:172], prompt[:129], prompt[:130]])
+    script.step((0, 200), (1, 44), (2, 1), prefixes={1: (0, 128), 2: (0, 128)})
+    script.step((3, 2), prefixes={3: (0, 128)})  # pages of the step before
+    expected = reference_logits(load_file(folder / "model.safetensors"), CONFIG, prompt)
+    for seed in range(3):
+        for (_, _, idx, position), logits in zip(script.places, logits_of(workers, script, seed), strict=True):
+            error = np.linalg.norm(logits - expected[position]) / np.linalg.norm(expected[position])
+            assert error < 2e-2, f"seed {seed}, request {idx}, position {position}: {error}"
+
+
+def test_pages_that_others_fill_in_the_same_step(
+    checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path
+) -> None:
+    """And pages brought before they are filled are seen: as the producer did once, which took all before a share's own rows for old."""
+    is_fresh = "seq.prefix_is_fresh ? 0 : seq.position_begin / kPageTokens"
+    for name, replacement, wanted in (
+        ("whole", is_fresh, True),
+        ("planted", "seq.position_begin / kPageTokens", False),
+    ):
+        device = shutil.copytree(ROOT / "device", tmp_path / name)
+        source = (device / "attention_producer.cuh").read_text()
+        assert source.count(is_fresh) == 1
+        (device / "attention_producer.cuh").write_text(source.replace(is_fresh, replacement))
+        result = run_apart("check_fresh_prefixes", checkpoint[0], device)
         assert (result.returncode == 0) == wanted, result.stderr
 
 

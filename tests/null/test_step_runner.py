@@ -26,7 +26,7 @@ def runner() -> StepRunner:
     runner: Any = StepRunner.__new__(StepRunner)
     runner.sizes = SimpleNamespace(max_batch=MAX_BATCH, max_step_tokens=MAX_ROWS, max_pages_per_request=4)
     runner.page_tables, runner.num_pages_of = np.zeros((MAX_BATCH, 4), np.uint32), np.zeros(MAX_BATCH, int)
-    runner.free_pages = list(range(NUM_PAGES))
+    runner.num_shared_of, runner.free_pages = np.zeros(MAX_BATCH, int), list(range(NUM_PAGES))
     return runner  # type: ignore[no-any-return]
 
 
@@ -61,6 +61,20 @@ def test_pages_come_with_tokens_and_go_with_a_release(runner: StepRunner) -> Non
     assert runner.num_pages_of[:2].tolist() == [1, 2] and len(runner.free_pages) == NUM_PAGES - 3
     runner.release(0)
     runner.release(1)
+    assert sorted(runner.free_pages) == list(range(NUM_PAGES))
+
+
+def test_a_prefix_is_in_the_others_pages(runner: StepRunner) -> None:
+    whole = prompt(abi.PAGE_TOKENS + 8)
+    runner.plan([Request(whole[: abi.PAGE_TOKENS], 0, 0)])
+    bytes_of_plan = runner.plan(
+        [Request(whole[: abi.PAGE_TOKENS], 63, 0), Request(whole, abi.PAGE_TOKENS, 1, prefix_of=0)]
+    )
+    seqs = bytes_of_plan[abi.STEP_PLAN.itemsize :][: 2 * abi.PLAN_SEQ.itemsize].view(abi.PLAN_SEQ)
+    assert seqs["prefix_is_fresh"].tolist() == [0, 1]
+    assert runner.page_tables[0, 0] == runner.page_tables[1, 0] and len(runner.free_pages) == NUM_PAGES - 2
+    runner.release(1)
+    runner.release(0)
     assert sorted(runner.free_pages) == list(range(NUM_PAGES))
 
 
