@@ -3,7 +3,7 @@
 // A request's share of the step (PlanSeq) is worked on in one of two ways; both give the same bits (attention_math.cuh):
 //   narrow  one row (decode). Units (row, kv head) of splits; all splits of a step stand in one list, cut by pages into one contiguous range
 //           for each warpgroup of the grid. A unit that several warpgroups share meets again in attention_merge.cuh.
-//   wide    several rows (prefill chunk): items (tile of 128 packed rows, kv head), each over all its keys; the longest first, dealt to the
+//   wide    several rows (prefill chunk), or one behind pages that others fill in this step: items (tile of 128 packed rows, kv head), each over all its keys; the longest first, dealt to the
 //           CTAs to and fro. Packed row p of a share is head p % group of the row's group, token p / group; each warpgroup takes 64. So few that
 //           there is a CTA for each tile of 64: then these are the items, because a warpgroup alone is sooner through its pages than two.
 // CTAs with more wide work get shorter narrow ranges. A step has one wide list and a narrow one per window size among the layers.

@@ -8,7 +8,8 @@
 //   F1  a request is given a page only if the page's tokens, its salt and the identity of the page before it are equal: hashes only say where
 //       to look, so no collision ever gives wrong KV.
 //   F2  a page is found only by steps that run after, or are, the one that fills it: within a step K and V of all rows stand before any row
-//       attends. A plan that fills a page of the cache is never given up (PageAllocator.plan_fills_cache).
+//       attends, and a sequence whose pages its own step fills says so (PlanSeq.prefix_is_fresh). A plan that fills a page of the cache is never
+//       given up (PageAllocator.plan_fills_cache).
 //   F3  a page that was found is held (page_owners counts it) until the request that found it stops running.
 //   F4  at least the last token of a request is computed by itself: its logits are not in the cache.
 #pragma once
