@@ -1,7 +1,7 @@
 """The GPU's WeightTarget: matrices packed into the tiles that the weight producer streams, vectors in the order the epilogues read.
 
-Layout and row order are those of device/gemm.cuh and device/pack_weights.cu: [tile][k / 64][tile_rows][64] bf16, 128-byte swizzle; the two
-rows of a q or k head that rotate together are neighbours. Threads read rows into pinned staging buffers (host/weight_stream.py); from there the copy
+Layout and row order are those of device/gemm.cuh and device/packed_order.cuh: [tile][k / 64][tile_rows][64] bf16, 128-byte swizzle; the two
+rows of a q or k head that rotate together are neighbours, those of O and down stand so that a thread's products are four columns side by side. Threads read rows into pinned staging buffers (host/weight_stream.py); from there the copy
 engine brings them to the GPU, which packs them, while the threads read on.
 Called by host/gpu_device.py. Test: pytest -m gpu tests/gpu/test_gemm.py; speed: python tools/bench_load.py
 """
@@ -51,6 +51,12 @@ def choose_tile_rows(kind: OpKind, out_features: int, num_workers: int, head_row
 def rotated_order(head_dim: int) -> NDArray[np.int64]:
     """[head_dim] source row of each packed row of a q or k head: 0, h, 1, h + 1, ... with h = head_dim / 2."""
     return np.arange(head_dim).reshape(2, head_dim // 2).T.reshape(-1)
+
+
+def grouped_order(num_rows: int) -> NDArray[np.int64]:
+    """[num_rows] source row of each packed row of O or down: of every 16, 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7 and so on (packed_order.cuh)."""
+    in_group = np.arange(16).reshape(4, 2, 2).transpose(1, 0, 2).reshape(-1)
+    return (np.arange(0, num_rows, 16)[:, None] + in_group).reshape(-1)
 
 
 class PinnedBuffer:
@@ -153,17 +159,19 @@ class GpuTarget:
         if num_tiles * tile_rows != source.out_features:
             self._context.fill(address, 0, num_bytes)  # rows past out_features are zero
         num_rotated = config.query_features + config.kv_features if is_qkv else 0
-        self._reader.add(source, functools.partial(self._pack_rows, address, tile_rows, num_rotated))
+        is_grouped = source.kind == OpKind.PROJECT
+        self._reader.add(source, functools.partial(self._pack_rows, address, tile_rows, num_rotated, is_grouped))
         self.num_bytes += num_bytes
         return PlacedMatrix(address, 1, tile_rows, num_tiles)
 
     def _pack_rows(
-        self, address: int, tile_rows: int, num_rotated: int, buffer: PinnedBuffer, begin: int, rows: Weights
-    ) -> None:
+        self, address: int, tile_rows: int, num_rotated: int, is_grouped: bool, buffer: PinnedBuffer, begin: int,
+        rows: Weights,
+    ) -> None:  # fmt: skip
         buffer.start_upload(self._staging, rows, self._stream)
         num_chunks = rows.size // 8
         arguments: list[Any] = [ctypes.c_uint64(self._staging), ctypes.c_uint64(address)]
-        numbers = (begin, len(rows), rows.shape[1], tile_rows, num_rotated, self._config.head_dim)
+        numbers = (begin, len(rows), rows.shape[1], tile_rows, num_rotated, self._config.head_dim, is_grouped)
         arguments += [ctypes.c_uint32(number) for number in numbers]
         num_blocks = -(-num_chunks // PACK_THREADS)
         self._context.launch(self._pack, num_blocks, PACK_THREADS, arguments, stream=self._stream)

@@ -5,6 +5,7 @@
 // Called by device/portable/worker.cuh. Test: pytest -m gpu tests/gpu/test_portable_gpu.py
 #pragma once
 #include <fixed_math.cuh>
+#include <packed_order.cuh>
 #include <portable/gemm.cuh>
 #include <portable/workspaces.cuh>
 #include <step_plan.cuh>
@@ -47,7 +48,7 @@ struct ProjectEpilogue {
       const u32 column = (tile.tile_begin + in_tile) * TILE_ROWS + pair;
       f32 squares = 0.0f;
       if (live && column < hidden) {
-        const float2 product = *reinterpret_cast<const float2*>(tile.values + row_in_tile * tile.stride + in_tile * TILE_ROWS + pair);
+        const float2 product = *reinterpret_cast<const float2*>(tile.values + row_in_tile * tile.stride + in_tile * TILE_ROWS + packed_grouped_row(pair));
         float2* place = reinterpret_cast<float2*>(reinterpret_cast<f32*>(params.workspaces[kWsHidden]) + static_cast<u64>(row) * hidden + column);
         float2 value = *place;
         value.x = __fadd_rn(value.x, bias != nullptr ? __fadd_rn(product.x, bias[column]) : product.x);

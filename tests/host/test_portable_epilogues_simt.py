@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.bf16 import bf16_from_f32, f32_from_bf16
-from blinkimp.host.gpu_weights import rotated_order
+from blinkimp.host.gpu_weights import grouped_order, rotated_order
 from blinkimp.ring_abi import OpKind
 from tests.host.simt_support import SIMT, build_simt
 from tests.host.test_portable_gemm_simt import pack
@@ -144,7 +144,7 @@ class OpRun:
 def test_project(library: ctypes.CDLL, num_rows: int, biased: bool) -> None:
     hidden = 160
     run = OpRun(library, num_rows, hidden=hidden)
-    weights = run.weights(OpKind.PROJECT, hidden, 32)
+    weights = run.weights(OpKind.PROJECT, hidden, 32, grouped_order(hidden))
     residual = run.poisoned(HIDDEN, (num_rows, hidden), np.float32)
     residual[:] = run.rng.standard_normal((num_rows, hidden))
     normed, squares = (

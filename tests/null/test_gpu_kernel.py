@@ -26,7 +26,7 @@ from blinkimp.host.gpu_kernel import (
     kernel_shape,
 )
 from blinkimp.host.gpu_memory import SPLIT_PAGES, SQUARES_COLUMNS
-from blinkimp.host.gpu_weights import TILE_ROWS, choose_tile_rows, rotated_order
+from blinkimp.host.gpu_weights import TILE_ROWS, choose_tile_rows, grouped_order, rotated_order
 from blinkimp.ring_abi import OpKind
 from tests.support import ROOT
 
@@ -63,6 +63,16 @@ def test_rows_that_rotate_together_are_neighbours(head_dim: int) -> None:
     assert sorted(order) == list(range(head_dim))
     assert all(high - low == head_dim // 2 for low, high in pairwise(order[:2]))
     assert np.array_equal(order[1::2] - order[::2], np.full(head_dim // 2, head_dim // 2))
+
+
+def test_four_columns_of_o_and_down_meet_in_a_thread() -> None:
+    """Columns 2q and 2q + 1 of a block of 8 are a thread's: those of two blocks must be four rows in a row."""
+    order = grouped_order(64)
+    assert sorted(order) == list(range(64))
+    for group in order.reshape(-1, 2, 4, 2):  # [block][thread][column]
+        for thread in range(4):
+            four = group[:, thread].reshape(-1)
+            assert np.array_equal(four, four[0] + np.arange(4)) and four[0] % 4 == 0
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,6 @@ extern "C" void bk_pack_weights(unsigned num_blocks, unsigned num_threads, void*
   auto* packed = *static_cast<uint4**>(arguments[1]);
   blockDim.x = num_threads;
   for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < num_threads; ++threadIdx.x) pack_weights(source, packed, word(2), word(3), word(4), word(5), word(6), word(7));
+    for (threadIdx.x = 0; threadIdx.x < num_threads; ++threadIdx.x) pack_weights(source, packed, word(2), word(3), word(4), word(5), word(6), word(7), word(8));
   }
 }

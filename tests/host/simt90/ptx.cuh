@@ -22,6 +22,12 @@
 #undef red_add_release_gpu
 #undef sleep_ns
 
+struct uint2 {
+  unsigned x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
 struct uint4 {
   unsigned x, y, z, w;
 };
