@@ -41,6 +41,8 @@ struct ReadsNothing {
   BK_INLINE Nothing prefetch(const Nothing&, u32, u32) const {
     return Nothing{};
   }
+  template <int>
+  BK_INLINE void fetch_to_l2(const Nothing&, u32, u32) const {}
 };
 
 // A fragment's tail: what it reads is on its way steps ahead. Behind what the rings have on theirs a load takes 3,000 to 6,000 clk, so as many are sent as
@@ -73,6 +75,7 @@ struct FragmentTail {
   BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.rows(first_row)) {
 #pragma unroll
     for (u32 i = 0; i < kFirst; i++) load(i);
+    if constexpr (kFirst < kSteps && BK_FETCH) epilogue.template fetch_to_l2<kColumns>(rows, row_begin, column_begin);
   }
 
   // With the products; d is used up.

@@ -102,6 +102,18 @@ struct QkvEpilogue {
     return loaded;
   }
 
+  // The rows' turns: a line of their positions' for each lane of a quad.
+  template <int kColumns>
+  BK_INLINE void fetch_to_l2(const Rows& rows, u32, u32) const {
+    constexpr u32 kLineBytes = 128;
+    const u32 lane = thread_idx() % 4;
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+      const u32 first = rows.places[half].turns - lane_column() * static_cast<u32>(sizeof(float2) / 2);
+      if (lane * kLineBytes < kHeadDim * sizeof(float2) / 2) prefetch_l2(reinterpret_cast<const u8*>(op.rope) + first + lane * kLineBytes);
+    }
+  }
+
   template <int kColumns, bool kWide>
   BK_INLINE void finish(const Rows& rows, u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Loaded<kColumns>& loaded, const f32* row_scale) const {
     u32 column = uniform(first_column);

@@ -19,6 +19,9 @@ namespace blinkimp {
 
 constexpr u32 kComputeThreads = 256;
 constexpr u32 kWorkerThreads = 384;
+#ifndef BK_FETCH
+#define BK_FETCH 1
+#endif
 #ifndef BK_LEAD
 #define BK_LEAD 99
 #endif
