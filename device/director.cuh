@@ -40,7 +40,6 @@ BK_INLINE void publish_status(const EngineParams& params, const Lanes& lanes, Di
   if (lanes.is_first()) {
     StatusLines& status = state.status;
     status.heartbeat += 1;
-    status.device_ns = device_clock_ns();
     status.state = engine_state(params, state);
     status.num_queue_pairs_attached = num_attached;
     status.num_free_requests = state.table.num_free;
@@ -50,11 +49,14 @@ BK_INLINE void publish_status(const EngineParams& params, const Lanes& lanes, Di
     status.num_pages_used = params.num_pages - num_available_pages(state.pages);
   }
   lanes.sync();  // hazard: the copy reads what lane 0 wrote
-  u64* words = reinterpret_cast<u64*>(&engine_page(params).status);
+  StatusLines& page = engine_page(params).status;
+  u64* words = reinterpret_cast<u64*>(&page);
   const AliasedWord* source = reinterpret_cast<const AliasedWord*>(&state.status);
   for (u32 i = lanes.id; i < sizeof(StatusLines) / sizeof(u64); i += lanes.count) {
-    st_relaxed_sys(&words[i], source[i]);  // relaxed: readers take each word for itself
+    if (&words[i] != &page.device_ns) st_relaxed_sys(&words[i], source[i]);  // relaxed: readers take each word for itself
   }
+  // Read as it is written: how soon the host sees it bounds how far the clocks are apart (host/watch_word.py).
+  if (lanes.is_first()) st_relaxed_sys(&page.device_ns, device_clock_ns());
   lanes.sync();  // hazard: lane 0 changes counters in the next call
 }
 
@@ -315,7 +317,7 @@ BK_NOINLINE u32 director_plan(const EngineParams& params, const Lanes& lanes, St
   return draft.num_rows;
 }
 
-// All lanes, after a poll with no step in flight: nothing to plan, to publish or to end. The caller may poll again at once.
+// All lanes, after a poll with no step in flight: nothing to plan, to publish or to end. The caller may director_wait().
 BK_INLINE bool director_is_quiet(const EngineParams& params) {
   const DirectorState& state = director_state(params);
   return state.status.num_running + state.status.num_waiting + state.num_staged == 0 && state.command != kCommandStop;
@@ -327,7 +329,13 @@ BK_INLINE bool director_should_exit(const EngineParams& params, const Lanes& lan
   return lanes.any(director_state(params).is_stopped || fault_recorded(params));
 }
 
-// The pause of a loop whose plan had no rows: polling without it would fill PCIe with reads for nothing.
+// All lanes, after a poll with no step in flight. Answers that no step goes with (PONG, REJECT): a plan would only make them late.
+BK_INLINE bool director_has_answers(const EngineParams& params) {
+  const DirectorState& state = director_state(params);
+  return state.num_staged > 0 && state.status.num_running + state.status.num_waiting == 0;
+}
+
+// The pause of a loop whose plan had no rows, while there is something to do: until credit comes, say.
 BK_INLINE void director_idle(const EngineParams& params, const Lanes&) { sleep_ns(params.idle_sleep_ns); }
 
 // ---- Publish -----------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@
 //
 // Called by device/persistent_kernel.cu and device/portable/portable_kernel.cu in the last CTA, by kDirectorThreads threads. Include the
 // kernel's own worker first: grid_word(), grid_has_passed(), phases_of(), saved_phases() and fail() are its. The emulated device's loop, which makes the same
-// calls in the same order, is in emu/emulated_device.cpp. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
+// calls in the same order but sleeps where this one looks (idle.cuh), is in emu/emulated_device.cpp. Test: pytest -m gpu tests/gpu/test_engine_gpu.py
 //
 // Invariants:
 //   H1  a plan is published by the director, or by the dispatcher while it is armed: the swap of armed_step decides, once for each step.
 //   H2  an armed plan is not touched; the director disarms it first, and if it comes too late the plan is on its way.
 //   H3  the dispatcher never reads or writes director state; what it found stands in the hand-off before arrived_step says so.
 #pragma once
+#include <idle.cuh>
 #include <parking.cuh>
 
 namespace blinkimp {
@@ -20,7 +21,7 @@ namespace blinkimp {
 constexpr u32 kDirectorThreads = 64;
 constexpr u32 kLeaveStep = 0xffffffff;
 constexpr u32 kWatchSleepNs = 200;
-constexpr u64 kQuietRoundNs = 200000;  // an idle engine's plans, status and integrity checks
+constexpr u64 kQuietRoundNs = 1000000;  // an idle engine's plans, status, attaches beside others and integrity checks: they take some 15 us
 
 // In the shared memory of the director's CTA. Steps are counted from 1 here; 0 = none.
 struct Handoff {
@@ -173,10 +174,11 @@ BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
     // Nothing is in flight.
     if (!has_polled) director_poll(params, lanes);
     has_polled = false;
+    if (director_has_answers(params)) director_publish(params, lanes);
     const u64 now_ns = lanes.clock_ns();
     const bool is_quiet = director_is_quiet(params);
     if (is_quiet && now_ns - round_ns < kQuietRoundNs) {  // an idle engine looks for submissions and does little else
-      director_idle(params, lanes);
+      director_wait(params, lanes, round_ns + kQuietRoundNs);
       continue;
     }
     round_ns = now_ns;
@@ -193,7 +195,8 @@ BK_INLINE void direct_steps(const EngineParams& params, const Lanes& lanes) {
         leave(params, lanes, step);
         return;
       }
-      director_idle(params, lanes);
+      if (!is_quiet) director_idle(params, lanes);
+      has_polled = is_quiet;  // a moment ago
       continue;
     }
     lanes.sync();  // all lanes' parts of the plan are written before lane 0 releases it

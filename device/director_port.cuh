@@ -65,23 +65,27 @@ BK_INLINE bool open_queue_pair(const EngineParams& params, QueuePairState& queue
 BK_INLINE bool fetch_entry(QueuePairState& queue_pair, u32 commit_word) {
   const u64 pos = queue_pair.submission_consumer_pos;
   if ((commit_word & kCommitParityMask) != commit_parity(pos, queue_pair.num_submissions)) return false;
+  if (queue_pair.seen_ns == 0) queue_pair.seen_ns = device_clock_ns();
+  // Through registers: copied word by word into the state, each load would wait for the store before it, which might alias.
   const SubmissionEntry* entry = submission_at(queue_pair, pos);
-  queue_pair.entry.epoch = entry->epoch;
-  queue_pair.entry.request_id = entry->request_id;
-  queue_pair.entry.arena_pos = entry->arena_pos;
-  queue_pair.entry.body_bytes = entry->body_bytes;
-  queue_pair.entry.num_prompt_tokens = entry->num_prompt_tokens;
-  queue_pair.entry.max_tokens = entry->max_tokens;
-  queue_pair.entry.priority = entry->priority;
-  queue_pair.entry.client_ns = entry->client_ns;
-  queue_pair.entry.timeout_ns = entry->timeout_ns;
-  queue_pair.entry.cache_salt = entry->cache_salt;
-  queue_pair.entry.commit = commit_word;
+  SubmissionEntry copy;
+  copy.commit = commit_word;
+  copy.epoch = entry->epoch;
+  copy.request_id = entry->request_id;
+  copy.arena_pos = entry->arena_pos;
+  copy.body_bytes = entry->body_bytes;
+  copy.num_prompt_tokens = entry->num_prompt_tokens;
+  copy.max_tokens = entry->max_tokens;
+  copy.priority = entry->priority;
+  copy.client_ns = entry->client_ns;
+  copy.timeout_ns = entry->timeout_ns;
+  copy.cache_salt = entry->cache_salt;
+  queue_pair.entry = copy;
   queue_pair.has_entry = 1;
   return true;
 }
 
-// The commit word of the next submission; 0 when there is nothing to look for. Acquire pairs with commit() of ingress_port.cuh.
+// The commit word of the next submission. Acquire pairs with commit() of ingress_port.cuh.
 BK_INLINE u32 read_commit_word(const QueuePairState& queue_pair) {
   return ld_acquire_sys(&submission_at(queue_pair, queue_pair.submission_consumer_pos)->commit);
 }
@@ -101,12 +105,14 @@ BK_INLINE void update_consumer(QueuePairState& queue_pair, const IngressLine& in
 // One lane per queue pair: all words of one poll. Returns true if an entry is ready to be taken; queue_pair.event says what else.
 BK_INLINE bool look_at_queue_pair(const EngineParams& params, QueuePairState& queue_pair, u64 now_ns) {
   const IngressLine& ingress = queue_pair_region(queue_pair).ingress;
+  const bool attached = is_attached(queue_pair);
+  const bool wants_entry = attached && !queue_pair.has_entry;
+  const SubmissionEntry* next = submission_at(queue_pair, queue_pair.submission_consumer_pos);  // where: known before the first word is asked for
   // Relaxed: each is looked at for itself; what hangs on one of them is read again with acquire order where it is acted upon.
   const u64 epoch = ld_relaxed_sys(&ingress.epoch);
   const u64 heartbeat = ld_relaxed_sys(&ingress.heartbeat_ns);
   const u64 consumer_pos = ld_relaxed_sys(&ingress.completion_consumer_pos);
-  const bool attached = is_attached(queue_pair);
-  const u32 commit_word = attached && !queue_pair.has_entry ? read_commit_word(queue_pair) : 0;
+  const u32 commit_word = wants_entry ? ld_acquire_sys(&next->commit) : 0;  // pairs with commit() of ingress_port.cuh
   queue_pair.event = kEventNone;
   if (epoch - queue_pair.epoch - 1 < kMostEpochsAhead) {  // D1; lower (it wraps) is what a dropped ingress left behind
     queue_pair.asked_epoch = epoch;
@@ -153,6 +159,7 @@ BK_INLINE void handle_event(const EngineParams& params, const Lanes& lanes, Dire
   if (lanes.is_first()) {
     drop_requests(params, state, queue_pair_idx);
     queue_pair.has_entry = 0;
+    queue_pair.seen_ns = 0;
     queue_pair.positions_changed = 0;
     if (event == kEventStale) {
       queue_pair.epoch += 1;
@@ -184,9 +191,10 @@ BK_INLINE void handle_event(const EngineParams& params, const Lanes& lanes, Dire
 BK_INLINE void store_positions(QueuePairState& queue_pair) {
   if (!queue_pair.positions_changed) return;
   DirectorLine& line = queue_pair_region(queue_pair).director;
-  // Release pairs with the two acquires in try_claim() of ingress_port.cuh: entry and body are copied before they are overwritten.
-  st_release_sys(&line.arena_consumer_pos, queue_pair.arena_consumer_pos);
-  st_release_sys(&line.submission_consumer_pos, queue_pair.submission_consumer_pos);
+  // Fence and stores pair with the two acquires in try_claim() of ingress_port.cuh: entry and body are copied before they are overwritten.
+  fence_publish_sys();
+  st_publish_sys(&line.arena_consumer_pos, queue_pair.arena_consumer_pos);
+  st_publish_sys(&line.submission_consumer_pos, queue_pair.submission_consumer_pos);
   queue_pair.positions_changed = 0;
 }
 

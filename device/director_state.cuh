@@ -86,9 +86,10 @@ struct QueuePairState {
   u32 num_promised_now;          // of num_promised: to the step in flight, while the next one is planned too. Else 0
   u32 most_top_logprobs;         // that one of its live requests asked for, and maybe more
   u32 level_mask;                // levels whose waiting queue is not empty
+  u64 seen_ns;                   // when the next submission's commit word was first seen to be there; 0 = it was not
   SubmissionEntry entry;
 };
-ABI_SIZE(QueuePairState, 240);
+ABI_SIZE(QueuePairState, 248);
 
 // A completion on its way to a ring. The commit word's low byte is still 0: lap parity is put in by the publish. In a TOKEN's word the bits
 // from kStagedTopShift on say which TOPs follow it; the publish writes those from where the sampling op left them, and clears the bits.

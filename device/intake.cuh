@@ -79,13 +79,14 @@ BK_INLINE void consume_entry(QueuePairState& queue_pair, bool body_is_there) {
   if (body_is_there) queue_pair.arena_consumer_pos = queue_pair.entry.arena_pos + queue_pair.entry.body_bytes;
   queue_pair.submission_consumer_pos += 1;
   queue_pair.has_entry = 0;
+  queue_pair.seen_ns = 0;
   queue_pair.positions_changed = 1;
 }
 
-// Lane 0. Of the entry that is being taken.
-BK_INLINE void trace_polled(const EngineParams& params, DirectorState& state, u32 queue_pair_idx) {
+// Lane 0. Of the entry that is being taken; seen_ns: when its commit word was first seen.
+BK_INLINE void trace_polled(const EngineParams& params, DirectorState& state, u32 queue_pair_idx, u64 seen_ns) {
   const SubmissionEntry& entry = state.queue_pairs[queue_pair_idx].entry;
-  trace_event(params, state.trace, params.trace != 0 ? device_clock_ns() : 0, kTracePolled, queue_pair_idx, state.status.step, entry.request_id, entry.client_ns);
+  trace_event(params, state.trace, seen_ns, kTracePolled, queue_pair_idx, state.status.step, entry.request_id, entry.client_ns);
 }
 
 BK_INLINE void reject_entry(DirectorState& state, u32 queue_pair_idx, u32 reason, u32 limit) {
@@ -297,8 +298,11 @@ BK_INLINE void accept_request(const EngineParams& params, DirectorState& state, 
 BK_NOINLINE bool take_submission(const EngineParams& params, const Lanes& lanes, DirectorState& state, u32 queue_pair_idx) {
   QueuePairState& queue_pair = state.queue_pairs[queue_pair_idx];
   u32 verdict = kIntakeLeave;
-  if (lanes.is_first()) verdict = judge_entry(params, state, queue_pair_idx);
-  if (lanes.is_first() && verdict == kIntakeTaken) trace_polled(params, state, queue_pair_idx);
+  if (lanes.is_first()) {
+    const u64 seen_ns = queue_pair.seen_ns;  // forgotten with the entry
+    verdict = judge_entry(params, state, queue_pair_idx);
+    if (verdict == kIntakeTaken) trace_polled(params, state, queue_pair_idx, seen_ns);
+  }
   lanes.sync();  // hazard: the other lanes read below what lane 0 changed: the entry, the free list
   verdict = lanes.broadcast(verdict, 0);
   if (verdict == kIntakeLoad) load_piece(params, lanes, queue_pair, queue_pair_idx);
@@ -324,7 +328,7 @@ BK_NOINLINE bool take_submission(const EngineParams& params, const Lanes& lanes,
   faults = (lanes.any(faults & kBodyBadId) ? u32{kBodyBadId} : 0) | (lanes.any(faults & kBodyBadBias) ? u32{kBodyBadBias} : 0);
   lanes.sync();  // hazard: lane 0 reads the last token that another lane copied, and gives the body's bytes back
   if (lanes.is_first()) {
-    trace_polled(params, state, queue_pair_idx);
+    trace_polled(params, state, queue_pair_idx, queue_pair.seen_ns);
     u32 limit = 0;
     const u32 reason = counts_agree(counts, entry) ? judge_body(params, queue_pair, queue_pair_idx, body, faults, &limit) : u32{kRejectMalformed};
     if (reason == 0) accept_request(params, state, queue_pair_idx, request_idx, body);

@@ -147,7 +147,7 @@ struct EngineParams {  // written by the host before launch, then constant
   u32 num_pages;
   u32 num_ops;
   u32 num_workers;                   // GPU: worker CTAs. CPU: threads
-  u32 idle_sleep_ns;                 // back-off of an idle director
+  u32 idle_sleep_ns;                 // between polls of a director with nothing to run (not of one that looks: idle.cuh)
   u64 ingress_timeout_ns;            // a heartbeat older than this drops the ingress
   u64 spin_budget_ns;                // of each wait inside a step
   u64 engine_page;                   // EnginePage

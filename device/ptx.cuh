@@ -237,7 +237,7 @@ BK_INLINE void fence_acq_rel_sys() {
 #endif
 }
 
-// Pair for publishing many ring entries with one fence: write payloads, fence_publish_sys(), then st_publish_sys() each commit word.
+// Pair for publishing several words with one fence, such as ring entries: write payloads, fence_publish_sys(), then st_publish_sys() each commit word.
 // CPU: the fence is nothing and each store releases, because ThreadSanitizer does not model fences; on x86 it costs nothing.
 BK_INLINE void fence_publish_sys() {
 #if BK_GPU
@@ -248,6 +248,14 @@ BK_INLINE void fence_publish_sys() {
 BK_INLINE void st_publish_sys(u32* address, u32 value) {
 #if BK_GPU
   asm volatile("st.relaxed.sys.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#else
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+#endif
+}
+
+BK_INLINE void st_publish_sys(u64* address, u64 value) {
+#if BK_GPU
+  asm volatile("st.relaxed.sys.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 #else
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
 #endif

@@ -5,7 +5,8 @@
 // with the fence that completions need anyway. Test: pytest tests/host/test_trace.py
 //
 // Invariants (asserted by tests):
-//   V1  events of one request stand in the order in which they happened; times may run back a little, where a step's were taken before.
+//   V1  events of one request stand in the order in which they happened; times may run back, where they were taken before: POLLED's by the look
+//       that first saw the submission, those of a step at its start or end.
 //   V2  below producer_pos everything is written; above it at most kMaxTraceBurst events are.
 #pragma once
 #include <lanes.cuh>

@@ -18,7 +18,7 @@ enum TraceKind : u32 {  // argument; step and request_id are valid where they ma
   kTraceStepStart = 1,   // the plan was published: rows | sequences << 32 | sampled rows << 48
   kTraceStepEnd = 2,     // the last worker's arrival was seen
   kTraceCommit = 3,      // the director has committed the step: requests that ended | tokens << 32
-  kTracePolled = 4,      // a submission was taken: its client_ns; request_id as it says
+  kTracePolled = 4,      // a submission was taken: its client_ns; request_id as it says. The time: when its commit word was first seen
   kTraceQueued = 5,      // accepted: prompt tokens | max_tokens << 32
   kTraceAdmitted = 6,    // entered the batch: tokens found in the prefix cache | pages << 32
   kTraceChunk = 7,       // prompt rows were computed: first position | rows << 32

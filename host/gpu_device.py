@@ -40,7 +40,7 @@ from blinkimp.ring_abi import EngineState
 
 _log = logging.getLogger(__name__)
 
-IDLE_SLEEP_NS: Final = 500  # between an idle director's polls of host memory
+IDLE_SLEEP_NS: Final = 500  # between polls of a director that waits for credit or for a first attach
 START_TIMEOUT_S: Final = 20.0  # from the launch to the director's first sign of life
 # Kernels, the context's growth, and packing pad: kept free when memory is planned.
 RESERVED_BYTES: Final = 1 << 30

@@ -5,9 +5,10 @@
     python tools/director_gap.py --device emulated --shape embedded --batches 1,8
 
 gap: from the sight of the last worker's arrival (STEP_END) to the publication of the next plan (STEP_START), where both steps decode the
-whole batch. poll: from the ingress's commit of a PING to the director having taken it (POLLED). The clocks are aligned by what cannot be otherwise
-(blinkimp/trace/clock.py): a ping was committed before it was polled, polled before its PONG was seen; and the clock in the status page, stamped
-before it was seen. The figure is given for the latest and for the earliest that these allow each poll to have been.
+whole batch. poll: from right before the ingress writes a PING to the return of the director's read that found it there (POLLED). The clocks are
+aligned by what cannot be otherwise (blinkimp/trace/clock.py): a ping was committed before it was seen, and the clock in the status page stamped
+before the host saw it. The figure is given for the latest and the earliest that these allow: latest is too high by the quickest posted write of
+the run, earliest too low by the quickest sight of a ping.
 Test: pytest tests/host/test_director_gap.py
 """
 
@@ -44,8 +45,8 @@ from blinkimp.trace.clock import Bounds, align  # noqa: E402
 
 TRACE_EVENTS = 1 << 20
 PROMPT_TOKENS = 32
-PING_PAUSE_S = 0.0005
-SIGHT_TIMEOUT_S = 0.002  # an idle director writes the status page more often than that
+PING_PAUSE_S = 0.004  # at most; some of the rounds after which an idle director looks after the rest (kQuietRoundNs)
+SIGHT_TIMEOUT_S = 0.005  # an idle director writes the status page more often than that
 
 
 def spread(values_us: NDArray[np.float64]) -> dict[str, Any]:

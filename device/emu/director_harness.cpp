@@ -4,6 +4,7 @@
 // include path, it runs every call on several lanes, each a thread: what a warp does on the GPU.
 // Test: pytest tests/host -k director
 #include <director.cuh>
+#include <idle.cuh>
 
 namespace blinkimp {
 namespace {
@@ -93,6 +94,12 @@ void bk_director_commit(const EngineParams* params, const StepPlan* plan) {
 
 void bk_director_publish(const EngineParams* params) {
   on_lanes([&](const Lanes& lanes) { director_publish(*params, lanes); });
+}
+
+// Of an idle engine; timeout_ns from now.
+void bk_director_wait(const EngineParams* params, u64 timeout_ns) {
+  const u64 until_ns = device_clock_ns() + timeout_ns;
+  on_lanes([&](const Lanes& lanes) { director_wait(*params, lanes, until_ns); });
 }
 
 // 1: all invariants hold. 0: the engine page has the fault.

@@ -62,6 +62,7 @@ def library(kind: str) -> ctypes.CDLL:
         ("note_start", None, [params, u64]),
         ("commit", None, [params, plan]),
         ("publish", None, [params]),
+        ("wait", None, [params, u64]),
         ("check_integrity", u32, [params]),
         ("age_heartbeat", None, [params, u32, u64]),
         ("age_integrity", None, [params, u64]),
@@ -333,6 +334,9 @@ class Rig:
 
     def publish(self) -> None:
         self.native.bk_director_publish(self.address)
+
+    def wait(self, timeout_ns: int) -> None:
+        self.native.bk_director_wait(self.address, timeout_ns)
 
     def step(self, sampler: Sampler) -> int:
         """One turn of the emulated device's loop. Returns the rows."""

@@ -29,6 +29,7 @@ inline void planted_release(u64* address, u64 value) { st_relaxed_sys(address, v
 #endif
 #if defined(BK_PLANT_COMPLETION_COMMIT)
 inline void planted_publish(u32* address, u32 value) { st_relaxed_sys(address, value); }
+inline void planted_publish(u64* address, u64 value) { st_publish_sys(address, value); }
 #endif
 
 }  // namespace blinkimp
@@ -42,6 +43,7 @@ inline void planted_publish(u32* address, u32 value) { st_relaxed_sys(address, v
 #define st_publish_sys planted_publish
 #endif
 #include <director.cuh>
+#include <idle.cuh>
 
 using namespace blinkimp;
 
@@ -53,6 +55,7 @@ constexpr u32 kEosId = 2;
 constexpr u32 kNumSubmissions = 8;
 constexpr u32 kNumCompletions = 16;
 constexpr u64 kArenaBytes = 4096;
+constexpr u64 kLongestWaitNs = 100000;
 
 u32 expected_token(u64 request_id, u32 output_idx) {
   const u32 mixed = static_cast<u32>((request_id * 2654435761u + output_idx * 40503u) % 397u);
@@ -90,6 +93,7 @@ struct Engine {
     params.max_pages_per_request = 4;
     params.num_pages = 8;
     params.ingress_timeout_ns = 60'000'000'000;
+    params.idle_sleep_ns = 1000;
     params.dims.vocab = kVocab;
     params.dims.num_eos_ids = 1;
     params.dims.eos_ids[0] = kEosId;
@@ -218,7 +222,11 @@ u64 direct(const EngineParams& params) {
     });
     if (plan->flags & kPlanExit) break;
     if (num_rows == 0) {
-      sleep_ns(1000);
+      const u64 until_ns = device_clock_ns() + kLongestWaitNs;
+      on_lanes([&](const Lanes& lanes) {
+        if (director_is_quiet(params)) director_wait(params, lanes, until_ns);
+        else director_idle(params, lanes);
+      });
       continue;
     }
     workers.start(step);
