@@ -28,7 +28,6 @@ struct Nothing {};
 
 // The base of an epilogue that reads nothing but the products.
 struct ReadsNothing {
-  static constexpr u32 kMostRolledSteps = 16;
   static constexpr u32 kTailRegisters = 0;
   using Rows = Nothing;
   template <int>
@@ -41,12 +40,10 @@ struct ReadsNothing {
   BK_INLINE Nothing prefetch(const Nothing&, u32, u32) const {
     return Nothing{};
   }
-  template <int>
-  BK_INLINE void fetch_to_l2(const Nothing&, u32, u32) const {}
 };
 
-// A fragment's tail: what it reads is on its way steps ahead. Behind what the rings have on theirs a load takes 3,000 to 6,000 clk, so as many are sent as
-// there are registers for: each step that is done leaves its products' and its loads'.
+// A fragment's tail: what it reads is on its way steps ahead, as many as there are registers for beside the products (kAhead). Behind what the rings have on
+// theirs a load takes thousands of clk.
 template <int kColumns, bool kWide, class Epilogue>
 struct FragmentTail {
   static constexpr u32 kStep = Epilogue::template step_columns<kColumns>();
@@ -55,50 +52,38 @@ struct FragmentTail {
   using Rows = typename Epilogue::Rows;
   using Loaded = typename Epilogue::template Loaded<kStep>;
   static constexpr u32 kLoadedWords = sizeof(Loaded) / 4;
-  // Rolled: all steps' loads are held through the main loop, so they must fit beside its products.
-  static constexpr bool kIsRolled = kSteps == 1 || (kSteps <= Epilogue::kMostRolledSteps && (kLoadedWords == 0 || kSteps * kLoadedWords + kColumns / 2 <= Epilogue::kTailRegisters));
-  // Steps whose loads are sent by the beginning of a step, those that fit beside the products that are left; its own by then in any case.
-  BK_INLINE static constexpr u32 loads_sent(u32 step) {
-    const u32 num_products = (kSteps - step) * kStep / 2;
-    const u32 num_free = Epilogue::kTailRegisters > num_products ? Epilogue::kTailRegisters - num_products : 0;
-    const u32 num_sent = step + num_free / kLoadedWords;
-    return num_sent < kSteps ? num_sent : kSteps;
-  }
-  static constexpr u32 kFirst = kIsRolled ? kSteps : loads_sent(0);  // before the main loop: where steps are rolled all, for what moves down must have come
+  static constexpr u32 kFitting = kLoadedWords == 0 ? kSteps : (Epilogue::kTailRegisters - kColumns / 2) / kLoadedWords;
+  static constexpr u32 kAhead = kFitting < 1 ? 1 : (kFitting < kSteps ? kFitting : kSteps);
 
   const Epilogue& epilogue;
   u32 row_begin;
   u32 column_begin;
   Rows rows;
-  Loaded loaded[kSteps];  // [step]
+  Loaded loaded[kAhead];  // [steps from now]
 
+  // Before the main loop.
   BK_INLINE FragmentTail(const Epilogue& tail, u32 first_row, u32 first_column) : epilogue(tail), row_begin(first_row), column_begin(first_column), rows(tail.rows(first_row)) {
 #pragma unroll
-    for (u32 i = 0; i < kFirst; i++) load(i);
-    if constexpr (kFirst < kSteps && BK_FETCH) epilogue.template fetch_to_l2<kColumns>(rows, row_begin, column_begin);
+    for (u32 i = 0; i < kAhead; i++) loaded[i] = load(column_begin + i * kStep);
   }
 
   // With the products; d is used up.
   BK_INLINE void finish(f32 (&d)[kColumns / 2], const f32* row_scale) {
     u32 column = column_begin;
-#pragma unroll (kIsRolled ? 1 : kSteps)
+#pragma unroll 1
     for (u32 step = 0; step < kSteps; step++) {
-      if constexpr (!kIsRolled) {
-#pragma unroll
-        for (u32 i = kFirst; i < kSteps; i++) {
-          const bool is_sent = i < (step > 0 ? loads_sent(step - 1) : kFirst);
-          if (!is_sent && (i == step || i < loads_sent(step))) load(i);
-        }
-      }
-      epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), loaded[kIsRolled ? 0 : step], row_scale);
-      column += kStep;
+      epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), loaded[0], row_scale);
       move_down<kStep / 2>(d);
-      if constexpr (kIsRolled) move_down<1>(loaded);
+      move_down<1>(loaded);
+      if constexpr (kAhead < kSteps) {
+        if (step + kAhead < kSteps) loaded[kAhead - 1] = load(column + kAhead * kStep);
+      }
+      column += kStep;
     }
   }
 
  private:
-  BK_INLINE void load(u32 step) { loaded[step] = epilogue.template prefetch<kStep>(rows, row_begin, column_begin + step * kStep); }
+  BK_INLINE Loaded load(u32 column) const { return epilogue.template prefetch<kStep>(rows, row_begin, column); }
 };
 
 }  // namespace blinkimp

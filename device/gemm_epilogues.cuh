@@ -5,7 +5,6 @@
 //   rows(row)                    before the main loop: what depends on the rows alone
 //   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, or as soon as kTailRegisters allow
 //   finish<kStep, kWide>(...)    with a step's products in d
-//   kMostRolledSteps             up to so many steps share one copy of the code
 //   kTakesPieces                 16 columns may be a warp's own (gemm_swapped.cuh), not a part of what a warpgroup has
 //   kMeets                       finish() has a barrier of all compute threads
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns. Sums of products are spelled out (__fmaf_rn or not),

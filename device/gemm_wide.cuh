@@ -57,12 +57,11 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
   }
 }
 
-BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor, u32 num_barriers) {
+BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  u32 num_ahead = BK_LEAD;
   align_producer(params, unit_stages(stack * op.tile_rows), shared, cursor);  // without an item too, as the consumers do
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
@@ -79,14 +78,6 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
     for (u32 num_left = tiling.num_slices; num_left > 0;) {
       const u32 num_slices = min(num_unit_slices, num_left);
       u64* full = &shared.weights_full[cursor.stage];
-      if (BK_LEAD < 99 && num_ahead != 0xffffffffu) {
-        if (num_ahead < num_unit_stages) {
-          wait_grid(params, num_barriers);
-          num_ahead = 0xffffffffu;
-        } else {
-          num_ahead -= num_unit_stages;
-        }
-      }
 #pragma unroll 1
       for (u32 i = 0; i < num_unit_stages; i++) wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
       if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage

@@ -15,7 +15,6 @@ struct ProjectEpilogue {
   const Op& op;
   WorkerShared& shared;
   u32 num_rows;
-  static constexpr u32 kMostRolledSteps = 1;
   static constexpr bool kTakesPieces = true;
   static constexpr bool kMeets = true;
   static constexpr u32 kTailRegisters = 176;  // for products and loads, of a thread's 224
@@ -62,23 +61,6 @@ struct ProjectEpilogue {
       }
     }
     return loaded;
-  }
-
-  // The residual's lines, which the quad of a row shares: between two of these ops weights pass through L2 many times its size.
-  template <int kColumns>
-  BK_INLINE void fetch_to_l2(const Nothing&, u32 row_begin, u32 column_begin) const {
-    constexpr u32 kLineColumns = 32;
-#pragma unroll
-    for (u32 half = 0; half < 2; half++) {
-      const u32 row = row_begin + fragment_row(half);
-      if (row >= num_rows) continue;
-      const f32* first = hidden_row(row) + column_begin;
-#pragma unroll
-      for (u32 i = 0; i < kColumns / kLineColumns / 4; i++) {
-        const u32 column = (i * 4 + thread_idx() % 4) * kLineColumns;
-        if (column_begin + column < params.dims.hidden) prefetch_l2(first + column);
-      }
-    }
   }
 
   template <int kColumns, bool kWide>

@@ -127,9 +127,6 @@ BK_INLINE T* opaque(T* pointer) {
 // A load past L1, whose copy may be older than what another SM wrote.
 BK_INLINE float2 load_l2(const float2* source) { return __ldcg(source); }
 
-// Brings the line at `source` into L2; nothing waits for it.
-BK_INLINE void prefetch_l2(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
-
 // A value that is the same in all lanes of the warp, made known as such: the compiler then keeps it, and what is computed from it, in
 // uniform registers.
 BK_INLINE u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }

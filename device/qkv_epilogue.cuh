@@ -26,10 +26,9 @@ struct QkvEpilogue {
   };
 
   // A packed tile at a time, a head where heads are normalised.
-  static constexpr u32 kMostRolledSteps = 2;
   static constexpr bool kTakesPieces = kTileRows != kHeadDim;  // else a tile may be a head that is normalised
   static constexpr bool kMeets = false;
-  static constexpr u32 kTailRegisters = 152;  // for products and loads, of a thread's 224
+  static constexpr u32 kTailRegisters = 128;  // for products and loads, of a thread's 224
   struct Rows {
     Place places[2];  // [half]
   };
@@ -102,18 +101,6 @@ struct QkvEpilogue {
     return loaded;
   }
 
-  // The rows' turns: a line of their positions' for each lane of a quad.
-  template <int kColumns>
-  BK_INLINE void fetch_to_l2(const Rows& rows, u32, u32) const {
-    constexpr u32 kLineBytes = 128;
-    const u32 lane = thread_idx() % 4;
-#pragma unroll
-    for (u32 half = 0; half < 2; half++) {
-      const u32 first = rows.places[half].turns - lane_column() * static_cast<u32>(sizeof(float2) / 2);
-      if (lane * kLineBytes < kHeadDim * sizeof(float2) / 2) prefetch_l2(reinterpret_cast<const u8*>(op.rope) + first + lane * kLineBytes);
-    }
-  }
-
   template <int kColumns, bool kWide>
   BK_INLINE void finish(const Rows& rows, u32 row_begin, u32 first_column, f32 (&d)[kColumns / 2], const Loaded<kColumns>& loaded, const f32* row_scale) const {
     u32 column = uniform(first_column);
@@ -123,7 +110,7 @@ struct QkvEpilogue {
     add_bias(d, op, column);
     if (op.q_norm != 0 && column < num_rotated()) norm_head<kColumns>(d, column);
     Loaded<kColumns> turns = loaded;
-#pragma unroll 1
+#pragma unroll (kWide ? kColumns / 8 : 1)
     for (u32 block = 0; block < kColumns / 8; block++, column += 8) {
       store_block(d, rows.places, turns.turns, column);
       move_down<4>(d);

@@ -56,7 +56,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
       const Op& op = producer_op(params, state);
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
-        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, shared_memory + kRingOffset, shared, cursor, state.num_barriers + phases_in_step(op.kind, *plan) - 1);
+        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, plan, state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);

@@ -19,21 +19,12 @@ namespace blinkimp {
 
 constexpr u32 kComputeThreads = 256;
 constexpr u32 kWorkerThreads = 384;
-#ifndef BK_FETCH
-#define BK_FETCH 1
-#endif
-#ifndef BK_LEAD
-#define BK_LEAD 99
-#endif
-#ifndef BK_IN
-#define BK_IN 4
-#endif
-constexpr u32 kWeightStages = 14 - BK_IN;
+constexpr u32 kWeightStages = 10;
 constexpr u32 kWeightStageBytes = 16384;
-constexpr u32 kInputStages = BK_IN;
+constexpr u32 kInputStages = 4;
 constexpr u32 kInputStageBytes = 16384;   // two tiles of 64 rows x 128 bytes
 constexpr u32 kRowTileBytes = kRowTile * 128;
-constexpr u32 kScratchBytes = BK_IN * 16 * 1024;
+constexpr u32 kScratchBytes = 64 * 1024;
 constexpr u32 kScratchOffset = 0;
 constexpr u32 kRingOffset = kScratchBytes;
 static_assert(kInputStages * kInputStageBytes <= kScratchBytes, "the input ring lies in the scratch");

@@ -155,7 +155,6 @@ BK_INLINE void set_registers_down() {}
 template <int kRegisters>
 BK_INLINE void set_registers_up() {}
 BK_INLINE float2 load_l2(const float2* source) { return *source; }
-BK_INLINE void prefetch_l2(const void* source) { static_cast<void>(*static_cast<const volatile unsigned char*>(source)); }
 BK_INLINE u32 cta_idx() { return simt90::cta_idx; }
 BK_INLINE u32 thread_idx() { return simt::machine.current; }
 BK_INLINE bool is_first_thread() { return thread_idx() == 0; }
