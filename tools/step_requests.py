@@ -19,6 +19,7 @@ from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort, WaitEvent, s
 from blinkimp.ring_abi import CompletionKind, RejectReason
 
 IDLE_TIMEOUT_S: Final = 60.0
+SETTLE_S: Final = 5.0  # for what a failed run has left behind
 # What --sampling asks of every token. `full` is all that a request can ask for but constraints; the penalties count prompt and output.
 SAMPLING: Final[dict[str, dict[str, float]]] = {
     "greedy": {"temperature": 0.0},
@@ -48,6 +49,7 @@ class Wave:
     context: int  # prompt tokens
     max_tokens: int
     after_tokens: int = 0
+    prepare: Callable[[], object] | None = None  # called once, right before the first of them is submitted
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Client:
         num_got = np.zeros(num_requests, np.int64)  # tokens of each request
         total_tokens = sum(wave.batch * wave.max_tokens for wave in waves)
         pieces: list[tuple[NDArray[np.void], int]] = []  # completions, and when they were seen
-        num_ended = num_submitted = 0
+        num_ended = num_submitted = num_prepared = 0
         self.gaps = []
         deadline = time.monotonic() + self._timeout_s
         while num_ended < num_requests:
@@ -105,6 +107,9 @@ class Client:
                 earlier = num_got[wave_of < wave_of[num_submitted]]
                 if earlier.size and earlier.min() < wave.after_tokens:
                     break
+                if wave.prepare is not None and num_prepared <= wave_of[num_submitted]:
+                    num_prepared = int(wave_of[num_submitted]) + 1
+                    wave.prepare()
                 now_ns = time.monotonic_ns()
                 status = self._port.try_submit(
                     first_id + num_submitted, prompt_of[num_submitted], self._sampling, max_tokens=wave.max_tokens
@@ -137,6 +142,22 @@ class Client:
         self._expect_undisturbed(what, before, sum(wave.batch * wave.context for wave in waves))
         return times
 
+    def settle(self) -> bool:
+        """After a run that raised: whether nothing of it is left, neither a request in the engine nor a completion on its way."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._is_busy(self._engine.status()):
+            if time.monotonic() > deadline:
+                return False
+            self._port.poll()
+            time.sleep(0.001)
+        while len(self._port.poll()):
+            pass
+        return True
+
+    @staticmethod
+    def _is_busy(status: dict[str, int]) -> bool:
+        return bool(status["num_running"] or status["num_waiting"] or status["num_finishing"])
+
     def _expect_fitting(self, what: str, waves: Sequence[Wave]) -> None:
         sizes = self._engine.plan.sizes
         batch = sum(wave.batch for wave in waves)
@@ -154,7 +175,7 @@ class Client:
         while True:
             status = self._engine.status()
             got = status["prompt_tokens"] - before["prompt_tokens"]
-            is_idle = not (status["num_running"] or status["num_waiting"] or status["num_finishing"])
+            is_idle = not self._is_busy(status)
             if is_idle and got == num_prompt_tokens:
                 return
             if time.monotonic() > deadline:

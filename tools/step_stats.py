@@ -64,10 +64,16 @@ def header(tool: str, argv: Sequence[str] | None, commit: str | None, source: Po
     }
 
 
-def write_report(report: dict[str, Any], path: Path | None) -> None:
+def save_report(report: dict[str, Any], path: Path | None) -> None:
+    """Says nothing: for what there is so far, between rows of a table."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    save_report(report, path)
+    if path is not None:
         print(f"wrote {path}")
 
 

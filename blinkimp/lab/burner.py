@@ -1,11 +1,11 @@
 """Interference as a process group of its own: threads of one kind of work on given CPUs, until it is told to stop.
 
     with Interference("stream", num_threads=16, cpus={2, 3}) as burner: ...      in the lab
-    burner.units_per_s                                                           by kind, once it has ended
-    python -m blinkimp.lab.burner stream 16 2,3                                  the process itself; ends with its stdin
+    burner.units_per_s                                                           by kind, once it has ended or rests
+    python -m blinkimp.lab.burner stream 16 2,3      the process itself; counts at each line of its stdin, and ends with it
 
 Kinds are the loops of burn_loops.py, and real programs: bz2 (compression, one stream a thread), compile (g++ of a generated file, over and over),
-stress-ng where it is installed. `stream+bz2` is a mixture: threads take turns. Called by blinkimp/lab/interference.py and evidence.py.
+stress-ng where it is installed. `stream+bz2` is a mixture: threads take turns. Called by blinkimp/lab/burner_pool.py.
 Test: pytest tests/host/test_lab_burners.py
 """
 
@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from blinkimp.bench.errors import LoadError
 
@@ -136,7 +136,7 @@ def stress_ng_worker(num_threads: int) -> Callable[[], int]:
 
 
 def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
-    """Prints `ready` when every thread works, ends with its stdin: prints the units done and kills its group."""
+    """Prints `ready` when every thread works, and the units done at each line of its stdin; ends with that: prints them and kills its group."""
     if os.getpgid(0) != os.getpid():
         os.setpgid(0, 0)  # run by hand: the group that is killed at the end must not be the shell's
     os.sched_setaffinity(0, cpus)
@@ -173,20 +173,24 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
         threading.Thread(target=work, args=(idx, counter), daemon=True).start()
     for counter in counters:
         counter.is_prepared.wait()
-    began = time.monotonic()
+
+    def tell() -> None:
+        units = {part: sum(counter.units for counter in counters if counter.kind == part) for part in parts}
+        print(json.dumps({"units": units, "at_s": time.monotonic()}), flush=True)
+
     go.set()
     print("ready", flush=True)
-    sys.stdin.buffer.read()
-    seconds = time.monotonic() - began
-    units = {part: sum(counter.units for counter in counters if counter.kind == part) for part in parts}
-    print(json.dumps({"units": units, "seconds": seconds}), flush=True)
+    for _ in sys.stdin:
+        tell()
+    tell()
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
 
 
 # ---- Its owner -------------------------------------------------------------------------------------------------------
 class Interference:
-    """Runs while inside `with`; num_threads 0 is none at all."""
+    """Runs while inside `with`; num_threads 0 is none at all. In between it may rest(): stopped, it takes nothing but memory.
+    The thread that begins it must live as long: with that its process dies (host/child_process.py)."""
 
     def __init__(self, kind: str, num_threads: int, cpus: set[int]) -> None:
         if not is_kind(kind) or num_threads < 0 or not cpus:
@@ -197,33 +201,45 @@ class Interference:
         if num_threads and (why := missing_program(kind)) is not None:
             raise LoadError(f"interference {kind}: {why}; install it, or leave the kind out")
         self.kind, self.num_threads, self.cpus = kind, num_threads, cpus
-        self.units_per_s: dict[str, float] | None = None  # by kind
+        self.units_per_s: dict[str, float] | None = None  # by kind, since it began or went on
+        self._units = dict.fromkeys(kind.split("+"), 0)  # when it began or went on, at
+        self._began_s = 0.0
+        self._is_resting = False
         self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def can_rest(self) -> bool:
+        """A compiler's children would be stopped with a file half read."""
+        return self.num_threads > 0 and set(self.kind.split("+")) <= {*LOOPS, "bz2"}
 
     def __enter__(self) -> Self:
         if not self.num_threads:
             return self
         cpus = ",".join(map(str, sorted(self.cpus)))
-        command = [sys.executable, "-P", "-m", "blinkimp.lab.burner", self.kind, str(self.num_threads), cpus]
+        # One that is stopped does not see its stdin end.
+        command = [sys.executable, "-P", "-m", "blinkimp.host.child_process", str(os.getpid()), "blinkimp.lab.burner"]
+        command += [self.kind, str(self.num_threads), cpus]
         # A group of its own, so that killing it takes the compilers along.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
-        killer = threading.Timer(START_TIMEOUT_S, self._kill)
-        killer.start()
-        try:
-            assert self._process.stdout is not None
-            said = self._process.stdout.readline().strip()
-        finally:
-            killer.cancel()
-        if said != "ready":
-            self._kill()
-            self._process.wait()
-            self._close()
-            raise LoadError(
-                f"interference {self.kind}: got {said!r} from its process, expected `ready` within {START_TIMEOUT_S:g} s; its messages stand above"
-            )
+        self._expect("`ready`", lambda said: said == "ready")
+        self._began_s = time.monotonic()
         return self
+
+    def rest(self) -> None:
+        """Every thread is stopped when this returns."""
+        assert self._process is not None and self.can_rest and not self._is_resting
+        self._count_since(self._ask())
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        self._is_resting = True
+
+    def go_on(self) -> None:
+        assert self._process is not None and self._is_resting
+        os.killpg(self._process.pid, signal.SIGCONT)
+        self._is_resting = False
+        self._began_s = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -231,24 +247,57 @@ class Interference:
         if self._process is None:
             return
         try:
-            said, _ = self._process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
-            done = json.loads(said)
-            self.units_per_s = {part: units / done["seconds"] for part, units in done["units"].items()}
+            if not self._is_resting:
+                said, _ = self._process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
+                self._count_since(json.loads(said))
         except (subprocess.TimeoutExpired, ValueError):
+            pass  # what it did is not known
+        self._end()
+
+    def _count_since(self, now: dict[str, Any]) -> None:
+        """now: as run_process() tells it; its clock is this process's, too."""
+        seconds = max(now["at_s"] - self._began_s, 1e-9)
+        self.units_per_s = {part: (units - self._units[part]) / seconds for part, units in now["units"].items()}
+        self._units = now["units"]
+
+    def _ask(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then it says nothing, which is explained
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return dict(json.loads(self._expect("its counts", lambda said: said.startswith("{"))))
+
+    def _expect(self, what: str, is_it: Callable[[str], bool]) -> str:
+        """The next line of the process."""
+        assert self._process is not None and self._process.stdout is not None
+        killer = threading.Timer(START_TIMEOUT_S, self._kill)
+        killer.start()
+        try:
+            said = self._process.stdout.readline().strip()
+        finally:
+            killer.cancel()
+        if not is_it(said):
+            self._end()
+            self._process = None
+            raise LoadError(
+                f"interference {self.kind}: got {said!r} from its process, expected {what} within {START_TIMEOUT_S:g} s; its messages stand above"
+            )
+        return said
+
+    def _end(self) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:  # else its number may be another's by now
             self._kill()
             self._process.wait()
-        self._close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # a line that it did not take
+                    pipe.close()
 
     def _kill(self) -> None:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _close(self) -> None:
-        assert self._process is not None
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 if __name__ == "__main__":

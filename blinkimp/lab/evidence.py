@@ -28,6 +28,7 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Progress, run_load
 from blinkimp.host.power import PowerSource, idle_power_w
+from blinkimp.lab.burner_pool import Burners
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine, placement_of
 from blinkimp.lab.evidence_plan import (
     DRAIN_S,
@@ -99,6 +100,7 @@ class Call:
         self._done: set[str] = set()  # of this call: a cell that fails is not tried twice in it
         self._broken: set[str] = set()  # engines that did not start, or died, in this call
         self._idle_w: float | None = None
+        self._burners = Burners()  # they outlive engines
 
     @property
     def left_s(self) -> float:
@@ -132,9 +134,10 @@ class Call:
         }
         self.calls.begin(begun)
         try:
-            while (engine := self._next(None).engine) is not None:
-                set_affinity(os.getpid(), self._cpus)  # an engine starts on all CPUs: loading is not what is measured
-                self._serve(engine)
+            with self._burners:
+                while (engine := self._next(None).engine) is not None:
+                    set_affinity(os.getpid(), self._cpus)  # an engine starts on all: loading is not what is measured
+                    self._serve(engine)
         finally:
             set_affinity(os.getpid(), self._cpus)
 
@@ -148,7 +151,7 @@ class Call:
         )
 
     def _serve(self, name: str) -> None:
-        """One engine's life: start, warm up, cells."""
+        """One engine's life: start and cells, and before a cell what it needs: a warm transport, an engine that is done with what was cut off."""
         ports = {"{port}": str(free_port()), "{zmq_port}": str(free_port()), "{model}": self.setup.model}
         command = self.setup.commands[name]
         for word, value in ports.items():
@@ -165,13 +168,21 @@ class Call:
                 assert running.pid is not None
                 words = {"engine": name, "pid": running.pid, "started": start_time(running.pid)}
                 write_json(self.folder / "engine.json", {**words, "host": socket.gethostname()})
-                for spec in specs.values():
-                    self._warm_up(spec)
+                first = next(cell for cell in self.missing() if cell.engine == name).transport
+                self._warm_up(specs[first])
+                warm, is_quiet = {first}, True
                 self.calls.add_start(name, time.monotonic() - began)
                 self._say(f"{name} is up after {time.monotonic() - began:.0f} s")
                 while (cell := self._next(name).cell) is not None:
-                    if not self._measure_in_room(cell, specs[cell.transport], running):
-                        self._wait_until_quiet(specs[cell.transport])
+                    spec = specs[cell.transport]
+                    if not is_quiet:
+                        self._wait_until_quiet(spec)
+                        is_quiet = True
+                    elif cell.transport not in warm:
+                        self._warm_up(spec)
+                        warm.add(cell.transport)
+                    else:
+                        is_quiet = self._measure_in_room(cell, spec, running)
                     if running.has_ended:
                         raise LoadError(f"engine {name} has ended in the middle of it; its messages stand in {log}")
         except LoadError as error:
@@ -216,10 +227,11 @@ class Call:
         measured = measure(
             plan,
             running,
+            self._burners,
             loads_by_duration(self.grid, placement, cell.point),
             self.setup.source,
             self._idle_w,
-            max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s)),
+            max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s - STOP_S)),
             self._progress,
         )
         seconds = time.monotonic() - began

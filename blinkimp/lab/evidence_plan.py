@@ -1,8 +1,8 @@
 """What the evidence consists of, in which order it is measured, and how long that takes: engines x transports x placements x threads x loads.
 
-A machine is often lent for less time than the whole takes, so cells have an order of importance: three rounds, and tiers within them. A round is
-measured on every engine before the next one begins, for an engine's start costs up to two minutes. next_action() decides what is done with the time
-that is left; the same function makes the plan that is printed, with estimates, and drives the real run. Within a tier levels of interference
+A machine is often lent for less time than the whole takes, so cells have an order of importance: rounds, and tiers within them (tier_of()). A round
+is measured on every engine before the next one begins, for an engine's start costs up to two minutes. next_action() decides what is done with the
+time that is left; the same function makes the plan that is printed, with estimates, and drives the real run. Within a tier levels of interference
 alternate, so that processes that measure an engine each fall into step (room.py).
 Called by blinkimp/lab/evidence.py and evidence_report.py. Test: pytest tests/null/test_evidence_plan.py
 """
@@ -10,6 +10,7 @@ Called by blinkimp/lab/evidence.py and evidence_report.py. Test: pytest tests/nu
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -24,8 +25,8 @@ Transport = Literal["http", "zmq"]
 # How long last answers are waited for. What is not there by then is cut off, and its tokens so far count: more time would tell little more.
 DRAIN_S: Final = 20.0
 RAMP_SHARE: Final = 0.25  # of a closed loop's time of sending, in which its users begin one after the other
-CELL_OVERHEAD_S: Final = 1.5
-BURNER_START_S: Final = 2.0  # its process, and numba's compilation
+CELL_OVERHEAD_S: Final = 0.5
+BURNER_START_S: Final = 2.0  # its process, numba's compilation, and half a second of it before the load
 STOP_S: Final = 8.0  # of an engine
 # Of the 8B shape on an H200, for estimates alone: a token's time at no load and for each request beside it, a prompt token's time.
 TOKEN_S: Final = 0.0047
@@ -108,11 +109,11 @@ class EvidenceCell:
     threads: int
     point: Point
     tier: int  # 1 is the most important
-    is_again: bool = False  # the isolated run once more, at the end of its tier: how far two runs of the same differ
+    is_again: bool = False  # the isolated run once more: how far two runs of the same differ
 
     @property
     def round(self) -> int:
-        return 1 if self.tier <= 2 else 2 if self.tier <= 5 else 3
+        return 1 + bisect_left(LAST_TIERS, self.tier)
 
     @property
     def load(self) -> str:
@@ -129,27 +130,34 @@ class EvidenceCell:
         return f"{self.engine} over {self.transport}, {self.placement}, {self.load}, {self.threads} threads{again}"
 
 
+AGAIN_TIER: Final = 7
+LAST_TIERS: Final = (2, 3, 8)  # of each round but the last
+
+
 def tier_of(grid: EvidenceGrid, transport: str, placement: str, threads: int, point: Point) -> int | None:
-    """How important a measurement is; None: not wanted. The middle rate and number of users stand for the others, and the ends of the threads for
-    what is between; the second transport and the second placement are measured less finely."""
-    core_rates, core_users = grid.rates[len(grid.rates) // 2 :][:1], grid.users[len(grid.users) // 2 :][:1]
-    is_core_rate = point.rate is not None and point.rate in core_rates
-    is_core_users = point.concurrency is not None and point.concurrency in core_users
+    """How important a measurement is; None: not wanted. Most of all isolation and the most interference, over HTTP and with the first placement: at
+    the middle rate (1), with the middle number of users (2), at the ends of both (3), then all other loads (4). Levels between, of the two
+    middle loads (5); the second placement at the middle rate (6); the second run of the same (7); the other transport at the middle rate (8);
+    levels between of the other loads (9); the rest of the other transport (10) and of the other placement (11)."""
+    is_rate = point.rate is not None
+    values: tuple[float, ...] = grid.rates if is_rate else grid.users
+    middle = values[len(values) // 2]
+    value = point.rate if point.rate is not None else point.concurrency
+    is_middle, is_telling = value == middle, value in (values[0], middle, values[-1])
     is_end = threads in (0, grid.threads[-1])
     is_first_placement = placement == grid.placements[0]
     if transport == "http" and is_first_placement:
-        if is_core_rate:
-            return 1
-        if is_core_users and is_end:
-            return 2
-        if is_end:
-            return 3 if point.rate is not None else 4
-        return 6
+        if not is_end:
+            return 5 if is_middle else 9
+        if is_middle:
+            return 1 if is_rate else 2
+        return 3 if is_telling else 4
+    is_core = is_rate and is_middle
+    if is_core and is_end and (transport == "http" or is_first_placement):
+        return 6 if transport == "http" else 8
     if transport == "http" or is_first_placement:
-        if is_core_rate and is_end:
-            return 5
-        return (7 if is_first_placement else 8) if is_core_rate or is_end else None
-    return 8 if is_core_rate and is_end else None
+        return (10 if is_first_placement else 11) if is_core or is_end else None
+    return 11 if is_core and is_end else None
 
 
 def cells_of(grid: EvidenceGrid) -> list[EvidenceCell]:
@@ -164,14 +172,9 @@ def cells_of(grid: EvidenceGrid) -> list[EvidenceCell]:
         for threads in grid.threads
         if (tier := tier_of(grid, transport, placement, threads, point)) is not None
     ]
-
-    cells += [replace(cell, is_again=True) for cell in cells if cell.tier == 1 and cell.threads == 0]
-
-    def importance(cell: EvidenceCell) -> tuple[int, int, int, int]:
-        is_between = cell.threads not in (0, grid.threads[-1])
-        return cell.round, order.index(cell.engine), cell.tier, 2 if cell.is_again else int(is_between)
-
-    return sorted(cells, key=importance)
+    isolated = [cell for cell in cells if cell.tier == 1 and cell.threads == 0]
+    cells += [replace(cell, is_again=True, tier=AGAIN_TIER) for cell in isolated]
+    return sorted(cells, key=lambda cell: (cell.round, order.index(cell.engine), cell.tier))
 
 
 def estimate_s(grid: EvidenceGrid, cell: EvidenceCell) -> float:
@@ -191,7 +194,7 @@ def estimate_s(grid: EvidenceGrid, cell: EvidenceCell) -> float:
         return overhead_s + sending_s + min(DRAIN_S, request_s)
     request_s += point.concurrency * point.scenario.input_len * PROMPT_TOKEN_S
     waves = math.ceil(sending_s / request_s)
-    ended_s = waves * request_s + RAMP_SHARE * sending_s
+    ended_s = min(waves * request_s + RAMP_SHARE * sending_s, sending_s + request_s)
     return overhead_s + min(max(sending_s, ended_s), sending_s + DRAIN_S)
 
 
@@ -214,11 +217,14 @@ def next_action(
     cell_s: Cost,
     start_s: Callable[[str], float],
 ) -> Action:
-    """missing: by importance. An engine that runs goes on until its round is done, and farther where no other could be started in time."""
+    """missing: by importance. An engine that runs goes on until its round is done, and farther where no other could be started in time: not for a
+    single cell then, which has nothing to be compared with."""
 
-    def other(wanted: Sequence[EvidenceCell]) -> Action:
+    def other(wanted: Sequence[EvidenceCell], num_worth: int) -> Action:
         for cell in wanted:
-            if cell.engine != running and start_s(cell.engine) + cell_s(cell) + STOP_S <= left_s:
+            stop_s = STOP_S if running is None else 2 * STOP_S
+            first = [one for one in wanted if one.engine == cell.engine][:num_worth]
+            if cell.engine != running and start_s(cell.engine) + sum(map(cell_s, first)) + stop_s <= left_s:
                 return Action(engine=cell.engine)
         return Action()
 
@@ -226,10 +232,10 @@ def next_action(
     fitting = [cell for cell in mine if cell_s(cell) + STOP_S <= left_s]
     if fitting:
         earlier = [cell for cell in missing if cell.engine != running and cell.round < fitting[0].round]
-        if earlier and (action := other(earlier)).engine is not None:
+        if earlier and (action := other(earlier, 2)).engine is not None:
             return action
         return Action(cell=fitting[0])
-    return other(missing)
+    return other(missing, 1)
 
 
 def simulate(grid: EvidenceGrid, missing: Sequence[EvidenceCell], budget_s: float) -> list[list[str]]:

@@ -19,7 +19,8 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Progress, run_load
 from blinkimp.host.power import PowerSource
-from blinkimp.lab.burner import KINDS, Interference, is_kind, missing_program
+from blinkimp.lab.burner import KINDS, is_kind, missing_program
+from blinkimp.lab.burner_pool import Burners
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine
 from blinkimp.lab.host_monitor import difference, set_affinity, snapshot
 from blinkimp.lab.store import Store, key_of
@@ -167,14 +168,14 @@ def run_interference(
                 # The engine starts on all CPUs: loading is not what is measured.
                 set_affinity(os.getpid(), own_cpus)
                 try:
-                    with RunningEngine(engine, start_timeout_s) as running:
+                    with RunningEngine(engine, start_timeout_s) as running, Burners() as burners:
                         running.pin(placement)
                         set_affinity(os.getpid(), set(placement.reserved))
                         for plan in here:
                             if deadline is not None and time.monotonic() > deadline:
                                 break
                             progress("cells", len(plans) - len(missing) + num_done, len(plans))
-                            cell = measure(plan, running, grid, source, idle_w, drain_s, progress)
+                            cell = measure(plan, running, burners, grid, source, idle_w, drain_s, progress)
                             store.put(plan.key, cell)
                             say(line_of(plan, cell))
                             num_failed += "error" in cell
@@ -194,6 +195,7 @@ def run_interference(
 def measure(
     plan: CellPlan,
     running: RunningEngine,
+    burners: Burners,
     grid: Grid,
     source: PowerSource | None,
     idle_w: float | None,
@@ -204,8 +206,8 @@ def measure(
     cell = plan.words
     kind = plan.kind if plan.num_threads else KINDS[0]
     try:
-        with Interference(kind, plan.num_threads, set(plan.placement.contested)) as burner:
-            time.sleep(SETTLE_S)
+        with burners.burning(kind, plan.num_threads, set(plan.placement.contested)) as burner:
+            time.sleep(SETTLE_S if plan.num_threads else 0.0)
             pids = list(running.processes)
             before = snapshot(pids)
             target = plan.engine.target()

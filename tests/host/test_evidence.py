@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from blinkimp.cli import main
+from blinkimp.lab.evidence import MIN_DRAIN_S, Call
+from blinkimp.lab.evidence_plan import DRAIN_S, STOP_S
 from blinkimp.lab.evidence_state import end_leftover, start_time
 from blinkimp.lab.room import Room
 from tests.support import PATIENCE_S, python_path, undisturbed
@@ -139,11 +141,20 @@ def test_an_engine_too_slow_to_finish_is_measured_as_such(tmp_path: Path, monkey
         assert report["p99_ttft_floor_ms"] >= 100
 
 
-def test_our_engine_is_measured_over_both_transports(tmp_path: Path) -> None:
-    folder, own_cpus = tmp_path / "evidence", os.sched_getaffinity(0)
+def test_our_engine_is_measured_over_both_transports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a transport is warmed up right before its first cell: one without a cell in this call is not."""
+    folder, own_cpus, events = tmp_path / "evidence", os.sched_getaffinity(0), []
+    warm_up, measure = Call._warm_up, Call._measure
+    monkeypatch.setattr(
+        Call, "_warm_up", lambda call, spec: events.append(f"warm {spec.address[:4]}") or warm_up(call, spec)
+    )
+    monkeypatch.setattr(
+        Call, "_measure", lambda call, cell, *rest: events.append(cell.transport) or measure(call, cell, *rest)
+    )
     flags = ["--engines", "persistent", "--serve-flags=--num-threads=1"]
     assert main(["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *flags, "--users", ""]) == 0
     assert os.sched_getaffinity(0) == own_cpus
+    assert events == ["warm http", "http", "http", "warm tcp:", "zmq"]
     cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
     assert {(cell["transport"], cell["report"]["backend"]) for cell in cells} == {
         ("http", "openai"),
@@ -151,7 +162,25 @@ def test_our_engine_is_measured_over_both_transports(tmp_path: Path) -> None:
     }
     for cell in cells:
         assert cell["report"]["completed"] > 0 and cell["report"]["failed"] == 0
-        assert cell["host"]["processes"] and cell["tier"] <= 5 and cell["wall_s"] > 0.4
+        assert cell["host"]["processes"] and cell["tier"] <= 8 and cell["wall_s"] > 0.4
+
+
+def test_last_answers_are_not_waited_for_beyond_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor while the engine is to be stopped in it."""
+    drains = []
+
+    def measured(*arguments: object) -> dict[str, object]:
+        drains.append(arguments[-2])
+        return {"error": "not measured"}
+
+    monkeypatch.setattr("blinkimp.lab.evidence.measure", measured)
+    monkeypatch.setattr("blinkimp.lab.evidence.QUIET_S", 0.0)
+    flags = ["lab", "evidence", "--resume", str(tmp_path / "evidence"), *LOADS, *LENGTH, *scripted(tmp_path)]
+    assert main([*flags, "--budget-s", "600"]) == 1 and drains == [DRAIN_S] * 3
+    drains.clear()
+    monkeypatch.setattr("blinkimp.lab.evidence.DRAIN_S", 1e6)
+    assert main([*flags, "--budget-s", "600"]) == 1
+    assert len(drains) == 3 and all(MIN_DRAIN_S < drain < 600 - STOP_S - 0.4 for drain in drains)
 
 
 def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(

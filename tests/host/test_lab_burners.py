@@ -1,4 +1,4 @@
-"""blinkimp/lab/burner.py and burn_loops.py: each kind works, on its CPUs alone, and is gone afterwards.
+"""blinkimp/lab/burner.py, burner_pool.py and burn_loops.py: each kind works, on its CPUs alone, rests when told to, and is gone afterwards.
 
 Run: pytest tests/host/test_lab_burners.py
 """
@@ -6,6 +6,9 @@ Run: pytest tests/host/test_lab_burners.py
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +16,9 @@ import pytest
 from blinkimp.bench.errors import LoadError
 from blinkimp.lab import burn_loops
 from blinkimp.lab.burner import LOOPS, Interference, bz2_worker, missing_program
-from blinkimp.lab.host_monitor import process_counters, tree_of
+from blinkimp.lab.burner_pool import MAX_RESTING, Burners
+from blinkimp.lab.host_monitor import PROC, process_counters, read_text, threads_of, tree_of
+from tests.host.engine_support import wait_for
 from tests.support import PATIENCE_S, python_path
 
 
@@ -88,6 +93,95 @@ def test_no_threads_are_no_process() -> None:
     with Interference("stream", 0, {0}) as burner:
         assert burner._process is None
     assert burner.units_per_s is None
+
+
+# ---- Rest ------------------------------------------------------------------------------------------------------------
+def states_of(pid: int) -> set[str]:
+    """Of all threads: T is stopped."""
+    stats = [read_text(PROC / str(pid) / "task" / str(thread) / "stat") for thread in threads_of(pid)]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats if stat}
+
+
+def test_what_rests_has_stopped_and_goes_on_where_it_was() -> None:
+    with Burners() as burners:
+        with burners.burning("arithmetic+bz2", 3, os.sched_getaffinity(0)) as burner:
+            assert burner._process is not None
+            pid = burner._process.pid
+            time.sleep(0.3)
+        assert states_of(pid) == {"T"} and len(threads_of(pid)) >= 4
+        first, rested_s = burner.units_per_s, cpu_s(pid)
+        assert first is not None and first["arithmetic"] > 0
+        with burners.burning("arithmetic+bz2", 3, os.sched_getaffinity(0)) as again:
+            assert again is burner
+            wait_for(lambda: cpu_s(pid) > rested_s + 0.2, PATIENCE_S, "it works again")
+        assert again.units_per_s is not None and again.units_per_s["arithmetic"] > 0
+        assert states_of(pid) == {"T"}
+    wait_for(lambda: not threads_of(pid), PATIENCE_S, "it is gone")
+
+
+def test_counts_are_those_since_it_went_on() -> None:
+    burner = Interference("syscall+bz2", 2, {0})
+    burner._began_s = 5.0
+    burner._count_since({"units": {"syscall": 600, "bz2": 60}, "at_s": 7.0})
+    assert burner.units_per_s == {"syscall": 300, "bz2": 30}
+    burner._began_s = 12.0
+    burner._count_since({"units": {"syscall": 1000, "bz2": 60}, "at_s": 16.0})
+    assert burner.units_per_s == {"syscall": 100, "bz2": 0}
+
+
+def test_few_are_kept_and_none_of_those_that_cannot_rest() -> None:
+    with Burners() as burners:
+        for num_threads in range(1, MAX_RESTING + 2):
+            with burners.burning("syscall", num_threads, {0}):
+                pass
+        assert [number for _, number, _ in burners._resting] == list(range(2, MAX_RESTING + 2))
+        with burners.burning("compile", 1, os.sched_getaffinity(0)) as compiler:
+            assert compiler._process is not None
+        assert compiler._process.returncode is not None and len(burners._resting) == MAX_RESTING
+        with burners.burning("syscall", 0, {0}) as nothing:
+            assert nothing._process is None
+        kept = [burner._process for burner in burners._resting.values()]
+    assert all(process is not None and process.returncode is not None for process in kept)
+
+
+def test_what_a_failed_cell_leaves_does_not_rest() -> None:
+    with Burners() as burners:
+        with pytest.raises(LoadError, match="a cell"), burners.burning("syscall", 1, os.sched_getaffinity(0)) as burner:
+            raise LoadError("a cell")
+        assert burner._process is not None and burner._process.returncode is not None and not burners._resting
+
+
+OWNER = """
+import os, time
+from blinkimp.lab.burner_pool import Burners
+with Burners() as burners:
+    with burners.burning("syscall", 1, os.sched_getaffinity(0)) as burner:
+        pass
+    print(burner._process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_that_rests_ends_with_an_owner_that_was_killed() -> None:
+    """Stopped, it cannot see that its stdin has ended."""
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    assert states_of(pid) == {"T"}
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    wait_for(lambda: states_of(pid) <= {"Z"}, PATIENCE_S, "it is gone")
+
+
+def test_a_process_that_ends_before_it_has_counted_is_explained() -> None:
+    with (
+        Burners() as burners,
+        pytest.raises(LoadError, match="expected its counts"),
+        burners.burning("syscall", 1, os.sched_getaffinity(0)) as burner,
+    ):
+        assert burner._process is not None
+        os.killpg(burner._process.pid, signal.SIGKILL)
 
 
 def test_a_cycle_visits_every_cache_line_once() -> None:
