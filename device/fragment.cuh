@@ -1,8 +1,8 @@
 // The products of one warpgroup as wgmma leaves them in registers, and how a fused tail walks over them. GPU only.
 //
 // A tail (gemm_epilogues.cuh) runs once an op and layer, and by then the instruction caches are full of other code: an instruction that is not there costs 10 to 25
-// clk, one that is there 2 (PERFORMANCE.md). So there is one copy of a tail's code for all columns: it takes them in steps, and since registers have no index
-// the fragment moves down a step in each turn.
+// clk, one that is there 2 (PERFORMANCE.md). So there is one copy of a tail's code for all columns, but for a few steps (kMostUnrolledSteps): it takes them in
+// steps, and since registers have no index the fragment moves down a step in each turn.
 // Used by device/gemm.cuh, gemm_wide.cuh, the epilogues, attention's ways out. Test: pytest -m gpu tests/gpu/test_gemm.py; without a GPU: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
 #include <activation_layout.cuh>
@@ -28,6 +28,7 @@ struct Nothing {};
 
 // The base of an epilogue that reads nothing but the products.
 struct ReadsNothing {
+  static constexpr u32 kMostUnrolledSteps = 1;
   static constexpr u32 kTailRegisters = 0;
   using Rows = Nothing;
   template <int>
@@ -70,7 +71,7 @@ struct FragmentTail {
   // With the products; d is used up.
   BK_INLINE void finish(f32 (&d)[kColumns / 2], const f32* row_scale) {
     u32 column = column_begin;
-#pragma unroll 1
+#pragma unroll (kSteps <= Epilogue::kMostUnrolledSteps ? kSteps : 1)
     for (u32 step = 0; step < kSteps; step++) {
       epilogue.template finish<kStep, kWide>(rows, row_begin, column, reinterpret_cast<f32(&)[kStep / 2]>(d), loaded[0], row_scale);
       move_down<kStep / 2>(d);

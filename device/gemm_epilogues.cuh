@@ -3,8 +3,9 @@
 // An epilogue sees the fragment of one warpgroup: 64 rows from `row_begin` x packed weight rows from `column_begin`, in steps (fragment.cuh).
 //   step_columns<kColumns>()     columns that finish() takes at a time, of a fragment of kColumns
 //   rows(row)                    before the main loop: what depends on the rows alone
-//   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, or as soon as kTailRegisters allow
+//   prefetch<kStep>(rows, ...)   what finish() will read: sent before the main loop, as far as kTailRegisters allow, else a step or more ahead
 //   finish<kStep, kWide>(...)    with a step's products in d
+//   kMostUnrolledSteps           of so many steps each has a copy of the code
 //   kTakesPieces                 16 columns may be a warp's own (gemm_swapped.cuh), not a part of what a warpgroup has
 //   kMeets                       finish() has a barrier of all compute threads
 // Bits: finish computes each output by itself, in an order that does not depend on kColumns. Sums of products are spelled out (__fmaf_rn or not),

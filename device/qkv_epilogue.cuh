@@ -26,9 +26,10 @@ struct QkvEpilogue {
   };
 
   // A packed tile at a time, a head where heads are normalised.
+  static constexpr u32 kMostUnrolledSteps = 1;
   static constexpr bool kTakesPieces = kTileRows != kHeadDim;  // else a tile may be a head that is normalised
   static constexpr bool kMeets = false;
-  static constexpr u32 kTailRegisters = 128;  // for products and loads, of a thread's 224
+  static constexpr u32 kTailRegisters = 128;  // for products and loads, of a thread's 224: with two steps ahead of 192 columns the kernel spills
   struct Rows {
     Place places[2];  // [half]
   };
