@@ -82,6 +82,12 @@ def test_prefill_chunks(run: RunStep, shape: Shape) -> None:
     check_spans(run, np.random.default_rng(2), shape, spans, num_ctas=3)
 
 
+@pytest.mark.parametrize("shape", [Shape(4, 1, 128), Shape(6, 2, 128), Shape(4, 1, 64, 500)], ids=str)
+def test_plain_pages(run: RunStep, shape: Shape) -> None:
+    """Whole tiles over several splits, items after items on a CTA: most pages are plain."""
+    check_spans(run, np.random.default_rng(11), shape, [(0, 450), (600, 700), (333, 334)], num_ctas=2)
+
+
 @pytest.mark.parametrize("window", [1, 63, 64, 100, 300])
 def test_sliding_window(run: RunStep, window: int) -> None:
     spans = [(0, 40), (600, 601), (500, 530), (63, 64), (64, 65)]
