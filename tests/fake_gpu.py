@@ -170,5 +170,6 @@ def fake_runner(gpu: FakeGpu, num_layers: int = 2, **changes: Any) -> StepRunner
     runner.page, runner.function = np.zeros(4096, np.uint8), None
     runner.page_tables = np.zeros((MAX_BATCH, runner.sizes.max_pages_per_request), np.uint32)
     runner.free_pages, runner.num_pages_of = list(range(runner.sizes.num_pages)), np.zeros(MAX_BATCH, int)
+    runner.num_shared_of = np.zeros(MAX_BATCH, int)
     runner.requests = np.zeros((MAX_BATCH, abi.REQUEST_BYTES), np.uint8)
     return runner  # type: ignore[no-any-return]
