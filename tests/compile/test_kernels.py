@@ -30,8 +30,8 @@ from blinkimp.lab.shapes import LLAMA_3_8B
 NUM_WORKERS = 131  # an H100 or H200 has 132 SMs, one of which is the director's
 REGISTERS_PER_MULTIPROCESSOR = 65536
 REGISTERS_ALLOCATED_AT_ONCE = 8  # per thread
-# On the Hopper kernel's stack: the convergence barrier of the roles' branch, stored once and read once, and a word of wide O and down that is read twice an
-# item, outside of all loops over pages and slices (device/PERFORMANCE.md).
+# On the Hopper kernel's stack: the convergence barrier of the roles' branch, stored once and read once, and a word of wide O and down that is read
+# twice an item, outside of all loops over pages and slices (device/PERFORMANCE.md).
 MOST_SPILL_BYTES = {KERNEL_SOURCE: 8}
 
 QWEN_3_4B = LLAMA_3_8B | {
