@@ -107,13 +107,14 @@ def test_what_rests_has_stopped_and_goes_on_where_it_was() -> None:
         with burners.burning("arithmetic+bz2", 3, os.sched_getaffinity(0)) as burner:
             assert burner._process is not None
             pid = burner._process.pid
-            time.sleep(0.3)
+            began_s = cpu_s(pid)
+            wait_for(lambda: cpu_s(pid) > began_s + 0.5, PATIENCE_S, "each thread has worked")
         assert states_of(pid) == {"T"} and len(threads_of(pid)) >= 4
         first, rested_s = burner.units_per_s, cpu_s(pid)
         assert first is not None and first["arithmetic"] > 0
         with burners.burning("arithmetic+bz2", 3, os.sched_getaffinity(0)) as again:
             assert again is burner
-            wait_for(lambda: cpu_s(pid) > rested_s + 0.2, PATIENCE_S, "it works again")
+            wait_for(lambda: cpu_s(pid) > rested_s + 0.5, PATIENCE_S, "it works again")
         assert again.units_per_s is not None and again.units_per_s["arithmetic"] > 0
         assert states_of(pid) == {"T"}
     wait_for(lambda: not threads_of(pid), PATIENCE_S, "it is gone")
