@@ -68,19 +68,42 @@ BK_INLINE MergeLane merge_factors(float2 softmax, f32 scale, f32& before) {
   return merge;
 }
 
+// Splits of a row that are on their way: a lane holds head_dim / 32 neighbouring columns of each.
+template <int kHeadDim>
+struct MergeGroup {
+  static constexpr u32 kSplits = 8;
+  static constexpr u32 kPairs = kHeadDim / 64;
+  float2 outputs[kSplits * kPairs];  // [split][pair of columns]
+
+  // The first num_left splits from `part` on, which are `step` pairs apart. Zeros for what is not there, which nobody folds: to keep what was there would take its registers from everybody.
+  BK_INLINE void load(const float2* part, u32 step, u32 num_left) {
+#pragma unroll
+    for (u32 split = 0; split < kSplits; ++split, part += step) {
+#pragma unroll
+      for (u32 i = 0; i < kPairs; ++i) {
+        outputs[split * kPairs + i] = split < num_left ? part[i] : float2{0.0f, 0.0f};
+      }
+    }
+  }
+};
+
 // Folds the items of one unit in order and writes its rows: the first is the total of num_folded splits, the others are splits num_folded ..
-// num_splits - 1. One warp a row, a lane holds head_dim / 32 neighbouring columns; 8 splits are on their way at once.
+// num_splits - 1. One warp a row. 32,768 tokens have 128 splits, and only as many warpgroups are at work as there are kv heads: so three groups of splits are on
+// their way at once.
 template <int kHeadDim, class Store>
 BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_folded, u32 num_splits, u32 out_row, u32 kv_head, const Store& store) {
+  using Group = MergeGroup<kHeadDim>;
   constexpr u32 kColumns = kHeadDim / 32;
-  constexpr u32 kAtOnce = 8;
+  constexpr u32 kGroupsAtOnce = 3;
   const f32 scale = params.dims.attention_scale * 1.4426950408889634f;
   const u32 lane = thread_idx() % 32u;
   const u32 group = group_of(params);
 #pragma unroll 1
   for (u32 row = thread_idx() % 128u / 32u; row < group; row += 4) {
+    // Lanes past the last split bring what changes no maximum.
+    const auto load_softmax = [&](u32 split) { return split < num_splits ? *part_softmax<kHeadDim>(params, item_begin + split, row) : make_float2(minus_infinite_score(), 0.0f); };
+    float2 softmax = load_softmax(num_folded + lane);
     const float2 first_softmax = *part_softmax<kHeadDim>(params, item_begin, row);
-    FoldTotal total{first_softmax.x, first_softmax.y};
     f32 outputs[kColumns];
     const float2* first = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin, row) + lane * kColumns);
 #pragma unroll
@@ -89,29 +112,44 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
       outputs[i * 2] = value.x;
       outputs[i * 2 + 1] = value.y;
     }
+    const u32 step = group * (kHeadDim / 2);
+    const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin + num_folded, row) + lane * kColumns);
+    Group groups[kGroupsAtOnce];
+    u32 num_unsent = num_splits - num_folded;
+    const auto send = [&](Group& to) {
+      to.load(part, step, num_unsent);
+      part += Group::kSplits * step;
+      num_unsent -= min(num_unsent, Group::kSplits);
+    };
+#pragma unroll
+    for (u32 i = 0; i < kGroupsAtOnce; ++i) send(groups[i]);
+    FoldTotal total{first_softmax.x, first_softmax.y};
+    MergeLane merge{};
 #pragma unroll 1
-    for (u32 split_begin = num_folded; split_begin < num_splits; split_begin += kAtOnce) {
-      const u32 num_left = min(kAtOnce, num_splits - split_begin);
-      float2 parts[kAtOnce * kColumns / 2];  // [split][pair of columns]
+    for (u32 split_begin = num_folded; split_begin < num_splits;) {
 #pragma unroll
-      for (u32 split = 0; split < kAtOnce; ++split) {
-        const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin + split_begin + min(split, num_left - 1), row) + lane * kColumns);
-#pragma unroll
-        for (u32 i = 0; i < kColumns / 2; ++i) parts[split * kColumns / 2 + i] = part[i];
-      }
-      // Lanes past the last split bring what changes no maximum.
-      const float2 own = lane < num_left ? *part_softmax<kHeadDim>(params, item_begin + split_begin + lane, row) : make_float2(minus_infinite_score(), 0.0f);
-      const MergeLane merge = merge_factors(own, scale, total.maximum);
-#pragma unroll 1
-      for (u32 split = 0; split < num_left; ++split) {
-        const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, split), __shfl_sync(0xffffffffu, merge.factors.split, split)};
-        total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, split), factors);
-#pragma unroll
-        for (u32 i = 0; i < kColumns / 2; ++i) {
-          outputs[i * 2] = fold_value(outputs[i * 2], parts[i].x, factors);
-          outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], parts[i].y, factors);
+      for (u32 at = 0; at < kGroupsAtOnce; ++at) {  // each has its registers: to move what is on its way is to wait for it
+        const u32 in_warp = (split_begin - num_folded) % 32u;  // the factors of 32 splits are a warp's work
+        if (in_warp == 0) {
+          merge = merge_factors(softmax, scale, total.maximum);
+          softmax = load_softmax(split_begin + 32 + lane);
         }
-        move_down<kColumns / 2>(parts);
+        const u32 num_left = min(Group::kSplits, num_splits - split_begin);
+#pragma unroll
+        for (u32 split = 0; split < Group::kSplits; ++split) {
+          if (split == num_left) break;
+          const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, in_warp + split), __shfl_sync(0xffffffffu, merge.factors.split, in_warp + split)};
+          total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, in_warp + split), factors);
+#pragma unroll
+          for (u32 i = 0; i < kColumns / 2; ++i) {
+            const float2 value = groups[at].outputs[split * kColumns / 2 + i];
+            outputs[i * 2] = fold_value(outputs[i * 2], value.x, factors);
+            outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], value.y, factors);
+          }
+        }
+        split_begin += Group::kSplits;
+        if (split_begin >= num_splits) break;
+        send(groups[at]);
       }
     }
     const f32 inverse_sum = __frcp_rn(total.sum);

@@ -39,8 +39,23 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
   }
 }
 
+// The grid barrier behind which an op's input is written. The input producer passes it right before its first copy: everybody waits for what it works out behind it.
+struct InputGate {
+  const EngineParams& params;
+  u32 num_barriers;
+  bool is_open;
+
+  BK_INLINE void pass() {
+    if (is_open) return;
+    wait_grid(params, num_barriers);
+    fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; bulk copies read them
+    is_open = true;
+  }
+};
+
 // One row tile, several slices in a copy. Rows of the tile that do not exist keep old bytes, whose products nobody reads.
-BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const GemmShape& shape, u32 num_barriers, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+  InputGate gate{params, num_barriers, false};
   const u32 slice_bytes = shape.input_rows * 128;
   const u32 input_bytes = shape.num_slices * slice_bytes;
   const GemmWalk walk = tile_walk(params, shape);
@@ -49,6 +64,7 @@ BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(&shared.inputs_full[cursor.stage], num_bytes);
+      gate.pass();
       bulk_copy_to_shared(ring + cursor.stage * kInputStageBytes, input + offset, num_bytes, &shared.inputs_full[cursor.stage]);
       cursor.advance(kInputStages);
     }

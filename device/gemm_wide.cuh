@@ -91,7 +91,8 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 }
 
 // input: [row / 64][k / 64][64 rows][64 k], swizzled. Rows that do not exist keep old bytes, whose products nobody reads.
-BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u32 num_barriers, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+  InputGate gate{params, num_barriers, false};
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
@@ -113,6 +114,7 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
       u8* place = ring + cursor.stage * kInputStageBytes;
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
+      gate.pass();
       if (first_bytes) bulk_copy_to_shared(place, source, first_bytes, full);
       if (second_bytes) bulk_copy_to_shared(place + kRowTileBytes, source + second_offset, second_bytes, full);
       cursor.advance(kInputStages);

@@ -81,10 +81,8 @@ BK_INLINE void input_producer(const EngineParams& params) {
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, *plan);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
-        wait_grid(params, state.num_barriers);
-        fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; the bulk copies below read them
-        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, shared_memory + kScratchOffset, shared, cursor);
-        else produce_inputs(params, input, gemm_shape(op, num_rows), shared_memory + kScratchOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
+        else produce_inputs(params, input, gemm_shape(op, num_rows), state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
       }
       state.num_barriers++;
     }

@@ -246,12 +246,12 @@ def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:
 def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
     """The input producer without its wait for the grid: wrong logits, or a crash, as on a GPU; so in a process of its own."""
     folder, _ = checkpoint
-    wait = "wait_grid(params, state.num_barriers);\n        fence_proxy_async();"
+    wait = "wait_grid(params, num_barriers);\n    fence_proxy_async();"
     for name, replacement, wanted in (("whole", wait, True), ("planted", "", False)):
         device = shutil.copytree(ROOT / "device", tmp_path / name)
-        source = (device / "worker.cuh").read_text()
+        source = (device / "gemm.cuh").read_text()
         assert source.count(wait) == 1
-        (device / "worker.cuh").write_text(source.replace(wait, replacement))
+        (device / "gemm.cuh").write_text(source.replace(wait, replacement))
         result = run_apart("check_a_prompt", folder, device)
         assert (result.returncode == 0) == wanted, result.stderr
 

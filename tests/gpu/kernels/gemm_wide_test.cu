@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
       for (u32 i = 0; i < params.num_ops; i++) {
         wait_grid(params, i);  // as if the op before had made the input
         fence_proxy_async();
-        produce_inputs_wide(params, ops[i], input, num_rows, memory + kScratchOffset, shared, cursor);
+        produce_inputs_wide(params, ops[i], input, num_rows, 0, memory + kScratchOffset, shared, cursor);
       }
     }
   } else {
