@@ -75,7 +75,7 @@ struct MergeGroup {
   static constexpr u32 kPairs = kHeadDim / 64;
   float2 outputs[kSplits * kPairs];  // [split][pair of columns]
 
-  // The first num_left splits from `part` on, which are `step` pairs apart. Zeros for what is not there, which nobody folds: to keep what was there would take its registers from everybody.
+  // The first num_left splits from `part` on, which are `step` pairs apart. Zeros for what is not there: to keep what was there would take its registers from everybody.
   BK_INLINE void load(const float2* part, u32 step, u32 num_left) {
 #pragma unroll
     for (u32 split = 0; split < kSplits; ++split, part += step) {
@@ -100,7 +100,7 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
   const u32 group = group_of(params);
 #pragma unroll 1
   for (u32 row = thread_idx() % 128u / 32u; row < group; row += 4) {
-    // Lanes past the last split bring what changes no maximum.
+    // Splits past the last bring what changes no maximum.
     const auto load_softmax = [&](u32 split) { return split < num_splits ? *part_softmax<kHeadDim>(params, item_begin + split, row) : make_float2(minus_infinite_score(), 0.0f); };
     float2 softmax = load_softmax(num_folded + lane);
     const float2 first_softmax = *part_softmax<kHeadDim>(params, item_begin, row);
@@ -134,10 +134,8 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
           merge = merge_factors(softmax, scale, total.maximum);
           softmax = load_softmax(split_begin + 32 + lane);
         }
-        const u32 num_left = min(Group::kSplits, num_splits - split_begin);
 #pragma unroll
-        for (u32 split = 0; split < Group::kSplits; ++split) {
-          if (split == num_left) break;
+        for (u32 split = 0; split < Group::kSplits; ++split) {  // those past the last, too: total * 1 + 0 * 0. A branch between two would leave each shuffle's latency by itself
           const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, in_warp + split), __shfl_sync(0xffffffffu, merge.factors.split, in_warp + split)};
           total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, in_warp + split), factors);
 #pragma unroll
