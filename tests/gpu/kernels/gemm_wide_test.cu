@@ -80,10 +80,8 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
       for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, memory + kRingOffset, shared, cursor);
     }
     if (role == 1 && elect_one()) {
-      for (u32 i = 0; i < params.num_ops; i++) {
-        wait_grid(params, i);  // as if the op before had made the input
-        fence_proxy_async();
-        produce_inputs_wide(params, ops[i], input, num_rows, 0, memory + kScratchOffset, shared, cursor);
+      for (u32 i = 0; i < params.num_ops; i++) {  // as if the op before had made the input
+        produce_inputs_wide(params, ops[i], input, num_rows, i, memory + kScratchOffset, shared, cursor);
       }
     }
   } else {
