@@ -137,8 +137,8 @@ LAST_TIERS: Final = (2, 3, 8)  # of each round but the last
 def tier_of(grid: EvidenceGrid, transport: str, placement: str, threads: int, point: Point) -> int | None:
     """How important a measurement is; None: not wanted. Most of all isolation and the most interference, over HTTP and with the first placement: at
     the middle rate (1), with the middle number of users (2), at the ends of both (3), then all other loads (4). Levels between, of the two
-    middle loads (5); the second placement at the middle rate (6); the second run of the same (7); the other transport at the middle rate (8);
-    levels between of the other loads (9); the rest of the other transport (10) and of the other placement (11)."""
+    middle loads (5); the second placement at the middle rate (6); both middle loads once more without interference (7); the other transport at
+    the middle rate (8); levels between of the other loads (9); the rest of the other transport (10) and of the other placement (11)."""
     is_rate = point.rate is not None
     values: tuple[float, ...] = grid.rates if is_rate else grid.users
     middle = values[len(values) // 2]
@@ -172,7 +172,7 @@ def cells_of(grid: EvidenceGrid) -> list[EvidenceCell]:
         for threads in grid.threads
         if (tier := tier_of(grid, transport, placement, threads, point)) is not None
     ]
-    isolated = [cell for cell in cells if cell.tier == 1 and cell.threads == 0]
+    isolated = [cell for cell in cells if cell.tier in (1, 2) and cell.threads == 0]
     cells += [replace(cell, is_again=True, tier=AGAIN_TIER) for cell in isolated]
     return sorted(cells, key=lambda cell: (cell.round, order.index(cell.engine), cell.tier))
 
