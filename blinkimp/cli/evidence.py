@@ -63,6 +63,11 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     )
     engines.add_argument("--device", choices=("gpu", "emulated"), default="gpu", help="of our engines")
     engines.add_argument("--serve-flags", default="", metavar="TEXT", help="more flags for `blinkimp serve`")
+    engines.add_argument(
+        "--trace",
+        action="store_true",
+        help="keep a trace of each cell of ours, and tell where its time went; costs a percent: in a folder of its own",
+    )
     engines.add_argument("--transports", type=words, default="http,zmq", metavar="LIST", help="of our engines")
     grid = parser.add_argument_group("what is varied")
     grid.add_argument("--rates", type=numbers, default="2,4,8,16,32", metavar="LIST", help="requests/s of open loops")
@@ -86,7 +91,13 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     parser.add_argument("--commit", default="", metavar="TEXT", help="what is measured, where there is no git to ask")
 
 
+def engine_name(engine: str) -> str:
+    return f"evidence-{engine}-{os.getpid()}"
+
+
 def serve_command(options: argparse.Namespace, engine: str, load_format: str) -> str:
+    from blinkimp.lab.cell_trace import TRACE_FLAGS
+
     flags = [
         "--device",
         options.device,
@@ -100,7 +111,8 @@ def serve_command(options: argparse.Namespace, engine: str, load_format: str) ->
     flags += ["--max-context", str(CONTEXT)] if options.model == SHAPE else []
     flags += ["--bind", "tcp://127.0.0.1:{zmq_port}"]
     flags += ["--http", "127.0.0.1:{port}"] if "http" in options.transports else []
-    flags += ["--engine-name", f"evidence-{engine}-{os.getpid()}"]
+    flags += ["--engine-name", engine_name(engine)]
+    flags += TRACE_FLAGS if options.trace else []
     flags += ["--orchestrator", "gpu" if engine == "persistent" else engine]
     command = [sys.executable, "-m", "blinkimp", "serve", "--model", "{model}", *flags]
     return shlex.join([*command, *shlex.split(options.serve_flags)])
@@ -147,6 +159,7 @@ def grid_of(options: argparse.Namespace) -> Any:
         num_cpus=options.cpus or len(os.sched_getaffinity(0)),
         num_reserved=options.reserved_cpus,
         seed=options.seed,
+        is_traced=options.trace,
     )
 
 
@@ -211,7 +224,8 @@ def measure_call(grid: Any, options: argparse.Namespace) -> int:
         if "vllm" in options.engines:
             commands["vllm"] = options.vllm_command
         room = None if options.room is None else Room(options.room)
-        setup = Setup(grid, commands, model, vocab_size, open_nvml(), options.commit, room)
+        traced = {name: engine_name(name) for name in options.engines if options.trace and name != "vllm"}
+        setup = Setup(grid, commands, model, vocab_size, open_nvml(), options.commit, room, traced)
         with LoadingBars() as bars:
             num_failed, _ = run_evidence(setup, options.resume, budget_s=options.budget_s, progress=bars)
     return 1 if num_failed else 0

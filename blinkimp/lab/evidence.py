@@ -29,6 +29,7 @@ from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Progress, run_load
 from blinkimp.host.power import PowerSource, idle_power_w
 from blinkimp.lab.burner_pool import Burners
+from blinkimp.lab.cell_trace import CellTrace
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine, placement_of
 from blinkimp.lab.evidence_plan import (
     DRAIN_S,
@@ -68,6 +69,7 @@ class Setup:
     source: PowerSource | None = None
     commit: str = ""
     room: Room | None = None  # shared with processes that measure other engines at the same time
+    traced: Mapping[str, str] = field(default_factory=dict)  # --engine-name of engines whose cells get a trace
     facts: Mapping[str, Any] = field(default_factory=dict)  # of the machine, for calls.json
 
 
@@ -224,16 +226,19 @@ class Call:
         self._progress("cells", len(cells_of(self.grid)) - len(self.missing()), len(cells_of(self.grid)))
         sending_s = self.grid.seconds + self.grid.warmup_s
         plan = CellPlan(spec, placement, self.grid.interference if cell.threads else "none", cell.threads, cell.point)
-        measured = measure(
-            plan,
-            running,
-            self._burners,
-            loads_by_duration(self.grid, placement, cell.point),
-            self.setup.source,
-            self._idle_w,
-            max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s - STOP_S)),
-            self._progress,
-        )
+        with self._trace_of(cell) as trace:
+            measured = measure(
+                plan,
+                running,
+                self._burners,
+                loads_by_duration(self.grid, placement, cell.point),
+                self.setup.source,
+                self._idle_w,
+                max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s - STOP_S)),
+                self._progress,
+            )
+            if trace is not None:
+                measured["trace"] = trace.figures()
         seconds = time.monotonic() - began
         measured |= {
             "kind": "evidence",
@@ -248,6 +253,11 @@ class Call:
         self.num_failed += "error" in measured
         self._say(f"{self.left_s:5.0f} s left  {cell.label}: {words_of(measured)}")
         return "error" not in measured and not measured["report"]["num_cut"]
+
+    def _trace_of(self, cell: EvidenceCell) -> contextlib.AbstractContextManager[CellTrace | None]:
+        if cell.engine not in self.setup.traced:
+            return contextlib.nullcontext()
+        return CellTrace(self.setup.traced[cell.engine], self.folder / "traces" / f"{cell.key}.trace")
 
     def _wait_until_quiet(self, spec: EngineSpec) -> None:
         """What was cut off must be off the engine before the next cell: a short request's answer says so."""

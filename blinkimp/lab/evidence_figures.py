@@ -94,7 +94,7 @@ def main_groups(grid: EvidenceGrid) -> dict[str, dict[str, dict[int, EvidenceCel
 
 
 def again_of(cell: EvidenceCell) -> EvidenceCell:
-    """The second isolated run of a cell's engine and load; only the middle rate has one."""
+    """The second isolated run of a cell's engine and load; only the middle loads have one."""
     return replace(cell, threads=0, is_again=True)
 
 

@@ -61,6 +61,7 @@ class EvidenceGrid:
     num_cpus: int
     num_reserved: int
     seed: int = 0
+    is_traced: bool = False  # cells of ours, at a percent of their figures (cell_trace.py)
 
     def __post_init__(self) -> None:
         if not self.threads or self.threads[0] != 0 or list(self.threads) != sorted(set(self.threads)):

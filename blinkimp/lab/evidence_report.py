@@ -37,6 +37,7 @@ from blinkimp.lab.evidence_figures import (
 from blinkimp.lab.evidence_plan import RAMP_SHARE, EvidenceCell, EvidenceGrid, cells_of
 from blinkimp.lab.evidence_state import folders_of, read_grid
 from blinkimp.lab.evidence_summary import beside, noise, not_run, summary
+from blinkimp.lab.evidence_traces import traced
 from blinkimp.lab.pages import Section, html_of, write_markdown
 from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.store import Store
@@ -341,7 +342,13 @@ def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> 
     calls = [call for each in folders for call in json.loads((each / "calls.json").read_text())]
     sections = [summary(grid, cells), *noise(grid, cells), setting(grid, cells, calls, notes_of(folder))]
     sections += claims(grid, cells)
-    sections += [quiet(grid, cells), beside(grid, cells), *everything(grid, cells), causes(grid, cells)]
+    sections += [
+        quiet(grid, cells),
+        beside(grid, cells),
+        *everything(grid, cells),
+        causes(grid, cells),
+        *traced(grid, cells),
+    ]
     sections += [*not_run(grid, cells), *failures(folders)]
     if path.suffix == ".md":
         write_markdown(title, sections, path)

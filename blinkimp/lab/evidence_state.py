@@ -66,6 +66,8 @@ def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     scenarios = ("open_scenario", "closed_scenario")
     fixed = ("interference", "seconds", "warmup_s", "num_cpus", "num_reserved", "seed", *scenarios)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]
+    was_traced, is_traced = (words.get("is_traced", False) for words in (before, now))
+    changed += [f"is_traced {was_traced} -> {is_traced}"] if was_traced != is_traced else []
     if changed:
         raise LoadError(
             f"{folder}: its cells were measured otherwise: {', '.join(changed)}; expected the same; give the same options, or another folder"
