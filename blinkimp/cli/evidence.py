@@ -96,7 +96,7 @@ def engine_name(engine: str) -> str:
 
 
 def serve_command(options: argparse.Namespace, engine: str, load_format: str) -> str:
-    from blinkimp.lab.cell_trace import TRACE_FLAGS
+    from blinkimp.lab.cell_trace import trace_flags
 
     flags = [
         "--device",
@@ -112,7 +112,7 @@ def serve_command(options: argparse.Namespace, engine: str, load_format: str) ->
     flags += ["--bind", "tcp://127.0.0.1:{zmq_port}"]
     flags += ["--http", "127.0.0.1:{port}"] if "http" in options.transports else []
     flags += ["--engine-name", engine_name(engine)]
-    flags += TRACE_FLAGS if options.trace else []
+    flags += trace_flags(engine) if options.trace else []
     flags += ["--orchestrator", "gpu" if engine == "persistent" else engine]
     command = [sys.executable, "-m", "blinkimp", "serve", "--model", "{model}", *flags]
     return shlex.join([*command, *shlex.split(options.serve_flags)])

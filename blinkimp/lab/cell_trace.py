@@ -22,8 +22,12 @@ from blinkimp.trace.figures import figures_of
 from blinkimp.trace.file import TraceFile
 from blinkimp.trace.recorder import Recorder
 
-TRACE_FLAGS: Final = ("--trace-events", "1048576", "--trace-op-period", "64")  # of `blinkimp serve`
 KEPT: Final = ("trace", "steps", "ops", "requests")  # occupancy is sampled by whoever looks meanwhile, and nobody does
+
+
+def trace_flags(engine: str) -> list[str]:
+    """Of `blinkimp serve`. Scheduled by the host, a trace has the host's clock and no times of ops."""
+    return ["--trace-events", "1048576", *(["--trace-op-period", "64"] if engine == "persistent" else [])]
 
 
 class CellTrace:

@@ -76,8 +76,8 @@ def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What has ever been wanted of a folder: a call for some engines or loads does not forget the others."""
-    names = {engine["name"] for engine in now["engines"]}
-    result = {**now, "engines": [e for e in before["engines"] if e["name"] not in names] + now["engines"]}
+    engines = {engine["name"]: engine for engine in [*before["engines"], *now["engines"]]}  # each where it came first
+    result = {**now, "engines": list(engines.values())}
     for name in ("rates", "users", "threads"):
         result[name] = sorted({*before[name], *now[name]})
     result["placements"] = list(dict.fromkeys([*before["placements"], *now["placements"]]))

@@ -66,24 +66,24 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path: Path, capsys: pytest.C
             time.sleep(0.005)
         call.kill()
         call.wait()
-        if len(cells_in(folder)) < 5:
+        if len(cells_in(folder)) < 6:
             break  # else this process slept while all were measured: once more
         end_leftover(folder, print)
     left, before = json.loads((folder / "engine.json").read_text()), cells_in(folder)
-    assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 5
+    assert start_time(left["pid"]) == left["started"] and 0 < len(before) < 6
     assert main(flags) == 0
     said = capsys.readouterr().out
-    assert "ending engine vllm" in said and f"5 cells, {len(before)} of them measured before" in said
+    assert "ending engine vllm" in said and f"6 cells, {len(before)} of them measured before" in said
     assert start_time(left["pid"]) != left["started"] and not (folder / "engine.json").exists()
     after = cells_in(folder)
-    assert len(after) == 5 and before.items() <= after.items()
+    assert len(after) == 6 and before.items() <= after.items()
     assert main(flags) == 0
-    assert "5 of 5 cells measured; all done" in capsys.readouterr().out and cells_in(folder) == after
+    assert "6 of 6 cells measured; all done" in capsys.readouterr().out and cells_in(folder) == after
     calls = json.loads((folder / "calls.json").read_text())
     assert len(calls) == 2 and [start["engine"] for start in calls[1]["starts"]] == ["vllm"]
     report = tmp_path / "RESULTS.md"
     assert main(["lab", "evidence", "--resume", str(folder), "--report", str(report)]) == 0
-    assert "5 of 5 cells were measured" in report.read_text()
+    assert "6 of 6 cells were measured" in report.read_text()
 
 
 def test_sigterm_ends_the_engine_too(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_an_engine_that_does_not_start_leaves_the_others_be(tmp_path: Path, caps
     said = capsys.readouterr().out
     assert "persistent: its command ended with status 2" in said.replace("engine persistent: its", "persistent: its")
     assert "unrecognized arguments: --nothing-of-the-kind" in said  # the end of its log
-    assert len(cells_in(folder)) == 3
+    assert len(cells_in(folder)) == 4
 
 
 def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_an_engine_too_slow_to_finish_is_measured_as_such(tmp_path: Path, monkey
     (tmp_path / "server.py").write_text(SERVER.replace("first_ms=2", "first_ms=2000"))
     assert main(["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, *flags]) == 0
     cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
-    assert len(cells) == 3  # of the closed loop, too, in which nobody gets to a second request
+    assert len(cells) == 4  # of the closed loop, too, in which nobody gets to a second request
     for cell in cells:
         report = cell["report"]
         assert "error" not in cell and report["completed"] == 0 and report["num_cut"] > 0
@@ -165,6 +165,30 @@ def test_our_engine_is_measured_over_both_transports(tmp_path: Path, monkeypatch
         assert cell["host"]["processes"] and cell["tier"] <= 8 and cell["wall_s"] > 0.4
 
 
+def test_a_trace_of_each_cell_says_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of both orchestrators, and of the cell alone: what the engine did before is not in it."""
+    folder = tmp_path / "evidence"
+    flags = ["lab", "evidence", "--resume", str(folder), *LOADS, *LENGTH, "--users", "", "--transports", "http"]
+    assert main([*flags, "--engines", "persistent,cpu", "--serve-flags=--num-threads=1", "--trace"]) == 0
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.cell.json")]
+    assert {cell["engine"] for cell in cells} == {"persistent", "cpu"}
+    for cell in cells:
+        trace, num_asked = cell["trace"], cell["report"]["num_prompts"]
+        assert trace["requests"]["num"] >= num_asked and trace["requests"]["num_finished"] < 3 * num_asked
+        assert trace["requests"]["phases_ms"]["prefill"]["n"] > 0 and trace["trace"]["lost"]["device"] == 0
+        assert trace["trace"]["clock_error_us"] is not None and trace["steps"]["num"] > 0
+        assert (
+            not trace["ops"] or cell["engine"] == "persistent"
+        )  # of every 64th step, and none with the host's scheduling
+    assert len(list((folder / "traces").glob("*.trace"))) == len(cells)
+    capsys.readouterr()
+    assert main([*flags, "--engines", "persistent"]) == 1
+    assert "is_traced True -> False; expected the same" in capsys.readouterr().err
+    report = tmp_path / "RESULTS.md"
+    assert main(["lab", "evidence", "--resume", str(folder), "--report", str(report)]) == 0
+    assert "## Causes: where the time went" in report.read_text()
+
+
 def test_last_answers_are_not_waited_for_beyond_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor while the engine is to be stopped in it."""
     drains = []
@@ -176,11 +200,11 @@ def test_last_answers_are_not_waited_for_beyond_the_call(tmp_path: Path, monkeyp
     monkeypatch.setattr("blinkimp.lab.evidence.measure", measured)
     monkeypatch.setattr("blinkimp.lab.evidence.QUIET_S", 0.0)
     flags = ["lab", "evidence", "--resume", str(tmp_path / "evidence"), *LOADS, *LENGTH, *scripted(tmp_path)]
-    assert main([*flags, "--budget-s", "600"]) == 1 and drains == [DRAIN_S] * 3
+    assert main([*flags, "--budget-s", "600"]) == 1 and drains == [DRAIN_S] * 4
     drains.clear()
     monkeypatch.setattr("blinkimp.lab.evidence.DRAIN_S", 1e6)
     assert main([*flags, "--budget-s", "600"]) == 1
-    assert len(drains) == 3 and all(MIN_DRAIN_S < drain < 600 - STOP_S - 0.4 for drain in drains)
+    assert len(drains) == 4 and all(MIN_DRAIN_S < drain < 600 - STOP_S - 0.4 for drain in drains)
 
 
 def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(
@@ -192,8 +216,8 @@ def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(
     with Room(room).enter(64, 0.0):
         assert main(flags) == 0
     said = capsys.readouterr().out
-    assert said.count("too late; others measured another level") == 3 and "0 of 3 cells measured" in said
-    assert main(flags) == 0 and len(cells_in(folder)) == 3
+    assert said.count("too late; others measured another level") == 4 and "0 of 4 cells measured" in said
+    assert main(flags) == 0 and len(cells_in(folder)) == 4
 
 
 def test_processes_side_by_side_make_one_page(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_a_call_for_less_does_not_forget_what_was_wanted() -> None:
     before = json.loads(json.dumps(grid_of().to_json()))
     less = grid_of(engines=ENGINES[:1], rates=(64.0,), users=(), threads=(0, 8), placements=("sharing",))
     both = EvidenceGrid.from_json(merged(before, json.loads(json.dumps(less.to_json()))))
-    assert {engine.name for engine in both.engines} == {"persistent", "cpu", "vllm"}
+    assert [engine.name for engine in both.engines] == ["persistent", "cpu", "vllm"]
+    more = json.loads(json.dumps(grid_of(engines=ENGINES[2:]).to_json()))
+    assert [engine["name"] for engine in merged(more, before)["engines"]] == ["vllm", "persistent", "cpu"]  # the first
     assert both.rates == (2.0, 4.0, 8.0, 16.0, 32.0, 64.0) and both.users == (4, 16, 64, 128)
     assert both.threads == (0, 8, 16, 32, 64) and both.placements == ("reserved", "sharing")
 

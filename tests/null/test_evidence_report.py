@@ -296,3 +296,55 @@ def test_a_folder_without_a_run_is_explained(tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(json.dumps(GRID.to_json()))
     with pytest.raises(LoadError, match="run without --report first"):
         write_evidence_report(tmp_path, tmp_path / "x.md")
+
+
+def spread_of(p50: float, p99: float) -> dict[str, float]:
+    return {"mean": p50, "p50": p50, "p90": p99, "p99": p99, "max": p99, "n": 100}
+
+
+def trace_of_cell() -> dict[str, Any]:
+    """As cell_trace.py leaves it in a cell."""
+    phases = ("ingress", "commit", "ring", "queue", "prefill", "decode", "drain", "hand-over")
+    classes = {"decode 1": (4.1, 10), "decode 5-8": (4.5, 200), "with prompts 1": (12.5, 30)}
+    return {
+        "trace": {"clock_error_us": 120.5, "lost": {"device": 3, "ingress": 4, "op_samples": 9}},
+        "steps": {
+            "gap_us": spread_of(0.5, 3.0),
+            "busy_fraction": 0.573,
+            "by_class": {name: {"step_ms": {**spread_of(p50, 2 * p50), "n": n}} for name, (p50, n) in classes.items()},
+        },
+        "ops": {},
+        "requests": {
+            "ttft_ms": spread_of(19.0, 36.0),
+            "first_token_drain_ms": spread_of(0.2, 0.4),
+            "phases_ms": {name: spread_of(1.0 + idx, 10.0 + idx) for idx, name in enumerate(phases)},
+        },
+    }
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_traced_cells_say_where_their_time_went(tmp_path: Path) -> None:
+    """The others have no row; a cell in which no request came to an end says so, and has its steps all the same."""
+    cells = [cell for cell in cells_of(GRID) if cell.tier == 1 and cell.engine == "persistent"]
+    folder = folder_of(tmp_path, cells_of(GRID))
+    store, empty = Store(folder / "cells"), {**trace_of_cell(), "requests": {}}
+    for cell, trace in zip(cells, (trace_of_cell(), empty), strict=True):
+        store.put(cell.key, measured(cell) | {"trace": trace})
+    write_evidence_report(folder, tmp_path / "RESULTS.md")
+    table = tables((tmp_path / "RESULTS.md").read_text())["Causes: where the time went"]
+    assert [row[4] for row in table[2:]] == ["0", "64"]
+    row = row_of(table, "persistent", "http", "reserved", "512x128, rate 8", "0")
+    assert (row["TTFT at the client"], row["in the server"]) == ("30.00 / 30.00", "19.00 / 36.00")
+    assert (row["ingress"], row["ring"], row["prefill"]) == ("1.00 / 10.00", "3.00 / 12.00", "5.00 / 14.00")
+    assert (row["way back"], row["gap us"], row["busy"], row["lost"]) == ("0.20 / 0.40", "0.5 / 3.0", "57.3%", "7")
+    assert (row["decode step ms"], row["step with prompts ms"]) == ("4.500 (5-8)", "12.500 (1)")
+    bare = row_of(table, "persistent", "http", "reserved", "512x128, rate 8", "64")
+    assert (bare["in the server"], bare["prefill"], bare["gap us"]) == ("-", "-", "0.5 / 3.0")
+    assert "where the time went" not in without_traces(tmp_path)
+
+
+def without_traces(tmp_path: Path) -> str:
+    (tmp_path / "other").mkdir()
+    folder = folder_of(tmp_path / "other", cells_of(GRID))
+    write_evidence_report(folder, tmp_path / "other.md")
+    return (tmp_path / "other.md").read_text()
