@@ -16,26 +16,29 @@ from tests.support import ROOT
 
 RESULTS = ROOT / "tools" / "results"
 EVIDENCE = RESULTS / "evidence"
+TRACED = RESULTS / "evidence_traced"
 MAX_PLOT_BYTES = 200_000
 MAX_EVIDENCE_BYTES = 2_000_000
 
 
-def test_the_evidence_page_is_what_its_cells_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", [EVIDENCE, TRACED], ids=lambda folder: folder.name)
+def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots by name alone: drawing them takes seconds, and text may come out otherwise with another matplotlib."""
     for name in ("line_plot", "bar_plot"):
         monkeypatch.setattr(
             f"blinkimp.lab.evidence_report.{name}", lambda title, *of_plot, **how: Plot(title, "<svg></svg>")
         )
     page = tmp_path / "RESULTS.md"
-    write_evidence_report(EVIDENCE, page)
-    remedy = "run: python -m blinkimp lab evidence --resume tools/results/evidence --report tools/results/evidence/RESULTS.md"
-    assert page.read_text() == (EVIDENCE / "RESULTS.md").read_text(), remedy
-    made, there = ({path.name for path in folder.iterdir()} for folder in (tmp_path / "RESULTS", EVIDENCE / "RESULTS"))
+    write_evidence_report(folder, page)
+    name = folder.relative_to(ROOT)
+    remedy = f"run: python -m blinkimp lab evidence --resume {name} --report {name}/RESULTS.md"
+    assert page.read_text() == (folder / "RESULTS.md").read_text(), remedy
+    made, there = ({path.name for path in plots.iterdir()} for plots in (tmp_path / "RESULTS", folder / "RESULTS"))
     assert made == there, remedy
 
 
 def test_plots_are_small_and_drawn() -> None:
-    plots = list((EVIDENCE / "RESULTS").iterdir())
+    plots = [path for folder in (EVIDENCE, TRACED) for path in (folder / "RESULTS").iterdir()]
     assert plots and all(path.suffix == ".svg" and path.stat().st_size < MAX_PLOT_BYTES for path in plots)
     assert all(path.read_text().count("<path") > 5 for path in plots)
     assert sum(path.stat().st_size for path in EVIDENCE.rglob("*") if path.is_file()) < MAX_EVIDENCE_BYTES
