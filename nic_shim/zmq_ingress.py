@@ -13,10 +13,12 @@ blocks: not on a client that does not read, not on a full ring, not on a long pr
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
 import signal
+import socket as os_socket
 import sys
 import threading
 import time
@@ -135,11 +137,13 @@ class ZmqIngress:
             self._curve.secure(socket)
         self._closings = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
+            if somebody_listens(self._bind):  # libzmq would take the path away from them
+                raise zmq.ZMQError(errno.EADDRINUSE)
             socket.bind(self._bind)
         except zmq.ZMQError as error:
             raise OSError(
                 f"cannot bind {self._bind}: {zmq.strerror(error.errno or 0)}; expected a free endpoint such as tcp://127.0.0.1:5555; "
-                "choose another port, or stop what holds it"
+                "choose another port or path, or stop what holds it"
             ) from error
         self._socket_file = file_id(self._bind)
 
@@ -277,6 +281,21 @@ def file_id(bind: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return None if found is None else (found.st_dev, found.st_ino)
+
+
+def somebody_listens(bind: str) -> bool:
+    """On the path of an ipc endpoint; a file that a dead process left behind is nobody."""
+    if not bind.startswith("ipc://"):
+        return False
+    with os_socket.socket(os_socket.AF_UNIX, os_socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(bind.removeprefix("ipc://"))
+        except BlockingIOError:  # its backlog is full
+            return True
+        except OSError:
+            return False
+    return True
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------

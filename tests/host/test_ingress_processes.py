@@ -120,6 +120,26 @@ def test_bind_to_a_taken_port_is_explained(served: Served, tmp_path: Path) -> No
         assert int(director.queue_pairs[0].ingress["owner_pid"][0]) == 0  # the queue pair was given back
 
 
+def test_a_path_that_somebody_listens_on_is_not_taken_away(tmp_path: Path) -> None:
+    """libzmq would remove the file and bind its own, and the first server's new clients would reach the second one."""
+    endpoint, tokenizer = f"ipc://{tmp_path}/ingress", Tokenizer(write_byte_tokenizer(tmp_path))
+    with (
+        FakeDirector(engine_name(), vocab_size=258) as director,
+        FakeDirector(engine_name(), vocab_size=258) as other,
+    ):
+        ingress = ZmqIngress(director.regions.engine_name, 0, endpoint, tokenizer)
+        ingress.start()
+        try:
+            with pytest.raises(OSError, match=r"cannot bind ipc:.*: Address already in use; expected a free endpoint"):
+                ZmqIngress(other.regions.engine_name, 0, endpoint, tokenizer).start()
+            with Client(endpoint, timeout_s=PATIENCE_S) as client:
+                assert client.generate([5, 6], max_tokens=4).num_output_tokens == 4
+            assert len(director.queue_pairs[0].seen) == 1 and not other.queue_pairs[0].seen
+        finally:
+            ingress.stop()
+            assert ingress.join(PATIENCE_S)
+
+
 @pytest.mark.parametrize("is_successors", [False, True])
 def test_socket_file_is_removed_unless_a_successor_has_its_place(tmp_path: Path, is_successors: bool) -> None:
     path = tmp_path / "ingress"
