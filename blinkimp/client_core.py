@@ -249,7 +249,8 @@ class ClientCore:
             self.fail_all(
                 ServerTimeoutError(
                     f"no word from {self.endpoint} for {silent_s:.1f} s; expected one each {ALIVE_PERIOD_S:g} s; "
-                    "check that the server runs, that the address is right and that it asks for no CURVE key, or raise timeout_s"
+                    "check that the server runs, that the address is right and that it asks for no CURVE key or got the right one, or raise "
+                    "timeout_s"
                 )
             )
             return

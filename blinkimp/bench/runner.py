@@ -29,6 +29,7 @@ from blinkimp.bench.replay import ReplayPlan, compare_outputs
 from blinkimp.bench.zmq_backend import ZmqBackend
 from blinkimp.host.power import PowerMeter, PowerSource, idle_power_w, per_token
 from blinkimp.trace.arrivals import Arrival
+from blinkimp.transport import Security
 
 SPIN_NS: Final = 1_000_000  # asyncio's timers are a millisecond coarse: the last one is spun away
 OPEN_TIMEOUT_S: Final = 10.0
@@ -49,6 +50,7 @@ class Target:
     chat: bool = False
     num_gpus: int = 1
     label: str = ""
+    security: Security | None = None  # CURVE, of connect
 
     def __post_init__(self) -> None:
         if (self.connect is None) == (self.url is None):
@@ -74,7 +76,7 @@ class Backend(Protocol):
 
 def make_backend(target: Target, on_end: Callable[[Record], None]) -> Backend:
     if target.connect is not None:
-        return ZmqBackend(target.connect, on_end)
+        return ZmqBackend(target.connect, on_end, security=target.security)
     assert target.url is not None
     return OpenAiBackend(
         target.url,

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from blinkimp.cli.client_keys import add_key_flags, security_of
 from blinkimp.cli.options import new_parser
 
 EPILOG = """\
@@ -94,6 +95,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--connect", metavar="ENDPOINT", help="a blinkimp server's ZeroMQ endpoint, such as tcp://127.0.0.1:5555"
     )
+    add_key_flags(target)
     target.add_argument("--url", metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
     target.add_argument(
         "--model-name", metavar="NAME", help="the model to ask for (default: the first one that the server names)"
@@ -150,6 +152,7 @@ def target_of(options: argparse.Namespace) -> Any:
         chat=options.chat,
         num_gpus=options.num_gpus,
         label=options.label,
+        security=security_of(options),
     )
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, config_of, new_parser, sampling_of
 from blinkimp.cli.terminal import stderr_console
@@ -48,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
         stderr_console.print(
             f"[yellow]{folder} has no chat template: plain `User:` and `Assistant:` paragraphs are used[/]"
         )
-    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout) as client:
+    security = security_of(options)
+    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout, security=security) as client:
         max_context = check_same_model(client, conversation)
         sampling = sampling_of(options)
         if conversation.is_plain:  # the model may go on to speak for the user

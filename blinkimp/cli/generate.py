@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, new_parser, sampling_of
 from blinkimp.cli.terminal import stderr_console
@@ -19,6 +20,7 @@ examples:
   blinkimp generate 'def read_file(path):'
   blinkimp generate --max-tokens 400 --temperature 0.8 --seed 7 'class Stack:'
   blinkimp generate --connect tcp://127.0.0.1:5555 'import os'     a server that runs already
+  blinkimp generate --connect tcp://gpu1:5555 --server-key gpu1.pub --client-key me.key 'import os'     an encrypted one
   cat prompt.txt | blinkimp generate -                             the prompt from stdin
 
 what happens: without --connect a server of its own is started on a private socket (the embedded model takes about a second), asked, and
@@ -37,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.client import Client
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout) as client:
+    security = security_of(options)
+    with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout, security=security) as client:
         if sys.stdout.isatty():
             sys.stdout.write(prompt)
         with client.submit(prompt, **sampling_of(options)) as stream:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from blinkimp.cli.client_keys import add_key_flags
 from blinkimp.cli.options import add_config_flags, config_of
 from blinkimp.cli.terminal import ends_in_order
 from blinkimp.config import keys
@@ -34,6 +35,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help="use the server that runs there, such as tcp://127.0.0.1:5555 (default: start one)",
     )
+    add_key_flags(parser)
     parser.add_argument(
         "--timeout",
         type=float,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blinkimp.cli import main
 from blinkimp.client import Client, ServerTimeoutError
 from blinkimp.nic_shim.curve import CurveError, CurveServer, client_security, make_keys
 from blinkimp.nic_shim.message_handler import IngressLimits
@@ -90,6 +91,33 @@ def test_limits_are_a_keys_over_all_its_connections(tmp_path: Path) -> None:
                     errors += [message for message in second.receive() if isinstance(message, Error)]
                 (too_soon, *_) = [error for error in errors if error.what == "too many requests a second"]
                 assert too_soon.code == "too_many_requests" and too_soon.expected == "no request for 1 s"
+        finally:
+            ingress.stop()
+            assert ingress.join(PATIENCE_S)
+
+
+def test_commands_speak_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """generate, chat and bench with the keys; and what they say where one is missing or is no key."""
+    keys = {name: make_keys(tmp_path / "keys", name) for name in ("server", "me")}
+    tokenizer = write_byte_tokenizer(tmp_path)
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        curve = CurveServer(keys["server"][0], keys["me"][1])
+        ingress = ZmqIngress(director.regions.engine_name, 0, "tcp://127.0.0.1:*", Tokenizer(tokenizer), curve=curve)
+        target = ["--connect", ingress.start(), "--server-key", str(keys["server"][1])]
+        mine = ["--client-key", str(keys["me"][0])]
+        try:
+            assert main(["generate", *target, *mine, "--timeout", str(PATIENCE_S), "--max-tokens", "4", "hello"]) == 0
+            load = ["--concurrency", "1", "--num-requests", "2", "--input-len", "4", "--output-len", "3"]
+            assert main(["bench", *target, *mine, *load, "--idle-w", "0"]) == 0
+            assert len(director.queue_pairs[0].seen) == 3
+            capsys.readouterr()
+            for command in (["generate", "hello"], ["bench", *load]):
+                assert main([*command, *target]) == 1
+                assert "--client-key: got nothing, expected a value" in capsys.readouterr().err
+            assert main(["generate", *target[2:], *mine, "hello"]) == 1
+            assert "--connect: got nothing" in capsys.readouterr().err
+            assert main(["generate", *target[:2], "--server-key", str(tokenizer), *mine, "hello"]) == 1
+            assert "no key, expected a Z85 text of 40" in capsys.readouterr().err
         finally:
             ingress.stop()
             assert ingress.join(PATIENCE_S)
