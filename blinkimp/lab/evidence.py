@@ -237,7 +237,7 @@ class Call:
                 max(MIN_DRAIN_S, min(DRAIN_S, self.left_s - sending_s - STOP_S)),
                 self._progress,
             )
-            if trace is not None:
+            if trace is not None and "error" not in measured:
                 measured["trace"] = trace.figures()
         seconds = time.monotonic() - began
         measured |= {
