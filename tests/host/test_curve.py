@@ -97,7 +97,7 @@ def test_limits_are_a_keys_over_all_its_connections(tmp_path: Path) -> None:
 
 
 def test_commands_speak_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """generate, chat and bench with the keys; and what they say where one is missing or is no key."""
+    """generate and bench with the keys; and what they say where one is missing or is no key."""
     keys = {name: make_keys(tmp_path / "keys", name) for name in ("server", "me")}
     tokenizer = write_byte_tokenizer(tmp_path)
     with FakeDirector(engine_name(), vocab_size=258) as director:

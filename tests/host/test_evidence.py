@@ -177,9 +177,8 @@ def test_a_trace_of_each_cell_says_where_its_time_went(tmp_path: Path, capsys: p
         assert trace["requests"]["num"] >= num_asked and trace["requests"]["num_finished"] < 3 * num_asked
         assert trace["requests"]["phases_ms"]["prefill"]["n"] > 0 and trace["trace"]["lost"]["device"] == 0
         assert trace["trace"]["clock_error_us"] is not None and trace["steps"]["num"] > 0
-        assert (
-            not trace["ops"] or cell["engine"] == "persistent"
-        )  # of every 64th step, and none with the host's scheduling
+        # Times of ops are of every 64th step, and none with the host's scheduling.
+        assert not trace["ops"] or cell["engine"] == "persistent"
     assert len(list((folder / "traces").glob("*.trace"))) == len(cells)
     capsys.readouterr()
     assert main([*flags, "--engines", "persistent"]) == 1
