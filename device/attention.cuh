@@ -12,19 +12,11 @@
 // column = head * head_dim + dimension.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention_sm90.py; without a GPU: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
-#include <attention_merge.cuh>
+#include <attention_narrow.cuh>
 #include <attention_plain.cuh>
 #include <attention_planner.cuh>
 
 namespace blinkimp {
-
-template <int kHeadDim>
-constexpr u32 kAttentionScratchBytes = 2 * kQueryTileBytes<kHeadDim> + sizeof(AttentionState);  // [warpgroup] query tiles, then the state
-
-template <int kHeadDim>
-BK_INLINE AttentionState& attention_state(u8* shared_memory) {
-  return *reinterpret_cast<AttentionState*>(shared_memory + kScratchOffset + 2 * kQueryTileBytes<kHeadDim>);
-}
 
 // ---- A run -------------------------------------------------------------------------------------------------------
 // keys: the ring's place of the run's first page, afterwards of the one behind its last. others: see next_page().
@@ -159,19 +151,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
     const f32 sums[2] = {total[0].sum, total[1].sum};
     store_part<kHeadDim>(params, run.item_begin, totals, maximum, sums);
   }
-  warpgroup_sync();  // all partial results are written before the first thread releases them
-  if (is_elected()) {
-    u32* counter = unit_counter(params, run.unit_idx);
-    const u32 added = num_run_splits + (run.first_split == 0 ? num_run_splits << kFoldedShift : 0);
-    const u32 count = atom_add_acq_rel_gpu(counter, added) + added;  // pairs with itself: the last sees what the others left
-    attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()] = count;
-    if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
-  }
-  warpgroup_sync();  // nobody reads the message, or partial results, before the first thread has acquired them
-  const u32 count = uniform(attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()]);
-  if (count % (1u << kFoldedShift) == run.num_splits) {
-    merge_unit<kHeadDim>(params, run.item_begin, count >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
-  }
+  leave_unit<kHeadDim>(params, run, shared_memory, num_run_splits, store);
 }
 
 // The warp of a warpgroup that finds its runs: one that has no rows of a decode row's tile, while the first warp works on the run before.
@@ -257,7 +237,12 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
       if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, shared_memory + kScratchOffset, thread_idx() % 32, 32);
     }
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
-    if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
+    bool is_swapped = false;
+    if constexpr (kHasSwappedRuns<kHeadDim>) {
+      is_swapped = kind == kRunNarrow && uniform(run.group) <= kSwappedHeads;
+      if (is_swapped) compute_narrow_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
+    }
+    if (!is_swapped && uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
     land_queries();
   }

@@ -18,6 +18,14 @@ constexpr u32 kNewRowOffset = 2 * kNarrowQueryBytes;
 constexpr u32 kNewRowBytes = 512;
 static_assert(kNewRowOffset + 2 * kNewRowBytes <= kKvBlockBytes, "within the tile's first block");
 
+template <int kHeadDim>
+constexpr u32 kAttentionScratchBytes = 2 * kQueryTileBytes<kHeadDim> + sizeof(AttentionState);  // [warpgroup] query tiles, then the state
+
+template <int kHeadDim>
+BK_INLINE AttentionState& attention_state(u8* shared_memory) {
+  return *reinterpret_cast<AttentionState*>(shared_memory + kScratchOffset + 2 * kQueryTileBytes<kHeadDim>);
+}
+
 // The pages that hold a key which some row between the two positions must not see: page >= mask_from or < mask_until.
 BK_INLINE void set_mask_pages(AttentionRun& run, u32 first_position, u32 last_position, u32 window) {
   run.mask_from = (first_position + 1) / kPageTokens;

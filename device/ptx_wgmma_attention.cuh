@@ -10,6 +10,10 @@ namespace blinkimp {
 template <int N>
 BK_INLINE void wgmma_values_k16(f32 (&d)[N / 2], const u32* a, u64 b_descriptor, int accumulate);
 
+// The same product with the operands exchanged: A MN-major, B K-major, both in shared memory.
+template <int N>
+BK_INLINE void wgmma_columns_k16(f32 (&d)[N / 2], u64 a_descriptor, u64 b_descriptor, int accumulate);
+
 template <>
 BK_INLINE void wgmma_values_k16<64>(f32 (&d)[32], const u32* a, u64 b_descriptor, int accumulate) {
   asm volatile(
@@ -42,6 +46,16 @@ BK_INLINE void wgmma_values_k16<128>(f32 (&d)[64], const u32* a, u64 b_descripto
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(accumulate));
+}
+
+template <>
+BK_INLINE void wgmma_columns_k16<8>(f32 (&d)[4], u64 a_descriptor, u64 b_descriptor, int accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3"
+      "}, %4, %5, p, 1, 1, 1, 0;}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
 }
 
 }  // namespace blinkimp

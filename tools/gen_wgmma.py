@@ -12,6 +12,7 @@ from pathlib import Path
 
 WIDTHS = (8, 16, 24, 32, 48, 56, 64, 96, 112, 128, 192, 224, 256)
 VALUE_WIDTHS = (64, 128)  # head dimensions
+COLUMN_WIDTHS = (8,)  # heads of a group
 DEVICE = Path(__file__).resolve().parent.parent / "device"
 
 HEAD = """\
@@ -40,6 +41,10 @@ namespace blinkimp {
 
 template <int N>
 BK_INLINE void wgmma_values_k16(f32 (&d)[N / 2], const u32* a, u64 b_descriptor, int accumulate);
+
+// The same product with the operands exchanged: A MN-major, B K-major, both in shared memory.
+template <int N>
+BK_INLINE void wgmma_columns_k16(f32 (&d)[N / 2], u64 a_descriptor, u64 b_descriptor, int accumulate);
 """
 
 
@@ -52,17 +57,17 @@ def register_lists(num_registers: int) -> tuple[str, str]:
     return listed, ",\n        ".join(", ".join(outputs[i : i + 8]) for i in range(0, num_registers, 8))
 
 
-def wrapper(width: int) -> str:
+def wrapper(width: int, name: str = "wgmma_m64_k16", a_transposed: int = 0) -> str:
     num_registers = width // 2
     listed, output_lines = register_lists(num_registers)
     a, b, flag = (num_registers + i for i in range(3))
     return f"""
 template <>
-BK_INLINE void wgmma_m64_k16<{width}>(f32 (&d)[{num_registers}], u64 a_descriptor, u64 b_descriptor, int accumulate) {{
+BK_INLINE void {name}<{width}>(f32 (&d)[{num_registers}], u64 a_descriptor, u64 b_descriptor, int accumulate) {{
   asm volatile(
       "{{.reg .pred p; setp.ne.b32 p, %{flag}, 0; wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{"
       "{listed}"
-      "}}, %{a}, %{b}, p, 1, 1, 0, 0;}}"
+      "}}, %{a}, %{b}, p, 1, 1, {a_transposed}, 0;}}"
       : {output_lines}
       : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate));
 }}
@@ -94,7 +99,10 @@ def generate() -> dict[str, str]:
     """File name under device/ -> its text."""
     return {
         "ptx_wgmma.cuh": HEAD + "".join(wrapper(width) for width in WIDTHS) + END,
-        "ptx_wgmma_attention.cuh": VALUES_HEAD + "".join(values_wrapper(width) for width in VALUE_WIDTHS) + END,
+        "ptx_wgmma_attention.cuh": VALUES_HEAD
+        + "".join(values_wrapper(width) for width in VALUE_WIDTHS)
+        + "".join(wrapper(width, "wgmma_columns_k16", a_transposed=1) for width in COLUMN_WIDTHS)
+        + END,
     }
 
 

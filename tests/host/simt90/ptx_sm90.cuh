@@ -42,6 +42,7 @@ struct Wgmma {
   u32 columns;
   bool b_transposed;
   bool accumulate;
+  bool a_transposed = false;
 };
 
 inline std::map<u64*, Barrier> barriers;

@@ -47,7 +47,7 @@ inline void run_one(u32 first_thread, const std::vector<Wgmma*>& ops) {
   if (!op.a) {
     const Operand a_operand(op.a_descriptor);
     for (u32 row = 0; row < 64; ++row) {
-      for (u32 k = 0; k < 16; ++k) a[row][k] = a_operand.k_major(row, k);
+      for (u32 k = 0; k < 16; ++k) a[row][k] = op.a_transposed ? a_operand.mn_major(k, row) : a_operand.k_major(row, k);
     }
   }
   static f32 sums[64][256];
