@@ -237,12 +237,8 @@ BK_INLINE RingCursor attend(const EngineParams& params, u8* shared_memory, Worke
       if (uniform(next.kind) == kRunNarrow) issue_queries<kHeadDim>(params, next, shared_memory + kScratchOffset, thread_idx() % 32, 32);
     }
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_before));
-    bool is_swapped = false;
-    if constexpr (kHasSwappedRuns<kHeadDim>) {
-      is_swapped = kind == kRunNarrow && uniform(run.group) <= kSwappedHeads;
-      if (is_swapped) compute_narrow_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
-    }
-    if (!is_swapped && uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
+    if (kind == kRunNarrow && uniform(run.group) <= kSwappedHeads) compute_narrow_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
+    else if (uniform(run.num_packed)) compute_run<kHeadDim>(params, run, shared_memory, shared, keys, others, store);
     skip_pages<kHeadDim>(params, shared, keys, uniform(run.skip_after));
     land_queries();
   }

@@ -16,17 +16,18 @@ namespace blinkimp {
 constexpr u32 kSwappedHeads = 8;  // wgmma's least N. Groups of more heads are computed by compute_run()
 constexpr u32 kExponentialStride = kPageTokens + 4;  // words from head to head: the lanes of a warp store to banks of their own
 
-// Places in the warpgroup's query tile that narrow runs leave free (attention_runs.cuh), bytes.
+// Places in the warpgroup's query tile that narrow runs leave free (attention_runs.cuh), bytes. The weights of a page, bf16 [head][key] swizzled as K is, stand
+// behind the query rows of either slot.
+constexpr u32 kSwappedWeightsOffset = kSwappedHeads * kKvBlockDims * 2;                            // + page mod 2 * kNarrowQueryBytes
 constexpr u32 kExponentialsOffset = kNewRowOffset + 2 * kNewRowBytes;                              // f32 [head][kExponentialStride]
 constexpr u32 kMaximaOffset = kExponentialsOffset + kSwappedHeads * kExponentialStride * 4;        // f32 [warp][head]
 constexpr u32 kInversesOffset = kMaximaOffset + 4 * kSwappedHeads * 4;                             // f32 [head]
-constexpr u32 kWeightsOffset = kKvBlockBytes + 32 * kKvBlockDims * 2;                              // bf16 [page mod 2][head][key], swizzled; outputs at the end
-constexpr u32 kSwappedWeightBytes = kSwappedHeads * kPageTokens * 2;
-static_assert(kInversesOffset + kSwappedHeads * 4 <= kKvBlockBytes && kWeightsOffset % 1024 == 0, "within the tile's first block, and aligned as wgmma wants it");
+static_assert(kSwappedWeightsOffset % 1024 == 0 && 2 * kSwappedWeightsOffset <= kNarrowQueryBytes, "aligned as wgmma wants it, in rows that no query has");
+static_assert(kSwappedHeads * kPageTokens * 2 <= kSwappedWeightsOffset && kInversesOffset + kSwappedHeads * 4 <= kKvBlockBytes, "within the tile's first block");
 
-// Whether compute_narrow_run() has room for what it keeps: in the tile's second block.
+// f32 [head][dimension], of a run that ends: in the second block's free rows, else where the exponentials were.
 template <int kHeadDim>
-constexpr bool kHasSwappedRuns = kHeadDim == 128;
+constexpr u32 kSwappedOutputsOffset = kHeadDim > 64 ? kKvBlockBytes + 2 * kNarrowQueryBytes : kExponentialsOffset;
 
 // Of a head's value that each quad's lane c has for heads 2c and 2c + 1: that of head lane / 4. All lanes of a warp.
 BK_INLINE f32 of_quads_head(const f32 (&pair)[2]) {
@@ -56,7 +57,7 @@ BK_INLINE void weigh_swapped(u8* tile, u32 page, f32 (&scores)[4], f32 scale, Sw
   const u32 head = lane % 4u * 2u;
   f32* const maxima = reinterpret_cast<f32*>(tile + kMaximaOffset);
   f32* const exponentials = reinterpret_cast<f32*>(tile + kExponentialsOffset);
-  u8* const weights = tile + kWeightsOffset + page % 2u * kSwappedWeightBytes;
+  u8* const weights = tile + kSwappedWeightsOffset + page % 2u * kNarrowQueryBytes;
   f32 maximum[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
 #pragma unroll
   for (u32 distance = 4; distance <= 16; distance *= 2) {
@@ -140,10 +141,11 @@ template <int kHeadDim, class Store>
 BK_INLINE void store_swapped_rows(const AttentionRun& run, u8* tile, const f32 (&totals)[kHeadDim / 64][4], f32 sum, const Store& store) {
   const u32 thread = thread_idx() % kWarpgroupThreads;
   const u32 lane = thread % 32u;
-  f32* const outputs = reinterpret_cast<f32*>(tile + kWeightsOffset);
+  f32* const outputs = reinterpret_cast<f32*>(tile + kSwappedOutputsOffset<kHeadDim>);
   f32* const inverses = reinterpret_cast<f32*>(tile + kInversesOffset);
-  static_assert(kWeightsOffset + kSwappedHeads * kHeadDim * 4 <= kQueryTileBytes<kHeadDim>, "the outputs, where the weights were");
-  warpgroup_sync();  // hazard: another warp's products still read the weights
+  static_assert(kHeadDim > 64 ? kSwappedOutputsOffset<kHeadDim> + kSwappedHeads * kHeadDim * 4 <= kQueryTileBytes<kHeadDim> : kSwappedHeads * kHeadDim * 4 <= kMaximaOffset - kExponentialsOffset,
+                "the outputs in their place");
+  if (kHeadDim <= 64) warpgroup_sync();  // hazard: the first warp still reads exponentials
   if (uniform(thread < 32) && lane % 4u == 0) inverses[lane / 4u] = __frcp_rn(sum);
 #pragma unroll
   for (u32 block = 0; block < kHeadDim / 64; ++block) {
@@ -248,7 +250,6 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
       }
     }
     weigh_swapped(tile, page, scores, scale, softmax, factors);
-    if (adds) add_exponentials(tile, softmax, factors);
   };
   // The outputs of a split of maxima and sums `done`, whose last page is `page`, into the total.
   const auto end_split = [&](u32 page, const SwappedSoftmax& done) {
@@ -282,7 +283,7 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
   u32 page = uniform(run.page_begin);
   const u32 last_page = uniform(run.page_end - 1);
   const u32 queries = uniform(memory + run.query_offset) + kScratchOffset;
-  const u32 weights = uniform(memory + tile_offset) + kWeightsOffset;
+  const u32 weights = uniform(memory + tile_offset) + kSwappedWeightsOffset;
   wait_page(page, false);
   wgmma_fence();
   issue_swapped_scores<kHeadDim>(scores, queries, stage_address(keys.stage));
@@ -301,8 +302,9 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
     wgmma_fence();
     issue_swapped_scores<kHeadDim>(scores, queries, stage_address(keys.stage));
     wgmma_commit();
-    issue_swapped_outputs<kHeadDim>(outputs, uniform(weights + page % 2u * kSwappedWeightBytes), stage_address(values_stage) + kValuesOffset, page % kSplitPages != 0);
+    issue_swapped_outputs<kHeadDim>(outputs, uniform(weights + page % 2u * kNarrowQueryBytes), stage_address(values_stage) + kValuesOffset, page % kSplitPages != 0);
     wgmma_commit();
+    if (adds) add_exponentials(tile, softmax, factors);  // of this page, beside the products
     wgmma_wait<1>();
     settle(scores);
     if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
@@ -327,8 +329,9 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
   const u32 values_stage = values_of<kHeadDim>(keys).stage;
   next_page<kHeadDim>(keys, others);
   wgmma_fence();
-  issue_swapped_outputs<kHeadDim>(outputs, uniform(weights + page % 2u * kSwappedWeightBytes), stage_address(values_stage) + kValuesOffset, page % kSplitPages != 0);
+  issue_swapped_outputs<kHeadDim>(outputs, uniform(weights + page % 2u * kNarrowQueryBytes), stage_address(values_stage) + kValuesOffset, page % kSplitPages != 0);
   wgmma_commit();
+  if (adds) add_exponentials(tile, softmax, factors);
   wgmma_wait<0>();
 #pragma unroll
   for (u32 block = 0; block < kBlocks; ++block) settle(outputs[block]);
