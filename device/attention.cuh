@@ -3,8 +3,9 @@
 //   attention_planner.cuh    who computes what, once a step                    (a warp of the producers)
 //   attention_producer.cuh   pages into the ring, ahead of the op              (the weight producer)
 //   attention.cuh            the two compute warpgroups: runs of pages          (here and attention_plain.cuh; runs: attention_runs.cuh, pieces: attention_tile.cuh)
+//   attention_narrow.cuh     decode rows of a group of at most 8 heads: the same with wgmma's operands exchanged
 //   attention_merge.cuh      units that several warpgroups share
-// One loop serves decode rows and prefill chunks: 64 packed rows of a kv head's group (a decode row fills 1..16 of them) x a page of keys. Scores
+// One loop serves prefill chunks and decode rows of large groups: 64 packed rows of a kv head's group (a decode row fills 1..16 of them) x a page of keys. Scores
 // of the next page and outputs of this one are issued together; the softmax runs beside the outputs and beside the other warpgroup's products; in
 // wide items named barriers keep them taking turns. Most pages of a prompt need nothing special and have a loop of their own (attention_plain.cuh).
 // Scratch: kAttentionScratchBytes<head_dim>, aligned to 1024 bytes, free of readers and writers at the call; the ring's cursor is

@@ -6,7 +6,8 @@
 //    multiply zeros). So it does not matter whether a path computes such a block (because other rows of its tile need it) or leaves it out.
 // I3 Every product and sum that the compiler could contract is spelled out (__fmaf_rn, __fmul_rn, ...): paths that inline these
 //    functions into different code get the same bits. Compile without --use_fast_math.
-// I4 Both matrix products have one shape: m64n64k16 for the scores, m64n<head_dim>k16 for the outputs. Rows of a wgmma do not mix.
+// I4 Both matrix products add up over k in the same steps of 16, whatever else their shape is: m64n64k16 and m64n<head_dim>k16, or with the
+//    operands exchanged m64n8k16 (attention_narrow.cuh). Rows and columns of a wgmma do not mix.
 // Hence decode, prefill in any chunking, and recomputation after a preemption agree bit for bit.
 // Scores are kept raw (q . k); `scale` is attention_scale * log2(e) and enters with the exponential.
 // Fragments: thread t of a warpgroup holds columns 8j + 2(t mod 4) + {0, 1} of rows g = 16(t / 32) + (t mod 32) / 4 and g + 8 in
