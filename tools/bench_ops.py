@@ -7,7 +7,7 @@ variant must be base's, bit for bit. --torch puts the same matrix products by cu
 run (torch_ops.py): products alone, where this kernel's ops have norms, rotations, residuals and KV pages as well. A variant is measured in a process
 of its own: one that fails or hangs is named, and the others' figures stand. Needs a GPU; compiling takes a minute, all variants side by side, and
 nothing where the cache of compiled kernels has them; then the eight rows with --torch take 3.5 minutes. Writes JSON with --out.
-Usage: python tools/bench_ops.py [--rows d1@1024,p1024] [--parts qkv,down] [--variant wide:BK_WIDE_TOKENS=128] [--torch] [--out ops.json]
+Usage: python tools/bench_ops.py [--rows d1@1024,p1024] [--parts qkv,gate_up+down] [--variant wide:BK_WIDE_TOKENS=128] [--torch] [--out ops.json]
 Test: pytest tests/null/test_bench_ops.py
 """
 

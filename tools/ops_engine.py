@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from ops_parts import PARTS, WHOLE
+from ops_parts import PARTS, WHOLE, ops_of
 from ops_timing import Clock, Figures, Settings, measure_loads
 from step_rows import SHAPES, Row
 
@@ -36,12 +36,12 @@ RowFigures = dict[str, dict[str, Figures]]  # by row and part
 
 
 class PartLoad:
-    """A part of the program, a unit of it at a time: one op, since a part's are alike, or the whole program."""
+    """A part of the program, a unit of it at a time: one op, since a part's are alike; of several parts, or the whole program, all of it."""
 
     def __init__(self, runner: StepRunner, requests: list[Request], part: str) -> None:
         self._runner, self._requests = runner, requests
-        self._ops = PARTS[part](runner.model.ops)
-        self._unit_ops = len(self._ops) if part == WHOLE else 1
+        self._ops = ops_of(part, runner.model.ops)
+        self._unit_ops = 1 if part in PARTS and part != WHOLE else len(self._ops)
         self.per_step = len(self._ops) / self._unit_ops
         self.max_units = MAX_PROGRAM_OPS // self._unit_ops
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from ops_parts import PARTS, part_cost
+from ops_parts import part_cost
 from ops_timing import Figures
 from step_rows import Row
 
@@ -118,7 +118,7 @@ def table(model: ModelConfig, rows: Sequence[Row], results: Results) -> str:
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        for part in PARTS:
+        for part in dict.fromkeys(part for variant in ours for part in results[variant].get(row.name, {})):
             for variant in ours:
                 figures = results[variant].get(row.name, {}).get(part)
                 if figures is None:

@@ -68,7 +68,15 @@ def run(library: ctypes.CDLL) -> RunStep:
     return run_step
 
 
-SHAPES = [Shape(4, 4, 64), Shape(6, 2, 128), Shape(7, 1, 64), Shape(8, 1, 128), Shape(9, 1, 64), Shape(16, 1, 128), Shape(20, 1, 64)]
+SHAPES = [
+    Shape(4, 4, 64),
+    Shape(6, 2, 128),
+    Shape(7, 1, 64),
+    Shape(8, 1, 128),
+    Shape(9, 1, 64),
+    Shape(16, 1, 128),
+    Shape(20, 1, 64),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

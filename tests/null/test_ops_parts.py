@@ -11,11 +11,12 @@ import sys
 import pytest
 
 from blinkimp.host.model_config import parse_config
+from blinkimp.ring_abi import OpKind
 from tests.fake_gpu import program
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from ops_parts import PARTS, matrix_rows, matrix_shapes, parse_parts, part_cost
+from ops_parts import PARTS, matrix_rows, matrix_shapes, ops_of, parse_parts, part_cost
 from step_rows import SHAPES, Row
 
 MODEL = parse_config(SHAPES["llama-3-8b"])
@@ -23,7 +24,7 @@ MODEL = parse_config(SHAPES["llama-3-8b"])
 
 def test_parts_are_the_whole_program_but_its_first_op() -> None:
     ops = program(3)
-    sizes = {name: len(pick(ops)) for name, pick in PARTS.items()}
+    sizes = {name: len(ops_of(name, ops)) for name in PARTS}
     assert sizes == {"all": 18, "qkv": 3, "attention": 3, "o": 3, "gate_up": 3, "down": 3, "lm_head": 1, "sample": 1}
 
 
@@ -43,8 +44,18 @@ def test_a_matrix_part_is_its_matrices() -> None:
     assert part_cost(MODEL, "sample", prompt).limit_s() == 0
 
 
+def test_several_parts_as_one_are_in_the_programs_order() -> None:
+    ops = program(3)
+    both, row = ops_of("down+gate_up", ops), Row("decode", 64, 1024)
+    assert both["kind"].tolist() == [OpKind.GATE_UP, OpKind.PROJECT] * 3
+    assert part_cost(MODEL, "down+gate_up", row).num_bytes == sum(
+        part_cost(MODEL, name, row).num_bytes for name in ("gate_up", "down")
+    )
+
+
 def test_parts_come_in_their_own_order() -> None:
     assert parse_parts("down,qkv") == ["qkv", "down"]
-    for wrong in ("", "mlp", "qkv,mlp"):
+    assert parse_parts("down+o,sample,qkv") == ["qkv", "sample", "down+o"]
+    for wrong in ("", "mlp", "qkv,mlp", "qkv+mlp"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected some of all, qkv"):
             parse_parts(wrong)
