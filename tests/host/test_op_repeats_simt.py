@@ -20,7 +20,7 @@ from tests.host.emulated_gpu import EmulatedWorkers
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from ops_parts import PARTS, WHOLE
+from ops_parts import PARTS, WHOLE, ops_of
 
 NUM_REPEATS = 3
 CONFIG = llama_config(
@@ -37,7 +37,7 @@ def use_program(workers: EmulatedWorkers, program: NDArray[np.void]) -> None:
 
 def long_program(ops: NDArray[np.void]) -> NDArray[np.void]:
     """The whole, each part several times, the whole twice."""
-    parts = [pick(ops) for name, pick in PARTS.items() if name != WHOLE]
+    parts = [ops_of(name, ops) for name in PARTS if name != WHOLE]
     return np.concatenate([ops, *(part for part in parts for _ in range(NUM_REPEATS)), ops, ops])
 
 
@@ -65,9 +65,9 @@ def test_repeated_parts_leave_a_steps_bits_alone(workers: EmulatedWorkers) -> No
     plans, ops = plans_of(workers), workers.model.ops
     logits, sampled = workers.run_steps(plans, seed=0)
     assert np.isfinite(logits[:, 0]).all() and not np.array_equal(logits[0, 0], logits[1, 0])
-    for seed, (name, pick) in enumerate(PARTS.items()):
+    for seed, name in enumerate(PARTS):
         if name != WHOLE:
-            use_program(workers, np.tile(pick(ops), NUM_REPEATS)[:-1])  # within a turn through the layers
+            use_program(workers, np.tile(ops_of(name, ops), NUM_REPEATS)[:-1])  # within a turn through the layers
             workers.run_steps(plans[1:3], seed)
     use_program(workers, long_program(ops))
     again, sampled_again = workers.run_steps(plans, seed=1)
