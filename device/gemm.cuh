@@ -1,8 +1,9 @@
 // Matrix products of a step of at most 64 rows: out[row, n] = sum over k of input[row, k] * weight[n, k], without split-K. GPU only.
 //
 // Tokens are wgmma's M (a tile of 64 rows), weight rows its N. One CTA owns an output tile over the whole K, and an output is one chain of
-// accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step. Both warpgroups work on the
-// one row tile: warpgroup 0 has the tile's first weight rows, 1 the last. Steps of more rows: gemm_wide.cuh.
+// accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step. A tile of more than 64 weight
+// rows is divided: warpgroup 0 has the first, 1 the last. A smaller one is warpgroup 0's: two would read the same inputs from shared memory, whose pace
+// is what counts at 33 to 64 rows (GEMM_WIDE.md). Steps of more rows: gemm_wide.cuh.
 //
 // Weights: [tile][k / 64][kTileRows rows][64 k] bf16, swizzled; packed by host/gpu_weights.py; streamed by the weight producer through a ring of
 // 16 KB stages, each of slices_per_stage() slices. Inputs: tiled_offset() of activation_layout.cuh; an input stage of 16 KB holds as many
@@ -90,10 +91,20 @@ struct MainLoop {
   RingCursor inputs;
   u64 a_base;
   u64 b_base;
-  u32 num_arrivals;  // of this thread where a stage is given back: 1 of one thread of the warpgroup
+  u32 num_arrivals;  // of this thread where a stage is given back: 1 of one thread of the warpgroup, 2 where it alone reads
 
   BK_INLINE void wait_weights() const { wait_mbarrier_warp(&shared.weights_full[weights.stage], weights.phase, kSiteWeightRing); }
   BK_INLINE void wait_inputs() const { wait_mbarrier_warp(&shared.inputs_full[inputs.stage], inputs.phase, kSiteInputRing); }
+  // One look at what the next products need, while the last ones run: all lanes together. wait() is for what was not there.
+  BK_INLINE bool sees(bool needs_weights, bool needs_inputs) const {
+    const bool has_weights = mbarrier_test_wait(&shared.weights_full[weights.stage], weights.phase) || !needs_weights;
+    const bool has_inputs = mbarrier_test_wait(&shared.inputs_full[inputs.stage], inputs.phase) || !needs_inputs;
+    return __all_sync(0xffffffffu, has_weights && has_inputs);
+  }
+  BK_INLINE void wait(bool needs_weights, bool needs_inputs) const {
+    if (needs_weights) wait_weights();
+    if (needs_inputs) wait_inputs();
+  }
   BK_INLINE u64 a_of(u32 offset) const { return a_base + uniform((inputs.stage * kInputStageBytes + offset) >> 4); }
   BK_INLINE u64 b_of(u32 offset) const { return b_base + uniform((weights.stage * kWeightStageBytes + offset) >> 4); }
   BK_INLINE void give_weights(u32 stage, bool used) const { mbarrier_arrive_count(&shared.weights_empty[used ? stage : 0], used ? num_arrivals : 0); }
@@ -122,33 +133,38 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, c
   u32 used_inputs = kNone;
   u32 in_stage = 0;         // slices of the current input stage that are used up
   u32 in_weight_stage = 0;  // and of the weight stage
+  bool is_there = false;    // the next group's operands were seen
+  u64 a = loop.a_of(0);
+  u64 b = loop.b_of(0);
 #pragma unroll 1
   for (u32 slice = 0; slice + kGroup <= num_slices; slice += kGroup) {
-    if (in_weight_stage == 0) loop.wait_weights();
-    if (in_stage == 0) loop.wait_inputs();
-    const u64 a = loop.a_of(in_stage * input_bytes);
-    const u64 b = loop.b_of(in_weight_stage * kSliceBytes);
+    if (!is_there) loop.wait(in_weight_stage == 0, in_stage == 0);
     wgmma_fence();
 #pragma unroll
     for (u32 j = 0; j < kGroup; j++) multiply(a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
     wgmma_commit();
+    // While they run: all that the next group's products wait for otherwise, 200 to 300 clk of looks, shuffles and additions one after the other.
+    const u32 done_weights = used_weights;
+    const u32 done_inputs = used_inputs;
+    used_weights = used_inputs = kNone;
     in_weight_stage += kGroup;
     in_stage += kGroup;
-    const bool ends_weights = in_weight_stage == kStageSlices;
-    const bool ends_inputs = in_stage == stage_inputs;
-    wgmma_wait<1>();  // the group before is done
-    loop.give_weights(used_weights, used_weights != kNone);
-    loop.give_inputs(used_inputs, used_inputs != kNone);
-    used_weights = ends_weights ? loop.weights.stage : kNone;
-    used_inputs = ends_inputs ? loop.inputs.stage : kNone;
-    if (ends_weights) {
+    if (in_weight_stage == kStageSlices) {
+      used_weights = loop.weights.stage;
       loop.advance_weights();
       in_weight_stage = 0;
     }
-    if (ends_inputs) {
+    if (in_stage == stage_inputs) {
+      used_inputs = loop.inputs.stage;
       loop.advance_inputs();
       in_stage = 0;
     }
+    is_there = loop.sees(in_weight_stage == 0, in_stage == 0);
+    a = loop.a_of(in_stage * input_bytes);
+    b = loop.b_of(in_weight_stage * kSliceBytes);
+    wgmma_wait<1>();  // the group before is done
+    loop.give_weights(done_weights, done_weights != kNone);
+    loop.give_inputs(done_inputs, done_inputs != kNone);
   }
   wgmma_wait<0>();
   loop.give_weights(used_weights, used_weights != kNone);
@@ -190,7 +206,7 @@ BK_INLINE void multiply_tile(const GemmShape& shape, u32 row_offset, u8* shared_
   const u64 a_base = wgmma_descriptor(base + kScratchOffset, input_rows == 8 ? 0 : 1024);
   const u64 b_base = wgmma_descriptor(base + kRingOffset + row_offset * 128, 1024);
   MainLoop loop{shared, RingCursor{uniform(cursors.weights.stage), uniform(cursors.weights.phase)},
-                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? 1u : 0u};
+                RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)}, a_base, b_base, thread_idx() % 128 == 0 ? (kColumns == kTileRows ? 2u : 1u) : 0u};
   const auto multiply = [&](u64 inputs, u64 tile) { multiply_slice<kColumns>(d, inputs, tile); };
   if (kStageSlices > 2 && input_rows < kRowTile) multiply_narrow<kTileRows, kStageSlices>(loop, uniform(shape.num_slices), input_rows, multiply);
   else multiply_narrow<kTileRows, kStageSlices < 2 ? kStageSlices : 2>(loop, uniform(shape.num_slices), input_rows, multiply);  // 64 rows: an input stage has two slices
@@ -211,13 +227,20 @@ BK_INLINE void run_item(const GemmShape& shape, u32 row_begin, u32 tile_idx, u32
   tail.finish(d, row_scale);
 }
 
+// Past an item's stages: for a warpgroup that has nothing of it.
+BK_INLINE void pass_stages(const GemmShape& shape, u32 stage_slices, ConsumerCursors& cursors) {
+  const u32 num_slices = uniform(shape.num_slices);
+  cursors.weights.advance_by((num_slices + stage_slices - 1) / stage_slices, kWeightStages);
+  cursors.inputs.advance_by((num_slices * uniform(shape.input_rows) * 128 + kInputStageBytes - 1) / kInputStageBytes, kInputStages);
+}
+
 // Where an op leaves the rings, with or without an item. Equal in all threads; taken over when the op ends.
 BK_INLINE void leave_rings(WorkerShared& shared, const ConsumerCursors& cursors) {
   if (is_first_thread()) shared.next_cursors = cursors;
 }
 
 // Runs all items of an op for this CTA.
-// kColumns: weight rows of a warpgroup: warpgroup 0 has the tile's first, 1 its last ones. Where they overlap both store the same bits. So both run one copy
+// kColumns: weight rows of a warpgroup. All: warpgroup 1 counts along. Fewer: warpgroup 0 has the tile's first, 1 its last ones. Where they overlap both store the same bits. So both run one copy
 // of the code: what a step executes should fit into the instruction caches, or a cold epilogue takes ten times as long. kScaled: the op normalises its input.
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
@@ -229,6 +252,11 @@ BK_INLINE void run_gemm(const EngineParams& params, const GemmShape& shape, u8* 
   if (walk.first >= end) note_idle(shared);
   for (u32 item = uniform(walk.first); item < end; item += walk.stride) {
     if constexpr (kScaled) scales.enter(shared, 0);
+    if (kColumns == kTileRows && warpgroup != 0) {
+      pass_stages(shape, slices_per_stage(kTileRows), cursors);
+      if constexpr (kScaled) scales.wait(shared);
+      continue;
+    }
     run_item<kTileRows, kColumns, kScaled>(shape, 0, item, warpgroup * (kTileRows - kColumns), shared_memory, shared, cursors, scales, epilogue);
   }
   if constexpr (kScaled) scales.leave(shared);

@@ -70,8 +70,7 @@ BK_INLINE void run_swapped_item(const GemmShape& shape, u32 tile_idx, u8* shared
     settle(d);
     cursors = ConsumerCursors{loop.weights, loop.inputs};
   } else {
-    cursors.weights.advance_by((num_slices + kStageSlices - 1) / kStageSlices, kWeightStages);
-    cursors.inputs.advance_by((num_slices * kTokens * 128 + kInputStageBytes - 1) / kInputStageBytes, kInputStages);
+    pass_stages(shape, kStageSlices, cursors);
   }
   f32 rows[kPieceColumns / 2];
   turn_fragment<kTokens>(d, rows);

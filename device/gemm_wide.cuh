@@ -2,13 +2,13 @@
 //
 // A CTA owns an output tile of 128 (or 64) rows x N <= 256 weight rows over the whole K: `stack` packed weight tiles side by side
 // (gemm_wide_tiling.cuh chooses). Each output is one fp32 accumulator, wgmma k16 steps in increasing k.
-//   128 rows            each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
-//   64 rows ("halved")  both warpgroups have the same rows and one packed tile each
+//   128 rows           each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
+//   64 rows ("lone")   warpgroup 0 has all of the item. Two would read the same rows from shared memory, whose pace counts here (GEMM_WIDE.md)
 // Products of slice i run while slice i + 1 is waited for and issued; a stage goes back to its producer one slice later. The two warpgroups never
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
 // Rings: those of worker_memory.cuh. A weight unit is unit_slices() slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which
-// then begin at an even stage; halved, a warpgroup's slices stand together. An input stage holds 128 rows of one slice, or 64 rows of two.
+// then begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
 #include <gemm.cuh>
@@ -20,6 +20,8 @@ namespace blinkimp {
 BK_INLINE constexpr u32 unit_stages(u32 columns) { return columns * 128 > kWeightStageBytes ? 2 : 1; }
 BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= kWeightStageBytes ? 2 : 1; }
 static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
+
+constexpr u32 kStreamedRows = 256;  // weights of steps of at most so many rows leave L2 first: few row tiles read them, at the same time
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
 // Ends a stage's phases without data, in the compute warpgroups' place too; they only count along (align_consumer).
@@ -35,40 +37,41 @@ BK_INLINE void align_producer(const EngineParams& params, u32 num_unit_stages, W
   while (cursor.stage % num_unit_stages != 0) pass_stage(params, shared, cursor);
 }
 
-// num_tiles copies of copy_bytes, so far apart in memory and in the ring. One thread issues a slice's, of O and down eight, within the time of its products: at 80 clk each, of which most is
-// the way of addresses into uniform registers, it was late by 15 to 20 %. Four at a time go that way side by side.
-template <bool kIsStreamed>
-BK_INLINE void copy_tiles(const u8* source, u32 tile_bytes, u8* place, u32 tile_step, u32 copy_bytes, u32 num_tiles, u64* full) {
-  constexpr u32 kAtOnce = 4;
-  const auto copy = [&](u32 i) {
-    if constexpr (kIsStreamed) bulk_copy_streamed(place + i * tile_step, source + i * tile_bytes, copy_bytes, full);
-    else bulk_copy_to_shared(place + i * tile_step, source + i * tile_bytes, copy_bytes, full);
-  };
-#pragma unroll 1
-  for (; num_tiles >= kAtOnce; num_tiles -= kAtOnce) {
+// Copies of copy_bytes side by side: one thread issues a slice's, of O and down eight, within the time of its products, and at 80 clk each, of which most is the way of addresses into uniform
+// registers, it was late by 15 to 20 %.
+template <u32 kCount, bool kIsStreamed, class Offset>
+BK_INLINE void copy_at_once(const u8* source, u8* place, u32 copy_bytes, u64* full, const Offset& offset) {
 #pragma unroll
-    for (u32 i = 0; i < kAtOnce; i++) copy(i);
-    source += kAtOnce * tile_bytes;
-    place += kAtOnce * tile_step;
+  for (u32 i = 0; i < kCount; i++) {
+    if constexpr (kIsStreamed) bulk_copy_streamed(place + i * copy_bytes, source + offset(i), copy_bytes, full);
+    else bulk_copy_to_shared(place + i * copy_bytes, source + offset(i), copy_bytes, full);
   }
-#pragma unroll 1
-  for (; num_tiles > 0; num_tiles--, source += tile_bytes, place += tile_step) copy(0);
 }
 
-// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on.
+// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on, to [slice][tile] of the stage.
+template <bool kIsStreamed>
 BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 num_tiles, u32 num_slices, u8* place, u64* full) {
   const u32 slice_bytes = tiling.tile_rows * 128;
-  const bool halved = tiling.tokens == kRowTile;  // then a tile's slices stand together, else a slice's tiles
-  const u32 num_copies = halved ? 1 : num_slices;
-  const u32 copy_bytes = halved ? num_slices * slice_bytes : slice_bytes;
-  const u32 tile_step = halved ? unit_slices(tiling.stack * tiling.tile_rows) * slice_bytes : slice_bytes;
   const u32 tile_bytes = tiling.num_slices * slice_bytes;
+  if (num_tiles == 2 && num_slices == 2) {
+    copy_at_once<4, kIsStreamed>(source, place, slice_bytes, full, [&](u32 i) { return i % 2 * tile_bytes + i / 2 * slice_bytes; });
+    return;
+  }
+  const auto tile_offset = [&](u32 i) { return i * tile_bytes; };
 #pragma unroll 1
-  for (u32 i = 0; i < num_copies; i++) {
-    const u8* from = source + i * slice_bytes;
-    u8* to = place + i * tiling.stack * slice_bytes;
-    if (tiling.num_row_tiles <= 2) copy_tiles<true>(from, tile_bytes, to, tile_step, copy_bytes, num_tiles, full);
-    else copy_tiles<false>(from, tile_bytes, to, tile_step, copy_bytes, num_tiles, full);
+  for (u32 slice = 0; slice < num_slices; slice++) {
+    const u8* from = source + slice * slice_bytes;
+    u8* to = place + slice * tiling.stack * slice_bytes;
+    u32 num_left = num_tiles;
+#pragma unroll 1
+    for (; num_left >= 4; num_left -= 4, from += 4 * tile_bytes, to += 4 * slice_bytes) copy_at_once<4, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
+    if (num_left >= 2) {
+      copy_at_once<2, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
+      num_left -= 2;
+      from += 2 * tile_bytes;
+      to += 2 * slice_bytes;
+    }
+    if (num_left) copy_at_once<1, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
   }
 }
 
@@ -89,6 +92,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
     const u32 first_tile = gemm_item(tiling, item).weight_item * stack;
     const u32 num_tiles = min(stack, tiling.num_tiles - first_tile);
     const u8* source = reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes;
+    const bool is_streamed = num_rows <= kStreamedRows;
 #pragma unroll 1
     for (u32 num_left = tiling.num_slices; num_left > 0;) {
       const u32 num_slices = min(num_unit_slices, num_left);
@@ -97,7 +101,9 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
       for (u32 i = 0; i < num_unit_stages; i++) wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
       if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
       mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
-      copy_weight_unit(tiling, source, num_tiles, num_slices, ring + cursor.stage * kWeightStageBytes, full);
+      u8* place = ring + cursor.stage * kWeightStageBytes;
+      if (is_streamed) copy_weight_unit<true>(tiling, source, num_tiles, num_slices, place, full);
+      else copy_weight_unit<false>(tiling, source, num_tiles, num_slices, place, full);
       for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages);
       source += num_slices * slice_bytes;
       num_left -= num_slices;
@@ -115,16 +121,16 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     const WideTiling tiling = wide_tiling_of(*opaque(&op), num_rows, tokens, stack);  // anew, as above
-    const bool halved = tokens == kRowTile;
+    const bool lone = tokens == kRowTile;
     const u32 row_begin = gemm_item(tiling, item).row_tile * tokens;
-    const u32 second_offset = halved ? kRowTileBytes : tiling.num_slices * kRowTileBytes;
+    const u32 second_offset = lone ? kRowTileBytes : tiling.num_slices * kRowTileBytes;
     const u8* source = input + static_cast<u64>(row_begin / kRowTile) * tiling.num_slices * kRowTileBytes;
     const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
     const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
 #pragma unroll 1
     for (u32 num_left = tiling.num_slices; num_left > 0;) {
-      const u32 num_slices = halved ? min(num_left, 2u) : 1;
-      const u32 second_bytes = halved ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
+      const u32 num_slices = lone ? min(num_left, 2u) : 1;
+      const u32 second_bytes = lone ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
       u64* full = &shared.inputs_full[cursor.stage];
       u8* place = ring + cursor.stage * kInputStageBytes;
       wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
@@ -149,59 +155,56 @@ BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool u
   for (u32 i = 0; i < num_stages; i++) loop.give_weights(stage + i, used);
 }
 
-// The main loop over K of one item, for one warpgroup: 64 rows x kColumns of the item's kItemColumns weight rows. `d` starts at zero.
+// The main loop over K of one item, for one warpgroup: 64 rows x the item's kColumns weight rows. `d` starts at zero.
 // Its two rules are gemm.cuh's: addresses are uniform(), and no branch between wgmma_fence() and wgmma_commit().
-template <int kItemColumns, int kColumns>
+template <int kColumns, bool kLone>
 BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
-  constexpr bool kHalved = kColumns != kItemColumns;
-  constexpr u32 kUnitStages = unit_stages(kItemColumns);
-  constexpr u32 kUnitSlices = unit_slices(kItemColumns);
-  constexpr u32 kInputSlices = kHalved ? 2 : 1;
+  constexpr u32 kUnitStages = unit_stages(kColumns);
+  constexpr u32 kUnitSlices = unit_slices(kColumns);
+  constexpr u32 kInputSlices = kLone ? 2 : 1;
   // Few columns: the products take less time than bytes need to come, so stages are given back at once. Many: a slice later, and the tensor cores run through.
-  constexpr bool kWaitsAtOnce = kColumns <= 64;
+  constexpr bool kWaitsAtOnce = kColumns <= 64 && !kLone;
   u32 slice = 0;
-  if constexpr (kHalved && kUnitSlices == 2) {  // a stage of weights and one of inputs hold two slices: both at once
+  bool is_there = false;  // the next operands were seen
+  u64 a = loop.a_of(0);
+  u64 b = loop.b_of(0);
+  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
+  u32 used_inputs = kNone;
+  if constexpr (kLone && kUnitSlices == 2) {  // a stage of weights and one of inputs hold two slices: both at once
 #pragma unroll 1
     for (; slice + 2 <= num_slices; slice += 2) {
-      loop.wait_weights();
-      loop.wait_inputs();
-      const u64 a = loop.a_of(0);
-      const u64 b = loop.b_of(0);
+      if (!is_there) loop.wait(true, true);
       wgmma_fence();
       multiply_slice<kColumns>(d, a, b);
       multiply_slice<kColumns>(d, a + (kRowTileBytes >> 4), b + (kColumns * 128 >> 4));
       wgmma_commit();
-      wgmma_wait<0>();
-      give_unit(loop, loop.weights.stage, kUnitStages, true);
-      loop.give_inputs(loop.inputs.stage, true);
+      const u32 before_weights = used_weights;
+      const u32 before_inputs = used_inputs;
+      used_weights = loop.weights.stage;
+      used_inputs = loop.inputs.stage;
       loop.advance_weights();
       loop.advance_inputs();
+      is_there = loop.sees(true, true);
+      a = loop.a_of(0);
+      b = loop.b_of(0);
+      wgmma_wait<1>();
+      give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
+      loop.give_inputs(before_inputs, before_inputs != kNone);
     }
-    if (slice == num_slices) return;
   }
-  u32 used_weights = kNone;  // stages whose last reader is the slice in flight
-  u32 used_inputs = kNone;
   u32 in_unit = 0;
   u32 in_input = 0;
 #pragma unroll 1
   for (; slice < num_slices; slice++) {
-    if (in_unit == 0) loop.wait_weights();
-    if (in_input == 0) loop.wait_inputs();
-    const u64 a = loop.a_of(in_input * kRowTileBytes);
-    const u64 b = loop.b_of(in_unit * (kColumns * 128));
+    if (!is_there) loop.wait(in_unit == 0, in_input == 0);
     wgmma_fence();
     multiply_slice<kColumns>(d, a, b);
     wgmma_commit();
-    const auto give_used = [&]() {
-      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
-      loop.give_inputs(used_inputs, used_inputs != kNone);
-      used_weights = used_inputs = kNone;
-    };
-    if constexpr (!kWaitsAtOnce) {
-      wgmma_wait<1>();  // the slice before is done
-      give_used();
-    }
+    // While they run: all that the next products wait for otherwise (gemm.cuh).
     const bool last = slice + 1 == num_slices;
+    const u32 before_weights = used_weights;
+    const u32 before_inputs = used_inputs;
+    used_weights = used_inputs = kNone;
     if (++in_unit == kUnitSlices || last) {
       used_weights = loop.weights.stage;
       in_unit = 0;
@@ -212,49 +215,63 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
       in_input = 0;
       loop.advance_inputs();
     }
+    is_there = loop.sees(in_unit == 0, in_input == 0);
+    a = loop.a_of(in_input * kRowTileBytes);
+    b = loop.b_of(in_unit * (kColumns * 128));
     if constexpr (kWaitsAtOnce) {
       wgmma_wait<0>();
-      give_used();
+      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+      loop.give_inputs(used_inputs, used_inputs != kNone);
+    } else {
+      wgmma_wait<1>();  // the slice before is done
+      give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
+      loop.give_inputs(before_inputs, before_inputs != kNone);
     }
   }
+  if constexpr (kWaitsAtOnce) return;
   wgmma_wait<0>();
   give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
   loop.give_inputs(used_inputs, used_inputs != kNone);
 }
 
 // One item for one warpgroup.
-template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
+template <int kTileRows, int kStack, bool kLone, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
-  constexpr int kParts = kHalved ? 1 : kStack;
-  constexpr int kColumns = kTileRows * kParts;
-  const u32 warpgroup = uniform(thread_idx() / 128);
-  const u32 row_begin = kHalved ? item.row_tile * kRowTile : (item.row_tile * 2 + warpgroup) * kRowTile;
-  const u32 column = (item.weight_item * kStack + (kHalved ? warpgroup : 0)) * kTileRows;
-  FragmentTail<kColumns, true, Epilogue> tail(epilogue, row_begin, column);
+  constexpr int kColumns = kTileRows * kStack;
+  const u32 row_begin = kLone ? item.row_tile * kRowTile : (item.row_tile * 2 + uniform(thread_idx() / 128)) * kRowTile;
+  FragmentTail<kColumns, true, Epilogue> tail(epilogue, row_begin, item.weight_item * kColumns);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  multiply_item<kTileRows * kStack, kColumns>(loop, uniform(tiling.num_slices), d);
+  multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
   const f32* row_scale = nullptr;
   if constexpr (kScaled) row_scale = scales.wait(shared);
   tail.finish(d, row_scale);
 }
 
-template <int kTileRows, int kStack, bool kHalved, bool kScaled, class Epilogue>
+// An item of which this warpgroup has nothing: it counts along.
+template <int kColumns, bool kScaled>
+BK_INLINE void pass_wide_item(const WideTiling& tiling, MainLoop& loop, WorkerShared& shared, const ScaleReader& scales) {
+  constexpr u32 kUnitSlices = unit_slices(kColumns);
+  const u32 num_slices = uniform(tiling.num_slices);
+  loop.weights.advance_by((num_slices + kUnitSlices - 1) / kUnitSlices * unit_stages(kColumns), kWeightStages);
+  loop.inputs.advance_by((num_slices + 1) / 2, kInputStages);
+  if constexpr (kScaled) scales.wait(shared);
+}
+
+template <int kTileRows, int kStack, bool kLone, bool kScaled, class Epilogue>
 BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared,
                               ConsumerCursors& cursors, ScaleReader& scales, const Epilogue& epilogue) {
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
-  // Halved: all rows are the same, the weight rows a warpgroup's own; else the other way round.
-  const u32 input_offset = kHalved ? 0 : warpgroup * kRowTileBytes;
-  const u32 weight_offset = kHalved ? warpgroup * (unit_slices(kTileRows * kStack) * kTileRows * 128) : 0;
+  const u32 input_offset = kLone ? 0 : warpgroup * kRowTileBytes;
   MainLoop loop{shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
-                wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset + weight_offset, 1024),
-                thread_idx() % 128 == 0 ? 1u : 0u};
+                wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset, 1024),
+                thread_idx() % 128 == 0 ? (kLone ? 2u : 1u) : 0u};
   // Anew for each item: with the tokens and the stack known that costs less than registers through an item.
-  const auto tiling_now = [&] { return wide_tiling_of(op, num_rows, kHalved ? kRowTile : 2 * kRowTile, kStack); };
+  const auto tiling_now = [&] { return wide_tiling_of(op, opaque(num_rows), kLone ? kRowTile : 2 * kRowTile, kStack); };
   WideTiling tiling = tiling_now();
   u32 idx = uniform(cta_idx());
   bool has_item = idx < uniform(tiling.num_items);
@@ -263,7 +280,8 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   while (has_item) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
-    run_wide_item<kTileRows, kStack, kHalved, kScaled>(tiling, item, loop, shared, scales, epilogue);
+    if (kLone && warpgroup != 0) pass_wide_item<kTileRows * kStack, kScaled>(tiling, loop, shared, scales);
+    else run_wide_item<kTileRows, kStack, kLone, kScaled>(tiling, item, loop, shared, scales, epilogue);
     idx += params.num_workers;
     tiling = tiling_now();
     has_item = idx < uniform(tiling.num_items);
@@ -281,7 +299,7 @@ BK_INLINE void run_gemm_wide(const EngineParams& params, const Op& op, u32 num_r
   ScaleReader scales{kScaled ? shared.compute.scales : RingCursor{}, kNoRow};
   const u32 stack = uniform(tiling.stack);
   if (uniform(tiling.tokens) == kRowTile) {
-    run_wide_items<kTileRows, kHalvedStack, true, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
+    if constexpr (has_lone_items(kTileRows)) run_wide_items<kTileRows, kLoneStack, true, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if (stack == kMax) {
     run_wide_items<kTileRows, kMax, false, kScaled>(params, op, num_rows, shared_memory, shared, cursors, scales, epilogue);
   } else if constexpr (kMax / 2 >= kMin) {

@@ -43,8 +43,10 @@ BK_INLINE constexpr u32 min_stack(u32 tile_rows) {
   return stack;
 }
 
-// Packed tiles of an item of 64 rows: one for each warpgroup.
-constexpr u32 kHalvedStack = 2;
+// Packed tiles of an item of 64 rows, which one warpgroup has all of: at most 128 weight rows of them.
+constexpr u32 kLoneStack = 2;
+constexpr u32 kMaxLoneColumns = 128;
+BK_INLINE constexpr bool has_lone_items(u32 tile_rows) { return kLoneStack * tile_rows <= kMaxLoneColumns; }
 
 struct WideTiling {
   u32 num_rows;
@@ -77,18 +79,16 @@ BK_INLINE WideTiling wide_tiling(const EngineParams& params, const Op& op, u32 n
   u32 tokens = 2 * kRowTile;
   u32 stack = max_stack(op.tile_rows);
   u32 best_ns = wide_time_ns(params, wide_tiling_of(op, num_rows, tokens, stack));
+  const auto consider = [&](u32 other_tokens, u32 other) {
+    const u32 other_ns = wide_time_ns(params, wide_tiling_of(op, num_rows, other_tokens, other));
+    if (other_ns >= best_ns) return;
+    tokens = other_tokens;
+    stack = other;
+    best_ns = other_ns;
+  };
 #pragma unroll 1
-  for (u32 other = stack / 2; other >= min_stack(op.tile_rows); other /= 2) {
-    const u32 other_ns = wide_time_ns(params, wide_tiling_of(op, num_rows, tokens, other));
-    if (other_ns < best_ns) {
-      stack = other;
-      best_ns = other_ns;
-    }
-  }
-  if (num_rows <= 2 * kRowTile && wide_time_ns(params, wide_tiling_of(op, num_rows, kRowTile, kHalvedStack)) < best_ns) {
-    tokens = kRowTile;
-    stack = kHalvedStack;
-  }
+  for (u32 other = stack / 2; other >= min_stack(op.tile_rows); other /= 2) consider(2 * kRowTile, other);
+  if (num_rows <= 2 * kRowTile && has_lone_items(op.tile_rows)) consider(kRowTile, kLoneStack);
   return wide_tiling_of(op, num_rows, tokens, stack);
 }
 

@@ -46,6 +46,17 @@ BK_INLINE bool mbarrier_try_wait(u64* barrier, u32 parity) {
   return done != 0;
 }
 
+// One look: true when the phase with this parity is over. Never waits.
+BK_INLINE bool mbarrier_test_wait(u64* barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // ---- Bulk copies -------------------------------------------------------------------------------------------------
 // Global -> shared, 16-byte aligned, completes on the barrier's transaction count.
 BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 num_bytes, u64* barrier) {

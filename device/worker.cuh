@@ -216,7 +216,11 @@ struct TiledStore {
   }
 };
 
-// A GEMM op, narrow or wide. Narrow tiles are divided between the warpgroups: kColumns weight rows each.
+// Weight rows of a warpgroup in a narrow step: all of a tile of few, for two warpgroups would read the same 64 rows of inputs from shared memory, and that takes longer than
+// the products; half of others, at multiples of `granule`.
+BK_INLINE constexpr int narrow_columns(int tile_rows, int granule) { return tile_rows <= static_cast<int>(kRowTile) ? tile_rows : (tile_rows / 2 + granule - 1) / granule * granule; }
+
+// A GEMM op, narrow or wide.
 template <int kTileRows, int kColumns, bool kScaled, class Epilogue>
 BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_rows, u8* shared_memory, WorkerShared& shared, const Epilogue& epilogue) {
   if (is_wide(num_rows)) {
@@ -237,16 +241,16 @@ BK_INLINE void run_gemm_rows(const EngineParams& params, const Op& op, u32 num_r
 BK_INLINE void run_gemm_op(const EngineParams& params, const Op& op, const StepPlan* plan, u32 num_rows, u8* shared_memory, WorkerShared& shared) {
   switch (uniform(op.kind)) {
     case kOpQkv:
-      run_gemm_rows<kQkvTileRows, kQkvTileRows / 2, true>(params, op, num_rows, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
+      run_gemm_rows<kQkvTileRows, narrow_columns(kQkvTileRows, 8), true>(params, op, num_rows, shared_memory, shared, QkvEpilogue<kQkvTileRows, kHeadDim>{params, op, shared, plan, num_rows});
       break;
     case kOpGateUp:
-      run_gemm_rows<kGateUpTileRows, (kGateUpTileRows / 2 + 15) / 16 * 16, true>(params, op, num_rows, shared_memory, shared, GateUpEpilogue{{}, params, op, num_rows});
+      run_gemm_rows<kGateUpTileRows, narrow_columns(kGateUpTileRows, 16), true>(params, op, num_rows, shared_memory, shared, GateUpEpilogue{{}, params, op, num_rows});
       break;
     case kOpLmHead:
-      run_gemm_rows<kLmHeadTileRows, kLmHeadTileRows / 2, true>(params, op, num_rows, shared_memory, shared, LogitsEpilogue{{}, params, op, num_rows});
+      run_gemm_rows<kLmHeadTileRows, narrow_columns(kLmHeadTileRows, 8), true>(params, op, num_rows, shared_memory, shared, LogitsEpilogue{{}, params, op, num_rows});
       break;
     default:
-      run_gemm_rows<kProjectTileRows, kProjectTileRows / 2, false>(params, op, num_rows, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
+      run_gemm_rows<kProjectTileRows, narrow_columns(kProjectTileRows, 8), false>(params, op, num_rows, shared_memory, shared, ProjectEpilogue{params, op, shared, num_rows});
   }
 }
 

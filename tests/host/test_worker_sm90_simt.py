@@ -301,7 +301,7 @@ CHUNKS = [(200,), (64, 136), (70, 65, 65), (199, 1), (30, 1, 1, 1, 100, 67), (12
 
 @pytest.mark.parametrize("shape", [{}, {"head_dim": 64, "num_attention_heads": 4}], ids=["head_dim 128", "head_dim 64"])
 def test_bits_do_not_depend_on_chunks_nor_on_the_rest_of_the_step(tmp_path: Path, shape: dict[str, Any]) -> None:
-    """One prompt, cut in several ways, alone and beside decode rows of others: narrow, halved and wide items must give the same logits."""
+    """One prompt, cut in several ways, alone and beside decode rows of others: narrow, lone and wide items must give the same logits."""
     write_checkpoint(tmp_path / "model", CONFIG | shape, np.random.default_rng(3))
     workers = EmulatedWorkers(tmp_path / "model", tmp_path, num_workers=3)
     prompt = np.random.default_rng(4).integers(0, workers.config.vocab, 202, dtype=np.uint32)

@@ -113,6 +113,7 @@ BK_INLINE bool mbarrier_try_wait(u64* barrier, u32 parity) {
   while ((state.phases.generation & 1) == parity) simt::machine.wait(state.phases);
   return true;
 }
+BK_INLINE bool mbarrier_test_wait(u64* barrier, u32 parity) { return (simt90::barriers.at(barrier).phases.generation & 1) != parity; }
 
 // ---- Bulk copies -------------------------------------------------------------------------------------------------
 BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 num_bytes, u64* barrier) {
