@@ -140,16 +140,16 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     if os.getpgid(0) != os.getpid():
         os.setpgid(0, 0)  # run by hand: the group that is killed at the end must not be the shell's
     os.sched_setaffinity(0, cpus)
-    folder = Path(tempfile.mkdtemp(prefix="blinkimp-burner-"))
-
     parts = kind.split("+")
+    # Of compilers alone: kinds that may rest are killed while they do, and would leave it behind.
+    folder = Path(tempfile.mkdtemp(prefix="blinkimp-burner-")) if "compile" in parts else None
 
     def make(idx: int, part: str) -> Callable[[], int]:
         if part in LOOPS:
             return loop_worker(part, idx, num_threads)
         if part == "bz2":
             return bz2_worker(idx)
-        return compile_worker(folder, idx) if part == "compile" else stress_ng_worker(num_threads)
+        return stress_ng_worker(num_threads) if folder is None else compile_worker(folder, idx)
 
     counters = [Counter(parts[idx % len(parts)]) for idx in range(1 if kind == "stress-ng" else num_threads)]
     for part in parts:
@@ -183,7 +183,8 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     for _ in sys.stdin:
         tell()
     tell()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
 
 

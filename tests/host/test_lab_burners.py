@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -130,7 +131,9 @@ def test_counts_are_those_since_it_went_on() -> None:
     assert burner.units_per_s == {"syscall": 100, "bz2": 0}
 
 
-def test_few_are_kept_and_none_of_those_that_cannot_rest() -> None:
+def test_few_are_kept_and_none_of_those_that_cannot_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that rest are killed while they do: they must have nothing to leave behind."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with Burners() as burners:
         for num_threads in range(1, MAX_RESTING + 2):
             with burners.burning("syscall", num_threads, {0}):
@@ -143,6 +146,7 @@ def test_few_are_kept_and_none_of_those_that_cannot_rest() -> None:
             assert nothing._process is None
         kept = [burner._process for burner in burners._resting.values()]
     assert all(process is not None and process.returncode is not None for process in kept)
+    assert not list(tmp_path.glob("blinkimp-*"))
 
 
 def test_what_a_failed_cell_leaves_does_not_rest() -> None:
