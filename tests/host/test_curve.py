@@ -5,6 +5,7 @@ Run: pytest tests/host/test_curve.py
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,10 @@ def test_limits_are_a_keys_over_all_its_connections(tmp_path: Path) -> None:
             assert ingress.join(PATIENCE_S)
 
 
-def test_commands_speak_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """generate and bench with the keys; and what they say where one is missing or is no key."""
+def test_commands_speak_curve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """generate, chat and bench with the keys; and what they say where one is missing or is no key."""
     keys = {name: make_keys(tmp_path / "keys", name) for name in ("server", "me")}
     tokenizer = write_byte_tokenizer(tmp_path)
     with FakeDirector(engine_name(), vocab_size=258) as director:
@@ -109,9 +112,12 @@ def test_commands_speak_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             assert main(["generate", *target, *mine, "--timeout", str(PATIENCE_S), "--max-tokens", "4", "hello"]) == 0
             load = ["--concurrency", "1", "--num-requests", "2", "--input-len", "4", "--output-len", "3"]
             assert main(["bench", *target, *mine, *load, "--idle-w", "0"]) == 0
-            assert len(director.queue_pairs[0].seen) == 3
+            monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+            said = [*mine, "--timeout", str(PATIENCE_S), "--max-tokens", "4", "--model", str(tokenizer)]
+            assert main(["chat", *target, *said]) == 0
+            assert len(director.queue_pairs[0].seen) == 4
             capsys.readouterr()
-            for command in (["generate", "hello"], ["bench", *load]):
+            for command in (["generate", "hello"], ["chat"], ["bench", *load]):
                 assert main([*command, *target]) == 1
                 assert "--client-key: got nothing, expected a value" in capsys.readouterr().err
             assert main(["generate", *target[2:], *mine, "hello"]) == 1
