@@ -359,7 +359,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}; `GET /openapi.json` lists what there is"
-    return HttpError(error.status_code, message, code="not_found").response()
+    response = HttpError(error.status_code, message, code="not_found").response()
+    response.headers.update(error.headers or {})  # Allow, of a 405
+    return response
 
 
 async def _on_defect(_: Request, error: Exception) -> Response:

@@ -119,7 +119,8 @@ def test_statuses_beside_400(served: Scripted) -> None:
     http = served.http
     assert refusal(http.post("/v1/completions", {"prompt": "x", "model": "gpt-4"}), 404)["code"] == "model_not_found"
     refusal(http.get("/v1/nothing"), 404)
-    refusal(http.get("/v1/completions"), 405)
+    not_allowed = http.get("/v1/completions")
+    assert refusal(not_allowed, 405) and not_allowed.headers["allow"] == "POST"
     assert "100000" in refusal(http.post("/v1/completions", {"prompt": "x" * 200_000}), 413)["message"]
     busy = http.post("/v1/completions", {"prompt": "x", "n": 9})
     assert refusal(busy, 429)["type"] == "rate_limit_error" and busy.headers["retry-after"] == "1"
