@@ -155,7 +155,7 @@ BK_INLINE void compute_run(const EngineParams& params, const AttentionRun& run, 
   leave_unit<kHeadDim>(params, run, shared_memory, num_run_splits, store);
 }
 
-// The warp of a warpgroup that finds its runs: one that has no rows of a decode row's tile, while the first warp works on the run before.
+// The warp of a warpgroup that finds its runs: the last, which has no rows of a tile of few.
 BK_INLINE bool is_scout_warp() { return thread_idx() % kWarpgroupThreads >= kWarpgroupThreads - 32; }
 BK_INLINE bool is_scout() { return thread_idx() % kWarpgroupThreads == kWarpgroupThreads - 32; }
 

@@ -7,8 +7,7 @@
 // attention_slots() * num_kv_heads. kWsAttentionCounters is zero between ops (allocated zeroed; the last to arrive resets).
 // Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
-#include <attention_schedule.cuh>
-#include <fragment.cuh>
+#include <attention_tile.cuh>
 
 namespace blinkimp {
 
@@ -156,6 +155,24 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
     for (u32 i = 0; i < kColumns / 2; ++i) {
       store.pair(out_row, column + i * 2, pack_bf16x2(finish_value(outputs[i * 2], inverse_sum), finish_value(outputs[i * 2 + 1], inverse_sum)));
     }
+  }
+}
+
+// The end of a narrow run that has not its whole unit: whoever completes the unit folds it. All threads of the warpgroup.
+template <int kHeadDim, class Store>
+BK_INLINE void leave_unit(const EngineParams& params, const AttentionRun& run, u8* shared_memory, u32 num_run_splits, const Store& store) {
+  warpgroup_sync();  // all partial results are written before the first thread releases them
+  if (is_elected()) {
+    u32* counter = unit_counter(params, run.unit_idx);
+    const u32 added = num_run_splits + (run.first_split == 0 ? num_run_splits << kFoldedShift : 0);
+    const u32 count = atom_add_acq_rel_gpu(counter, added) + added;  // pairs with itself: the last sees what the others left
+    attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()] = count;
+    if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
+  }
+  warpgroup_sync();  // nobody reads the message, or partial results, before the first thread has acquired them
+  const u32 count = uniform(attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()]);
+  if (count % (1u << kFoldedShift) == run.num_splits) {
+    merge_unit<kHeadDim>(params, run.item_begin, count >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
   }
 }
 

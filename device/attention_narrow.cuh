@@ -164,24 +164,6 @@ BK_INLINE void store_swapped_rows(const AttentionRun& run, u8* tile, const f32 (
   store.chunk(run.row_begin, (run.kv_head * run.group + head) * kHeadDim + thread % kChunks * 8u, uint4{pair(low.x, low.y), pair(low.z, low.w), pair(high.x, high.y), pair(high.z, high.w)});
 }
 
-// The end of a narrow run that has not its whole unit: whoever completes the unit folds it. All threads of the warpgroup.
-template <int kHeadDim, class Store>
-BK_INLINE void leave_unit(const EngineParams& params, const AttentionRun& run, u8* shared_memory, u32 num_run_splits, const Store& store) {
-  warpgroup_sync();  // all partial results are written before the first thread releases them
-  if (is_elected()) {
-    u32* counter = unit_counter(params, run.unit_idx);
-    const u32 added = num_run_splits + (run.first_split == 0 ? num_run_splits << kFoldedShift : 0);
-    const u32 count = atom_add_acq_rel_gpu(counter, added) + added;  // pairs with itself: the last sees what the others left
-    attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()] = count;
-    if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
-  }
-  warpgroup_sync();  // nobody reads the message, or partial results, before the first thread has acquired them
-  const u32 count = uniform(attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()]);
-  if (count % (1u << kFoldedShift) == run.num_splits) {
-    merge_unit<kHeadDim>(params, run.item_begin, count >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
-  }
-}
-
 // scores = 64 keys x 8 heads. Addresses: uniform().
 template <int kHeadDim>
 BK_INLINE void issue_swapped_scores(f32 (&scores)[4], u32 queries, u32 keys) {

@@ -3,7 +3,6 @@
 // Called by device/attention.cuh. Test: pytest -m gpu tests/gpu/test_attention_sm90.py; without a GPU: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_merge.cuh>
-#include <attention_tile.cuh>
 
 namespace blinkimp {
 

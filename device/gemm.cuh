@@ -2,8 +2,8 @@
 //
 // Tokens are wgmma's M (a tile of 64 rows), weight rows its N. One CTA owns an output tile over the whole K, and an output is one chain of
 // accumulations in the order of k, whatever the tile's shape: its bits do not depend on the number of rows in the step. A tile of more than 64 weight
-// rows is divided: warpgroup 0 has the first, 1 the last. A smaller one is warpgroup 0's: two would read the same inputs from shared memory, whose pace
-// is what counts at 33 to 64 rows (GEMM_WIDE.md). Steps of more rows: gemm_wide.cuh.
+// rows is divided: warpgroup 0 has the first, 1 the last. A smaller one is warpgroup 0's: two would read the same inputs from shared memory, and are
+// slower (GEMM_WIDE.md). Steps of more rows: gemm_wide.cuh.
 //
 // Weights: [tile][k / 64][kTileRows rows][64 k] bf16, swizzled; packed by host/gpu_weights.py; streamed by the weight producer through a ring of
 // 16 KB stages, each of slices_per_stage() slices. Inputs: tiled_offset() of activation_layout.cuh; an input stage of 16 KB holds as many
@@ -143,7 +143,7 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, c
 #pragma unroll
     for (u32 j = 0; j < kGroup; j++) multiply(a + j * (input_bytes >> 4), b + j * (kSliceBytes >> 4));
     wgmma_commit();
-    // While they run: all that the next group's products wait for otherwise, 200 to 300 clk of looks, shuffles and additions one after the other.
+    // While they run: all that the next group's products wait for otherwise: looks, shuffles and additions one after the other.
     const u32 done_weights = used_weights;
     const u32 done_inputs = used_inputs;
     used_weights = used_inputs = kNone;

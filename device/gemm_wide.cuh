@@ -3,7 +3,7 @@
 // A CTA owns an output tile of 128 (or 64) rows x N <= 256 weight rows over the whole K: `stack` packed weight tiles side by side
 // (gemm_wide_tiling.cuh chooses). Each output is one fp32 accumulator, wgmma k16 steps in increasing k.
 //   128 rows           each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
-//   64 rows ("lone")   warpgroup 0 has all of the item. Two would read the same rows from shared memory, whose pace counts here (GEMM_WIDE.md)
+//   64 rows ("lone")   warpgroup 0 has all of the item. Two would both read the same rows from shared memory (GEMM_WIDE.md)
 // Products of slice i run while slice i + 1 is waited for and issued; a stage goes back to its producer one slice later. The two warpgroups never
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
@@ -162,7 +162,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   constexpr u32 kUnitStages = unit_stages(kColumns);
   constexpr u32 kUnitSlices = unit_slices(kColumns);
   constexpr u32 kInputSlices = kLone ? 2 : 1;
-  // Few columns: the products take less time than bytes need to come, so stages are given back at once. Many: a slice later, and the tensor cores run through.
+  // Few columns: a stage is given back at once, which is faster than a slice later (PERFORMANCE.md, ninth state). Many: a slice later, and the tensor cores run through.
   constexpr bool kWaitsAtOnce = kColumns <= 64 && !kLone;
   u32 slice = 0;
   bool is_there = false;  // the next operands were seen

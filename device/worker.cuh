@@ -216,8 +216,8 @@ struct TiledStore {
   }
 };
 
-// Weight rows of a warpgroup in a narrow step: all of a tile of few, for two warpgroups would read the same 64 rows of inputs from shared memory, and that takes longer than
-// the products; half of others, at multiples of `granule`.
+// Weight rows of a warpgroup in a narrow step: all of a tile of few, because two warpgroups that read the same 64 rows of inputs from shared memory are slower
+// (GEMM_WIDE.md); half of others, at multiples of `granule`.
 BK_INLINE constexpr int narrow_columns(int tile_rows, int granule) { return tile_rows <= static_cast<int>(kRowTile) ? tile_rows : (tile_rows / 2 + granule - 1) / granule * granule; }
 
 // A GEMM op, narrow or wide.

@@ -25,7 +25,7 @@ from blinkimp.ring_abi import OpKind
 
 # Those of gemm_wide_tiling.cuh.
 COST_ROWS: Final = 128
-LONE_ROWS: Final = 64
+ROW_TILE: Final = 64
 LONE_STACK: Final = 2
 MAX_LONE_COLUMNS: Final = 128
 MIN_COLUMNS: Final = 64
@@ -51,7 +51,7 @@ def wide_time_ns(rows: int, matrix: Matrix, tokens: int, stack: int, num_workers
     columns = stack * matrix.tile_rows
     num_tiles = -(-matrix.out_features // matrix.tile_rows)
     items = -(-rows // tokens) * -(-num_tiles // stack)
-    copies = 2 if tokens == LONE_ROWS else stack + 2
+    copies = 2 if tokens == ROW_TILE else stack + 2
     slice_ns = max(tokens * columns // 47, 2 * (tokens + columns), BULK_COPY_NS * copies)
     return -(-items // num_workers) * (matrix.in_features // SLICE_COLUMNS * slice_ns + EPILOGUE_NS)
 
@@ -76,7 +76,7 @@ def least_wide_time_ns(rows: int, matrix: Matrix, num_workers: int) -> int:
     """Of the tiling that the rule takes. rows > 64."""
     times = [wide_time_ns(rows, matrix, COST_ROWS, stack, num_workers) for stack in stacks(matrix.tile_rows)]
     if rows <= COST_ROWS and has_lone_items(matrix.tile_rows):
-        times.append(wide_time_ns(rows, matrix, LONE_ROWS, LONE_STACK, num_workers))
+        times.append(wide_time_ns(rows, matrix, ROW_TILE, LONE_STACK, num_workers))
     return min(times)
 
 
@@ -97,7 +97,7 @@ def stream_ns(out_features: int, in_features: int) -> int:
 
 def gemms_ns(rows: int, matrices: list[Matrix], num_workers: int) -> int:
     """Of a layer's GEMMs."""
-    if rows <= LONE_ROWS:
+    if rows <= ROW_TILE:
         return sum(stream_ns(matrix.out_features, matrix.in_features) + EPILOGUE_NS for matrix in matrices)
     return sum(least_wide_time_ns(rows, matrix, num_workers) for matrix in matrices)
 
@@ -107,7 +107,7 @@ def step_costs(config: ModelConfig, shape: KernelShape, num_workers: int) -> tup
     if shape.kind != "hopper":
         return 0, np.zeros(abi.MAX_STEP_COSTS, np.uint16)
     matrices = matrices_of(config, shape)
-    rows = [LONE_ROWS, *(COST_ROWS * i for i in range(1, abi.MAX_STEP_COSTS))]
+    rows = [ROW_TILE, *(COST_ROWS * i for i in range(1, abi.MAX_STEP_COSTS))]
     step_ns = config.num_layers * ATTENTION_NS + stream_ns(config.vocab, config.hidden)
     times_ns = [config.num_layers * gemms_ns(count, matrices, num_workers) + step_ns for count in rows]
     unit_ns = max(LEAST_UNIT_NS, -(-max(times_ns) // np.iinfo(np.uint16).max))

@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from blinkimp.host.bf16 import bf16_from_f32
-from blinkimp.host.step_costs import COST_ROWS, LONE_ROWS, LONE_STACK, Matrix, has_lone_items, stacks, wide_time_ns
+from blinkimp.host.step_costs import COST_ROWS, LONE_STACK, ROW_TILE, Matrix, has_lone_items, stacks, wide_time_ns
 from tests.gpu.gemm_wide_runner import PlacedWeights, WideRunner, compile_wide
 
 SHAPES = {  # name: (packed tile rows, out features, in features)
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {"whole": (), "no stores": ("-DSTORE=0",)
 def tilings(rows: int, tile_rows: int) -> list[tuple[int, int]]:
     """(tokens, stack) of those that the rule chooses from, small ones first."""
     whole = [(COST_ROWS, stack) for stack in reversed(stacks(tile_rows))]
-    return [(LONE_ROWS, LONE_STACK), *whole] if rows <= COST_ROWS and has_lone_items(tile_rows) else whole
+    return [(ROW_TILE, LONE_STACK), *whole] if rows <= COST_ROWS and has_lone_items(tile_rows) else whole
 
 
 def place_copies(runner: WideRunner, rng: np.random.Generator, shape: tuple[int, int, int]) -> list[PlacedWeights]:
