@@ -13,7 +13,7 @@ import msgspec
 
 from blinkimp.complaints import Complaint, complaint_of, known_at
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
-from blinkimp.nic_shim.http_neutral import without_neutral
+from blinkimp.nic_shim.http_neutral import with_whole_numbers, without_neutral
 from blinkimp.nic_shim.http_types import (
     MAX_PROMPTS,
     ChatRequest,
@@ -43,12 +43,11 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         complaint = Complaint("", "the body is not JSON", f"{len(payload)} bytes: {error}", "one JSON object", None)
     else:
-        plain = without_neutral(content)
-        if plain is not None:
-            try:
-                return msgspec.convert(plain, type=body_type, str_keys=True)
-            except msgspec.ValidationError as error:
-                problem, content = error.with_traceback(None), plain
+        content = without_neutral(with_whole_numbers(content))
+        try:
+            return msgspec.convert(content, type=body_type, str_keys=True)
+        except msgspec.ValidationError as error:
+            problem = error.with_traceback(None)
         complaint = complaint_of(problem, content, lambda path: tuple(sorted(known_at(body_type, path))))
     remedy = "correct the field, or leave it out; nic_shim/HTTP.md lists what is supported"
     raise bad_field(complaint.field, complaint.what, complaint.got, complaint.expected, remedy) from None

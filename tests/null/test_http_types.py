@@ -6,6 +6,7 @@ Covers nic_shim/http_types.py, http_fields.py, http_openapi.py. Run: pytest test
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -85,6 +86,23 @@ def test_what_changes_nothing_is_taken_and_the_rest_refused_by_name() -> None:
             HttpError, match=f"unknown field in the message: got '{name}', expected one of cache_salt, echo"
         ):
             completion(**{**from_clients, name: value})
+
+
+def test_a_whole_number_may_have_a_point() -> None:
+    """JSON Schema's integers, and vLLM's, are whole numbers however they are written."""
+    body = b'{"prompt": [[5.0, 6], [7e0]], "max_tokens": 1.6e1, "seed": -2.0, "n": 2.0, "temperature": 1, "stop_token_ids": [3.0]}'
+    plain = (
+        b'{"prompt": [[5, 6], [7]], "max_tokens": 16, "seed": -2, "n": 2, "temperature": 1.0, "stop_token_ids": [3]}'
+    )
+    assert decode_body(body, CompletionRequest) == decode_body(plain, CompletionRequest)
+    assert completion(n=2.0, guided_json={"const": 1.0}).guided_json == {"const": 1.0}
+    for fields, words in (
+        ({"n": 1.5}, "got 1.5, expected int"),
+        ({"seed": 1e300}, "got 1e+300"),
+        ({"n": 0.0}, "got 0,"),
+    ):
+        with pytest.raises(HttpError, match=re.escape(words)):
+            completion(**fields)
 
 
 def test_a_reply_can_be_sent_back_as_it_came() -> None:
