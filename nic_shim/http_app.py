@@ -55,6 +55,8 @@ from blinkimp.nic_shim.http_types import (
     GenerationFields,
     Model,
     ModelList,
+    ServerStatus,
+    ServerVersion,
     TokenizeReply,
     TokenizeRequest,
 )
@@ -79,7 +81,10 @@ class Api:
 
     def __post_init__(self) -> None:
         self._created = int(time.time())
-        self._openapi = openapi_document()
+        port = self.context.engine.link.port
+        self._openapi = openapi_document(
+            vocab_size=port.vocab_size, max_context=port.max_context, model_names=self.context.model_names
+        )
 
     def app(self) -> Starlette:
         open_routes = {"/health": self.health, "/ready": self.ready, "/version": self.version, "/metrics": self.metrics}
@@ -309,15 +314,15 @@ class Api:
 
     async def health(self, _: Request) -> Response:
         """Live: this process answers. A faulted engine is started anew by its supervisor; /ready tells when it is back."""
-        return _json({"status": self.status()})
+        return _json(ServerStatus(self.status()))
 
     async def ready(self, _: Request) -> Response:
         """Whether a request would be taken now."""
         status = self.status()
-        return _json({"status": status}, 200 if status == "ok" else 503)
+        return _json(ServerStatus(status), 200 if status == "ok" else 503)
 
     async def version(self, _: Request) -> Response:
-        return _json({"version": __version__})
+        return _json(ServerVersion(__version__))
 
     async def metrics(self, request: Request) -> Response:
         # On a thread: some milliseconds, for which no stream should wait.

@@ -278,6 +278,14 @@ class ModelList(msgspec.Struct, kw_only=True):
     data: list[Model]
 
 
+class ServerStatus(msgspec.Struct):
+    status: str  # ok, starting, draining, engine_lost, engine_faulted
+
+
+class ServerVersion(msgspec.Struct):
+    version: str
+
+
 class ErrorBody(msgspec.Struct, kw_only=True):
     message: str
     type: str

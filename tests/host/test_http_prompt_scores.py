@@ -99,6 +99,11 @@ def test_a_client_that_leaves_meanwhile_is_cancelled(server: HttpServer) -> None
     assert server.complete("x", max_tokens=2)["choices"], "and the next one is served"
 
 
+def test_where_its_own_time_is_over_before_it_is_504(server: HttpServer) -> None:
+    reply = server.post("/v1/completions", {"prompt": LONG, "echo": True, "logprobs": 0, "timeout": 1e-9})
+    assert (reply.status, reply.json["error"]["code"]) == (504, "timeout"), reply.body
+
+
 def test_without_room_for_a_constraint_it_is_refused() -> None:
     with embedded(constraint_slots=0) as (server, _):
         reply = server.post("/v1/completions", {"prompt": PROMPT, "echo": True, "logprobs": 1})

@@ -1,21 +1,27 @@
 """The HTTP API's types: limits are the ABI's, OpenAPI is generated from them, HTTP.md names every field.
 
-Covers nic_shim/http_types.py, http_fields.py, http_openapi.py. Run: pytest tests/null/test_http_types.py
+Covers nic_shim/http_types.py, http_fields.py, http_openapi.py, http_schemas.py. Run: pytest tests/null/test_http_types.py
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import msgspec
+import numpy as np
 import pytest
 
 from blinkimp import protocol, ring_abi
+from blinkimp.nic_shim.admission import prompt_problem
 from blinkimp.nic_shim.http_errors import HttpError
 from blinkimp.nic_shim.http_fields import (
     GenerationDefaults,
+    check_combinations,
     constraint_of,
     decode_body,
     prompts_of,
@@ -25,6 +31,21 @@ from blinkimp.nic_shim.http_fields import (
 from blinkimp.nic_shim.http_openapi import OPERATIONS, docs_page, openapi_document
 from blinkimp.nic_shim.http_types import ChatMessage, ChatRequest, CompletionRequest
 from tests.support import ROOT
+
+DOCUMENT = openapi_document(vocab_size=258, max_context=64, model_names=("m",))
+
+
+@dataclass
+class Limits:
+    """Of the model that DOCUMENT speaks of."""
+
+    max_context: int = 64
+    vocab_size: int = 258
+
+
+def keeps_to_the_document(name: str, body: dict[str, Any]) -> bool:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": json.loads(DOCUMENT)["components"]}
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(body))
 
 
 def completion(**fields: object) -> CompletionRequest:
@@ -162,13 +183,98 @@ def test_constraints_by_every_name() -> None:
 
 
 def test_openapi_holds_every_operation_and_resolves() -> None:
-    document = json.loads(openapi_document())
-    text = json.dumps(document)
+    document = json.loads(DOCUMENT)
     for path, method, *_ in OPERATIONS:
         assert method in document["paths"][path]
-    for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+    for reference in {part.split('"')[0] for part in DOCUMENT.decode().split('"#/components/schemas/')[1:]}:
         assert reference in document["components"]["schemas"], reference
-    assert docs_page(openapi_document()).count("<h2>") == len(OPERATIONS)
+    assert docs_page(DOCUMENT).count("<h2>") == len(OPERATIONS)
+
+
+CHOICE = {"guided_choice": ["a"]}
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_right"),
+    [
+        ({}, True),
+        ({"prompt": ["a", ""]}, True),
+        ({"prompt": [0, 257]}, True),
+        ({"prompt": [[0], [257]]}, True),
+        ({"prompt": [258]}, False),
+        ({"prompt": [[0], []]}, False),
+        ({"prompt": []}, False),
+        ({"prompt": ["a", 1]}, False),
+        ({"prompt": ["a"] * 257}, False),
+        ({"prompt": [1] * 63, "max_tokens": 1}, True),
+        ({"prompt": [1] * 64, "max_tokens": 1}, False),
+        ({"max_tokens": 63}, True),
+        ({"max_tokens": 64}, False),
+        ({"max_tokens": 0}, False),
+        ({"max_tokens": 0, "echo": True}, True),
+        ({"stop_token_ids": [258]}, False),
+        ({"logit_bias": {"0": 1, "257": -1}}, True),
+        ({"logit_bias": {"258": 1}}, False),
+        ({"logit_bias": {"007": 1}}, False),
+        ({"seed": 2**64 - 1}, True),
+        ({"seed": 2**64}, False),
+        ({"n": 2.0}, True),
+        ({"stream_options": {}}, False),
+        ({"stream_options": {}, "stream": True}, True),
+        ({"stream_options": None, "stream": False}, True),
+        ({**CHOICE, "guided_regex": None, "response_format": {"type": "text"}, "structured_outputs": {}}, True),
+        ({**CHOICE, "guided_regex": "a"}, False),
+        ({**CHOICE, "response_format": SCHEMA}, False),
+        ({**CHOICE, "structured_outputs": {"json_object": False}}, True),
+        ({**CHOICE, "structured_outputs": {"json_object": True}}, False),
+        ({"structured_outputs": {"json_object": True, "regex": "a"}}, False),
+        ({"response_format": SCHEMA}, True),
+        ({"response_format": {"type": "json_schema"}}, False),
+        ({"response_format": {"type": "json_schema", "json_schema": None}}, False),
+    ],
+)
+def test_openapi_and_the_server_take_the_same_completions(fields: dict[str, Any], is_right: bool) -> None:
+    body = {"prompt": "x", **fields}
+    assert keeps_to_the_document("CompletionRequest", body) == is_right
+    try:
+        decoded = completion(**body)
+        check_combinations(decoded)
+        constraint_of(decoded)
+        max_tokens = 1 if decoded.max_tokens is None else max(1, decoded.max_tokens)
+        sampling = sampling_of(decoded, GenerationDefaults(), max_tokens=max_tokens, num_top_logprobs=0)
+        problems = [
+            prompt_problem(0, np.array([1] if isinstance(prompt, str) else prompt, np.uint32), sampling, Limits())
+            for prompt in prompts_of(decoded)
+        ]
+        is_taken = problems == [None] * len(problems)
+    except HttpError:
+        is_taken = False
+    assert is_taken == is_right
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "is_right"),
+    [
+        ("ChatRequest", {"top_logprobs": 0}, True),
+        ("ChatRequest", {"top_logprobs": 1}, False),
+        ("ChatRequest", {"top_logprobs": 1, "logprobs": True}, True),
+        ("ChatRequest", {"chat_template_kwargs": {"x": 1}}, True),
+        ("ChatRequest", {"chat_template_kwargs": {"messages": []}}, False),
+        ("TokenizeRequest", {"prompt": ""}, True),
+        ("TokenizeRequest", {"messages": [], "prompt": None}, True),
+        ("TokenizeRequest", {}, False),
+        ("TokenizeRequest", {"prompt": "x", "messages": []}, False),
+        ("DetokenizeRequest", {"tokens": [257]}, True),
+        ("DetokenizeRequest", {"tokens": [258]}, False),
+        ("StructuredOutputs", {"choice": []}, False),
+        ("StructuredOutputs", {"choice": ["a", ""]}, False),
+    ],
+)
+def test_openapi_says_which_fields_go_together(name: str, body: dict[str, Any], is_right: bool) -> None:
+    if name == "ChatRequest":
+        body = {"messages": [{"role": "user", "content": "x"}], **body}
+    assert keeps_to_the_document(name, body) == is_right
 
 
 def test_every_field_and_endpoint_is_documented() -> None:
