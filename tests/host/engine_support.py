@@ -75,11 +75,12 @@ def random_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray[An
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     query_features = config["num_attention_heads"] * config["head_dim"]
     kv_features = config["num_key_value_heads"] * config["head_dim"]
+    vocab = config["vocab_size"]
     tensors = {
-        "model.embed_tokens.weight": matrix(TINY_VOCAB, hidden),
+        "model.embed_tokens.weight": matrix(vocab, hidden),
         "model.norm.weight": np.ones(hidden, np.float32),
     }
-    tensors["lm_head.weight"] = matrix(TINY_VOCAB, hidden) * 4
+    tensors["lm_head.weight"] = matrix(vocab, hidden) * 4
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = np.ones(hidden, np.float32)
