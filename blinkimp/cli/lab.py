@@ -89,6 +89,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
         "--rates", type=numbers, default="", metavar="LIST", help="requests/s of open loops; none by default"
     )
     sweep.add_argument("--range-ratio", type=float, default=0.8, metavar="R", help="lengths are uniform in [R * L, L]")
+    sweep.add_argument(
+        "--requests-per-user", type=int, default=10, metavar="N", help="requests of a closed loop for each of its users"
+    )
     sweep.add_argument("--duration", type=float, default=60.0, metavar="S", help="of each open loop")
     sweep.add_argument("--warmup", type=float, default=5.0, metavar="S", help="of each open loop, not counted")
     noise = new_part(parts, "interference", "engines beside interference on the host's CPU", INTERFERENCE_EXAMPLES)
@@ -188,6 +191,7 @@ def run_sweep_part(options: argparse.Namespace) -> int:
             range_ratio=options.range_ratio,
             duration_s=options.duration,
             warmup_s=options.warmup,
+            requests_per_user=options.requests_per_user,
             seed=options.seed,
             source=source,
             idle_w=idle_w,

@@ -19,7 +19,7 @@ from blinkimp.bench.runner import Progress, Target, run_load
 from blinkimp.host.power import PowerSource
 from blinkimp.lab.store import Store, key_of
 
-REQUESTS_A_USER: Final = 10  # of a closed loop
+REQUESTS_PER_USER: Final = 10  # of a closed loop, as InferenceX has it
 RANGE_RATIO: Final = 0.8
 
 
@@ -53,7 +53,15 @@ class Point:
     def name(self) -> str:
         return f"concurrency {self.concurrency}" if self.concurrency is not None else f"rate {self.rate:g}"
 
-    def load(self, *, range_ratio: float, duration_s: float, warmup_s: float, seed: int) -> LoadOptions:
+    def load(
+        self,
+        *,
+        range_ratio: float,
+        duration_s: float,
+        warmup_s: float,
+        seed: int,
+        requests_per_user: int = REQUESTS_PER_USER,
+    ) -> LoadOptions:
         common: dict[str, Any] = {
             "lengths": "range",
             "input_len": self.scenario.input_len,
@@ -62,7 +70,9 @@ class Point:
             "seed": seed,
         }
         if self.concurrency is not None:
-            return LoadOptions(concurrency=self.concurrency, num_requests=self.concurrency * REQUESTS_A_USER, **common)
+            return LoadOptions(
+                concurrency=self.concurrency, num_requests=self.concurrency * requests_per_user, **common
+            )
         return LoadOptions(rate=self.rate, duration_s=duration_s, warmup_s=warmup_s, **common)
 
 
@@ -82,6 +92,7 @@ def run_sweep(
     range_ratio: float = RANGE_RATIO,
     duration_s: float = 60.0,
     warmup_s: float = 5.0,
+    requests_per_user: int = REQUESTS_PER_USER,
     seed: int = 0,
     source: PowerSource | None = None,
     idle_w: float | None = None,
@@ -109,7 +120,13 @@ def run_sweep(
             "concurrency": point.concurrency,
             "rate": point.rate,
         }
-        load = point.load(range_ratio=range_ratio, duration_s=duration_s, warmup_s=warmup_s, seed=seed)
+        load = point.load(
+            range_ratio=range_ratio,
+            duration_s=duration_s,
+            warmup_s=warmup_s,
+            seed=seed,
+            requests_per_user=requests_per_user,
+        )
         try:
             cell["report"] = asyncio.run(run_load(load, target, progress=progress, source=source, idle_w=idle_w))
             figures = cell["report"]
