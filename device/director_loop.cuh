@@ -2,7 +2,8 @@
 //
 //   warp 0  the director: plans, commits, polls queue pairs, publishes completions; waits for host memory now and then, 2 us each time
 //   warp 1  the dispatcher: watches the workers and nothing else. When the last one arrives and the next plan is armed, it publishes that
-//           plan at once; whatever the director is in the middle of, the workers go on within two reads of L2
+//           plan at once; whatever the director is in the middle of, the workers go on within a pause and two reads of L2
+// Both look now and then and not all the time: what they read slows the workers down (PERFORMANCE.md, what the director costs the workers).
 //
 // Called by device/persistent_kernel.cu and device/portable/portable_kernel.cu in the last CTA, by kDirectorThreads threads. Include the
 // kernel's own worker first: grid_word(), grid_has_passed(), phases_of(), saved_phases() and fail() are its. The emulated device's loop, which makes the same
@@ -20,7 +21,8 @@ namespace blinkimp {
 
 constexpr u32 kDirectorThreads = 64;
 constexpr u32 kLeaveStep = 0xffffffff;
-constexpr u32 kWatchSleepNs = 200;
+constexpr u32 kWatchSleepNs = 200;   // of the dispatcher, for a step
+constexpr u32 kArrivalSleepNs = 500;  // and for its workers, at most twice that: of a step, ten thousandths
 constexpr u64 kQuietRoundNs = 1000000;  // an idle engine's plans, status, attaches beside others and integrity checks: they take some 15 us
 
 // In the shared memory of the director's CTA. Steps are counted from 1 here; 0 = none.
@@ -64,6 +66,7 @@ BK_INLINE void watch_workers(const EngineParams& params, const Lanes& lanes, u32
       *num_watched = next->num_seqs;
       if (*num_watched <= kMaxWatchedSeqs && lanes.id < *num_watched) *watched = watch_seq(params, next, lanes.id);
     }
+    sleep_ns(kArrivalSleepNs);
     // Later than any wait of the workers, so that the wait which really hangs is the one on record.
     if (lanes.any(device_clock_ns() - start_ns > params.spin_budget_ns / 2 * 3)) fail(params, kFaultSpinExpired, kSiteStepWait, num_barriers * params.num_workers, arrivals);
   }
@@ -123,10 +126,10 @@ BK_INLINE bool disarm_next(const Lanes& lanes, u32 step) {
   return is_ours;
 }
 
-// While the workers run `step`: plans the next one, takes submissions, admits them to that plan. Each look at the queue pairs costs about
-// 2 us of PCIe reads, hence now and then.
+// While the workers run `step`: plans the next one, takes submissions, admits them to that plan. Each look at the queue pairs is about 2 us of reads over PCIe;
+// what comes between the last look and the step's end waits for another step, one request in a hundred.
 BK_INLINE void accompany_step(const EngineParams& params, const Lanes& lanes, u32 step) {
-  constexpr u64 kPollPeriodNs = 10000;
+  constexpr u64 kPollPeriodNs = 50000;
   constexpr u64 kPublishPeriodNs = 1000000;  // of a status that no completion goes with
   DirectorState& state = director_state(params);
   StepPlan* next = plan_of_step(params, step + 1);
