@@ -19,8 +19,7 @@ template <int kHeadDim>
 constexpr u32 kPageStages = 2 * kKvTileBytes<kHeadDim> / kWeightStageBytes;
 
 // A warpgroup's next page is the one after the next where the other's lies between: of the ring's kWeightStages / kPageStages pages, two less at most (I1). Of
-// narrow pages, which every SM asks for during the whole op, 64 KB: more of them stand in queues, where some groups of SMs fare worse than others (PERFORMANCE.md,
-// tenth state).
+// narrow pages 64 KB, which is faster (PERFORMANCE.md, tenth state).
 template <int kHeadDim, bool kIsNarrow>
 constexpr u32 kPagesOnTheWay = kIsNarrow ? (64 << 10) / (2 * kKvTileBytes<kHeadDim>) : kWeightStages / kPageStages<kHeadDim> - 2;
 static_assert(kPagesOnTheWay<64, true> <= kPagesOnTheWay<64, false> && kPagesOnTheWay<128, true> <= kPagesOnTheWay<128, false>, "I1");
@@ -42,8 +41,8 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-// kIsStreamed: nobody else reads the page in this step: a narrow one.
-template <int kHeadDim, bool kIsStreamed>
+// kIsNarrow: nobody else reads the page in this step, so it is streamed.
+template <int kHeadDim, bool kIsNarrow>
 BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
@@ -51,14 +50,14 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
   for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) {
     wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
     if (i == 0) {
-      wait_landed(params, shared, cursor, kPagesOnTheWay<kHeadDim, kIsStreamed> * kPageStages<kHeadDim>);
+      wait_landed(params, shared, cursor, kPagesOnTheWay<kHeadDim, kIsNarrow> * kPageStages<kHeadDim>);
       full = &shared.weights_full[cursor.stage];
       mbarrier_arrive_expect_bytes(full, 2 * kKvTileBytes<kHeadDim>);
     } else {
       mbarrier_arrive(&shared.weights_full[cursor.stage]);
     }
     u8* place = shared_memory + kRingOffset + cursor.stage * kWeightStageBytes;
-    if constexpr (kIsStreamed) bulk_copy_streamed(place, tile + i * kWeightStageBytes, kWeightStageBytes, full);
+    if constexpr (kIsNarrow) bulk_copy_streamed(place, tile + i * kWeightStageBytes, kWeightStageBytes, full);
     else bulk_copy_to_shared(place, tile + i * kWeightStageBytes, kWeightStageBytes, full);
     cursor.advance(kWeightStages);
   }

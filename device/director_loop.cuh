@@ -21,7 +21,7 @@ namespace blinkimp {
 
 constexpr u32 kDirectorThreads = 64;
 constexpr u32 kLeaveStep = 0xffffffff;
-constexpr u32 kWatchSleepNs = 200;   // of the dispatcher, for a step
+constexpr u32 kWatchSleepNs = 200;    // of the dispatcher, for a step
 constexpr u32 kArrivalSleepNs = 500;  // and for its workers, at most twice that: of a step, ten thousandths
 constexpr u64 kQuietRoundNs = 1000000;  // an idle engine's plans, status, attaches beside others and integrity checks: they take some 15 us
 

@@ -13,7 +13,7 @@ import msgspec
 
 from blinkimp.complaints import Complaint, complaint_of, known_at
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
-from blinkimp.nic_shim.http_neutral import with_whole_numbers, without_neutral
+from blinkimp.nic_shim.http_neutral import without_neutral
 from blinkimp.nic_shim.http_types import (
     MAX_PROMPTS,
     ChatRequest,
@@ -43,7 +43,7 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         complaint = Complaint("", "the body is not JSON", f"{len(payload)} bytes: {error}", "one JSON object", None)
     else:
-        content = without_neutral(with_whole_numbers(content))
+        content = without_neutral(_with_whole_numbers(content))
         try:
             return msgspec.convert(content, type=body_type, str_keys=True)
         except msgspec.ValidationError as error:
@@ -51,6 +51,18 @@ def decode_body(payload: bytes, body_type: type[Body]) -> Body:
         complaint = complaint_of(problem, content, lambda path: tuple(sorted(known_at(body_type, path))))
     remedy = "correct the field, or leave it out; nic_shim/HTTP.md lists what is supported"
     raise bad_field(complaint.field, complaint.what, complaint.got, complaint.expected, remedy) from None
+
+
+def _with_whole_numbers(body: Any) -> Any:
+    """The body with 16 for 16.0, which is an integer to JSON Schema and to vLLM, in its fields, and in lists of those, and in lists of such
+    lists: token ids. Not in maps: those are schemas and a template's variables, whose numbers are the client's business."""
+    return {name: _whole(value, 2) for name, value in body.items()} if isinstance(body, dict) else body
+
+
+def _whole(value: Any, depth: int) -> Any:
+    if isinstance(value, list) and depth:
+        return [_whole(item, depth - 1) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**64 else value
 
 
 # ---- Defaults -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Fields of OpenAI's and vLLM's APIs that are not supported, with the values that change nothing: clients send those unasked.
 
 A field that stands here and has such a value, or null, is passed over; any other value is refused by name, as fields are that stand nowhere.
-And whole numbers with a point, which are integers to JSON Schema and to vLLM: languages without integers send 16 as 16.0.
 Called by nic_shim/http_fields.py, only for bodies that do not decode. Test: pytest tests/null/test_http_types.py
 """
 
@@ -53,18 +52,6 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 # Of an assistant's message that a client sends back as it got it.
 NEUTRAL_IN_MESSAGE: Final = ("annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content")
-
-
-def with_whole_numbers(body: Any) -> Any:
-    """The body with 16 for 16.0 in its fields, and in lists of those, and in lists of such lists: token ids. Not in maps: those are
-    schemas and a template's variables, whose numbers are the client's business."""
-    return {name: _whole(value, 2) for name, value in body.items()} if isinstance(body, dict) else body
-
-
-def _whole(value: Any, depth: int) -> Any:
-    if isinstance(value, list) and depth:
-        return [_whole(item, depth - 1) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**64 else value
 
 
 def without_neutral(body: Any) -> Any:

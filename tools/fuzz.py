@@ -10,7 +10,6 @@ Test: pytest tests/host/test_fuzz.py (a slice)
 
 from __future__ import annotations
 
-import argparse
 import collections
 import http.client
 import json
@@ -24,7 +23,9 @@ from typing import Any
 import msgspec
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from fuzz_command import fuzz_parser, run_fuzzer  # noqa: E402  (the path above comes first)
 
 from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest  # noqa: E402  (the path above comes first)
 from blinkimp.nic_shim.message_handler import IngressLimits  # noqa: E402
@@ -199,18 +200,7 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    parser.add_argument("--out", type=Path, help="where to keep the result")
-    arguments = parser.parse_args()
-    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
-    print(f"seed {seed}", flush=True)
-    result = run(arguments.inputs, seed)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    run_fuzzer(fuzz_parser(__doc__, 100_000).parse_args(), run)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ Test: pytest tests/host/test_fuzz_openapi.py (a slice)
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
-import json
-import random
 import re
 import sys
 import tempfile
@@ -35,7 +32,9 @@ from schemathesis.engine import Status, events, from_schema
 from schemathesis.openapi.checks import RejectedPositiveData
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from fuzz_command import fuzz_parser, run_fuzzer  # noqa: E402  (the path above comes first)
 
 from blinkimp.nic_shim.http_schemas import NO_CONSTRAINT  # noqa: E402  (the path above comes first)
 from blinkimp.nic_shim.http_types import ChatChunk, CompletionChunk  # noqa: E402
@@ -234,17 +233,7 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=30_000)
-    parser.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    parser.add_argument("--out", type=Path, help="where to keep the result")
-    arguments = parser.parse_args()
-    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
-    print(f"seed {seed}", flush=True)
-    text = json.dumps(run(arguments.inputs, seed), indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    run_fuzzer(fuzz_parser(__doc__, 30_000).parse_args(), run)
 
 
 if __name__ == "__main__":

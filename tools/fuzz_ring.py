@@ -15,7 +15,6 @@ Test: pytest tests/host/test_fuzz_ring.py (a slice)
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import os
@@ -30,7 +29,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from fuzz_command import fuzz_parser, run_fuzzer  # noqa: E402  (the path above comes first)
 
 from blinkimp import ring_abi as abi  # noqa: E402  (the path above comes first)
 from blinkimp.host.shared_memory import Region, open_queue_pair  # noqa: E402
@@ -307,23 +308,15 @@ def run(num_inputs: int, seed: int, parts: tuple[str, ...] = tuple(SHARES)) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=120_000)
-    parser.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    parser.add_argument("--out", type=Path, help="where to keep the result")
+    parser = fuzz_parser(__doc__, 120_000)
     parser.add_argument(
         "--sanitized", type=int, metavar="N", help="what the part `rig sanitized` calls, under LD_PRELOAD"
     )
     arguments = parser.parse_args()
-    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
     if arguments.sanitized is not None:
-        print(json.dumps(fuzz_rig("sanitized", arguments.sanitized, seed)))
+        print(json.dumps(fuzz_rig("sanitized", arguments.sanitized, arguments.seed)))
         return
-    print(f"seed {seed}", flush=True)
-    text = json.dumps(run(arguments.inputs, seed), indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    run_fuzzer(arguments, run)
 
 
 if __name__ == "__main__":

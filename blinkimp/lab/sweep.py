@@ -60,7 +60,7 @@ class Point:
         duration_s: float,
         warmup_s: float,
         seed: int,
-        requests_per_user: int = REQUESTS_PER_USER,
+        requests_per_user: int,
     ) -> LoadOptions:
         common: dict[str, Any] = {
             "lengths": "range",
