@@ -1,7 +1,7 @@
 // The schedule of a step's attention: one warp of every CTA writes its CTA's share into shared memory while the step's first ops run. GPU only.
 //
-// Two passes over the shares, 32 at a time, one a lane: which are narrow and how much wide work there is; then, for each window size, the
-// total of narrow pages and the places of this CTA's three cuts in it.
+// Passes over the shares, 32 at a time, one a lane: which are narrow and how much wide work there is; then, for each window size, how many narrow pages, whether
+// cuts stand between units alone, and the places of this CTA's three cuts.
 // Called by device/worker.cuh (warp 10). Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
@@ -10,6 +10,11 @@ namespace blinkimp {
 
 BK_INLINE u32 warp_sum(u32 value) {
   for (u32 distance = 16; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+BK_INLINE u32 warp_max(u32 value) {
+  for (u32 distance = 16; distance; distance /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
   return value;
 }
 
@@ -110,26 +115,46 @@ BK_INLINE u32 aligned_place(u32 place, u32 first_offset, u32 unit_pages, u32 num
   return moved * kLeastPerMoved <= warpgroup_pages ? aligned : place;
 }
 
+// Units that each warpgroup takes whole, or 0 where cutting the list of pages anywhere is sooner done. A unit that two CTAs share costs 5.7 us of the op at any
+// size, as much as a CTA takes for six of its pages (PERFORMANCE.md, tenth state); whole units leave some CTAs without work, and others with longer units than the mean.
+BK_INLINE u32 whole_units(u32 num_workers, const WideWork& wide, u32 num_units, u32 num_pages, u32 most_unit_pages) {
+  constexpr u32 kPagesOfShared = 6;
+  const u32 num_units_each = (num_units + 2 * num_workers - 1) / (2 * num_workers);
+  const bool is_sooner = 2 * num_units_each * most_unit_pages <= (num_pages + num_workers - 1) / num_workers + kPagesOfShared;
+  return wide.num_items == 0 && is_sooner ? num_units_each : 0;
+}
+
 // Writes one WindowSchedule.
 BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, AttentionShared& attention, WindowSchedule& schedule, const WideWork& wide, u32 lane) {
   const PlanSeq* seqs = plan_seqs(params, plan);
   const u32 num_kv_heads = params.dims.num_kv_heads;
   const u32 window = schedule.window;
+  u32 num_units = 0;  // a sequence's keys and values of one head
   u32 num_pages = 0;
+  u32 most_unit_pages = 0;
   for (u32 seq_idx = lane; seq_idx < plan->num_seqs; seq_idx += 32) {
     const PlanSeq& seq = seqs[seq_idx];
-    if (!is_wide(attention, seq_idx)) num_pages += (seq.position_begin / kPageTokens + 1 - first_page(seq.position_begin, window)) * num_kv_heads;
+    if (is_wide(attention, seq_idx)) continue;
+    const u32 unit_pages = seq.position_begin / kPageTokens + 1 - first_page(seq.position_begin, window);
+    num_units += num_kv_heads;
+    num_pages += unit_pages * num_kv_heads;
+    most_unit_pages = max(most_unit_pages, unit_pages);
   }
+  num_units = warp_sum(num_units);
   num_pages = warp_sum(num_pages);
+  most_unit_pages = warp_max(most_unit_pages);
   if (lane < 2) schedule.narrow[lane].num_pages = 0;
   __syncwarp();  // before the lanes that find the cuts write the same walks
   if (num_pages == 0) return;
 
-  const NarrowCuts cuts(params, wide, num_pages);
-  const u32 own_place = cuts.place(params.num_workers, 2 * cta_idx() + min(lane, 2), num_pages);
-  u32 places[3];  // this CTA's cuts, before rounding up to a split's first page
+  // Where units stay whole, each counts as the longest one: then a cut, which is a multiple of that, stands between two of them.
+  const u32 num_whole = whole_units(params.num_workers, wide, num_units, num_pages, most_unit_pages);
+  const u32 cut_idx = 2 * cta_idx() + min(lane, 2);
+  const u32 own_place = num_whole ? cut_idx * num_whole * most_unit_pages : NarrowCuts(params, wide, num_pages).place(params.num_workers, cut_idx, num_pages);
+  u32 places[3];  // this CTA's cuts, in pages as they count, before rounding up to a split's first page
 #pragma unroll
   for (u32 i = 0; i < 3; ++i) places[i] = __shfl_sync(0xffffffffu, own_place, i);
+  u32 counted_before = 0;
   u32 pages_before = 0;
   u32 items_before = 0;
   u32 rounded[3] = {num_pages, num_pages, num_pages};
@@ -140,21 +165,24 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
     const bool narrow = seq_idx < plan->num_seqs && !is_wide(attention, seq_idx);
     const u32 begin = first_page(seq.position_begin, window);
     const u32 end = seq.position_begin / kPageTokens + 1;
-    const u32 weight = narrow ? (end - begin) * num_kv_heads : 0;
+    const u32 unit_pages = num_whole ? most_unit_pages : end - begin;  // as they count
+    const u32 counted = narrow ? unit_pages * num_kv_heads : 0;
+    const u32 num_seq_pages = narrow ? (end - begin) * num_kv_heads : 0;
     const u32 num_items = narrow ? splits_between(begin, end) * num_kv_heads : 0;
-    const u32 pages_after = pages_before + warp_scan(weight, lane);
+    const u32 counted_after = counted_before + warp_scan(counted, lane);
+    const u32 pages_after = pages_before + warp_scan(num_seq_pages, lane);
     const u32 items_after = items_before + warp_scan(num_items, lane);
 #pragma unroll
     for (u32 i = 0; i < 3; ++i) {
-      const u32 first = pages_after - weight;
-      const bool here = weight != 0 && places[i] >= first && places[i] < pages_after;
+      const u32 first = counted_after - counted;
+      const bool here = counted != 0 && places[i] >= first && places[i] < counted_after;
       u32 at = 0;
       if (here) {
-        const u32 within = i == 1 ? aligned_place(places[1] - first, first_offset, end - begin, num_kv_heads, places[1] - places[0]) : places[i] - first;
-        const u32 head = within / (end - begin);
-        u32 page = begin + within % (end - begin);
+        const u32 within = i == 1 ? aligned_place(places[1] - first, first_offset, unit_pages, num_kv_heads, places[1] - places[0]) : places[i] - first;
+        const u32 head = within / unit_pages;
+        u32 page = begin + within % unit_pages;
         if (page != begin) page = min((page + kSplitPages - 1) / kSplitPages * kSplitPages, end);
-        at = first + head * (end - begin) + page - begin;
+        at = pages_after - num_seq_pages + head * (end - begin) + page - begin;
         if (i < 2) {
           NarrowWalk& walk = schedule.narrow[i];
           walk.seq_idx = seq_idx;
@@ -168,9 +196,10 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
       if (finders) {
         const u32 finder = static_cast<u32>(__ffs(static_cast<int>(finders))) - 1;
         rounded[i] = __shfl_sync(0xffffffffu, at, finder);
-        if (i == 0) first_offset = __shfl_sync(0xffffffffu, weight ? (at - (pages_after - weight)) % (end - begin) : 0, finder);
+        if (i == 0) first_offset = __shfl_sync(0xffffffffu, counted ? (at - (pages_after - num_seq_pages)) % (end - begin) : 0, finder);
       }
     }
+    counted_before = __shfl_sync(0xffffffffu, counted_after, 31);
     pages_before = __shfl_sync(0xffffffffu, pages_after, 31);
     items_before = __shfl_sync(0xffffffffu, items_after, 31);
   }

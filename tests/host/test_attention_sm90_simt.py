@@ -43,11 +43,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture
-def run(library: ctypes.CDLL) -> RunStep:
+def arrays() -> dict[str, Array]:
+    """The device's memory as the last run left it, by name."""
+    return {}
+
+
+@pytest.fixture
+def run(library: ctypes.CDLL, arrays: dict[str, Array]) -> RunStep:
     seeds = iter(range(1_000_000))
 
     def run_step(step: Step, num_ctas: int) -> Array:
-        arrays: dict[str, Array] = {}
+        arrays.clear()
 
         def place(name: str, values: Array) -> int:
             padded = np.zeros(values.nbytes + 128, np.uint8)  # bulk copies need 16-byte alignment
@@ -117,6 +123,24 @@ def test_more_than_32_requests(run: RunStep) -> None:
 @pytest.mark.parametrize("num_ctas", [1, 2, 3, 40])
 def test_units_shared_by_many_warpgroups(run: RunStep, num_ctas: int) -> None:
     check_spans(run, np.random.default_rng(9), Shape(4, 2, 64), decode_rows([5000, 30, 1025, 2048]), num_ctas)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "is_shared"),
+    [
+        ([640] * 7, False),  # 14 units of 10 pages: a CTA takes 40, a warpgroup has none, and the mean is 35
+        ([600, 640, 577, 640, 639, 600, 640], False),  # the last page is not full
+        ([580, 700, 640, 660], False),  # units of 10 and 11 pages
+        ([640] * 5, True),  # 40 pages of most CTAs, where the mean is 25
+        ([640] * 3 + [1500], True),  # 24 pages of the longest unit: a CTA may have 48
+    ],
+)
+def test_units_stay_whole_where_that_is_sooner(
+    run: RunStep, arrays: dict[str, Array], contexts: list[int], is_shared: bool
+) -> None:
+    """A unit that two CTAs share leaves partial results."""
+    check_spans(run, np.random.default_rng(12), Shape(4, 2, 64), decode_rows(contexts), num_ctas=4)
+    assert (arrays["parts"] != 0xFF).any() == is_shared
 
 
 def test_a_chunk_after_unequal_decode_rows(run: RunStep) -> None:
