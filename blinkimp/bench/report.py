@@ -49,14 +49,23 @@ def table_of(report: Mapping[str, Any]) -> str:
     )
     energy = report["gpu_energy"]
     if energy["j_per_token"] is not None:
-        above = energy["j_per_token_above_idle"]
-        idle = (
-            ""
-            if above is None
-            else f", {above:.4f} without the {energy['idle_w']:.0f} W of idling ({energy['idle_source']})"
+        lines.append(
+            f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle_text(energy)}"
         )
-        lines.append(f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle}")
     return "\n".join([*lines, *error_lines(report["error_counts"])])
+
+
+def idle_text(energy: Mapping[str, Any]) -> str:
+    """What stands behind the joules per token about idling; energy: the report's gpu_energy."""
+    idle_w, above, source = energy["idle_w"], energy["j_per_token_above_idle"], energy["idle_source"]
+    if idle_w is None:
+        return ""
+    if above is None:
+        return (
+            f"; idling took {idle_w:.0f} W ({source}), more than the load, and is not subtracted: "
+            "another GPU was measured (CUDA_VISIBLE_DEVICES names the server's), or something else ran on it"
+        )
+    return f", {above:.4f} without the {idle_w:.0f} W of idling ({source})"
 
 
 def error_lines(counts: Mapping[str, int]) -> list[str]:

@@ -130,6 +130,9 @@ def test_energy_stands_beside_throughput_with_idling_subtracted_and_not(monkeypa
     energy = got["gpu_energy"]
     assert energy["j_per_token_above_idle"] == pytest.approx(energy["j_per_token"] / 2, rel=0.01)
     assert energy["idle_source"] == "given"
+    got = load("zmq", Script(first_ms=5, gap_ms=1), options, source=SteadyGpu(), idle_w=690.0)
+    assert got["gpu_energy"]["j_per_token_above_idle"] is None
+    assert "idling took 690 W (given), more than the load, and is not subtracted" in table_of(got)
 
 
 def test_a_load_is_many_clients_to_a_server() -> None:

@@ -117,6 +117,12 @@ def test_joules_a_token_with_and_without_what_an_idle_gpu_draws() -> None:
     assert got == {"power_w": 300.0, "j_per_token": 2.0, "j_per_token_above_idle": pytest.approx(4 / 3, abs=1e-6)}
     assert per_token(None, 2.0, 300, 100.0)["j_per_token"] is None
     assert per_token(600.0, 2.0, 300, None)["j_per_token_above_idle"] is None
+    assert per_token(600.0, 2.0, 300, 690.0) == {
+        "power_w": 300.0,
+        "j_per_token": 2.0,
+        "j_per_token_above_idle": None,
+    }  # more than the load: not idling
+    assert per_token(600.0, 2.0, 300, 301.0)["j_per_token_above_idle"] == pytest.approx(-1 / 150, abs=1e-6)
 
 
 UUIDS = ("GPU-aaaa1111-0000", "GPU-bbbb2222-0000", "GPU-bbcc3333-0000")
