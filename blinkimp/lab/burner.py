@@ -135,6 +135,13 @@ def stress_ng_worker(num_threads: int) -> Callable[[], int]:
     return step
 
 
+def end_compilers() -> None:
+    """The rest of this process's group; the threads that wait for them end without a word."""
+    threading.excepthook = lambda _: None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+
+
 def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     """Prints `ready` when every thread works, and the units done at each line of its stdin; ends with that: prints them and kills its group."""
     if os.getpgid(0) != os.getpid():
@@ -184,6 +191,7 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
         tell()
     tell()
     if folder is not None:
+        end_compilers()  # or they would say that their folder is gone
         shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
 
