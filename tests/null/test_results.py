@@ -18,11 +18,12 @@ RESULTS = ROOT / "tools" / "results"
 EVIDENCE = RESULTS / "evidence"
 TRACED = RESULTS / "evidence_traced"
 IN_TURN = RESULTS / "evidence_in_turn"
+TWO_ENGINES = RESULTS / "evidence_two_engines"
 MAX_PLOT_BYTES = 200_000
 MAX_EVIDENCE_BYTES = 2_000_000
 
 
-@pytest.mark.parametrize("folder", [EVIDENCE, TRACED, IN_TURN], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [EVIDENCE, TRACED, IN_TURN, TWO_ENGINES], ids=lambda folder: folder.name)
 def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots by name alone: drawing them takes seconds, and text may come out otherwise with another matplotlib."""
     for name in ("line_plot", "bar_plot"):
@@ -40,17 +41,17 @@ def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, m
 
 
 def test_plots_are_small_and_drawn() -> None:
-    plots = [path for folder in (EVIDENCE, TRACED) for path in (folder / "RESULTS").iterdir()]
+    plots = [path for folder in (EVIDENCE, TRACED, TWO_ENGINES) for path in (folder / "RESULTS").iterdir()]
     assert plots and all(path.suffix == ".svg" and path.stat().st_size < MAX_PLOT_BYTES for path in plots)
     assert all(path.read_text().count("<path") > 5 for path in plots)
     assert sum(path.stat().st_size for path in EVIDENCE.rglob("*") if path.is_file()) < MAX_EVIDENCE_BYTES
 
 
-def test_the_readmes_rows_of_the_evidence_stand_in_the_page() -> None:
+def test_the_readmes_rows_of_the_evidence_stand_in_a_page() -> None:
     section = (ROOT / "README.md").read_text().split("\n## Under interference\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
-    page = (EVIDENCE / "RESULTS.md").read_text().splitlines()
-    assert len(rows) > 3 and not [row for row in rows if row not in page]
+    pages = [line for folder in (EVIDENCE, TWO_ENGINES) for line in (folder / "RESULTS.md").read_text().splitlines()]
+    assert len(rows) > 3 and not [row for row in rows if row not in pages]
 
 
 def test_commands_name_no_machines_paths() -> None:
