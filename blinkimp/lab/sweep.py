@@ -7,9 +7,10 @@ Test: pytest tests/null/test_lab.py tests/host/test_lab_sweep.py
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -107,8 +108,15 @@ def run_sweep(
     for number, point in enumerate(points):
         progress("cells", number, len(points))
         key = key_of("sweep", target.label or "engine", point.scenario.name, point.name)
-        if store.get(key) is not None:
-            say(f"{point.scenario.name}, {point.name}: measured before")
+        load = point.load(
+            range_ratio=range_ratio,
+            duration_s=duration_s,
+            warmup_s=warmup_s,
+            seed=seed,
+            requests_per_user=requests_per_user,
+        )
+        if (before := store.get(key)) is not None:
+            say(f"{point.scenario.name}, {point.name}: measured before{difference_of(before, load)}")
             continue
         if deadline is not None and time.monotonic() > deadline:
             say(f"stopped after {stop_after_s:g} s; the same command goes on with {point.scenario.name}, {point.name}")
@@ -120,13 +128,6 @@ def run_sweep(
             "concurrency": point.concurrency,
             "rate": point.rate,
         }
-        load = point.load(
-            range_ratio=range_ratio,
-            duration_s=duration_s,
-            warmup_s=warmup_s,
-            seed=seed,
-            requests_per_user=requests_per_user,
-        )
         try:
             cell["report"] = asyncio.run(run_load(load, target, progress=progress, source=source, idle_w=idle_w))
             figures = cell["report"]
@@ -144,6 +145,17 @@ def run_sweep(
             say(f"{point.scenario.name}, {point.name}: failed: {error}")
         store.put(key, cell)
     return num_failed
+
+
+def difference_of(cell: Mapping[str, Any], load: LoadOptions) -> str:
+    """What the cell was measured with that is asked for otherwise, as the end of a line; empty: nothing."""
+    measured = cell["report"]["load"]
+    others = [
+        f"{name} {measured.get(name)} (asked for: {value})"
+        for name, value in json.loads(json.dumps(vars(load), default=str)).items()
+        if name in measured and measured[name] != value
+    ]
+    return f", with {', '.join(others)}; remove the cell, or take another folder, to measure it anew" if others else ""
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

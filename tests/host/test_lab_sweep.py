@@ -37,7 +37,14 @@ def test_a_sweep_goes_on_where_it_stopped_and_is_reported(tmp_path: Path, capsys
         num_closed = 10 * (1 + 2 + 2)  # of the five closed loops one was there: 8x3 with one user
         assert len(script.prompts) - num_before >= num_closed
         num_before = len(script.prompts)
+        capsys.readouterr()
         assert main(sweep) == 0
+        assert "with " not in capsys.readouterr().out
+        assert main([*sweep, "--requests-per-user", "3", "--seed", "7"]) == 0
+        assert (
+            "16x2, concurrency 2: measured before, with num_requests 20 (asked for: 6), seed 0 (asked for: 7); remove the cell"
+            in capsys.readouterr().out
+        )
         assert len(script.prompts) == num_before  # everything was there
     text = report.read_text()
     assert text.count("<svg") == 2 * 5 and "http://127" not in text and "<script" not in text
