@@ -35,6 +35,7 @@ LOOPS: Final = ("arithmetic", "stream", "llc", "tlb", "syscall")  # of burn_loop
 PROGRAMS: Final = ("bz2", "compile", "stress-ng")
 KINDS: Final = (*LOOPS, *PROGRAMS)
 START_TIMEOUT_S: Final = 120.0  # numba compiles
+COMPILER_TIMEOUT_S: Final = 5.0  # of one that a thread began at the last moment
 STOP_TIMEOUT_S: Final = 10.0
 BZ2_BLOCK_BYTES: Final = 900_000
 
@@ -135,13 +136,6 @@ def stress_ng_worker(num_threads: int) -> Callable[[], int]:
     return step
 
 
-def end_compilers() -> None:
-    """The rest of this process's group; the threads that wait for them end without a word."""
-    threading.excepthook = lambda _: None
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-
-
 def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
     """Prints `ready` when every thread works, and the units done at each line of its stdin; ends with that: prints them and kills its group."""
     if os.getpgid(0) != os.getpid():
@@ -165,6 +159,7 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
         elif part == "bz2":
             digits()
 
+    ends = threading.Event()
     go = threading.Event()  # none begins before all are prepared: those that burn would keep the others from it
 
     def work(idx: int, counter: Counter) -> None:
@@ -173,11 +168,12 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
             step()  # touches its buffers: from `ready` on the work is what its name says
         counter.is_prepared.set()
         go.wait()
-        while True:
+        while not ends.is_set():
             counter.units += step()
 
-    for idx, counter in enumerate(counters):
-        threading.Thread(target=work, args=(idx, counter), daemon=True).start()
+    threads = [threading.Thread(target=work, args=(idx, counter), daemon=True) for idx, counter in enumerate(counters)]
+    for thread in threads:
+        thread.start()
     for counter in counters:
         counter.is_prepared.wait()
 
@@ -191,7 +187,15 @@ def run_process(kind: str, num_threads: int, cpus: set[int]) -> None:
         tell()
     tell()
     if folder is not None:
-        end_compilers()  # or they would say that their folder is gone
+        # Compilers end, and none begins, before their folder is gone: they would say so.
+        ends.set()
+        threading.excepthook = lambda _: None  # of the threads that waited for them
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        deadline = time.monotonic() + COMPILER_TIMEOUT_S
+        for thread, counter in zip(threads, counters, strict=True):
+            if counter.kind == "compile":
+                thread.join(max(0.0, deadline - time.monotonic()))
         shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # compilers and their children, and this process
 

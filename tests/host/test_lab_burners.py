@@ -5,6 +5,7 @@ Run: pytest tests/host/test_lab_burners.py
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -79,6 +80,24 @@ def test_a_kind_uses_its_cpu_and_nothing_is_left_of_it(kind: str) -> None:
     while any(one in tree_of(one) for one in tree) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [command for pid, command in tree_of(pid).items() if pid in tree]
+
+
+def sources_compiled(pid: int) -> set[Path]:
+    words = [word for command in tree_of(pid).values() for word in command.split()]
+    return {Path(word) for word in words if word.startswith("/") and word.endswith(".cpp")}
+
+
+def test_compilers_end_before_their_folder(capfd: pytest.CaptureFixture[str]) -> None:
+    """In the middle of a unit, or between two: none says that its folder is gone, and the folder is."""
+    sources: set[Path] = set()
+    for _ in range(4):
+        with Interference("compile", 8, os.sched_getaffinity(0)) as burner:
+            assert burner._process is not None
+            found = functools.partial(sources_compiled, burner._process.pid)
+            wait_for(lambda found=found: len(found()) >= 2, PATIENCE_S, "some compile")
+            sources |= found()
+    assert sources and not any(source.parent.exists() for source in sources)
+    assert capfd.readouterr().err == ""
 
 
 def test_threads_of_a_mixture_take_turns() -> None:
