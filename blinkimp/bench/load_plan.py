@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -43,6 +43,10 @@ class LoadOptions:
     time_scale: float = 1.0  # a trace's and a replay's times are multiplied by it
     max_total_len: int | None = None
     seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As a report holds it: paths are text."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
 
     def __post_init__(self) -> None:
         if self.replay is not None:

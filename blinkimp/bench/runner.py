@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from blinkimp import __version__
@@ -313,7 +312,7 @@ async def run_load(
             "idle_source": idle_source if source is not None else None,
             "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
         },
-        "load": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "load": options.to_json(),
         **({"replay": compare_outputs(plan, run.records)} if isinstance(plan, ReplayPlan) else {}),
         "blinkimp_version": __version__,
         "inferencex": {

@@ -23,7 +23,7 @@ from blinkimp.lab.burner import KINDS, is_kind, missing_program
 from blinkimp.lab.burner_pool import Burners
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine
 from blinkimp.lab.host_monitor import difference, set_affinity, snapshot
-from blinkimp.lab.store import Store, key_of
+from blinkimp.lab.store import Store, difference_of, key_of
 from blinkimp.lab.sweep import Point, parse_scenario
 
 SETTLE_S: Final = 0.5  # between the interference's begin and the load's
@@ -155,7 +155,12 @@ def run_interference(
         for kind, num_threads in grid.disturbances(placement)
         for load in grid.loads
     ]
-    missing = [plan for plan in plans if store.get(plan.key) is None]
+    missing = []
+    for plan in plans:
+        if (before := store.get(plan.key)) is None:
+            missing.append(plan)
+        elif difference := difference_of(before, load_of(grid, plan.load).to_json()):
+            say(f"{plan.key}: measured before{difference}")
     say(f"{len(plans)} cells, {len(plans) - len(missing)} of them measured before")
     own_cpus = os.sched_getaffinity(0)
     num_failed = num_done = 0

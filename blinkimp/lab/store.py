@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,17 @@ class Store:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
+
+
+def difference_of(cell: Mapping[str, Any], load: Mapping[str, Any]) -> str:
+    """Settings of `load` (LoadOptions.to_json) that a measured cell had otherwise, as the end of a line; empty: none."""
+    measured = cell["report"]["load"]
+    others = [
+        f"{name} {measured[name]} (asked for: {value})"
+        for name, value in load.items()
+        if name in measured and measured[name] != value
+    ]
+    return f", with {', '.join(others)}; remove the cell, or take another folder, to measure it anew" if others else ""
 
 
 def write_json(path: Path, content: object) -> None:

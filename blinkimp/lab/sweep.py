@@ -7,10 +7,9 @@ Test: pytest tests/null/test_lab.py tests/host/test_lab_sweep.py
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
 from blinkimp.bench.runner import Progress, Target, run_load
 from blinkimp.host.power import PowerSource
-from blinkimp.lab.store import Store, key_of
+from blinkimp.lab.store import Store, difference_of, key_of
 
 REQUESTS_PER_USER: Final = 10  # of a closed loop, as InferenceX has it
 RANGE_RATIO: Final = 0.8
@@ -116,7 +115,7 @@ def run_sweep(
             requests_per_user=requests_per_user,
         )
         if (before := store.get(key)) is not None:
-            say(f"{point.scenario.name}, {point.name}: measured before{difference_of(before, load)}")
+            say(f"{point.scenario.name}, {point.name}: measured before{difference_of(before, load.to_json())}")
             continue
         if deadline is not None and time.monotonic() > deadline:
             say(f"stopped after {stop_after_s:g} s; the same command goes on with {point.scenario.name}, {point.name}")
@@ -145,17 +144,6 @@ def run_sweep(
             say(f"{point.scenario.name}, {point.name}: failed: {error}")
         store.put(key, cell)
     return num_failed
-
-
-def difference_of(cell: Mapping[str, Any], load: LoadOptions) -> str:
-    """What the cell was measured with that is asked for otherwise, as the end of a line; empty: nothing."""
-    measured = cell["report"]["load"]
-    others = [
-        f"{name} {measured.get(name)} (asked for: {value})"
-        for name, value in json.loads(json.dumps(vars(load), default=str)).items()
-        if name in measured and measured[name] != value
-    ]
-    return f", with {', '.join(others)}; remove the cell, or take another folder, to measure it anew" if others else ""
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -78,7 +78,10 @@ def test_an_engine_is_measured_with_and_without_interference(
     assert text.count("<svg") == 3 + 2 and "placement reserved (1 CPUs for client and ingress" in text
     capsys.readouterr()
     assert main(command) == 0
-    assert "3 cells, 3 of them measured before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 cells, 3 of them measured before" in said and "asked for" not in said
+    assert main([*command, "--seed", "7"]) == 0
+    assert capsys.readouterr().out.count("measured before, with seed 0 (asked for: 7); remove the cell") == 3
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: none can be reserved")
