@@ -238,24 +238,19 @@ def counted_between(at_ns: NDArray[np.int64], energy_j: NDArray[np.float64], beg
 def per_token(energy_j: float | None, seconds: float, num_tokens: int, idle_w: float | None) -> dict[str, float | None]:
     """Joules a token as drawn, and what an idle GPU draws anyway subtracted.
 
-    Nothing is subtracted where idling drew more than the load (exceeds_load): then what was measured was not idling.
+    Nothing is subtracted where idling drew more than the load, by more than a meter's spread: then what was measured was not idling.
     """
     if energy_j is None or num_tokens == 0:
         return {"power_w": None, "j_per_token": None, "j_per_token_above_idle": None}
     power_w = energy_j / seconds
     above = None
-    if idle_w is not None and not exceeds_load(idle_w, power_w):
+    if idle_w is not None and idle_w <= 1.02 * power_w:
         above = round((power_w - idle_w) * seconds / num_tokens, 6)
     return {
         "power_w": round(power_w, 2),
         "j_per_token": round(energy_j / num_tokens, 6),
         "j_per_token_above_idle": above,
     }
-
-
-def exceeds_load(idle_w: float, power_w: float) -> bool:
-    """Whether idling drew more than the load, by more than the meter's spread."""
-    return idle_w > 1.02 * power_w
 
 
 def idle_power_w(source: PowerSource | None, seconds: float) -> float | None:
