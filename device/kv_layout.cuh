@@ -12,6 +12,7 @@ namespace blinkimp {
 
 constexpr u32 kKvBlockDims = 64;                              // dimensions side by side: 128 bytes, the swizzle's width
 constexpr u32 kKvBlockBytes = kPageTokens * kKvBlockDims * 2;  // tokens of a page x kKvBlockDims
+constexpr u32 kKvGroupBytes = 8 * kKvBlockDims * 2;            // 8 tokens x kKvBlockDims: the swizzle stays within them
 
 template <int kHeadDim>
 constexpr u32 kKvTileBytes = kPageTokens * kHeadDim * 2;  // K or V of one page and kv head

@@ -39,6 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = build_simt(SIMT90 / "attention_sm90_simt.cpp", tmp_path_factory.mktemp("simt"))
     loaded.bk_attention_sm90_simt.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     loaded.bk_attention_sm90_simt.restype = ctypes.c_int
+    loaded.bk_copied_bytes.restype = ctypes.c_ulonglong
     return loaded
 
 
@@ -141,6 +142,17 @@ def test_units_stay_whole_where_that_is_sooner(
     """A unit that two CTAs share leaves partial results."""
     check_spans(run, np.random.default_rng(12), Shape(4, 2, 64), decode_rows(contexts), num_ctas=4)
     assert (arrays["parts"] != 0xFF).any() == is_shared
+
+
+@pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(4, 1, 128)], ids=str)
+def test_of_a_last_page_the_tokens_alone_are_brought(run: RunStep, library: ctypes.CDLL, shape: Shape) -> None:
+    """In groups of 8, and the row's own from elsewhere: it is not in the cache yet."""
+    for context in (1, 2, 9, 10, 64, 65, 66, 700):
+        before = library.bk_copied_bytes()
+        check_spans(run, np.random.default_rng(13), shape, decode_rows([context]), num_ctas=2)
+        num_tokens = -(-(context - 1) // 8) * 8
+        expected = num_tokens * shape.num_kv_heads * 2 * shape.head_dim * 2
+        assert library.bk_copied_bytes() - before == expected, context
 
 
 def test_a_chunk_after_unequal_decode_rows(run: RunStep) -> None:

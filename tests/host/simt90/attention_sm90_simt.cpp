@@ -105,3 +105,6 @@ extern "C" int bk_attention_sm90_simt(const blinkimp::EngineParams* params, cons
   }
   return 0;
 }
+
+// Bytes of all bulk copies since the library was loaded.
+extern "C" unsigned long long bk_copied_bytes() { return simt90::num_copied_bytes; }

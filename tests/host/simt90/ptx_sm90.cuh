@@ -47,6 +47,7 @@ struct Wgmma {
 
 inline std::map<u64*, Barrier> barriers;
 inline std::vector<Copy> copies;                                 // issued, not landed
+inline u64 num_copied_bytes = 0;                                 // of all copies ever issued
 inline std::vector<std::vector<std::vector<Wgmma>>> wgmmas;       // [thread][group], the last group still open
 inline simt::Rendezvous warpgroups[3];
 
@@ -118,6 +119,7 @@ BK_INLINE bool mbarrier_test_wait(u64* barrier, u32 parity) { return (simt90::ba
 // ---- Bulk copies -------------------------------------------------------------------------------------------------
 BK_INLINE void bulk_copy_to_shared(void* destination, const void* source, u32 num_bytes, u64* barrier) {
   if (shared_address(destination) % 16 || num_bytes % 16 || reinterpret_cast<u64>(source) % 16) simt::fail("bulk copy's alignment", num_bytes, 0);
+  simt90::num_copied_bytes += num_bytes;
   const u8* bytes = static_cast<const u8*>(source);
   simt90::Copy copy{static_cast<u8*>(destination), {bytes, bytes + num_bytes}, barrier};
   if (simt::machine.random() % 2) simt90::land(copy);
