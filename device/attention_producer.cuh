@@ -42,11 +42,12 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_tokens: of the page's, from its first on; a wide page is brought whole.
+// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_tokens: of the page's, from its first on, but never none: a first stage without bytes would be
+// full before the second one is free. A wide page is brought whole.
 template <int kHeadDim, bool kIsNarrow>
 BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u32 num_tokens, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   constexpr u32 kStageBlocks = kWeightStageBytes / kKvBlockBytes;
-  const u32 block_bytes = (num_tokens + 7) / 8 * kKvGroupBytes;  // of each block of dimensions
+  const u32 block_bytes = max((num_tokens + 7) / 8, 1u) * kKvGroupBytes;  // of each block of dimensions
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
 #pragma unroll
@@ -65,7 +66,7 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
       bulk_copy_to_shared(place, source, kWeightStageBytes, full);
     } else if (block_bytes == kKvBlockBytes) {
       bulk_copy_streamed(place, source, kWeightStageBytes, full);
-    } else if (block_bytes) {
+    } else {
       for (u32 block = 0; block < kStageBlocks; ++block) bulk_copy_streamed(place + block * kKvBlockBytes, source + block * kKvBlockBytes, block_bytes, full);
     }
     cursor.advance(kWeightStages);
