@@ -144,6 +144,17 @@ def test_units_stay_whole_where_that_is_sooner(
     assert (arrays["parts"] != 0xFF).any() == is_shared
 
 
+def test_a_last_split_of_one_page_goes_with_the_one_before(run: RunStep, library: ctypes.CDLL) -> None:
+    """Three heads of 13 pages for ten warpgroups: ranges of 3.9 pages, rounded up to splits. A range of one head's last page and the next one's first split
+    would be two runs."""
+    check_spans(run, np.random.default_rng(14), Shape(3, 3, 64), decode_rows([769]), num_ctas=5)
+    ranges = np.zeros((10, 3), np.uint32)
+    library.bk_narrow_ranges(ranges.ctypes.data_as(ctypes.POINTER(ctypes.c_uint)))
+    num_pages = ranges[:, 2]
+    assert sorted(num_pages) == [0, 4, 4, 4, 4, 4, 4, 5, 5, 5]
+    assert (ranges[:, 1] + num_pages).max() == 13, "a range goes over a head's end"
+
+
 @pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(4, 1, 128)], ids=str)
 def test_of_a_last_page_the_tokens_alone_are_brought(run: RunStep, library: ctypes.CDLL, shape: Shape) -> None:
     """In groups of 8, at least one. The row's own comes from elsewhere: it is not in the cache yet."""

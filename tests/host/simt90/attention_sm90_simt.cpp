@@ -4,12 +4,17 @@
 // barrier. The ring starts at a stage chosen by chance. Test: pytest tests/host/test_attention_sm90_simt.py
 #include <attention.cuh>
 
+#include <array>
+
 namespace {
 
 using namespace blinkimp;
 
 constexpr u32 kAttentionOffset = kSharedOffset + sizeof(WorkerShared);
 static_assert(kAttentionOffset + sizeof(AttentionShared) <= sizeof(dynamic_shared), "the map ends here");
+
+// What the last step's warpgroups had of the narrow pages of the first window: [num_workers, 2] of (kv head, page, number of pages).
+std::vector<std::array<u32, 3>> narrow_ranges;
 
 struct PlainStore {
   u16* output;  // [rows, num_heads * head_dim]
@@ -80,6 +85,10 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
       plan_attention(params, plan, attention);
     }
   });
+  for (u32 i = 0; i < 2; ++i) {
+    const NarrowWalk& range = attention.windows[0].narrow[i];
+    narrow_ranges.at(2 * cta_idx() + i) = {range.kv_head, range.page, range.num_pages};
+  }
   if (!simt90::copies.empty()) simt::fail("bulk copies that nobody waited for", simt90::copies.size(), 0);
   if (consumed.stage != produced.stage || consumed.phase == produced.phase) simt::fail("ring stage of the consumers at the op's end", consumed.stage, produced.stage);
   for (const auto& [address, barrier] : simt90::barriers) {
@@ -94,6 +103,7 @@ void run_cta(const EngineParams& params, const u16* new_rows, u16* output) {
 
 extern "C" int bk_attention_sm90_simt(const blinkimp::EngineParams* params, const unsigned short* new_rows, unsigned short* output, unsigned int seed) {
   simt::machine.random.seed(seed);
+  narrow_ranges.assign(2 * params->num_workers, {});
   std::vector<u32> ctas(params->num_workers);
   for (u32 i = 0; i < ctas.size(); ++i) ctas[i] = i;
   std::shuffle(ctas.begin(), ctas.end(), simt::machine.random);
@@ -108,3 +118,6 @@ extern "C" int bk_attention_sm90_simt(const blinkimp::EngineParams* params, cons
 
 // Bytes of all bulk copies since the library was loaded.
 extern "C" unsigned long long bk_copied_bytes() { return simt90::num_copied_bytes; }
+
+// ranges: [num_workers, 2, 3], as narrow_ranges.
+extern "C" void bk_narrow_ranges(unsigned int* ranges) { std::memcpy(ranges, narrow_ranges.data(), narrow_ranges.size() * sizeof(narrow_ranges[0])); }
