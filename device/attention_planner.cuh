@@ -154,8 +154,6 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
   u32 places[3];  // this CTA's cuts, in pages as they count, before rounding up to a split's first page
 #pragma unroll
   for (u32 i = 0; i < 3; ++i) places[i] = __shfl_sync(0xffffffffu, own_place, i);
-  // A split of one page goes with the one before: begun by itself, it costs its warpgroup or the next one a run of its own. Not where warpgroups have less than a split.
-  const bool takes_last_page = num_pages >= 2 * params.num_workers * (kSplitPages - 1);
   u32 counted_before = 0;
   u32 pages_before = 0;
   u32 items_before = 0;
@@ -184,8 +182,8 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
         const u32 head = within / unit_pages;
         u32 page = begin + within % unit_pages;
         if (page != begin) {
-          page = min((page + kSplitPages - 1) / kSplitPages * kSplitPages, end);
-          if (end - page == 1 && takes_last_page) page = end;
+          page = (page + kSplitPages - 1) / kSplitPages * kSplitPages;
+          if (page + 1 >= end) page = end;  // a last split of one page goes with the one before: by itself, it would be a run more of some warpgroup
         }
         at = pages_after - num_seq_pages + head * (end - begin) + page - begin;
         if (i < 2) {

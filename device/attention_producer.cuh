@@ -4,7 +4,7 @@
 // Order: the two warpgroups' narrow pages by turns, while both have some; then the wide items, whose pages both warpgroups read.
 // Narrow pages do not wait for this layer's QKV op: they are prefetched as the last step left them, and the consumer puts in the one new
 // key and value (patch_page() of attention_tile.cuh). Ordering such pages last would not do: with short contexts most pages are last ones. Of a last page
-// only the tokens that are in it are brought, in groups of 8: the rest keep what stood there, whose scores are masked and whose values are zeroed.
+// only the groups of 8 tokens up to the row's own are brought: the rest keep what stood there, whose scores are masked and whose values are zeroed.
 // Wide pages wait for it from the share's first new position on, or from the first page where others fill its pages in this step (prefix_is_fresh): such a
 // share is wide though it may be of one row.
 // I1 A page is brought once the one kPagesOnTheWay before it has landed. Copies land in any order, and a warp that skips the other warpgroup's pages
@@ -42,12 +42,12 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_tokens: of the page's, from its first on, but never none: a first stage without bytes would be
-// full before the second one is free. A wide page is brought whole.
+// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_groups: of 8 tokens, from the page's first on, and never 0: a first stage without bytes would be full
+// before the second one is free. A wide page is brought whole.
 template <int kHeadDim, bool kIsNarrow>
-BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u32 num_tokens, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u32 num_groups, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   constexpr u32 kStageBlocks = kWeightStageBytes / kKvBlockBytes;
-  const u32 block_bytes = max((num_tokens + 7) / 8, 1u) * kKvGroupBytes;  // of each block of dimensions
+  const u32 block_bytes = num_groups * kKvGroupBytes;  // of each block of dimensions
   const u8* tile = kv_tile<kHeadDim>(params, layer, page_id, kv_head);
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
 #pragma unroll
@@ -93,7 +93,7 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     if (own.num_pages == 0) continue;
     const u32 page_id = own.page_id;
     const u32 kv_head = own.walk.kv_head;
-    const u32 num_tokens = min(own.walk.position - own.walk.page * kPageTokens, kPageTokens);  // older ones than the row's own
+    const u32 num_groups = min((own.walk.position - own.walk.page * kPageTokens) / 8 + 1, kPageTokens / 8);  // up to the row's own token
     own.walk.page++;
     own.walk.num_pages--;
     if (--own.num_pages == 0) {
@@ -102,7 +102,7 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     }
     u32 next_page_id = 0;  // read before this page's copies are issued and stored after: its latency hides behind theirs
     if (own.num_pages) next_page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
-    produce_page<kHeadDim, true>(params, op.layer, page_id, kv_head, num_tokens, shared_memory, shared, cursor);
+    produce_page<kHeadDim, true>(params, op.layer, page_id, kv_head, num_groups, shared_memory, shared, cursor);
     own.page_id = next_page_id;
   }
 }
@@ -128,7 +128,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
         fence_proxy_async();  // the rows were written by ordinary stores of other SMs
         has_waited = true;
       }
-      produce_page<kHeadDim, false>(params, op.layer, page_id, item.kv_head, kPageTokens, shared_memory, shared, cursor);
+      produce_page<kHeadDim, false>(params, op.layer, page_id, item.kv_head, kPageTokens / 8, shared_memory, shared, cursor);
     }
   }
 }

@@ -145,8 +145,8 @@ def test_units_stay_whole_where_that_is_sooner(
 
 
 def test_a_last_split_of_one_page_goes_with_the_one_before(run: RunStep, library: ctypes.CDLL) -> None:
-    """Three heads of 13 pages for ten warpgroups: ranges of 3.9 pages, rounded up to splits. A range of one head's last page and the next one's first split
-    would be two runs."""
+    """Three heads of 13 pages for ten warpgroups: ranges of 3.9 pages, rounded up to splits. One of a head's last page and the next one's first split would
+    be two runs."""
     check_spans(run, np.random.default_rng(14), Shape(3, 3, 64), decode_rows([769]), num_ctas=5)
     ranges = np.zeros((10, 3), np.uint32)
     library.bk_narrow_ranges(ranges.ctypes.data_as(ctypes.POINTER(ctypes.c_uint)))
@@ -157,11 +157,11 @@ def test_a_last_split_of_one_page_goes_with_the_one_before(run: RunStep, library
 
 @pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(4, 1, 128)], ids=str)
 def test_of_a_last_page_the_tokens_alone_are_brought(run: RunStep, library: ctypes.CDLL, shape: Shape) -> None:
-    """In groups of 8, at least one. The row's own comes from elsewhere: it is not in the cache yet."""
+    """In groups of 8, up to that of the row's own."""
     for context in (1, 2, 9, 10, 64, 65, 66, 700):
         before = library.bk_copied_bytes()
         check_spans(run, np.random.default_rng(13), shape, decode_rows([context]), num_ctas=2)
-        num_tokens = (context - 1) // 64 * 64 + max(-(-((context - 1) % 64) // 8), 1) * 8
+        num_tokens = -(-context // 8) * 8
         expected = num_tokens * shape.num_kv_heads * 2 * shape.head_dim * 2
         assert library.bk_copied_bytes() - before == expected, context
 
