@@ -19,11 +19,14 @@ EVIDENCE = RESULTS / "evidence"
 TRACED = RESULTS / "evidence_traced"
 IN_TURN = RESULTS / "evidence_in_turn"
 TWO_ENGINES = RESULTS / "evidence_two_engines"
+LEVELS = RESULTS / "evidence_levels"
+TRACED_LONGER = RESULTS / "evidence_traced_longer"
+FOLDERS = [EVIDENCE, TRACED, TRACED_LONGER, IN_TURN, TWO_ENGINES, LEVELS]
 MAX_PLOT_BYTES = 200_000
 MAX_EVIDENCE_BYTES = 2_000_000
 
 
-@pytest.mark.parametrize("folder", [EVIDENCE, TRACED, IN_TURN, TWO_ENGINES], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots by name alone: drawing them takes seconds, and text may come out otherwise with another matplotlib."""
     for name in ("line_plot", "bar_plot"):
@@ -41,7 +44,7 @@ def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, m
 
 
 def test_plots_are_small_and_drawn() -> None:
-    plots = [path for folder in (EVIDENCE, TRACED, TWO_ENGINES) for path in (folder / "RESULTS").iterdir()]
+    plots = [path for folder in FOLDERS if folder != IN_TURN for path in (folder / "RESULTS").iterdir()]
     assert plots and all(path.suffix == ".svg" and path.stat().st_size < MAX_PLOT_BYTES for path in plots)
     assert all(path.read_text().count("<path") > 5 for path in plots)
     assert sum(path.stat().st_size for path in EVIDENCE.rglob("*") if path.is_file()) < MAX_EVIDENCE_BYTES
