@@ -145,8 +145,8 @@ def test_units_stay_whole_where_that_is_sooner(
 
 
 def test_a_last_split_of_one_page_goes_with_the_one_before(run: RunStep, library: ctypes.CDLL) -> None:
-    """Three heads of 13 pages for ten warpgroups: ranges of 3.9 pages, rounded up to splits. Else one has a head's last page and the next one's first split,
-    two runs."""
+    """Three heads of 13 pages for ten warpgroups: ranges of 3.9 pages, rounded up to splits. Else one has a head's last page and then the
+    next one's first split, two runs."""
     check_spans(run, np.random.default_rng(14), Shape(3, 3, 64), decode_rows([769]), num_ctas=5)
     ranges = np.zeros((10, 3), np.uint32)
     library.bk_narrow_ranges(ranges.ctypes.data_as(ctypes.POINTER(ctypes.c_uint)))
