@@ -1,7 +1,7 @@
 """Servers that answer with scripted delays: an OpenAI-compatible one over HTTP, and a blinkimp one over ZeroMQ.
 
 Each request has its first token after first_ms, then one every gap_ms; one in `fail_each` is refused. What reached them is counted.
-Used by tests/host/test_bench_load.py, test_bench_sweep.py and test_lab_interference.py.
+Used by test_bench_load.py, test_cli_bench.py, test_evidence.py, test_lab_interference.py and test_lab_sweep.py in tests/host.
 """
 
 from __future__ import annotations

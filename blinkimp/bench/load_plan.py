@@ -54,6 +54,7 @@ class LoadOptions:
                 raise LoadError(
                     "load: got --replay beside --rate, --concurrency or --trace; expected it alone: the arrivals say when and what is sent"
                 )
+            self._refuse_unused()
             return
         has_times = self.trace is not None and self.rate is None and self.concurrency is None
         if not has_times and self.rate is None and self.concurrency is None:
@@ -80,12 +81,34 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise LoadError(f"{name}: got {value}, expected at least {bound}")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """What a kind of load has no use for is refused: left aside, it would make another load than the one that was asked for."""
+        given = {
+            "--duration": self.duration_s is not None,
+            "--ramp": self.ramp_s != 0,
+            "--burstiness": self.burstiness != 1,
+        }
+        if self.replay is not None or (self.trace is not None and self.rate is None and self.concurrency is None):
+            unused, beside = list(given), "--trace" if self.replay is None else "--replay"
+            remedy = "the file says when requests are sent; --num-requests sends the first ones only"
+        elif self.rate is None:
+            unused, beside = ["--burstiness"], "--concurrency"
+            remedy = "a closed loop draws no arrivals; --rate beside it does"
+        elif self.trace is not None:
+            unused, beside = ["--duration"], "--trace and --rate"
+            remedy = "the load is as long as the trace; --num-requests sends the first ones only"
+        else:
+            return
+        found = [name for name in unused if given[name]]
+        if found:
+            options = ", ".join(found)
+            raise LoadError(f"load: got {options} with {beside}; expected {beside} without: {remedy}")
 
     @property
     def is_closed(self) -> bool:
-        if self.replay is not None:
-            return False
-        return (self.rate is None and self.trace is None) or (self.trace is not None and self.concurrency is not None)
+        return self.replay is None and self.rate is None and self.concurrency is not None
 
 
 class TraceLine(msgspec.Struct, forbid_unknown_fields=True):

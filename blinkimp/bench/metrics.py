@@ -3,7 +3,7 @@
 Each latency exists twice: from the time a request was sent (vLLM's definition, vLLM's keys), and from the time it was meant to be sent (keys
 with `_intended`), which a client that falls behind, or a cap on concurrency, cannot make look better (coordinated omission). Keys with `_floor`
 count requests that were cut off at the load's end too, by how long they had waited: a server that does not finish cannot look better by that.
-Called by blinkimp/bench/runner.py and sweep.py. Test: pytest tests/null/test_bench_metrics.py
+Called by blinkimp/bench/runner.py and blinkimp/cli/bench.py. Test: pytest tests/null/test_bench_metrics.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A load's figures as a table for the terminal. Called by blinkimp/cli/bench.py and sweep.py. Test: pytest tests/host/test_cli_bench.py"""
+"""A load's figures as a table for the terminal. Called by blinkimp/cli/bench.py. Test: pytest tests/host/test_cli_bench.py"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def table_of(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['completed']} requests completed, {report['failed']} failed, in {report['duration']:.2f} s "
         f"({report['num_not_counted']} of the warm-up not counted)"
-        + ("; stopped early" if report["stopped_early"] else ""),
+        + ("; stopped early" if report["stopped_early"] else "")
+        + ("; ended early: the trace was used up before the duration" if report["ended_early"] else ""),
         f"{report['request_throughput']:.2f} requests/s, {report['output_throughput']:.1f} output tokens/s, "
         f"{report['total_token_throughput']:.1f} total tokens/s; while sending {report['steady_output_throughput']:.1f} output tokens/s",
     ]
@@ -52,6 +53,8 @@ def table_of(report: Mapping[str, Any]) -> str:
         lines.append(
             f"GPU: {energy['power_w']:.0f} W, {energy['j_per_token']:.4f} J per output token{idle_text(energy)}"
         )
+    if energy["left_out"] is not None:
+        lines.append(f"GPU energy left out: {energy['left_out']}")
     return "\n".join([*lines, *error_lines(report["error_counts"])])
 
 

@@ -4,7 +4,7 @@
 
 Open loop: each request is sent when it is meant to be, whatever the others do; where the client is late, or a cap on concurrency holds it back,
 the latency from the intended time tells. Closed loop: `concurrency` requests at a time, the next one when one ends.
-Called by blinkimp/cli/bench.py, blinkimp/bench/sweep.py and blinkimp/lab. Test: pytest tests/host/test_bench_load.py
+Called by blinkimp/cli/bench.py and blinkimp/lab. Test: pytest tests/host/test_bench_load.py
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class LoadRun:
         self.plan, self.backend, self._progress = plan, backend, progress
         self.records: list[Record] = []
         self.num_running = self.num_ended = 0
+        self.ended_early = False  # a trace had fewer requests than the duration would take
         self._waiting: deque[Record] = deque()  # meant to be sent, held back by the cap on concurrency
         self._freed: deque[int] = deque()  # when places of a closed loop became free, in ns
         self._changed = asyncio.Event()
@@ -148,7 +149,7 @@ class LoadRun:
             self.offer(self.make(idx, intended_ns))
             self._progress("requests", self.num_ended, len(self.plan))
         duration_s = self.plan.options.duration_s
-        if duration_s is not None and self.plan.options.trace is None:
+        if duration_s is not None:
             await sleep_until(begin_ns + int(duration_s * 1e9))
 
     async def _run_closed(self, begin_ns: int) -> None:
@@ -161,10 +162,8 @@ class LoadRun:
             user_ns = begin_ns + int(options.ramp_s * 1e9 * min(idx, options.concurrency) / options.concurrency)
             if idx < options.concurrency and options.ramp_s > 0:
                 await sleep_until(user_ns)
-            while self.num_running >= min(idx + 1, options.concurrency):
-                self._changed.clear()
-                if not await wait_until(self._changed, end_ns):
-                    return
+            if not await self._wait_for_place(min(idx + 1, options.concurrency), end_ns):
+                return
             now_ns = time.monotonic_ns()
             if end_ns is not None and now_ns >= end_ns:
                 return
@@ -179,9 +178,22 @@ class LoadRun:
                 self._progress("seconds", (now_ns - begin_ns) // 10**9, (end_ns - begin_ns) // 10**9)
         if end_ns is None:
             return
-        raise LoadError(
-            f"closed loop: its {len(self.plan)} requests were used up before the duration; expected fewer; give --num-requests"
-        )
+        if options.trace is None:
+            raise LoadError(
+                f"closed loop: its {len(self.plan)} requests were used up before the duration; expected fewer; "
+                "give --num-requests in place of --duration"
+            )
+        # With all places taken until the duration's end, nothing was missing.
+        is_free = await self._wait_for_place(options.concurrency, end_ns)
+        self.ended_early = is_free and time.monotonic_ns() < end_ns
+
+    async def _wait_for_place(self, num_places: int, end_ns: int | None) -> bool:
+        """False: the load's end came first."""
+        while self.num_running >= num_places:
+            self._changed.clear()
+            if not await wait_until(self._changed, end_ns):
+                return False
+        return True
 
     async def drain(self, timeout_s: float) -> None:
         """Waits for what was sent; what is not there by then has failed."""
@@ -241,6 +253,7 @@ async def run_load(
     keeps_when_cancelled: a load that is cancelled (Ctrl-C) ends there, `stopped_early`, with what it has measured."""
     runs: list[LoadRun] = []
     backend = make_backend(target, lambda record: runs[0].on_end(record))
+    metered = source if target.num_gpus == 1 else None  # a source is one GPU: its joules are not those of several
     try:
         await backend.open(OPEN_TIMEOUT_S)
         plan = make_plan(options, target.vocab_size or backend.vocab_size)
@@ -249,11 +262,11 @@ async def run_load(
         runs.append(run)
         idle_source = "given" if idle_w is not None else "measured right before the load"
         if idle_w is None:
-            idle_w = await asyncio.to_thread(idle_power_w, source, IDLE_S)
+            idle_w = await asyncio.to_thread(idle_power_w, metered, IDLE_S)
         gc.collect()
         gc.disable()  # a collection in the middle of a load is a late token that the server did not cause
         try:
-            with PowerMeter(source) as meter:
+            with PowerMeter(metered) as meter:
                 begin_ns = time.monotonic_ns()
                 sent_ns, stopped_early = None, False
                 try:
@@ -281,6 +294,7 @@ async def run_load(
     energy_j = meter.energy_j(begin_ns, end_ns)
     tokens = sum(record.num_output_tokens for record in run.records)
     concurrency = options.concurrency
+    isl, osl = lengths_of(options, window)
     facts = {
         "model": backend.model,
         "framework": target.label or backend.name,
@@ -289,8 +303,8 @@ async def run_load(
         "image": f"blinkimp {__version__}",
         "infmax_model_prefix": backend.model,
         "conc": concurrency or 0,
-        "isl": options.input_len if options.trace is None else int(plan.input_lens.mean()),
-        "osl": options.output_len if options.trace is None else int(plan.output_lens.mean()),
+        "isl": isl,
+        "osl": osl,
     }
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
@@ -300,17 +314,21 @@ async def run_load(
         "model_id": backend.model,
         "tokenizer_id": backend.model,
         "num_prompts": len(window.records),
-        "request_rate": "inf" if options.rate is None else options.rate,
+        "request_rate": request_rate_of(plan),
         "burstiness": options.burstiness,
         "max_concurrency": concurrency,
         "stopped_early": stopped_early,
+        "ended_early": run.ended_early,
         **figures,
         **(queue_inclusive(figures) if options.rate is not None and concurrency is not None else {}),
         "gpu_energy": {
             **per_token(energy_j, (end_ns - begin_ns) / 1e9, tokens, idle_w),
             "idle_w": idle_w,
-            "idle_source": idle_source if source is not None else None,
+            "idle_source": idle_source if metered is not None else None,
             "sm_clock_mhz": mean_clock_mhz(meter, begin_ns, end_ns),
+            "left_out": None
+            if metered is source
+            else f"one GPU is measured, and the load is that of {target.num_gpus}",
         },
         "load": options.to_json(),
         **({"replay": compare_outputs(plan, run.records)} if isinstance(plan, ReplayPlan) else {}),
@@ -322,6 +340,26 @@ async def run_load(
         "error_counts": counts([record.error for record in window.records if record.error]),
         **(details_of(window) if details else {}),
     }
+
+
+def request_rate_of(plan: LoadPlan) -> float | str | None:
+    """vLLM's key: the rate asked for, "inf" of a closed loop. Of times that a file gave their mean rate, None where they are one moment."""
+    if plan.options.rate is not None:
+        return plan.options.rate
+    if plan.intended_s is None:
+        return "inf"
+    span_s = float(plan.intended_s.max() - plan.intended_s.min())
+    return len(plan) / span_s if span_s > 0 else None
+
+
+def lengths_of(options: LoadOptions, window: Window) -> tuple[int, int]:
+    """InferenceX's isl and osl: the lengths asked for, or the most of a range, as it has them; of other requests the means."""
+    is_asked_for = options.trace is None and options.replay is None and options.lengths != "sharegpt"
+    if is_asked_for or not window.records:
+        return options.input_len, options.output_len
+    inputs = [record.input_len for record in window.records]
+    outputs = [r.num_output_tokens if r.is_complete else r.output_len for r in window.records]
+    return round(sum(inputs) / len(inputs)), round(sum(outputs) / len(outputs))
 
 
 def queue_inclusive(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,14 +63,22 @@ def add_parser(subparsers: Any, summary: str) -> None:
         type=float,
         default=1.0,
         metavar="B",
-        help="1 Poisson (default), below 1 bursts, above 1 more even",
+        help="of --rate: 1 Poisson (default), below 1 bursts, above 1 more even",
     )
     load.add_argument("--num-requests", type=int, metavar="N", help="how many")
-    load.add_argument("--duration", type=float, metavar="S", help="or for how long requests are sent")
+    load.add_argument(
+        "--duration", type=float, metavar="S", help="or for how long requests are sent; not with times of a file"
+    )
     load.add_argument(
         "--warmup", type=float, default=0.0, metavar="S", help="requests of the first S seconds are not counted"
     )
-    load.add_argument("--ramp", type=float, default=0.0, metavar="S", help="from nothing to the full load in S seconds")
+    load.add_argument(
+        "--ramp",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="from nothing to the full load in S seconds; not with times of a file",
+    )
     load.add_argument("--drain", type=float, default=120.0, metavar="S", help="how long to wait for the last answers")
     load.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same load")
     add_length_flags(parser)
@@ -108,7 +116,9 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts are of ids below it (default: what the server says, else 32000)",
     )
-    target.add_argument("--num-gpus", type=int, default=1, metavar="N", help="for figures per GPU")
+    target.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="for figures per GPU; above 1 no energy: one is measured"
+    )
     target.add_argument(
         "--idle-w",
         type=float,

@@ -114,7 +114,7 @@ def snapshot(pids: Iterable[int]) -> Snapshot:
 
 
 def difference(before: Snapshot, after: Snapshot) -> dict[str, Any]:
-    """Shares and rates between two snapshots."""
+    """Shares and rates between two snapshots; mean_clock_mhz is over CPUs, at the second of them."""
     seconds = max(after.at_s - before.at_s, 1e-9)
 
     def rate(begin: float | None, end: float | None) -> float | None:

@@ -1,7 +1,7 @@
 """Traces of an engine that does not exist, of any length: for measuring the analysis, and for tests that know the answer.
 
 A batch of `batch` requests decodes step by step; when one ends another enters, with a prompt of two chunks. Step n begins at n * step_ns by the
-device's clock, which is OFFSET_NS ahead of the host's; every duration is fixed, so every figure of blinkimp/trace/stats.py can be told in advance.
+device's clock, which is OFFSET_NS ahead of the host's; every duration is fixed, so every figure of blinkimp/trace/figures.py can be told in advance.
 Called by tools/bench_trace.py and the tests. Test: pytest tests/null/test_trace_scan.py
 """
 

@@ -10,23 +10,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.load_plan import LoadOptions, TraceLine
 from blinkimp.bench.openai_backend import OpenAiBackend
 from blinkimp.bench.record import Record
 from blinkimp.bench.report import table_of
 from blinkimp.bench.runner import Target, run_load
 from blinkimp.host.power import Reading
+from blinkimp.protocol import Sampling
+from blinkimp.trace.arrivals import Arrival, write_arrivals
 from tests.scripted_server import Script, scripted_server
 from tests.support import PATIENCE_S, undisturbed
 
 KINDS = ["http", "zmq"]
-# Beyond what was scripted, of the least disturbed of many requests, on a machine that does something else most of the time: a wrong unit is
-# beyond that, too. What is scripted is the least, on any machine.
-SLACK_MS = 2000.0
+# Beyond what was scripted, of the least disturbed of many requests, in the best of five runs (@undisturbed). What is scripted is the least, on any
+# machine; a gap alone may be shorter, where the piece before came late.
+SLACK_MS = 150.0
 
 
 def target_of(address: str, **more: Any) -> Target:
@@ -49,9 +52,11 @@ def test_an_open_loop_reports_the_delays_that_were_scripted(kind: str) -> None:
     ttfts, itls = np.array(got["ttfts"]) * 1e3, np.array(got["itls"]) * 1e3
     assert 30 <= ttfts.min() < 30 + SLACK_MS and got["median_ttft_ms"] == pytest.approx(np.median(ttfts), abs=0.01)
     tpots, e2els = itls.mean(axis=1), ttfts + itls.sum(axis=1)
-    assert tpots.min() < 10 + SLACK_MS / 4 and got["median_tpot_ms"] == pytest.approx(np.median(tpots), abs=0.01)
-    assert got["median_itl_ms"] == pytest.approx(np.median(itls), abs=0.01)
-    assert 100 <= e2els.min() < 100 + SLACK_MS * 2
+    # 70 ms over 7 gaps; over the 8 tokens it would be 8.75.
+    assert 9.5 <= got["median_tpot_ms"] == pytest.approx(np.median(tpots), abs=0.01)
+    assert tpots.min() < 10 + SLACK_MS / 7
+    assert got["mean_itl_ms"] >= 9 and got["median_itl_ms"] == pytest.approx(np.median(itls), abs=0.01)
+    assert 100 <= e2els.min() < 100 + SLACK_MS
     assert got["median_e2el_ms"] == pytest.approx(np.median(e2els), abs=0.01)
     assert got["total_output_tokens"] == 40 * 8 and got["total_input_tokens"] == 40 * 12
     assert got["request_rate"] == 40 and got["good_requests"] == 40
@@ -66,7 +71,7 @@ def test_a_closed_loop_keeps_as_many_running_as_asked(kind: str) -> None:
     script = Script(first_ms=20, gap_ms=5)
     got = load(kind, script, LoadOptions(concurrency=4, duration_s=1.0, input_len=4, output_len=5))
     assert script.most_at_once == 4 and got["max_concurrency"] == 4
-    assert 2 < got["request_throughput"] <= 100
+    assert 20 < got["request_throughput"] <= 100 and 40 <= got["median_e2el_ms"] < 40 + SLACK_MS
     assert got["steady_output_throughput"] == pytest.approx(got["output_throughput"], rel=0.4)
     if kind == "http":
         assert script.num_connections <= 4 + 1  # connections are used again
@@ -135,6 +140,68 @@ def test_energy_stands_beside_throughput_with_idling_subtracted_and_not(monkeypa
     assert "idling took 690 W (given), more than the load, and is not subtracted" in table_of(got)
 
 
+def test_of_several_gpus_there_is_no_energy_of_one() -> None:
+    options = LoadOptions(concurrency=1, num_requests=2, input_len=4, output_len=3)
+    got = load("zmq", Script(first_ms=1, gap_ms=1), options, source=SteadyGpu(), target={"num_gpus": 2})
+    energy, keys = got["gpu_energy"], got["inferencex"]
+    assert keys["tp"] == 2 and keys["hw"] == "steady" and keys["power_valid"] == 0
+    assert not [key for key in keys if "joules" in key or "energy" in key or "power_w" in key]
+    assert energy["power_w"] is energy["j_per_token"] is energy["sm_clock_mhz"] is None
+    assert "GPU energy left out: one GPU is measured, and the load is that of 2" in table_of(got)
+
+
+def lines_of(path: Path, requests: list[tuple[float | None, int, int]]) -> Path:
+    """A trace of (at_s, input tokens, output tokens)."""
+    lines = [TraceLine(inputs, outputs, at_s) for at_s, inputs, outputs in requests]
+    path.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines))
+    return path
+
+
+def test_lengths_that_nobody_asked_for_are_told_as_sent(tmp_path: Path) -> None:
+    """Of the 4,096 requests that a closed loop by duration may draw on, those that were sent."""
+    fast = Script(first_ms=0, gap_ms=0)
+    options = LoadOptions(concurrency=2, duration_s=0.3, lengths="sharegpt", max_total_len=64)
+    got = load("zmq", fast, options, details=True)
+    keys = got["inferencex"]
+    assert keys["isl"] == round(np.mean(got["input_lens"])) < 64 > keys["osl"] == round(np.mean(got["output_lens"]))
+    trace = lines_of(tmp_path / "t.jsonl", [(None, 10, 3), (None, 20, 5), (None, 1000, 900)])
+    got = load("zmq", fast, LoadOptions(trace=trace, concurrency=1, num_requests=2))
+    assert (got["inferencex"]["isl"], got["inferencex"]["osl"], got["request_rate"]) == (15, 4, "inf")
+    options = LoadOptions(concurrency=1, num_requests=2, lengths="range", range_ratio=0.1, input_len=40, output_len=9)
+    got = load("zmq", fast, options)
+    assert (got["inferencex"]["isl"], got["inferencex"]["osl"]) == (40, 9)
+
+
+def test_a_load_with_times_tells_their_mean_rate(tmp_path: Path) -> None:
+    fast = Script(first_ms=0, gap_ms=0)
+    trace = lines_of(tmp_path / "t.jsonl", [(0.0, 4, 2), (0.1, 4, 2), (0.3, 4, 2), (0.4, 4, 2)])
+    assert load("http", fast, LoadOptions(trace=trace))["request_rate"] == pytest.approx(10)
+    assert load("http", fast, LoadOptions(trace=trace, time_scale=0.5))["request_rate"] == pytest.approx(20)
+    assert load("http", fast, LoadOptions(trace=trace, num_requests=1))["request_rate"] is None
+    assert load("http", fast, LoadOptions(trace=trace, rate=50))["request_rate"] == 50
+
+
+def test_a_replay_tells_its_own_rate_and_lengths(tmp_path: Path) -> None:
+    path, sampling = tmp_path / "arrivals.jsonl", Sampling(max_tokens=3)
+    write_arrivals(path, [Arrival(idx * 10**8, 5, sampling, prompt_ids=[1, 2, 3, 4, 5]) for idx in range(3)])
+    got = load("zmq", Script(first_ms=0, gap_ms=0), LoadOptions(replay=path))
+    assert got["completed"] == 3 and got["request_rate"] == pytest.approx(3 / 0.2)
+    assert (got["inferencex"]["isl"], got["inferencex"]["osl"]) == (5, 3)
+
+
+def test_a_trace_that_is_too_short_for_the_duration_ends_the_load_there(tmp_path: Path) -> None:
+    trace = lines_of(tmp_path / "t.jsonl", [(None, 4, 2)] * 6)
+    got = load("zmq", Script(first_ms=5, gap_ms=1), LoadOptions(trace=trace, concurrency=2, duration_s=PATIENCE_S * 2))
+    assert got["completed"] == 6 and got["ended_early"] and not got["stopped_early"]
+    assert got["sending_duration"] < PATIENCE_S and "ended early: the trace was used up" in table_of(got)
+
+
+def test_a_trace_whose_last_requests_fill_the_duration_is_long_enough(tmp_path: Path) -> None:
+    trace = lines_of(tmp_path / "t.jsonl", [(None, 4, 2)] * 2)
+    got = load("zmq", Script(first_ms=1500), LoadOptions(trace=trace, concurrency=2, duration_s=0.2))
+    assert got["completed"] == 2 and not got["ended_early"] and "ended early" not in table_of(got)
+
+
 def test_a_load_is_many_clients_to_a_server() -> None:
     """More at a time than an ingress grants one client: they come over several sockets."""
     script = Script(first_ms=0, gap_ms=1, hold_for=257)
@@ -143,6 +210,7 @@ def test_a_load_is_many_clients_to_a_server() -> None:
     assert len(script.clients) == 3
 
 
+@undisturbed
 def test_warm_up_requests_are_sent_and_not_counted() -> None:
     got = load("zmq", Script(gap_ms=1), LoadOptions(rate=50, duration_s=1.0, warmup_s=0.5, output_len=2, input_len=4))
     assert got["num_not_counted"] > 5 and got["completed"] > 5

@@ -56,6 +56,9 @@ def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pyte
             "/nowhere/x: cannot be written",
         ),
         (["--rate", "1", "--num-requests", "1", "--save-trace", "/nowhere/x"], "/nowhere/x: cannot be written"),
+        (["--replay", "x", "--duration", "9"], "got --duration with --replay"),
+        (["--trace", "x", "--ramp", "9", "--burstiness", "2"], "got --ramp, --burstiness with --trace"),
+        (["--concurrency", "1", "--num-requests", "1", "--burstiness", "2"], "got --burstiness with --concurrency"),
     ],
 )
 def test_a_load_that_cannot_be_is_explained(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

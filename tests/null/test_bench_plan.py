@@ -115,6 +115,38 @@ def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
         LoadOptions(**options)
 
 
+@pytest.mark.parametrize("source", ["trace", "replay"])
+@pytest.mark.parametrize(
+    ("name", "option"), [("duration_s", "--duration"), ("ramp_s", "--ramp"), ("burstiness", "--burstiness")]
+)
+def test_options_that_times_of_a_file_leave_no_room_for_are_refused(source: str, name: str, option: str) -> None:
+    given: dict[str, Any] = {source: Path("x")}
+    more: dict[str, Any] = {name: 0.5}
+    with pytest.raises(LoadError, match=f"got {option} with --{source}; expected .* --num-requests"):
+        LoadOptions(**given, **more)
+    LoadOptions(**given, num_requests=3, warmup_s=1.0, time_scale=2.0)
+
+
+def test_what_another_kind_of_load_has_no_use_for_is_refused() -> None:
+    with pytest.raises(LoadError, match="got --burstiness with --concurrency"):
+        LoadOptions(concurrency=2, burstiness=0.5, num_requests=3)
+    with pytest.raises(LoadError, match="got --burstiness with --concurrency"):
+        LoadOptions(trace=Path("x"), concurrency=2, burstiness=0.5)
+    with pytest.raises(LoadError, match="got --duration with --trace and --rate"):
+        LoadOptions(trace=Path("x"), rate=2.0, duration_s=5.0)
+    LoadOptions(rate=1.0, concurrency=2, burstiness=0.5, ramp_s=1.0, duration_s=3.0)
+    LoadOptions(concurrency=2, ramp_s=1.0, duration_s=3.0)
+    LoadOptions(trace=Path("x"), concurrency=2, ramp_s=1.0, duration_s=3.0)
+    LoadOptions(trace=Path("x"), rate=2.0, burstiness=0.5, ramp_s=1.0)
+
+
+def test_a_rate_beside_a_concurrency_is_an_open_loop_of_a_trace_too(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"input_tokens": 3, "output_tokens": 1}\n' * 5)
+    plan = make_plan(LoadOptions(trace=path, rate=5, concurrency=2), 100)
+    assert not plan.options.is_closed and plan.intended_s is not None and len(plan.intended_s) == 5
+
+
 @pytest.mark.parametrize(
     "arguments", [{"rate": 0.0, "num_requests": 1}, {"rate": 1.0}, {"rate": 1.0, "burstiness": 0.0, "num_requests": 1}]
 )
