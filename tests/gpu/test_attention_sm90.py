@@ -104,6 +104,13 @@ def test_batch_of_256_and_prefill(run: RunStep, rng: np.random.Generator) -> Non
     check_step(run, make_step(rng, shape, shares), NUM_CTAS)
 
 
+@pytest.mark.parametrize("num_ctas", [1, 2, 3, NUM_CTAS])
+def test_last_pages_without_an_older_token(run: RunStep, rng: np.random.Generator, num_ctas: int) -> None:
+    """Their own token begins the page. On few CTAs its warpgroup comes to it while the other one's pages are read."""
+    for contexts in ([257] * 12, [65, 256, 321] * 4):
+        check_spans(run, rng, Shape(6, 2, 128), decode_rows(contexts), num_ctas)
+
+
 def test_scores_far_apart(run: RunStep, rng: np.random.Generator) -> None:
     """Maxima that grow by hundreds from page to page: rescaling under- and overflows unless it is done relative to them."""
     shape = Shape(4, 2, 64)
