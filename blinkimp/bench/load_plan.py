@@ -56,8 +56,7 @@ class LoadOptions:
                 )
             self._refuse_unused()
             return
-        has_times = self.trace is not None and self.rate is None and self.concurrency is None
-        if not has_times and self.rate is None and self.concurrency is None:
+        if not self.has_times and self.rate is None and self.concurrency is None:
             raise LoadError(
                 "load: got neither rate nor concurrency nor a trace; expected one: give --rate, --concurrency or --trace"
             )
@@ -90,7 +89,7 @@ class LoadOptions:
             "--ramp": self.ramp_s != 0,
             "--burstiness": self.burstiness != 1,
         }
-        if self.replay is not None or (self.trace is not None and self.rate is None and self.concurrency is None):
+        if self.has_times:
             unused, beside = list(given), "--trace" if self.replay is None else "--replay"
             remedy = "the file says when requests are sent; --num-requests sends the first ones only"
         elif self.rate is None:
@@ -105,6 +104,11 @@ class LoadOptions:
         if found:
             options = ", ".join(found)
             raise LoadError(f"load: got {options} with {beside}; expected {beside} without: {remedy}")
+
+    @property
+    def has_times(self) -> bool:
+        """The file of --trace or --replay says when requests are sent."""
+        return self.replay is not None or (self.trace is not None and self.rate is None and self.concurrency is None)
 
     @property
     def is_closed(self) -> bool:
@@ -232,7 +236,7 @@ def _of_trace(options: LoadOptions) -> tuple[NDArray[np.int64], NDArray[np.int64
         lines = lines[: options.num_requests]
     inputs = np.array([line.input_tokens for line in lines], np.int64)
     outputs = np.array([line.output_tokens for line in lines], np.int64)
-    if options.rate is not None or options.concurrency is not None:
+    if not options.has_times:
         return inputs, outputs, None
     if any(line.at_s is None for line in lines):
         raise LoadError(
