@@ -4,7 +4,7 @@
     runner = fake_runner(gpu, num_layers=2)      a StepRunner on it: real plans, real parameters, a real program, no kernel
     runner.run(requests); gpu.launches[-1]       kinds of the ops that ran; gpu.now_ns() has moved on
     gpu.read()                                   as of a PowerSource: gpu.busy_w while ops run, gpu.idle_w else
-Used by tests/null/test_step_runner.py, test_ops_engine.py and test_bench_ops.py.
+Used by tests/null/test_step_runner.py, tests/null/test_ops_engine.py and tests/null/test_bench_ops.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the tests of the ingress and of the clients share: a byte-level tokenizer, a fake engine with an ingress in this process.
 
-Used by tests/host/test_zmq_ingress.py, test_ingress_*.py, test_clients.py.
+Used by tests/host/test_zmq_ingress.py, tests/host/test_ingress_*.py, tests/host/test_clients.py.
 
 Token ids of the tokenizer: 0 is `<s>`, 1 is `</s>`, then one token per byte, so every character beyond ASCII is split over tokens.
 """

@@ -1,7 +1,8 @@
 """Servers that answer with scripted delays: an OpenAI-compatible one over HTTP, and a blinkimp one over ZeroMQ.
 
 Each request has its first token after first_ms, then one every gap_ms; one in `fail_each` is refused. What reached them is counted.
-Used by test_bench_load.py, test_cli_bench.py, test_evidence.py, test_lab_interference.py and test_lab_sweep.py in tests/host.
+Used by tests/host/test_bench_load.py, tests/host/test_cli_bench.py, tests/host/test_evidence.py, tests/host/test_lab_interference.py and
+tests/host/test_lab_sweep.py.
 """
 
 from __future__ import annotations

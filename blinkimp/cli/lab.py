@@ -1,4 +1,4 @@
-"""`blinkimp lab`: sweeps over loads, interference on the host's CPU, reports of both, and the evidence (cli/evidence.py).
+"""`blinkimp lab`: sweeps over loads, interference on the host's CPU, reports of both, and the evidence (evidence.py).
 
 Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_lab_sweep.py tests/host/test_lab_interference.py
 """

@@ -99,7 +99,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    """gpu_device.py, with everything that needs a GPU taken out."""
+    """host/gpu_device.py, with everything that needs a GPU taken out."""
     memory = DeviceMemory()
 
     def allocate(context: Any, config: ModelConfig, sizes: EngineSizes, dims: Any, ops: Any) -> np.ndarray[Any, Any]:

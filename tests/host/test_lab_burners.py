@@ -1,4 +1,5 @@
-"""blinkimp/lab/burner.py, burner_pool.py and burn_loops.py: each kind works, on its CPUs alone, rests when told to, and is gone afterwards.
+"""blinkimp/lab/burner.py, blinkimp/lab/burner_pool.py and blinkimp/lab/burn_loops.py: each kind works, on its CPUs alone, rests when told to,
+and is gone afterwards.
 
 Run: pytest tests/host/test_lab_burners.py
 """

@@ -52,7 +52,7 @@ def weights() -> Weights:
 @pytest.mark.parametrize("row", [DECODE, PREFILL], ids=lambda row: row.name)
 @pytest.mark.parametrize("part", [part for part in tool.PARTS if part != "attention"])
 def test_products_are_of_the_shapes_that_are_counted(weights: Weights, part: str, row: Row) -> None:
-    """As ops_parts.py has them, so that TFLOP/s and limits are both sides'."""
+    """As tools/ops_parts.py has them, so that TFLOP/s and limits are both sides'."""
     num_matrices, outputs, inputs = matrix_shapes(parse_config(CONFIG))[part]
     calls = tool.matrix_calls(weights, part, row)
     assert len(calls) == num_matrices

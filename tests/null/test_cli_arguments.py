@@ -1,4 +1,5 @@
-"""The command line's flags and help: nothing is started. Covers blinkimp/cli/__init__.py, options.py, local_server.py.
+"""The command line's flags and help: nothing is started. Covers blinkimp/cli/__init__.py, blinkimp/cli/options.py,
+blinkimp/cli/local_server.py.
 
 Run: pytest tests/null/test_cli_arguments.py
 """

@@ -110,7 +110,7 @@ def test_the_most_important_cells_come_first_and_rounds_stay_together() -> None:
 
 
 def test_processes_that_measure_an_engine_each_meet_the_same_levels_in_the_same_order() -> None:
-    """Without the second transport, that one engine lacks: then whoever waits for a level is joined by the others (room.py)."""
+    """Without the second transport, that one engine lacks: then whoever waits for a level is joined by the others (blinkimp/lab/room.py)."""
     engines = tuple(EngineFacts(engine.name, ("http",), engine.start_s, True) for engine in ENGINES)
     levels = [[cell.threads for cell in cells_of(grid_of(engines=(engine,)))] for engine in engines]
     assert levels[0] == levels[1] == levels[2] and levels[0][:18] == [0, 64] * 9

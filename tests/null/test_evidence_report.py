@@ -303,7 +303,7 @@ def spread_of(p50: float, p99: float) -> dict[str, float]:
 
 
 def trace_of_cell() -> dict[str, Any]:
-    """As cell_trace.py leaves it in a cell."""
+    """As blinkimp/lab/cell_trace.py leaves it in a cell."""
     phases = ("ingress", "commit", "ring", "queue", "prefill", "decode", "drain", "hand-over")
     classes = {"decode 1": (4.1, 10), "decode 5-8": (4.5, 200), "with prompts 1": (12.5, 30)}
     return {

@@ -1,4 +1,4 @@
-"""Log-probability records, and the bytes of tokens. Covers nic_shim/http_logprobs.py and token_bytes.py.
+"""Log-probability records, and the bytes of tokens. Covers nic_shim/http_logprobs.py and nic_shim/token_bytes.py.
 
 Run: pytest tests/null/test_http_logprobs.py
 """

@@ -1,6 +1,7 @@
 """The HTTP API's types: limits are the ABI's, OpenAPI is generated from them, HTTP.md names every field.
 
-Covers nic_shim/http_types.py, http_fields.py, http_openapi.py, http_schemas.py. Run: pytest tests/null/test_http_types.py
+Covers nic_shim/http_types.py, nic_shim/http_fields.py, nic_shim/http_openapi.py, nic_shim/http_schemas.py.
+Run: pytest tests/null/test_http_types.py
 """
 
 from __future__ import annotations

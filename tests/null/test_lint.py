@@ -1,10 +1,11 @@
-"""Habits that a machine can check: raw asm and atomics in one place, includes, head comments, file length, ruff, mypy.
+"""Habits that a machine can check: raw asm and atomics in one place, includes, head comments, files that docstrings name, file length, ruff, mypy.
 
 Run: pytest tests/null/test_lint.py
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -133,6 +134,20 @@ def test_every_file_opens_with_what_it_does_and_how_it_is_tested() -> None:
         and not re.search(r"\b(?:Tests?|Run|Used by)\b|tests/|test_\w+\.py|its own test", head_of(path))
     ]
     assert not untested, "\n".join(untested)
+
+
+def test_docstrings_name_files_that_exist() -> None:
+    """From the repository's root, or beside the file; * stands for anything."""
+    has_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    missing = [
+        f"{name_of(path)}: {name}"
+        for path in PYTHON_SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, has_docstring)
+        for name in re.findall(r"[\w.*][\w./*-]*\.py\b", ast.get_docstring(node) or "")
+        if not any(any(folder.glob(name)) for folder in (ROOT, path.parent))
+    ]
+    assert not missing, "\n".join(missing)
 
 
 def test_files_are_short_or_say_why_not() -> None:
