@@ -121,6 +121,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
     noise.add_argument("--duration", type=float, default=30.0, metavar="S", help="of each load")
     noise.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each load, not counted")
     noise.add_argument("--start-timeout", type=float, default=600.0, metavar="S", help="until an engine must answer")
+    noise.add_argument(
+        "--room", type=Path, metavar="FILE", help="in common with processes that measure other engines at the same time"
+    )
     add_evidence_parser(parts, numbers, whole_numbers, words)
     report = new_part(parts, "report", "tables and plots of what was measured", REPORT_EXAMPLES)
     for part in (sweep, noise):
@@ -205,6 +208,7 @@ def run_interference_part(options: argparse.Namespace) -> int:
     from blinkimp.host.power import idle_power_w, open_nvml
     from blinkimp.lab.engines import EngineSpec, placement_of
     from blinkimp.lab.interference import Grid, parse_load, run_interference, usable_kinds
+    from blinkimp.lab.room import Room
     from blinkimp.lab.store import Store
 
     intensities = options.intensities
@@ -233,4 +237,5 @@ def run_interference_part(options: argparse.Namespace) -> int:
             start_timeout_s=options.start_timeout,
             progress=bars,
             stop_after_s=options.stop_after,
+            room=None if options.room is None else Room(options.room),
         )

@@ -210,7 +210,7 @@ class Call:
         if self.setup.room is None:
             return self._measure(cell, spec, running)
         patience_s = self.left_s - estimate_s(self.grid, cell) - STOP_S
-        with self.setup.room.enter(cell.threads, patience_s) as others:
+        with self.setup.room.enter(str(cell.threads), patience_s) as others:
             if others is None:
                 self._done.add(cell.key)  # a later call's
                 self._say(f"{self.left_s:5.0f} s left  {cell.label}: too late; others measured another level until now")

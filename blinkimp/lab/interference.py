@@ -1,13 +1,16 @@
 """The interference lab: engines x placements x kinds of interference x intensities x loads, a cell each.
 
 Intensity is threads per contested CPU; 0 is the isolated run that all others of its engine, placement and load are compared with. While a cell is
-measured, the host's pressure, context switches, clocks and each engine process's CPU time are recorded, and the GPU's power.
+measured, the host's pressure, context switches, clocks and each engine process's CPU time are recorded, and the GPU's power. Processes that measure
+an engine each, on GPUs of one host, may have a room in common (room.py): a cell then runs beside cells of the same interference alone.
 Called by blinkimp/cli/lab.py; shown by interference_report.py. Test: pytest tests/host/test_lab_interference.py
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 import re
 import time
@@ -23,6 +26,7 @@ from blinkimp.lab.burner import KINDS, is_kind, missing_program
 from blinkimp.lab.burner_pool import Burners
 from blinkimp.lab.engines import EngineSpec, Placement, RunningEngine
 from blinkimp.lab.host_monitor import difference, set_affinity, snapshot
+from blinkimp.lab.room import Room
 from blinkimp.lab.store import Store, difference_of, key_of
 from blinkimp.lab.sweep import Point, parse_scenario
 
@@ -114,6 +118,11 @@ class CellPlan:
         )
 
     @property
+    def level(self) -> str:
+        """Of a room: placement, kind and number of threads."""
+        return f"{self.placement.name} {self.kind} {self.num_threads}"
+
+    @property
     def label(self) -> str:
         words = self.words
         return f"{words['engine']}, {words['placement']}, {words['load']}, {words['threads']} threads of {words['interference']}"
@@ -145,8 +154,9 @@ def run_interference(
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = print,
     stop_after_s: float | None = None,
+    room: Room | None = None,
 ) -> int:
-    """Measures the cells that are not there yet; returns how many failed. stop_after_s: no cell begins later than that."""
+    """Measures the cells that are not there yet; returns how many failed. stop_after_s: no cell begins later, nor waits for the room longer."""
     deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
     plans = [
         CellPlan(engine, placement, kind, num_threads, load)
@@ -177,10 +187,14 @@ def run_interference(
                         running.pin(placement)
                         set_affinity(os.getpid(), set(placement.reserved))
                         for plan in here:
-                            if deadline is not None and time.monotonic() > deadline:
-                                break
-                            progress("cells", len(plans) - len(missing) + num_done, len(plans))
-                            cell = measure(plan, running, burners, grid, source, idle_w, drain_s, progress)
+                            left_s = math.inf if deadline is None else deadline - time.monotonic()
+                            with (
+                                contextlib.nullcontext(0) if room is None else room.enter(plan.level, left_s) as others
+                            ):
+                                if others is None or left_s < 0:
+                                    break
+                                progress("cells", len(plans) - len(missing) + num_done, len(plans))
+                                cell = measure(plan, running, burners, grid, source, idle_w, drain_s, progress)
                             store.put(plan.key, cell)
                             say(line_of(plan, cell))
                             num_failed += "error" in cell

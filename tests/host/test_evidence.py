@@ -212,7 +212,7 @@ def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(
     monkeypatch.setattr("blinkimp.lab.evidence.STOP_S", 600.0)  # so that there is no time to wait
     folder, room = tmp_path / "evidence", tmp_path / "room"
     flags = ["lab", "evidence", "--resume", str(folder), "--room", str(room), *LOADS, *LENGTH, *scripted(tmp_path)]
-    with Room(room).enter(64, 0.0):
+    with Room(room).enter("64", 0.0):
         assert main(flags) == 0
     said = capsys.readouterr().out
     assert said.count("too late; others measured another level") == 4 and "0 of 4 cells measured" in said

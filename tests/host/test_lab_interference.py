@@ -5,6 +5,7 @@ Run: pytest tests/host/test_lab_interference.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from blinkimp.bench.errors import LoadError
 from blinkimp.cli import main
 from blinkimp.lab.engines import EngineSpec, RunningEngine, placement_of
+from blinkimp.lab.evidence_state import start_time
 from blinkimp.lab.interference_report import compared
 from tests.host.engine_support import wait_for
 from tests.scripted_server import Script, scripted_server
@@ -105,6 +108,36 @@ def test_a_server_that_runs_already_is_measured_as_it_is(tmp_path: Path) -> None
         assert main([*command, "--stop-after", "0"]) == 0 and not list(tmp_path.glob("*.json"))
         assert main(command) == 0
     assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+@contextlib.contextmanager
+def occupied(room: Path, level: str) -> Iterator[None]:
+    """Another process is in the room, as its entry says."""
+    other = subprocess.Popen(["sleep", "600"])
+    room.write_text(json.dumps([{"pid": other.pid, "started": start_time(other.pid), "level": level}]))
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_cell_waits_for_a_room_that_has_another_interference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = tmp_path / "room"
+    with scripted_server("http", Script(first_ms=2, gap_ms=1)) as address:
+        flags = ["--folder", str(tmp_path / "cells"), "--loads", "c2:8x2", "--kinds", "bz2", "--threads", "1"]
+        flags += ["--placements", "sharing", "--duration", "0.5", "--warmup", "0", "--room", str(room)]
+        command = ["lab", "interference", *flags, "--engine", "scripted", address]
+        with occupied(room, "sharing stream 1"):
+            assert main([*command, "--stop-after", "0.2"]) == 0 and not list((tmp_path / "cells").glob("*.json"))
+            assert "stopped after 0.2 s with 2 cells missing" in capsys.readouterr().out
+        with occupied(room, "sharing none 0"):
+            assert main([*command, "--stop-after", "2"]) == 0
+            assert [path.name.split("__")[3] for path in (tmp_path / "cells").glob("*.json")] == ["none"]
+        assert main(command) == 0 and json.loads(room.read_text()) == []
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 2
 
 
 def test_an_engine_that_does_not_start_is_explained() -> None:

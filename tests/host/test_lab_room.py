@@ -1,4 +1,4 @@
-"""blinkimp/lab/room.py: measurements of several processes are together only with the same number of interfering threads.
+"""blinkimp/lab/room.py: measurements of several processes are together only at the same level of interference.
 
 Run: pytest tests/host/test_lab_room.py
 """
@@ -22,15 +22,15 @@ VISITOR = """
 import sys
 from pathlib import Path
 from blinkimp.lab.room import Room
-with Room(Path(sys.argv[1])).enter(int(sys.argv[2]), float(sys.argv[3])) as others:
+with Room(Path(sys.argv[1])).enter(sys.argv[2], float(sys.argv[3])) as others:
     print(others, flush=True)
     sys.stdin.read()
 """
 
 
 class Visitor:
-    def __init__(self, path: Path, threads: int) -> None:
-        command = [sys.executable, "-c", VISITOR, str(path), str(threads), str(PATIENCE_S)]
+    def __init__(self, path: Path, level: int) -> None:
+        command = [sys.executable, "-c", VISITOR, str(path), str(level), str(PATIENCE_S)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": python_path()}
         )
@@ -43,8 +43,8 @@ class Visitor:
         self.process.communicate(timeout=PATIENCE_S)
 
 
-def within(path: Path, threads: int, patience_s: float = 0.0) -> int | None:
-    with Room(path).enter(threads, patience_s) as others:
+def within(path: Path, level: int, patience_s: float = 0.0) -> int | None:
+    with Room(path).enter(str(level), patience_s) as others:
         return others
 
 
@@ -74,13 +74,13 @@ def test_who_was_killed_is_not_in_the_room(tmp_path: Path) -> None:
 
 def test_an_entry_of_an_earlier_process_with_the_same_id_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "room"
-    path.write_text(json.dumps([{"pid": 1, "started": "of another boot", "threads": 64}]))
+    path.write_text(json.dumps([{"pid": 1, "started": "of another boot", "level": "64"}]))
     assert within(path, 0) == 0
 
 
 def test_an_error_inside_leaves_the_room(tmp_path: Path) -> None:
     path = tmp_path / "room"
-    with pytest.raises(LoadError, match="in the middle"), Room(path).enter(64, 0.0):
+    with pytest.raises(LoadError, match="in the middle"), Room(path).enter("64", 0.0):
         raise LoadError("in the middle")
     assert within(path, 0) == 0
 
@@ -93,7 +93,7 @@ def test_patience_is_counted_by_the_clock(tmp_path: Path) -> None:
 
     visitor = Visitor(path, 64)
     assert visitor.said() == "0"
-    with Room(path, sleep, lambda: now_s[0]).enter(0, 2.0) as others:
+    with Room(path, sleep, lambda: now_s[0]).enter("0", 2.0) as others:
         assert others is None and 2.0 <= now_s[0] < 2.2
     visitor.leave()
 
@@ -108,7 +108,7 @@ seed, folder = int(sys.argv[1]), Path(sys.argv[2])
 draw = random.Random(seed)
 for visit in range(30):
     level = draw.choice([0, 64])
-    with Room(folder / "room").enter(level, 600) as others:
+    with Room(folder / "room").enter(str(level), 600) as others:
         assert others is not None
         mark = folder / f"{level}.{seed}.{visit}.mark"
         mark.touch()
