@@ -42,8 +42,8 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_groups: of 8 tokens, from the page's first on, and never 0: a first stage without bytes would be full
-// before the second one is free. A wide page is brought whole.
+// kIsNarrow: nobody else reads the page in this step, so it is streamed. num_groups: of kKvGroupTokens, from the page's first on, and never 0: a
+// first stage without bytes would be full before the second one is free. A wide page is brought whole.
 template <int kHeadDim, bool kIsNarrow>
 BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, u32 kv_head, u32 num_groups, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   constexpr u32 kStageBlocks = kWeightStageBytes / kKvBlockBytes;
@@ -93,7 +93,7 @@ BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const St
     if (own.num_pages == 0) continue;
     const u32 page_id = own.page_id;
     const u32 kv_head = own.walk.kv_head;
-    const u32 num_groups = min((own.walk.position - own.walk.page * kPageTokens) / 8 + 1, kPageTokens / 8);  // up to the row's own token
+    const u32 num_groups = min((own.walk.position - own.walk.page * kPageTokens) / kKvGroupTokens + 1, kPageTokens / kKvGroupTokens);  // up to the row's own token
     own.walk.page++;
     own.walk.num_pages--;
     if (--own.num_pages == 0) {
@@ -128,7 +128,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
         fence_proxy_async();  // the rows were written by ordinary stores of other SMs
         has_waited = true;
       }
-      produce_page<kHeadDim, false>(params, op.layer, page_id, item.kv_head, kPageTokens / 8, shared_memory, shared, cursor);
+      produce_page<kHeadDim, false>(params, op.layer, page_id, item.kv_head, kPageTokens / kKvGroupTokens, shared_memory, shared, cursor);
     }
   }
 }

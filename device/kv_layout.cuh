@@ -10,9 +10,10 @@
 
 namespace blinkimp {
 
-constexpr u32 kKvBlockDims = 64;                              // dimensions side by side: 128 bytes, the swizzle's width
-constexpr u32 kKvBlockBytes = kPageTokens * kKvBlockDims * 2;  // tokens of a page x kKvBlockDims
-constexpr u32 kKvGroupBytes = 8 * kKvBlockDims * 2;            // 8 tokens x kKvBlockDims: the swizzle stays within them
+constexpr u32 kKvBlockDims = 64;                                  // dimensions side by side: 128 bytes, the swizzle's width
+constexpr u32 kKvBlockBytes = kPageTokens * kKvBlockDims * 2;     // tokens of a page x kKvBlockDims
+constexpr u32 kKvGroupTokens = 8;                                 // tokens after which the swizzle repeats: it stays within them
+constexpr u32 kKvGroupBytes = kKvGroupTokens * kKvBlockDims * 2;  // kKvGroupTokens x kKvBlockDims
 
 template <int kHeadDim>
 constexpr u32 kKvTileBytes = kPageTokens * kHeadDim * 2;  // K or V of one page and kv head
@@ -20,7 +21,7 @@ constexpr u32 kKvTileBytes = kPageTokens * kHeadDim * 2;  // K or V of one page 
 // Bytes from a tile's first byte to dimension `dim` of `token`, both within the page and head.
 // In two parts, for loops over the dimensions of a token: the token's, and that of the 8 dimensions from dim / 8 * 8 on.
 BK_INLINE u32 kv_token_bytes(u32 token) { return token * (kKvBlockDims * 2); }
-BK_INLINE u32 kv_chunk_bytes(u32 token, u32 dim) { return dim / kKvBlockDims * kKvBlockBytes + ((dim % kKvBlockDims / 8 * 16) ^ (token % 8 * 16)); }
+BK_INLINE u32 kv_chunk_bytes(u32 token, u32 dim) { return dim / kKvBlockDims * kKvBlockBytes + ((dim % kKvBlockDims / 8 * 16) ^ (token % kKvGroupTokens * 16)); }
 BK_INLINE u32 kv_byte_offset(u32 token, u32 dim) { return kv_token_bytes(token) + kv_chunk_bytes(token, dim) + dim % 8 * 2; }
 
 // Bytes from the cache's first byte to the K tile of (layer, page, kv head); its V tile stands right behind.
