@@ -223,7 +223,7 @@ BK_NOINLINE void director_commit(const EngineParams& params, const Lanes& lanes,
     const u32 rank = num_staged + lanes.exclusive_sum(result.num_completions);
     if (request != nullptr) stage_result(state, &state.staged[rank], *request, result, plan->step, sample_row);
     num_staged += lanes.sum(result.num_completions);
-    if (params.trace != 0) {
+    if (is_traced(params)) {
       const u32 num_events = request != nullptr ? trace_seq(state, seq, *request, result, false, 0) : 0;
       const u64 pos = trace_pos + lanes.exclusive_sum(num_events);
       if (request != nullptr) trace_seq(state, seq, *request, result, true, pos);

@@ -41,7 +41,7 @@ BK_INLINE void stall(Request* request) {
 
 // One lane. At a position of its own.
 BK_INLINE void trace_stall(const EngineParams& params, const DirectorState& state, u64 pos, const Request& request) {
-  if (params.trace == 0) return;
+  if (!is_traced(params)) return;
   write_trace_event(state.trace, pos, state.now_ns, kTraceStalled, request.queue_pair_idx, state.status.step, request.request_id, 0);
 }
 
@@ -111,7 +111,7 @@ BK_INLINE RunningCounts promise_decodes(const EngineParams& params, const Lanes&
   lanes.sync();  // hazard: lane 0 moves the position that the others' events count from
   if (lanes.is_first()) {
     state.status.credit_stalls += num_stalled;
-    if (params.trace != 0) state.trace.producer_pos += num_stalled;
+    if (is_traced(params)) state.trace.producer_pos += num_stalled;
     state.num_stalled = num_stalled;
   }
   return RunningCounts{num_prefills, num_ending};

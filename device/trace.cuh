@@ -1,8 +1,8 @@
 // The trace's writer: the director puts events into the ring of trace_abi.h, workers the times of their ops.
 //
 // Called by the director's modules where something happens to a request or a step. EngineParams.trace is 0 when there is no trace; that word
-// lies in constant memory, so an untraced engine pays a compare. Events go out with posted writes; publish_trace() says how far they reach,
-// with the fence that completions need anyway. Test: pytest tests/host/test_trace.py
+// lies in constant memory, so an untraced engine pays a compare (BK_NO_TRACE leaves that out, too: tools/bench_trace.py measures it). Events go
+// out with posted writes; publish_trace() says how far they reach, with the fence that completions need anyway. Test: pytest tests/host/test_trace.py
 //
 // Invariants (asserted by tests):
 //   V1  events of one request stand in the order in which they happened; times may run back, where they were taken before: POLLED's by the look
@@ -13,6 +13,12 @@
 #include <trace_abi.h>
 
 namespace blinkimp {
+
+#if defined(BK_NO_TRACE)
+BK_INLINE bool is_traced(const EngineParams&) { return false; }
+#else
+BK_INLINE bool is_traced(const EngineParams& params) { return params.trace != 0; }
+#endif
 
 struct TraceWriter {   // part of DirectorState; writer: lane 0
   u64 events;          // TraceEvent [num_events]
@@ -25,7 +31,7 @@ BK_INLINE TraceRegion& trace_region(const EngineParams& params) { return *reinte
 
 // Lane 0. A second launch goes on where the first one stopped.
 BK_INLINE void open_trace(const EngineParams& params, TraceWriter& trace) {
-  if (params.trace == 0) return;
+  if (!is_traced(params)) return;
   const TraceHeader& header = trace_region(params).header;
   trace.events = params.trace + header.events_offset;
   trace.num_events = header.num_events;
@@ -47,14 +53,14 @@ BK_INLINE void write_trace_event(const TraceWriter& trace, u64 pos, u64 time_ns,
 // Lane 0.
 BK_INLINE void trace_event(const EngineParams& params, TraceWriter& trace, u64 time_ns, u32 kind, u32 queue_pair_idx, u64 step, u64 request_id,
                            u64 argument) {
-  if (params.trace == 0) return;
+  if (!is_traced(params)) return;
   write_trace_event(trace, trace.producer_pos, time_ns, kind, queue_pair_idx, step, request_id, argument);
   trace.producer_pos += 1;
 }
 
 // All lanes. What was written so far is there for readers.
 BK_INLINE void publish_trace(const EngineParams& params, const Lanes& lanes, TraceWriter& trace) {
-  if (params.trace == 0) return;
+  if (!is_traced(params)) return;
   lanes.sync();  // events of all lanes before lane 0's release
   if (lanes.is_first() && trace.published_pos != trace.producer_pos) {
     st_release_sys(&trace_region(params).line.producer_pos, trace.producer_pos);  // pairs with TraceReader of host/trace_reader.py
@@ -69,7 +75,7 @@ enum OpMoment : u32 {
 };
 
 BK_INLINE bool op_times_wanted(const EngineParams& params, u64 step) {
-  return params.trace_op_times != 0 && step % params.trace_op_period == 0;
+  return is_traced(params) && params.trace_op_times != 0 && step % params.trace_op_period == 0;
 }
 
 BK_INLINE u64 op_times_slot(const EngineParams& params, u64 step) { return step / params.trace_op_period % params.num_trace_op_slots; }

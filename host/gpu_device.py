@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from blinkimp import ring_abi as abi
@@ -47,13 +47,19 @@ RESERVED_BYTES: Final = 1 << 30
 
 
 class GpuDevice:
-    """One GPU. Raises GpuError at once where there is none that a kernel runs on."""
+    """One GPU. Raises GpuError at once where there is none that a kernel runs on. defines: macros that the kernel has besides its shape's, for
+    experiments (tools/bench_trace.py)."""
 
     kind: DeviceKind = "gpu"
 
     def __init__(
-        self, device_idx: int = 0, kernel: KernelChoice = "auto", orchestrator: OrchestratorKind = "gpu"
+        self,
+        device_idx: int = 0,
+        kernel: KernelChoice = "auto",
+        orchestrator: OrchestratorKind = "gpu",
+        defines: Mapping[str, str] | None = None,
     ) -> None:
+        self._defines = dict(defines or {})
         self._context = GpuContext(device_idx)
         properties = self._context.properties
         try:
@@ -166,7 +172,7 @@ class GpuDevice:
         self._pack = get_kernel(PACK_SOURCE, launch.cache_dir, arch)
         if progress is not None:
             progress("compile", 1, 2)
-        defines = shape.defines()
+        defines = shape.defines() | self._defines
         if launch.traces_ops:
             defines = defines | {"BK_TRACE_OPS": "1"}
         kernel = get_kernel(shape.source, launch.cache_dir, arch, defines)

@@ -2,7 +2,7 @@
 """What traces cost: how fast they are analysed, and how much slower a traced engine is.
 
     python tools/bench_trace.py --events 100000000 --out FILE.json              a made-up trace of 3.2 GB: written, analysed, removed
-    python tools/bench_trace.py --device gpu --out FILE.json                    the 8B shape: off, on, on with op times, on with a recorder
+    python tools/bench_trace.py --device gpu --out FILE.json                    the 8B shape: off, without its code, on, with op times, with a recorder
     python tools/bench_trace.py --device emulated --shape embedded --rounds 12
 
 Analysis: `scan` is the pass over all events (blinkimp/trace/scan.py), `stats` all that `blinkimp trace stats` prints; the first run is the
@@ -46,12 +46,8 @@ from blinkimp.trace.synthetic import OFFSET_NS, Shape, make_trace, num_waves_of 
 
 PART_EVENTS: Final = 10_000_000
 TRACE_EVENTS: Final = 1 << 20
-MODES: Final = (
-    "off",
-    "on",
-    "ops",
-    "recorder",
-)  # no trace; events; and op times of every 64th step; and somebody who records them
+# No trace; a kernel without the trace's code (GPU only); events; and op times of every 64th step; and somebody who records them.
+MODES: Final = ("off", "without", "on", "ops", "recorder")
 ROWS: Final = {"gpu": "d1@1024,d64@1024,d256@1024", "emulated": "d1@128,d16@128"}
 
 
@@ -156,9 +152,10 @@ def cpu_seconds(pid: int) -> float:
 
 def measure_mode(arguments: argparse.Namespace, rows: list[Row], mode: str) -> dict[str, dict[str, float]]:
     settings: dict[str, Any] = {"max_batch": max(row.batch for row in rows)}
+    gpu_defines = {"BK_NO_TRACE": "1"} if mode == "without" else {}
     if arguments.device == "emulated":
         settings["num_threads"] = arguments.threads
-    if mode != "off":
+    if mode not in ("off", "without"):
         settings["trace_events"] = TRACE_EVENTS
     if mode == "ops":
         settings["trace_op_period"] = 64
@@ -166,7 +163,9 @@ def measure_mode(arguments: argparse.Namespace, rows: list[Row], mode: str) -> d
     found: dict[str, dict[str, float]] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
-        EngineBench(arguments.shape, arguments.device, context, settings, arguments.timeout, None) as bench,
+        EngineBench(
+            arguments.shape, arguments.device, context, settings, arguments.timeout, None, gpu_defines=gpu_defines
+        ) as bench,
     ):
         recorder = None
         if mode == "recorder":
@@ -238,7 +237,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("gpu", "emulated"), help="overhead: on which device")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="overhead: of the model")
     parser.add_argument("--rows", help="overhead: such as d1@1024,d64@1024")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="overhead: beside `off`")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="overhead: beside `off` (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="overhead: decode steps of a row at least")
     parser.add_argument("--seconds", type=float, default=2.0, help="overhead, GPU: of each row")
@@ -247,6 +246,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, help="JSON of what was measured")
     arguments = parser.parse_args(argv)
+    if arguments.modes is None:
+        arguments.modes = [mode for mode in MODES if mode != "without" or arguments.device == "gpu"]
+    elif "without" in arguments.modes and arguments.device != "gpu":
+        parser.error(
+            "--modes without: got no --device gpu, expected it: the emulated device has one kernel; leave `without` out"
+        )
     arguments.modes = list(dict.fromkeys(["off", *arguments.modes]))
     if not arguments.events and arguments.device is None:
         parser.error("expected --events N, --device, or both")

@@ -14,6 +14,7 @@ import math
 import secrets
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -27,6 +28,7 @@ from step_stats import spread
 from blinkimp import ring_abi as abi
 from blinkimp.cli.terminal import LoadingBars
 from blinkimp.config import Config, load_config
+from blinkimp.host.device_protocol import Device
 from blinkimp.host.engine import Engine
 from blinkimp.host.power import PowerMeter, PowerSource
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
@@ -94,17 +96,20 @@ class EngineBench:
         timeout_s: float,
         source: PowerSource | None,
         sampling: str = "greedy",
+        gpu_defines: Mapping[str, str] | None = None,
     ) -> None:
+        """gpu_defines: macros of the GPU's kernel, besides its shape's."""
         self._stack = contextlib.ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._config = config_of(folder, shape, device, max_context, settings)
         self._timeout_s, self._source, self._sampling = timeout_s, source, sampling
+        self._gpu_defines = gpu_defines
 
     def __enter__(self) -> Self:
         try:
             bars = self._stack.enter_context(LoadingBars())
             watch = LoadWatch(bars)
-            self.engine = Engine(self._config, progress=watch)
+            self.engine = Engine(self._config, device=self._device(), progress=watch)
             watch.begin()
             self._stack.enter_context(self.engine)
             self.load = {"weight_bytes": self.engine.plan.weight_bytes, **watch.report(self.engine.plan.weight_bytes)}
@@ -122,6 +127,14 @@ class EngineBench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def _device(self) -> Device | None:
+        """None: the one that the configuration asks for."""
+        if not self._gpu_defines:
+            return None
+        from blinkimp.host.gpu_device import GpuDevice
+
+        return GpuDevice(kernel=self._config.kernel, orchestrator=self._config.orchestrator, defines=self._gpu_defines)
 
     def describe(self) -> dict[str, Any]:
         plan = self.engine.plan

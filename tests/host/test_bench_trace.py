@@ -68,3 +68,11 @@ def test_overheads_are_ratios_of_a_round() -> None:
 def test_nothing_to_do_is_an_error() -> None:
     with pytest.raises(SystemExit):
         bench_trace.main([])
+
+
+def test_a_kernel_without_the_traces_code_is_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_trace.main(["--device", "emulated", "--modes", "without"])
+    assert "expected it: the emulated device has one kernel" in capsys.readouterr().err
+    assert bench_trace.parse_arguments(["--device", "gpu"]).modes == list(bench_trace.MODES)
+    assert "without" not in bench_trace.parse_arguments(["--device", "emulated"]).modes

@@ -83,6 +83,26 @@ def test_a_kind_uses_its_cpu_and_nothing_is_left_of_it(kind: str) -> None:
     assert not [command for pid, command in tree_of(pid).items() if pid in tree]
 
 
+def test_stress_ng_is_half_cpu_and_half_memory_and_ends_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program in its place tells what it is asked for. With the real one: LAB.md."""
+    stand_in, asked = tmp_path / "stress-ng", tmp_path / "asked"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" > {asked}.new; mv {asked}.new {asked}; exec sleep 600\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert missing_program("stress-ng") is None
+    with Interference("stress-ng", 6, os.sched_getaffinity(0)) as burner:
+        assert burner._process is not None
+        pid = burner._process.pid
+        wait_for(asked.exists, PATIENCE_S, "it is started")
+        assert asked.read_text().startswith("--cpu 3 --vm 3 --vm-bytes 128M ")
+        tree = tree_of(pid)
+        assert any("sleep 600" in command for command in tree.values())
+    wait_for(lambda: not any(Path(f"/proc/{one}").exists() for one in tree), PATIENCE_S, "all of it is gone")
+    assert burner.units_per_s == {"stress-ng": 0.0}, "no run of it has ended"
+
+
 def sources_compiled(pid: int) -> set[Path]:
     words = [word for command in tree_of(pid).values() for word in command.split()]
     return {Path(word) for word in words if word.startswith("/") and word.endswith(".cpp")}
