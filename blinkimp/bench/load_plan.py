@@ -54,33 +54,33 @@ class LoadOptions:
                 raise LoadError(
                     "load: got --replay beside --rate, --concurrency or --trace; expected it alone: the arrivals say when and what is sent"
                 )
-            self._refuse_unused()
-            return
-        if not self.has_times and self.rate is None and self.concurrency is None:
+        elif not self.has_times and self.rate is None and self.concurrency is None:
             raise LoadError(
                 "load: got neither rate nor concurrency nor a trace; expected one: give --rate, --concurrency or --trace"
             )
-        if self.trace is None and (self.num_requests is None) == (self.duration_s is None):
+        elif self.trace is None and (self.num_requests is None) == (self.duration_s is None):
             got = (
                 "neither a number of requests nor a duration"
                 if self.duration_s is None
                 else "a number of requests and a duration"
             )
             raise LoadError(f"load: got {got}; expected one of both: give --num-requests or --duration")
+        self._refuse_unused()
         least = {
             "input_len": 1,
             "output_len": 1,
+            "max_total_len": 2,
             "concurrency": 1,
             "num_requests": 1,
             "seed": 0,
             "warmup_s": 0,
             "ramp_s": 0,
+            "time_scale": 0,
         }
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is not None and not value >= bound:  # not a number is not, either
                 raise LoadError(f"{name}: got {value}, expected at least {bound}")
-        self._refuse_unused()
 
     def _refuse_unused(self) -> None:
         """What a kind of load has no use for is refused: left aside, it would make another load than the one that was asked for."""

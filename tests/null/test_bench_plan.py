@@ -108,11 +108,23 @@ def test_a_missing_trace_is_explained(tmp_path: Path) -> None:
         {"rate": 1.0, "num_requests": 3, "duration_s": 1.0},
         {"concurrency": 0, "num_requests": 3},
         {"rate": 1.0, "num_requests": 3, "input_len": 0},
+        {"rate": 1.0, "num_requests": 3, "lengths": "sharegpt", "max_total_len": 1},
     ],
 )
 def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(LoadError, match="expected"):
         LoadOptions(**options)
+
+
+@pytest.mark.parametrize("source", ["trace", "replay"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_requests", 0), ("num_requests", -1), ("warmup_s", -1.0), ("time_scale", -1.0), ("time_scale", math.nan)],
+)
+def test_bounds_hold_for_loads_of_a_file_too(source: str, name: str, value: float) -> None:
+    given: dict[str, Any] = {source: Path("x"), name: value}
+    with pytest.raises(LoadError, match=f"{name}: got {value}, expected at least"):
+        LoadOptions(**given)
 
 
 @pytest.mark.parametrize("source", ["trace", "replay"])
