@@ -56,6 +56,10 @@ class Target:
             raise LoadError(
                 f"target: got connect {self.connect} and url {self.url}; expected one of them: --connect or --url"
             )
+        if self.num_gpus < 1:
+            raise LoadError(
+                f"target: got {self.num_gpus} GPUs; expected at least 1: figures per GPU are divided by --num-gpus"
+            )
 
 
 class Backend(Protocol):

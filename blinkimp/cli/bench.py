@@ -117,7 +117,11 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         help="prompts are of ids below it (default: what the server says, else 32000)",
     )
     target.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="for figures per GPU; above 1 no energy: one is measured"
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for figures per GPU, at least 1; above 1 no energy: one is measured",
     )
     target.add_argument(
         "--idle-w",

@@ -52,6 +52,10 @@ def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pyte
         (["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1", "--goodput", "x"], "NAME:MILLISECONDS"),
         (["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1"], "check that it runs"),
         (
+            ["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1", "--num-gpus", "0"],
+            "got 0 GPUs; expected at least 1",
+        ),
+        (
             ["--url", "http://127.0.0.1:1", "--rate", "1", "--num-requests", "1", "--out", "/nowhere/x"],
             "/nowhere/x: cannot be written",
         ),

@@ -96,6 +96,12 @@ def test_a_sweep_whose_server_refuses_fails_and_says_so(tmp_path: Path, capsys: 
     assert "none of 10 requests completed" in out.read_text()
 
 
+def test_a_sweep_on_no_gpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--url", "http://127.0.0.1:1", "--folder", str(tmp_path / "cells"), "--num-gpus", "-1"]
+    assert main(["lab", "sweep", *flags]) == 1
+    assert "got -1 GPUs; expected at least 1" in capsys.readouterr().err and not (tmp_path / "cells").exists()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "report", "--folder", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
     assert "no cells" in capsys.readouterr().err
