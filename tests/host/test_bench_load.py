@@ -167,6 +167,7 @@ def test_lengths_that_nobody_asked_for_are_told_as_sent(tmp_path: Path) -> None:
     trace = lines_of(tmp_path / "t.jsonl", [(None, 10, 3), (None, 20, 5), (None, 1000, 900)])
     got = load("zmq", fast, LoadOptions(trace=trace, concurrency=1, num_requests=2))
     assert (got["inferencex"]["isl"], got["inferencex"]["osl"], got["request_rate"]) == (15, 4, "inf")
+    assert got["burstiness"] is None
     options = LoadOptions(concurrency=1, num_requests=2, lengths="range", range_ratio=0.1, input_len=40, output_len=9)
     got = load("zmq", fast, options)
     assert (got["inferencex"]["isl"], got["inferencex"]["osl"]) == (40, 9)
@@ -177,15 +178,17 @@ def test_a_load_with_times_tells_their_mean_rate(tmp_path: Path) -> None:
     trace = lines_of(tmp_path / "t.jsonl", [(0.0, 4, 2), (0.1, 4, 2), (0.3, 4, 2), (0.4, 4, 2)])
     assert load("http", fast, LoadOptions(trace=trace))["request_rate"] == pytest.approx(10)
     assert load("http", fast, LoadOptions(trace=trace, time_scale=0.5))["request_rate"] == pytest.approx(20)
-    assert load("http", fast, LoadOptions(trace=trace, num_requests=1))["request_rate"] is None
-    assert load("http", fast, LoadOptions(trace=trace, rate=50))["request_rate"] == 50
+    got = load("http", fast, LoadOptions(trace=trace, num_requests=1))
+    assert got["request_rate"] is got["burstiness"] is None
+    got = load("http", fast, LoadOptions(trace=trace, rate=50))
+    assert (got["request_rate"], got["burstiness"]) == (50, 1)
 
 
 def test_a_replay_tells_its_own_rate_and_lengths(tmp_path: Path) -> None:
     path, sampling = tmp_path / "arrivals.jsonl", Sampling(max_tokens=3)
     write_arrivals(path, [Arrival(idx * 10**8, 5, sampling, prompt_ids=[1, 2, 3, 4, 5]) for idx in range(3)])
     got = load("zmq", Script(first_ms=0, gap_ms=0), LoadOptions(replay=path))
-    assert got["completed"] == 3 and got["request_rate"] == pytest.approx(3 / 0.2)
+    assert got["completed"] == 3 and got["request_rate"] == pytest.approx(3 / 0.2) and got["burstiness"] is None
     assert (got["inferencex"]["isl"], got["inferencex"]["osl"]) == (5, 3)
 
 
