@@ -92,6 +92,25 @@ def test_percentiles_are_vllms_keys() -> None:
     assert percentile_word(99.0) == "99" and percentile_word(99.9) == "99.9"
 
 
+@pytest.mark.parametrize("metric", ["ttft", "tpot", "itl", "e2el"])
+def test_every_metric_has_all_of_its_summary(metric: str) -> None:
+    """Twenty requests of two tokens: the first after 1 to 20 ms, the second as long after it."""
+    records = [record(0, 0, [(i, 1), (2 * i, 1)]) for i in range(1, 21)]
+    got = figures_of(records, Window.of(records, 0, 1000 * MS), {})
+    times = 2 if metric == "e2el" else 1
+    wanted = {
+        "mean": 10.5,
+        "median": 10.5,
+        "std": (399 / 12) ** 0.5,
+        "p90": 18.1,
+        "p95": 19.05,
+        "p99": 19.81,
+        "p99.9": 19.981,
+    }
+    for word, value in wanted.items():
+        assert got[f"{word}_{metric}_ms"] == pytest.approx(times * value), word
+
+
 def test_warm_up_failures_and_the_window() -> None:
     """Counted are requests meant to be sent at 1 s or later; of three, one failed. The warm-up's tokens count as arrivals only."""
     records = [
