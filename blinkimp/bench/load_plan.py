@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -21,6 +21,13 @@ from blinkimp.bench import lengths
 from blinkimp.bench.arrivals import arrival_times
 from blinkimp.bench.errors import LoadError
 from blinkimp.trace.arrivals import Arrival
+
+# What LoadOptions holds of lengths where nothing was asked for; fixed lengths are a range of ratio 1.
+DRAWN: Final[dict[str, dict[str, Any]]] = {
+    "fixed": {"input_len": 512, "output_len": 128, "range_ratio": 1.0},
+    "range": {"input_len": 512, "output_len": 128, "range_ratio": 0.8},
+    "sharegpt": {},
+}
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,10 @@ class LoadOptions:
     warmup_s: float = 0.0  # requests that were meant to be sent before are not counted
     num_requests: int | None = None
     duration_s: float | None = None  # of sending
-    lengths: Literal["fixed", "range", "sharegpt"] = "fixed"
-    input_len: int = 512
-    output_len: int = 128
-    range_ratio: float = 1.0
+    lengths: Literal["fixed", "range", "sharegpt"] | None = None  # None, as what follows, of a file; else fixed
+    input_len: int | None = None  # this and the next two: as in DRAWN
+    output_len: int | None = None
+    range_ratio: float | None = None
     trace: Path | None = None
     replay: Path | None = None  # arrivals of a live run (blinkimp/bench/replay.py); nothing else then says what is sent
     time_scale: float = 1.0  # a trace's and a replay's times are multiplied by it
@@ -81,6 +88,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not value >= bound:  # not a number is not, either
                 raise LoadError(f"{name}: got {value}, expected at least {bound}")
+        self._fill_lengths()
 
     def _refuse_unused(self) -> None:
         """What a kind of load has no use for is refused: left aside, it would make another load than the one that was asked for."""
@@ -88,22 +96,68 @@ class LoadOptions:
             "--duration": self.duration_s is not None,
             "--ramp": self.ramp_s != 0,
             "--burstiness": self.burstiness != 1,
+            "--time-scale": self.time_scale != 1,
+            "--seed": self.seed != 0,
+            "--lengths": self.lengths is not None,
+            "--input-len": self.input_len is not None,
+            "--output-len": self.output_len is not None,
+            "--range-ratio": self.range_ratio not in (None, 1),
+            "--max-total-len": self.max_total_len is not None,
         }
-        if self.has_times:
-            unused, beside = list(given), "--trace" if self.replay is None else "--replay"
-            remedy = "the file says when requests are sent; --num-requests sends the first ones only"
-        elif self.rate is None:
-            unused, beside = ["--burstiness"], "--concurrency"
-            remedy = "a closed loop draws no arrivals; --rate beside it does"
-        elif self.trace is not None:
-            unused, beside = ["--duration"], "--trace and --rate"
-            remedy = "the load is as long as the trace; --num-requests sends the first ones only"
-        else:
+        file = "--trace" if self.replay is None else "--replay"
+        sender = "--concurrency" if self.rate is None else "--rate"
+        rules = [  # whether it holds, with what, what is unused then, remedy
+            (
+                self.has_times,
+                file,
+                ["--duration", "--ramp", "--burstiness"],
+                "the file says when requests are sent; --num-requests sends the first ones only",
+            ),
+            (
+                not self.has_times,
+                sender,
+                ["--time-scale"],
+                f"it multiplies the times of a file (--trace, --replay), and here {sender} says when requests are sent",
+            ),
+            (self.is_closed, sender, ["--burstiness"], "a closed loop draws no arrivals; --rate beside it does"),
+            (
+                self.trace is not None and self.rate is not None,
+                "--trace and --rate",
+                ["--duration"],
+                "the load is as long as the trace; --num-requests sends the first ones only",
+            ),
+            (self.replay is not None, file, ["--seed"], "the file has the prompts and the seeds"),
+            (
+                self.is_of_file,
+                file,
+                ["--lengths", "--input-len", "--output-len", "--range-ratio", "--max-total-len"],
+                "the file says how long prompts and outputs are",
+            ),
+            (
+                self.lengths == "sharegpt",
+                "--lengths sharegpt",
+                ["--input-len", "--output-len", "--range-ratio"],
+                "it draws lengths of its own; --max-total-len is the most of both together",
+            ),
+            (self.lengths in (None, "fixed"), "fixed lengths", ["--range-ratio"], "it is of --lengths range"),
+            (self.lengths != "sharegpt", "fixed and range lengths", ["--max-total-len"], "it is of --lengths sharegpt"),
+        ]
+        for holds, beside, unused, remedy in rules:
+            found = ", ".join(name for name in unused if given[name])
+            if holds and found:
+                raise LoadError(f"load: got {found} with {beside}; expected {beside} without: {remedy}")
+
+    def _fill_lengths(self) -> None:
+        if self.is_of_file:
             return
-        found = [name for name in unused if given[name]]
-        if found:
-            options = ", ".join(found)
-            raise LoadError(f"load: got {options} with {beside}; expected {beside} without: {remedy}")
+        for name, value in {"lengths": "fixed", **DRAWN[self.lengths or "fixed"]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def is_of_file(self) -> bool:
+        """The file of --trace or --replay says how long prompts and outputs are."""
+        return self.trace is not None or self.replay is not None
 
     @property
     def has_times(self) -> bool:
@@ -224,9 +278,11 @@ def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:
 def _drawn(random: np.random.Generator, num_requests: int, options: LoadOptions) -> lengths.Lengths:
     if options.lengths == "sharegpt":
         return lengths.sharegpt_like(random, num_requests, options.max_total_len)
+    input_len, output_len, ratio = options.input_len, options.output_len, options.range_ratio
+    assert input_len is not None and output_len is not None and ratio is not None, "LoadOptions has filled them in"
     if options.lengths == "range":
-        return lengths.random_range(random, num_requests, options.input_len, options.output_len, options.range_ratio)
-    return lengths.fixed(num_requests, options.input_len, options.output_len)
+        return lengths.random_range(random, num_requests, input_len, output_len, ratio)
+    return lengths.fixed(num_requests, input_len, output_len)
 
 
 def _of_trace(options: LoadOptions) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64] | None]:

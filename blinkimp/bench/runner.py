@@ -358,8 +358,7 @@ def request_rate_of(plan: LoadPlan) -> float | str | None:
 
 def lengths_of(options: LoadOptions, window: Window) -> tuple[int, int]:
     """InferenceX's isl and osl: the lengths asked for, or the most of a range, as it has them; of other requests the means."""
-    is_asked_for = options.trace is None and options.replay is None and options.lengths != "sharegpt"
-    if is_asked_for or not window.records:
+    if options.input_len is not None and options.output_len is not None:
         return options.input_len, options.output_len
     inputs = [record.input_len for record in window.records]
     outputs = [r.num_output_tokens if r.is_complete else r.output_len for r in window.records]

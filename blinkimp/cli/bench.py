@@ -56,7 +56,11 @@ def add_parser(subparsers: Any, summary: str) -> None:
         help="arrivals of a live run, from `blinkimp trace arrivals`: the same prompts, seeds and times, and the outputs compared",
     )
     load.add_argument(
-        "--time-scale", type=float, default=1.0, metavar="X", help="multiplies the times of --trace and --replay"
+        "--time-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiplies the times of --trace and --replay; not with --rate or --concurrency",
     )
     load.add_argument(
         "--burstiness",
@@ -80,7 +84,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
         help="from nothing to the full load in S seconds; not with times of a file",
     )
     load.add_argument("--drain", type=float, default=120.0, metavar="S", help="how long to wait for the last answers")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same load")
+    load.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same load; not with --replay"
+    )
     add_length_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -133,21 +139,16 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_length_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("lengths, in tokens")
+    group = parser.add_argument_group("lengths, in tokens; not with --trace or --replay, whose file has them")
     group.add_argument(
         "--lengths",
         choices=("fixed", "range", "sharegpt"),
-        default="fixed",
-        help="sharegpt: synthetic, alike in distribution",
+        help="fixed (default), range, or sharegpt: synthetic, alike in distribution",
     )
-    group.add_argument("--input-len", type=int, default=512, metavar="L", help="of prompts (default %(default)s)")
-    group.add_argument("--output-len", type=int, default=128, metavar="L", help="of outputs (default %(default)s)")
+    group.add_argument("--input-len", type=int, metavar="L", help="of prompts, fixed and range (default 512)")
+    group.add_argument("--output-len", type=int, metavar="L", help="of outputs, fixed and range (default 128)")
     group.add_argument(
-        "--range-ratio",
-        type=float,
-        default=0.8,
-        metavar="R",
-        help="--lengths range: uniform in [R * L, L] (default %(default)s)",
+        "--range-ratio", type=float, metavar="R", help="--lengths range: uniform in [R * L, L] (default 0.8)"
     )
     group.add_argument(
         "--max-total-len", type=int, metavar="L", help="--lengths sharegpt: prompt and output together at most"

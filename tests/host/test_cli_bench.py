@@ -61,6 +61,8 @@ def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pyte
         ),
         (["--rate", "1", "--num-requests", "1", "--save-trace", "/nowhere/x"], "/nowhere/x: cannot be written"),
         (["--replay", "x", "--duration", "9"], "got --duration with --replay"),
+        (["--rate", "1", "--num-requests", "1", "--time-scale", "2"], "got --time-scale with --rate"),
+        (["--trace", "x", "--input-len", "512", "--range-ratio", "1"], "got --input-len with --trace"),
         (["--trace", "x", "--ramp", "9", "--burstiness", "2"], "got --ramp, --burstiness with --trace"),
         (["--concurrency", "1", "--num-requests", "1", "--burstiness", "2"], "got --burstiness with --concurrency"),
     ],

@@ -6,6 +6,7 @@ Run: pytest tests/null/test_bench_plan.py
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,61 @@ def test_what_another_kind_of_load_has_no_use_for_is_refused() -> None:
     LoadOptions(concurrency=2, ramp_s=1.0, duration_s=3.0)
     LoadOptions(trace=Path("x"), concurrency=2, ramp_s=1.0, duration_s=3.0)
     LoadOptions(trace=Path("x"), rate=2.0, burstiness=0.5, ramp_s=1.0)
+    with pytest.raises(LoadError, match="got --seed with --replay"):
+        LoadOptions(replay=Path("x"), seed=3)
+    LoadOptions(trace=Path("x"), seed=3)
+
+
+@pytest.mark.parametrize("more", [{"rate": 2.0}, {"concurrency": 2}, {"rate": 2.0, "concurrency": 2}])
+def test_a_time_scale_is_refused_where_no_file_gives_the_times(more: dict[str, Any]) -> None:
+    option = "--rate" if "rate" in more else "--concurrency"
+    for load in ({"num_requests": 3}, {"trace": Path("x")}):
+        with pytest.raises(LoadError, match=f"got --time-scale with {option}; expected .* and here {option} says when"):
+            LoadOptions(**more, **load, time_scale=2.0)
+
+
+LENGTHS: dict[str, dict[str, Any]] = {
+    "--lengths": {"lengths": "fixed"},
+    "--input-len": {"input_len": 512},
+    "--output-len": {"output_len": 128},
+    "--range-ratio": {"range_ratio": 0.5},
+    "--max-total-len": {"max_total_len": 64},
+}
+
+
+@pytest.mark.parametrize("option", LENGTHS)
+@pytest.mark.parametrize("given", [{"trace": Path("x")}, {"trace": Path("x"), "rate": 2.0}, {"replay": Path("x")}])
+def test_lengths_are_refused_where_a_file_has_them_even_the_usual_ones(given: dict[str, Any], option: str) -> None:
+    source = next(iter(given))
+    with pytest.raises(LoadError, match=f"got {option} with --{source}; expected .* the file says how long"):
+        LoadOptions(**given, **LENGTHS[option])
+
+
+@pytest.mark.parametrize(
+    ("kind", "unused"),
+    [
+        (None, ["--range-ratio", "--max-total-len"]),
+        ("fixed", ["--range-ratio", "--max-total-len"]),
+        ("range", ["--max-total-len"]),
+        ("sharegpt", ["--input-len", "--output-len", "--range-ratio"]),
+    ],
+)
+def test_options_of_other_lengths_are_refused(kind: Any, unused: list[str]) -> None:
+    for option in LENGTHS.keys() - {"--lengths"}:
+        expected = pytest.raises(LoadError, match=f"got {option} with") if option in unused else nullcontext()
+        with expected:
+            LoadOptions(rate=1.0, num_requests=3, **{"lengths": kind, **LENGTHS[option]})
+
+
+def test_lengths_that_nobody_asked_for_are_the_usual_ones() -> None:
+    def of(**given: Any) -> list[Any]:
+        load = LoadOptions(**given).to_json()
+        return [load[name] for name in ("lengths", "input_len", "output_len", "range_ratio")]
+
+    assert of(rate=1.0, num_requests=3) == ["fixed", 512, 128, 1.0]
+    assert of(rate=1.0, num_requests=3, lengths="range", output_len=9) == ["range", 512, 9, 0.8]
+    assert of(rate=1.0, num_requests=3, lengths="sharegpt") == ["sharegpt", None, None, None]
+    assert of(trace=Path("x")) == of(replay=Path("x")) == [None] * 4
 
 
 def test_a_rate_beside_a_concurrency_is_an_open_loop_of_a_trace_too(tmp_path: Path) -> None:
