@@ -2,7 +2,7 @@
 """What traces cost: how fast they are analysed, and how much slower a traced engine is.
 
     python tools/bench_trace.py --events 100000000 --out FILE.json              a made-up trace of 3.2 GB: written, analysed, removed
-    python tools/bench_trace.py --device gpu --out FILE.json                    the 8B shape: off, without its code, on, with op times, with a recorder
+    python tools/bench_trace.py --device gpu --out FILE.json                    the 8B shape: off, without its code, on, and op times, and a recorder
     python tools/bench_trace.py --device emulated --shape embedded --rounds 12
 
 Analysis: `scan` is the pass over all events (blinkimp/trace/scan.py), `stats` all that `blinkimp trace stats` prints; the first run is the

@@ -53,7 +53,10 @@ class LoadOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As a report holds it: paths are text."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+        return {
+            key: str(value) if isinstance(value, Path) or value == math.inf else value
+            for key, value in vars(self).items()
+        }
 
     def __post_init__(self) -> None:
         if self.replay is not None:
@@ -88,6 +91,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not value >= bound:  # not a number is not, either
                 raise LoadError(f"{name}: got {value}, expected at least {bound}")
+        for name in ("rate", "duration_s", "warmup_s", "ramp_s", "time_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise LoadError(f"{name}: got {value}, expected a finite number")
         self._fill_lengths()
 
     def _refuse_unused(self) -> None:

@@ -319,7 +319,7 @@ async def run_load(
         "tokenizer_id": backend.model,
         "num_prompts": len(window.records),
         "request_rate": request_rate_of(plan),
-        "burstiness": options.burstiness if options.rate is not None else None,
+        "burstiness": options.to_json()["burstiness"] if options.rate is not None else None,
         "max_concurrency": concurrency,
         "stopped_early": stopped_early,
         "ended_early": run.ended_early,

@@ -117,6 +117,20 @@ def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
         LoadOptions(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rate", math.inf), ("rate", math.nan), ("duration_s", math.inf), ("warmup_s", math.inf), ("ramp_s", math.inf)],
+)
+def test_a_load_that_would_not_end_is_refused(name: str, value: float) -> None:
+    given: dict[str, Any] = {"rate": 1.0, "duration_s": 5.0} | {name: value}
+    with pytest.raises(LoadError, match=f"{name}: got {value}, expected a finite number"):
+        LoadOptions(**given)
+
+
+def test_arrivals_without_bursts_are_json() -> None:
+    assert LoadOptions(rate=1.0, num_requests=3, burstiness=math.inf).to_json()["burstiness"] == "inf"
+
+
 @pytest.mark.parametrize("source", ["trace", "replay"])
 @pytest.mark.parametrize(
     ("name", "value"),
