@@ -12,6 +12,8 @@ import pytest
 
 from blinkimp.lab.evidence_report import write_evidence_report
 from blinkimp.lab.plots import Plot
+from blinkimp.lab.report import write_report
+from blinkimp.lab.store import Store
 from tests.support import ROOT
 
 RESULTS = ROOT / "tools" / "results"
@@ -43,8 +45,25 @@ def test_the_evidence_page_is_what_its_cells_say(folder: Path, tmp_path: Path, m
     assert made or folder == IN_TURN, "plots are over levels of interference"
 
 
+@pytest.mark.parametrize("name", ["interference", "sweep"])
+def test_a_report_of_cells_is_what_they_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above; the title is the page's first line."""
+    for plot in ("interference_report.line_plot", "interference_report.bar_plot", "report.line_plot"):
+        monkeypatch.setattr(f"blinkimp.lab.{plot}", lambda title, *of_plot, **how: Plot(title, "<svg></svg>"))
+    folder, page = RESULTS / name, tmp_path / "RESULTS.md"
+    there = (folder / "RESULTS.md").read_text()
+    title = there.splitlines()[0].removeprefix("# ")
+    write_report([Store(folder)], page, title)
+    remedy = f"run: python -m blinkimp lab report --folder tools/results/{name} --out tools/results/{name}/RESULTS.md --title '{title}'"
+    assert page.read_text() == there, remedy
+    assert {path.name for path in (tmp_path / "RESULTS").glob("*")} == {
+        path.name for path in (folder / "RESULTS").glob("*")
+    }, remedy
+
+
 def test_plots_are_small_and_drawn() -> None:
-    plots = [path for folder in FOLDERS if folder != IN_TURN for path in (folder / "RESULTS").iterdir()]
+    folders = [*(folder for folder in FOLDERS if folder != IN_TURN), RESULTS / "interference", RESULTS / "sweep"]
+    plots = [path for folder in folders for path in (folder / "RESULTS").iterdir()]
     assert plots and all(path.suffix == ".svg" and path.stat().st_size < MAX_PLOT_BYTES for path in plots)
     assert all(path.read_text().count("<path") > 5 for path in plots)
     assert sum(path.stat().st_size for path in EVIDENCE.rglob("*") if path.is_file()) < MAX_EVIDENCE_BYTES
