@@ -2,17 +2,70 @@
 //
 // The warpgroup with the unit's first split folds its splits in registers and leaves one total; the others leave every split as it is,
 // because a fold is not associative in its last bit. Each then adds the number of its splits to the unit's counter; whoever completes the
-// count folds the rest in order and writes the output rows. Nobody waits, and no grid barrier is needed. Of long units owners fold a part each, and wait for all
-// splits: attention_owners.cuh.
+// count folds the rest in order and writes the output rows. Nobody waits, and no grid barrier is needed.
+// Workspace kWsAttentionPart: f32 outputs [items, group, head_dim], float2 (maximum, sum) [items, group]; items:
+// attention_slots() * num_kv_heads. kWsAttentionCounters is zero between ops (allocated zeroed; the last to arrive resets).
 // Called by device/attention.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
-#include <attention_owners.cuh>
+#include <attention_tile.cuh>
 
 namespace blinkimp {
 
-// A unit's counter: splits that arrived in the low half, splits folded into the first total in the high half (of a unit without owners).
+// A unit's counter: splits that arrived in the low half, splits folded into the first total in the high half.
 constexpr u32 kFoldedShift = 16;
-static_assert(kFoldedShift == kOwnedFoldedShift, "leave_unit() adds to both alike");
+
+template <int kHeadDim>
+BK_INLINE f32* part_outputs(const EngineParams& params, u32 item_idx, u32 row) {
+  return reinterpret_cast<f32*>(params.workspaces[kWsAttentionPart]) + (static_cast<u64>(item_idx) * group_of(params) + row) * kHeadDim;
+}
+
+template <int kHeadDim>
+BK_INLINE float2* part_softmax(const EngineParams& params, u32 item_idx, u32 row) {
+  const u64 num_parts = attention_slots(params) * params.dims.num_heads;
+  return reinterpret_cast<float2*>(params.workspaces[kWsAttentionPart] + num_parts * kHeadDim * sizeof(f32)) + static_cast<u64>(item_idx) * group_of(params) + row;
+}
+
+BK_INLINE u32* unit_counter(const EngineParams& params, u32 unit_idx) {
+  return reinterpret_cast<u32*>(params.workspaces[kWsAttentionCounters]) + unit_idx;
+}
+
+// The first warp of a warpgroup leaves the fragments of the unit's rows (a narrow unit has no others).
+template <int kHeadDim>
+BK_INLINE void store_part(const EngineParams& params, u32 item_idx, const f32 (&outputs)[kHeadDim / 2], const f32 (&maximum)[2], const f32 (&sum)[2]) {
+  const u32 lane = thread_idx() % 128u;
+  if (lane >= 32) return;
+#pragma unroll
+  for (u32 half = 0; half < 2; ++half) {
+    const u32 row = lane / 4u + half * 8u;
+    if (row >= group_of(params)) continue;
+    f32* values = part_outputs<kHeadDim>(params, item_idx, row) + lane % 4u * 2u;
+#pragma unroll
+    for (u32 tile = 0; tile < kHeadDim / 8; ++tile) *reinterpret_cast<float2*>(values + tile * 8) = make_float2(outputs[tile * 4 + half * 2], outputs[tile * 4 + half * 2 + 1]);
+    if (lane % 4u == 0) *part_softmax<kHeadDim>(params, item_idx, row) = make_float2(maximum[half], sum[half]);
+  }
+}
+
+// A lane's split of several in a row, with what the fold needs of it. The factors come from prefix maxima, which are exact in any order: so they are
+// those of fold_split() one after the other, without its chain of exponentials.
+struct MergeLane {
+  FoldFactors factors;
+  f32 sum;
+};
+
+// softmax: (maximum, sum) of the lane's split. before: maximum of the total so far; afterwards with these splits.
+BK_INLINE MergeLane merge_factors(float2 softmax, f32 scale, f32& before) {
+  const u32 lane = thread_idx() % 32u;
+  f32 prefix = softmax.x;
+  for (u32 distance = 1; distance < 32; distance *= 2) {
+    const f32 below = __shfl_up_sync(0xffffffffu, prefix, distance);
+    if (lane >= distance) prefix = fmaxf(prefix, below);
+  }
+  prefix = fmaxf(prefix, before);
+  const f32 previous = __shfl_up_sync(0xffffffffu, prefix, 1);
+  const MergeLane merge{fold_factors(lane == 0 ? before : previous, softmax.x, prefix, scale), softmax.y};
+  before = __shfl_sync(0xffffffffu, prefix, 31);
+  return merge;
+}
 
 // Splits of a row that are on their way: a lane holds head_dim / 32 neighbouring columns of each.
 template <int kHeadDim>
@@ -105,30 +158,21 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
   }
 }
 
-// The end of a narrow run that has not its whole unit: whoever completes the unit folds it, or its owners do. All threads of the warpgroup.
+// The end of a narrow run that has not its whole unit: whoever completes the unit folds it. All threads of the warpgroup.
 template <int kHeadDim, class Store>
 BK_INLINE void leave_unit(const EngineParams& params, const AttentionRun& run, u8* shared_memory, u32 num_run_splits, const Store& store) {
-  const bool has_owners = uniform(run.tasks_each) != 0;
-  const bool owns = has_owners && uniform(run.first_task) != kNoTask;
-  u32& message = attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()];
   warpgroup_sync();  // all partial results are written before the first thread releases them
   if (is_elected()) {
     u32* counter = unit_counter(params, run.unit_idx);
     const u32 added = num_run_splits + (run.first_split == 0 ? num_run_splits << kFoldedShift : 0);
     const u32 count = atom_add_acq_rel_gpu(counter, added) + added;  // pairs with itself: the last sees what the others left
-    if (owns) {
-      message = wait_unit(params, counter, run.num_splits, run.group * (kHeadDim / kTaskColumns) / run.tasks_each);
-    } else if (!has_owners) {
-      message = count;
-      if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
-    }
+    attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()] = count;
+    if (count % (1u << kFoldedShift) == run.num_splits) *counter = 0;  // for the next layer, grid barriers later
   }
   warpgroup_sync();  // nobody reads the message, or partial results, before the first thread has acquired them
-  const u32 said = uniform(message);
-  if (owns) {
-    fold_tasks<kHeadDim>(params, run, said, shared_memory + kScratchOffset + compute_warpgroup() * kQueryTileBytes<kHeadDim>, store);
-  } else if (!has_owners && said % (1u << kFoldedShift) == run.num_splits) {
-    merge_unit<kHeadDim>(params, run.item_begin, said >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
+  const u32 count = uniform(attention_state<kHeadDim>(shared_memory).messages[compute_warpgroup()]);
+  if (count % (1u << kFoldedShift) == run.num_splits) {
+    merge_unit<kHeadDim>(params, run.item_begin, count >> kFoldedShift, run.num_splits, run.row_begin, run.kv_head, store);
   }
 }
 

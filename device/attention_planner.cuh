@@ -103,12 +103,11 @@ struct NarrowCuts {
   }
 };
 
-constexpr u32 kLeastPerMoved = 7;  // pages that a warpgroup has for each by which the cut between a CTA's two is moved
-
 // The cut between a CTA's warpgroups, moved to where both end their units at the same time, if that is near: the end of a unit holds up the other warpgroup, too,
 // whose pages stand behind in the ring. `place`: within a share of num_units units of unit_pages each. Decode of equal contexts, 256 rows: a CTA with units
 // that end together was done with its pages after 420k clk, one without after 450k (PERFORMANCE.md).
 BK_INLINE u32 aligned_place(u32 place, u32 first_offset, u32 unit_pages, u32 num_units, u32 warpgroup_pages) {
+  constexpr u32 kLeastPerMoved = 7;  // pages that a warpgroup has for each that moves
   if (first_offset >= unit_pages) return place;
   const u32 unit = place + unit_pages / 2 <= first_offset ? 0 : min((place + unit_pages / 2 - first_offset) / unit_pages, num_units - 1);
   const u32 aligned = unit * unit_pages + first_offset;
@@ -123,13 +122,6 @@ BK_INLINE u32 whole_units(u32 num_workers, const WideWork& wide, u32 num_units, 
   const u32 num_units_each = (num_units + 2 * num_workers - 1) / (2 * num_workers);
   const bool is_sooner = 2 * num_units_each * most_unit_pages <= (num_pages + num_workers - 1) / num_workers + kPagesOfShared;
   return wide.num_items == 0 && is_sooner ? num_units_each : 0;
-}
-
-// At least as many pages as any warpgroup's range has where the list of num_pages is cut evenly (units that stay whole are another matter, but nobody shares them): place()'s difference, what aligned_place() moves, and a cut's way up
-// to a split's first page, or past a last one.
-BK_INLINE u32 most_range_pages(u32 num_workers, u32 num_pages) {
-  const u32 even = num_pages / (2 * num_workers) + 1;
-  return even + even / kLeastPerMoved + kSplitPages;
 }
 
 // Writes one WindowSchedule.
@@ -152,7 +144,6 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
   num_pages = warp_sum(num_pages);
   most_unit_pages = warp_max(most_unit_pages);
   if (lane < 2) schedule.narrow[lane].num_pages = 0;
-  if (lane == 0) schedule.most_range_pages = attention.num_wide_items == 0 ? most_range_pages(params.num_workers, num_pages) : kNoOwners;
   __syncwarp();  // before the lanes that find the cuts write the same walks
   if (num_pages == 0) return;
 

@@ -86,8 +86,6 @@ __device__ __noinline__ void next_run(const EngineParams& params, const Attentio
     run.unit_idx = walk.seq_idx * num_kv_heads + walk.kv_head;
     run.item_begin = walk.item_idx - run.first_split;
     run.num_splits = splits_between(unit_begin, unit_end);
-    run.tasks_each = tasks_of_an_owner<kHeadDim>(run.group, unit_end - unit_begin, schedule_of(attention, op.window).most_range_pages);
-    if (run.tasks_each) run.first_task = task_of_run<kHeadDim>(run.group, run.tasks_each, unit_end - unit_begin, run.page_begin - unit_begin, run.page_end - unit_begin);
     walk.item_idx += splits_between(run.page_begin, run.page_end);
     walk.page += num_pages;
     walk.num_pages -= num_pages;

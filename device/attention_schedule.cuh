@@ -6,7 +6,6 @@
 //   wide    several rows (prefill chunk), or one behind pages that others fill in this step: items (tile of 128 packed rows, kv head), each over all its keys; the longest first, dealt to the
 //           CTAs to and fro. Packed row p of a share is head p % group of the row's group, token p / group; each warpgroup takes 64. So few that
 //           there is a CTA for each tile of 64: then these are the items, because a warpgroup alone is sooner through its pages than two.
-// A unit of so many pages that no range holds two places of it a K-th of its pages apart has owners (attention_owners.cuh): the K runs at these places.
 // CTAs with more wide work get shorter narrow ranges. A step has one wide list and a narrow one per window size among the layers.
 // I1 Every CTA computes the same cuts: from the same plan, with the same integer and double arithmetic.
 // I2 The producer and the two warpgroups walk the same ranges in the same order.
@@ -62,12 +61,9 @@ struct WideItem {
 
 struct WindowSchedule {
   u32 window;            // tokens, 0 = none
-  u32 most_range_pages;  // no warpgroup's range is longer; kNoOwners: not known
+  u32 reserved0;
   NarrowWalk narrow[2];  // this CTA's two ranges, by warpgroup
 };
-
-constexpr u32 kNoOwners = 0xffffffffu;
-constexpr u32 kNoTask = 0xffffffffu;
 
 enum RunKind : u32 { kRunEnd = 0, kRunNarrow = 1, kRunWide = 2 };
 
@@ -96,16 +92,13 @@ struct AttentionRun {
   u32 patch_page;      // the page that key_end lies in, if it is computed here; else ~0
   u32 query_offset;    // bytes from the scratch to the run's first row, in the warpgroup's query tile: narrow runs take turns at two places in it
   u32 new_row_offset;  // narrow: likewise, to the row's new key and value
-  u32 tasks_each;      // narrow: what each owner of the unit folds, 0: the last to arrive folds all of it (attention_owners.cuh)
   u64 patch_source;    // narrow: K tile of patch_page in the cache
   u32 unit_idx;        // narrow: counter of the unit
   u32 item_begin;      // narrow: number of the unit's first split
   u32 num_splits;      // narrow: of the unit
   u32 window;
   u32 first_split;     // narrow: of the run, within the unit; 0: the run folds its splits, else it leaves them one by one
-  u32 first_task;      // narrow, of a unit with owners: that this run's warpgroup folds, or kNoTask
 };
-static_assert(sizeof(AttentionRun) == 128, "of another size, its addresses take registers that wide GEMMs need");
 
 // A step's schedule, and what the producer keeps. Read by the producer, which runs ahead of the op, and by the compute threads.
 struct AttentionShared {
@@ -192,32 +185,6 @@ BK_INLINE bool normalise(const EngineParams& params, const PlanSeq* seqs, const 
 BK_INLINE u32 run_pages(const NarrowWalk& walk) {
   const u32 in_unit = walk.position / kPageTokens + 1 - walk.page;
   return in_unit < walk.num_pages ? in_unit : walk.num_pages;
-}
-
-// ---- Owners ------------------------------------------------------------------------------------------------------
-constexpr u32 kTaskColumns = 32;       // of a row, which a warp folds
-constexpr u32 kMostTasksEach = 4;      // of an owner: a warp each
-constexpr u32 kLeastOwners = 4;        // with fewer, more is waited than gained
-constexpr u32 kMostOwnedRange = 1024;  // pages: a unit's counter has nine bits for the splits of its first run
-
-// How many tasks each owner of a unit of num_pages has; 0: there are none. I1: all CTAs say the same.
-template <int kHeadDim>
-BK_INLINE u32 tasks_of_an_owner(u32 group, u32 num_pages, u32 most_range_pages) {
-  const u32 num_tasks = group * (kHeadDim / kTaskColumns);
-  if (most_range_pages > kMostOwnedRange || num_pages < kLeastOwners * most_range_pages) return 0;
-  for (u32 each = 1; each <= kMostTasksEach; each *= 2) {
-    const u32 num_owners = num_tasks / each;
-    if (num_tasks % each == 0 && num_owners >= kLeastOwners && num_pages >= num_owners * most_range_pages) return each;
-  }
-  return 0;
-}
-
-// The first task of the owner whose place is in the run's pages [page_begin, page_end), counted from the unit's first; or kNoTask.
-template <int kHeadDim>
-BK_INLINE u32 task_of_run(u32 group, u32 tasks_each, u32 num_pages, u32 page_begin, u32 page_end) {
-  const u32 num_owners = group * (kHeadDim / kTaskColumns) / tasks_each;
-  const u32 owner = (page_begin * num_owners + num_pages - 1) / num_pages;  // the first whose place is not before page_begin
-  return owner < num_owners && owner * num_pages / num_owners < page_end ? owner * tasks_each : kNoTask;
 }
 
 // Pages [begin, end) that the item's rows see; position_begin: of its share.

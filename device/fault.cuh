@@ -34,7 +34,6 @@ enum FaultSite : u32 {
   kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
   kSiteAttentionWindows = 108,   // more window sizes among the layers than attention plans for
   kSiteAttentionSchedule = 109,  // the step's schedule of attention was not ready in time
-  kSiteAttentionUnit = 110,      // partial results of a unit of attention did not come in time
   kSiteEmulatedOp = 200,
 };
 

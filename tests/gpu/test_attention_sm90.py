@@ -134,27 +134,6 @@ def test_a_decode_row_at_32k_equals_the_chunk_s(run: RunStep, rng: np.random.Gen
     assert (row[0] == chunk[-1]).all()
 
 
-@pytest.mark.parametrize(
-    ("shape", "num_rows", "context"),
-    [
-        (Shape(8, 2, 128), 1, 8231),  # an owner of a unit has 32 columns of a row
-        (Shape(8, 2, 128), 6, 8231),  # half a row
-        (Shape(8, 2, 128), 14, 8231),  # a row
-        (Shape(8, 2, 64), 1, 33_000),
-        (Shape(12, 1, 128), 1, 20_000),  # of a group that attention.cuh computes
-    ],
-    ids=str,
-)
-def test_owners_fold_long_units(
-    run: RunStep, rng: np.random.Generator, shape: Shape, num_rows: int, context: int
-) -> None:
-    """Three CTAs have too long ranges for owners: there the last warpgroup folds a unit."""
-    sequence = random_sequence(rng, shape, context, 2.0)
-    step = make_step(rng, shape, [Share(sequence, context - 1 - i, context - i) for i in range(num_rows)])
-    output = check_step(run, step, NUM_CTAS)
-    assert all((output == run(step, num_ctas)).all() for num_ctas in (NUM_CTAS, NUM_CTAS, 3))
-
-
 def test_number_of_ctas_does_not_change_a_bit(run: RunStep, rng: np.random.Generator) -> None:
     check_grids(run, rng, Shape(8, 2, 128), [(2599, 2600), (3, 400), (9, 10)], [1, 2, 13, 131, 131, 132])
 

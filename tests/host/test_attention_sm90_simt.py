@@ -40,7 +40,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded.bk_attention_sm90_simt.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     loaded.bk_attention_sm90_simt.restype = ctypes.c_int
     loaded.bk_copied_bytes.restype = ctypes.c_ulonglong
-    loaded.bk_num_owners.restype = ctypes.c_uint
     return loaded
 
 
@@ -154,34 +153,6 @@ def test_a_last_split_of_one_page_goes_with_the_one_before(run: RunStep, library
     num_pages = ranges[:, 2]
     assert sorted(num_pages) == [0, 4, 4, 4, 4, 4, 4, 5, 5, 5]
     assert (ranges[:, 1] + num_pages).max() == 13, "a range goes over a head's end"
-
-
-@pytest.mark.parametrize(
-    ("shape", "spans", "num_ctas", "num_owners"),
-    [
-        (Shape(4, 2, 64), decode_rows([5000]), 40, 2 * 4),  # an owner has 32 columns of a row
-        (Shape(8, 2, 128), decode_rows([3900]), 40, 2 * 8),  # half a row
-        (Shape(8, 2, 128), decode_rows([2048]), 40, 2 * 4),  # a row
-        (Shape(8, 1, 64), decode_rows([9000]), 40, 16),  # more splits than a half of the buffer holds
-        (Shape(4, 1, 128), decode_rows([9300, 9290, 9200]), 12, 3 * 4),  # more than both halves
-        (Shape(4, 2, 64, 4000), decode_rows([9000]), 40, 2 * 4),
-        (Shape(4, 2, 64), decode_rows([5000, 30, 1025, 2048]), 40, 2 * 2 * 4),  # two units are long enough
-        (Shape(10, 1, 64), decode_rows([6000]), 40, 10),  # of a group that attention.cuh computes
-        (Shape(2, 2, 64), decode_rows([5000]), 40, 0),  # fewer columns than four owners need
-        (Shape(4, 2, 64), decode_rows([640]), 40, 0),
-        (Shape(4, 2, 64), [*decode_rows([5000]), (0, 70)], 40, 0),  # a chunk beside it: ranges may be longer
-    ],
-    ids=str,
-)
-def test_owners_fold_long_units(
-    run: RunStep, library: ctypes.CDLL, shape: Shape, spans: list[tuple[int, int]], num_ctas: int, num_owners: int
-) -> None:
-    """A unit's splits are folded by warpgroups at fixed places of it, where ranges are short enough; the bits are those of one CTA."""
-    rng = np.random.default_rng(16)
-    step = make_step(rng, shape, [Share(random_sequence(rng, shape, end, 2.0), begin, end) for begin, end in spans])
-    output = check_step(run, step, num_ctas)
-    assert library.bk_num_owners() == num_owners
-    assert (output == run(step, 1)).all()
 
 
 @pytest.mark.parametrize("shape", [Shape(4, 2, 64), Shape(4, 1, 128)], ids=str)

@@ -30,10 +30,9 @@ inline void swap_cta(u32 idx) {  // into the globals, and, called again, out of 
   cta_idx = idx;
 }
 
-// Runs `kernel` in num_ctas CTAs of num_threads threads. between: called after each round; true when it did something that threads wait for. passes_a_turn: at most
-// so many of a CTA's before the next one's turn, which costs a copy of its shared memory.
+// Runs `kernel` in num_ctas CTAs of num_threads threads. between: called after each round; true when it did something that threads wait for.
 template <class Kernel, class Between>
-inline void run_grid(u32 num_ctas, u32 num_threads, u32 seed, const Kernel& kernel, const Between& between, u32 passes_a_turn = 1) {
+inline void run_grid(u32 num_ctas, u32 num_threads, u32 seed, const Kernel& kernel, const Between& between) {
   grid_ctas.clear();
   grid_ctas.resize(num_ctas);
   std::mt19937 random(seed);
@@ -51,11 +50,9 @@ inline void run_grid(u32 num_ctas, u32 num_threads, u32 seed, const Kernel& kern
     simt::Machine::Pass all{false, false};
     for (const u32 idx : order) {
       swap_cta(idx);
-      simt::Machine::Pass pass = simt::machine.pass();
-      const bool any_ran = pass.any_ran;
-      for (u32 i = 1; i < passes_a_turn && pass.any_ran; ++i) pass = simt::machine.pass();
+      const simt::Machine::Pass pass = simt::machine.pass();
       swap_cta(idx);
-      all = {all.any_left || pass.any_left, all.any_ran || any_ran};
+      all = {all.any_left || pass.any_left, all.any_ran || pass.any_ran};
     }
     if (!all.any_left) return;
     if (between()) continue;

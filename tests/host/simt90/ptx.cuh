@@ -1,7 +1,7 @@
 // Stands before device/ptx.cuh in the CPU emulation of a Hopper CTA: the same functions, except that a spin gives way to other threads.
 //
 // device_clock_ns() or sleep_ns() is what every spin of the device code calls between two looks, so it is where a fiber waits: until some thread
-// arrives at the grid barrier or at a unit of attention, or a plan is published. (Waits for mbarriers block in mbarrier_try_wait and never spin.) Also what simt.h lacks of CUDA.
+// arrives at the grid barrier, or a plan is published. (Waits for mbarriers block in mbarrier_try_wait and never spin.) Also what simt.h lacks of CUDA.
 // Used by tests/host/simt90/*.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <simt.h>
@@ -16,12 +16,10 @@
 
 #define device_clock_ns device_clock_ns_of_cpu
 #define red_add_release_gpu red_add_release_of_cpu
-#define atom_add_acq_rel_gpu atom_add_acq_rel_of_cpu
 #define sleep_ns sleep_ns_of_cpu
 #include_next <ptx.cuh>
 #undef device_clock_ns
 #undef red_add_release_gpu
-#undef atom_add_acq_rel_gpu
 #undef sleep_ns
 
 struct uint2 {
@@ -56,11 +54,6 @@ BK_INLINE void sleep_ns(u32) { simt::machine.wait(simt90::grid); }
 BK_INLINE void red_add_release_gpu(u32* address, u32 value) {
   red_add_release_of_cpu(address, value);
   ++simt90::grid.generation;
-}
-
-BK_INLINE u32 atom_add_acq_rel_gpu(u32* address, u32 value) {
-  ++simt90::grid.generation;
-  return atom_add_acq_rel_of_cpu(address, value);
 }
 
 }  // namespace blinkimp
