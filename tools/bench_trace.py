@@ -127,7 +127,7 @@ class RecorderProcess:
             "3600",
         ]
         self.path = folder / "bench.trace"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
         self.process = subprocess.Popen(
             [*command, "-o", str(self.path)], env=environment, stdout=subprocess.PIPE, text=True
         )
