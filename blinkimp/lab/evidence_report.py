@@ -38,7 +38,7 @@ from blinkimp.lab.evidence_plan import RAMP_SHARE, EvidenceCell, EvidenceGrid, c
 from blinkimp.lab.evidence_state import folders_of, read_grid
 from blinkimp.lab.evidence_summary import beside, noise, not_run, summary
 from blinkimp.lab.evidence_traces import traced
-from blinkimp.lab.pages import Section, html_of, write_markdown
+from blinkimp.lab.pages import TABLE_MARK, Section, html_of, write_markdown
 from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.store import Store
 from blinkimp.lab.sweep import pareto_frontier
@@ -46,9 +46,14 @@ from blinkimp.lab.sweep import pareto_frontier
 
 # ---- Sections --------------------------------------------------------------------------------------------------------
 def notes_of(folder: Path) -> list[str]:
-    """Paragraphs of NOTES.md in the folder: what the lab cannot know of a run, written by whoever made it."""
+    """Paragraphs of NOTES.md in the folder: what the lab cannot know of a run, written by whoever made it. Lines of a table stay lines."""
     path = folder / "NOTES.md"
-    return [" ".join(part.split()) for part in path.read_text().split("\n\n") if part.strip()] if path.exists() else []
+    parts = path.read_text().split("\n\n") if path.exists() else []
+    return [
+        part.strip() if part.strip().startswith(TABLE_MARK) else " ".join(part.split())
+        for part in parts
+        if part.strip()
+    ]
 
 
 def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]], notes: Sequence[str]) -> Section:
@@ -82,7 +87,10 @@ def setting(grid: EvidenceGrid, cells: Cells, calls: Sequence[dict[str, Any]], n
 
 
 def claims(grid: EvidenceGrid, cells: Cells) -> list[Section]:
-    """A table for each p99 and for tokens/s: the isolated run, and multiples of it for each number of threads."""
+    """A table for each p99 and for tokens/s: the isolated run, and multiples of it for each number of threads; none where only isolated runs were
+    planned."""
+    if grid.threads == (0,):
+        return []
     sections = [
         claim(
             grid,
@@ -344,7 +352,7 @@ def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> 
     sections += claims(grid, cells)
     sections += [
         quiet(grid, cells),
-        beside(grid, cells),
+        *([beside(grid, cells)] if len(grid.engines) > 1 else []),
         *everything(grid, cells),
         causes(grid, cells),
         *traced(grid, cells),

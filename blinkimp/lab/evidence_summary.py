@@ -36,24 +36,26 @@ SUMMARY_LATENCIES: Final = {
 
 
 def summary(grid: EvidenceGrid, cells: Cells) -> Section:
-    """No interference -> the most of it, of loads of which an engine has both."""
+    """No interference -> the most of it, of loads of which an engine has both; isolated runs alone where no interference was planned."""
     most = grid.threads[-1]
     rows: list[list[object]] = []
     for load, engines in main_groups(grid).items():
         for engine, planned in engines.items():
-            ends = [cells.get(planned[threads].key) for threads in (0, most) if threads in planned]
-            if most == 0 or len(ends) < 2 or None in ends:
+            ends = [cells.get(planned[threads].key) for threads in sorted({0, most}) if threads in planned]
+            found = [cell for cell in ends if cell is not None]
+            if len(found) < len({0, most}):
                 continue
-            quiet, busy = (found["report"] for found in ends if found is not None)
+            reports = [cell["report"] for cell in found]
             row: list[object] = [load, engine]
-            row += [f"{bounded(quiet, key)} -> {bounded(busy, key)}" for key in SUMMARY_LATENCIES.values()]
-            row.append(f"{quiet[TOKENS_PER_S]:,.0f} -> {busy[TOKENS_PER_S]:,.0f}")
-            left = multiple(ends[1], ends[0], TOKENS_PER_S)
-            row += [None if left is None else f"{left:.1%}", f"{quiet['completed']}, {busy['completed']}"]
+            row += [" -> ".join(bounded(report, key) for report in reports) for key in SUMMARY_LATENCIES.values()]
+            row.append(" -> ".join(f"{report[TOKENS_PER_S]:,.0f}" for report in reports))
+            left = multiple(found[-1], found[0], TOKENS_PER_S) if most else None
+            row += [None if left is None else f"{left:.1%}", ", ".join(str(report["completed"]) for report in reports)]
             rows.append(row)
     headings = ("load", "engine", *SUMMARY_LATENCIES, "output tokens/s", "retained", "requests")
+    levels = f"Without interference -> with {most} interfering threads" if most else "Without interference"
     words = [
-        f"Without interference -> with {most} interfering threads, each engine on a GPU and {grid.num_cpus} CPUs; over HTTP, placement "
+        f"{levels}, each engine on a GPU and {grid.num_cpus} CPUs; over HTTP, placement "
         f"`{grid.placements[0]}`. Each figure is of one run of {grid.seconds + grid.warmup_s:g} s, and of as many requests as the last column "
         "says: of fewer than 102 requests a p99 lies between the two slowest, and of fewer than 1,002 a p99.9 does.",
         *goal_words(grid, cells),

@@ -23,6 +23,9 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
+TABLE_MARK: Final = "|"  # a paragraph that begins with it is a table of Markdown
+
+
 @dataclass(frozen=True)
 class Section:
     """A heading, words, plots, and a table under them (none without headings)."""
@@ -31,7 +34,7 @@ class Section:
     headings: Sequence[str]
     rows: Sequence[Sequence[object]]
     plots: Sequence[Plot] = field(default_factory=list)
-    words: Sequence[str] = ()  # paragraphs
+    words: Sequence[str] = ()  # paragraphs, or tables (TABLE_MARK)
 
 
 def text_of(value: object) -> str:
@@ -62,14 +65,21 @@ def _html_section(section: Section) -> str:
     plots = f'<div class="plots">{"".join(plot.svg for plot in section.plots)}</div>' if section.plots else ""
     rows = "".join(cells("td", row) for row in section.rows)
     table = f"<table>{cells('th', section.headings)}{rows}</table>" if section.headings else ""
-    words = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in section.words)
+    words = "".join(
+        f"<pre>{html.escape(paragraph)}</pre>"
+        if paragraph.startswith(TABLE_MARK)
+        else f"<p>{html.escape(paragraph)}</p>"
+        for paragraph in section.words
+    )
     return f"<h2>{html.escape(section.title)}</h2>{words}{plots}{table}"
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
 def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
-    """The page, and its plots as SVG files in a folder of its name."""
+    """The page, and its plots as SVG files in a folder of its name; those that an earlier page had there are removed."""
     folder = path.with_suffix("")
+    for old in folder.glob("[0-9][0-9]-*.svg"):
+        old.unlink()
     lines = [f"# {title}"]
     for number, section in enumerate(sections, 1):
         lines += ["", f"## {section.title}", ""]

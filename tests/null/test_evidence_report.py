@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def measured(cell: EvidenceCell, num_cut: int = 0) -> dict[str, Any]:
     }
 
 
-def folder_of(tmp_path: Path, cells: list[EvidenceCell], cut: tuple[str, ...] = ()) -> Path:
+def folder_of(tmp_path: Path, cells: list[EvidenceCell], cut: tuple[str, ...] = (), grid: EvidenceGrid = GRID) -> Path:
     folder = tmp_path / "evidence"
     folder.mkdir()
-    write_json(folder / "grid.json", GRID.to_json())
+    write_json(folder / "grid.json", grid.to_json())
     call = {"date": "2026-01-01", "gpu": "H200", "cpus": 16, "starts": [{"engine": "vllm", "seconds": 99.0}]}
     write_json(folder / "calls.json", [call])
     for cell in cells:
@@ -170,6 +171,21 @@ def test_the_page_begins_with_what_came_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_plots")
+def test_isolated_runs_alone_are_a_page_too(tmp_path: Path) -> None:
+    out, grid = tmp_path / "RESULTS.md", replace(GRID, threads=(0,))
+    write_evidence_report(folder_of(tmp_path, cells_of(grid), grid=grid), out)
+    text = out.read_text()
+    short = row_of(tables(text)["In short"], "1k1k, concurrency 64", "vllm")
+    assert "\nWithout interference, each engine" in text and TTFT not in text
+    assert (short["TTFT p99 ms"], short["output tokens/s"], short["retained"], short["requests"]) == (
+        "30.0",
+        "1,000",
+        "-",
+        "160",
+    )
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_an_engine_that_is_behind_another_on_a_quiet_machine_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, cells_of(GRID))
     (cell,) = [c for c in cells_of(GRID) if c.label == "vllm over http, reserved, 512x128, rate 8, 0 threads"]
@@ -215,10 +231,12 @@ def test_pieces_of_an_older_client_are_counted_as_tokens(tmp_path: Path) -> None
 @pytest.mark.usefixtures("quick_plots")
 def test_notes_of_the_folder_stand_in_the_page(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [c for c in cells_of(GRID) if c.tier == 1])
-    (folder / "NOTES.md").write_text("Made with\nvLLM 9.9.\n\nSecond.\n")
+    (folder / "NOTES.md").write_text("Made with\nvLLM 9.9.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nSecond.\n")
     out = tmp_path / "RESULTS.md"
     write_evidence_report(folder, out)
-    assert "\nMade with vLLM 9.9.\n\nSecond.\n" in out.read_text()
+    assert "\nMade with vLLM 9.9.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nSecond.\n" in out.read_text()
+    write_evidence_report(folder, tmp_path / "page.html")
+    assert "<p>Second.</p>" in (page := (tmp_path / "page.html").read_text()) and "<pre>| a | b |\n" in page
 
 
 @pytest.mark.usefixtures("quick_plots")

@@ -196,6 +196,9 @@ def test_markdown_has_the_same_tables_and_its_plots_beside_it(tmp_path: Path) ->
     links = re.findall(r"!\[[^]]*\]\((page/[^)]*)\)", text)
     assert len(links) == len(set(links)) == 3 + NUM_INTERFERENCE_PLOTS
     assert all((tmp_path / link).read_text().startswith("<svg") for link in links)
+    (tmp_path / "page" / "99-of-an-older-page.svg").write_text("<svg/>")
+    write_report([store], out, "the title")
+    assert {f"page/{path.name}" for path in (tmp_path / "page").iterdir()} == set(links)
     widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == len(sections_of(list(store)))  # one a table
 
