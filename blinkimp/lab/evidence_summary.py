@@ -50,9 +50,11 @@ def summary(grid: EvidenceGrid, cells: Cells) -> Section:
             row += [" -> ".join(bounded(report, key) for report in reports) for key in SUMMARY_LATENCIES.values()]
             row.append(" -> ".join(f"{report[TOKENS_PER_S]:,.0f}" for report in reports))
             left = multiple(found[-1], found[0], TOKENS_PER_S) if most else None
+            joules = [report["gpu_energy"]["j_per_token"] for report in reports]
+            row.append(None if None in joules else " -> ".join(f"{value:.3g}" for value in joules))
             row += [None if left is None else f"{left:.1%}", ", ".join(str(report["completed"]) for report in reports)]
             rows.append(row)
-    headings = ("load", "engine", *SUMMARY_LATENCIES, "output tokens/s", "retained", "requests")
+    headings = ("load", "engine", *SUMMARY_LATENCIES, "output tokens/s", "J/token", "retained", "requests")
     levels = f"Without interference -> with {most} interfering threads" if most else "Without interference"
     words = [
         f"{levels}, each engine on a GPU and {grid.num_cpus} CPUs; over HTTP, placement "

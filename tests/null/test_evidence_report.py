@@ -164,6 +164,7 @@ def test_the_page_begins_with_what_came_out(tmp_path: Path) -> None:
     short = row_of(tables(text)["In short"], "1k1k, concurrency 64", "vllm")
     assert (short["TTFT p99 ms"], short["TPOT p99 ms"]) == ("30.0 -> 300.0", "5.00 -> 50.0")
     assert (short["output tokens/s"], short["retained"], short["requests"]) == ("1,000 -> 200", "20.0%", "160, 160")
+    assert short["J/token"] == "0.25 -> 0.25"
     assert "persistent, TTFT: in 4 of 4 loads (4 of them measured at every level); worst 1.04 x" in text
     assert "vllm, TPOT: in 0 of 4 loads (4 of them measured at every level); worst 10.00 x" in text
     again = row_of(tables(text)["How far two runs of the same differ"], "512x128, rate 8", "vllm")
