@@ -250,6 +250,12 @@ def details_of(window: Window) -> dict[str, Any]:
     }
 
 
+def floors_of(window: Window) -> dict[str, list[float]]:
+    """What `*_ttft_floor_ms` and `*_tpot_floor_ms` are figures of: a value for each request, in ms, to a microsecond."""
+    samples = samples_of(window.completed, [record for record in window.records if record.is_cut])
+    return {name: np.round(getattr(samples, name), 3).tolist() for name in ("ttft_floor", "tpot_floor")}
+
+
 def inferencex_keys(figures: Mapping[str, Any], *, num_gpus: int, **facts: Any) -> dict[str, Any]:
     """InferenceX's keys: throughput per GPU, latencies in seconds, interactivity (intvty) in tokens/s for one user."""
     total, output = figures["total_token_throughput"] / num_gpus, figures["output_throughput"] / num_gpus

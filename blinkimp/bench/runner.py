@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 from blinkimp import __version__
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions, LoadPlan, make_plan
-from blinkimp.bench.metrics import Window, details_of, figures_of, inferencex_keys, inferencex_power_keys
+from blinkimp.bench.metrics import Window, details_of, figures_of, floors_of, inferencex_keys, inferencex_power_keys
 from blinkimp.bench.openai_backend import OpenAiBackend
 from blinkimp.bench.record import Record
 from blinkimp.bench.replay import ReplayPlan, compare_outputs
@@ -249,11 +249,13 @@ async def run_load(
     source: PowerSource | None = None,
     idle_w: float | None = None,
     details: bool = False,
+    floors: bool = False,
     keeps_when_cancelled: bool = False,
 ) -> dict[str, Any]:
     """The report of one load: vLLM's keys, this tool's own, energy, and InferenceX's under `inferencex`.
 
     idle_w is subtracted for one of the two energy figures; None: the GPU's power before the load, with the server running, is measured.
+    details: vLLM's lists of each request. floors: `floors_ms`, the latencies that cells of the lab are compared by, of each request.
     keeps_when_cancelled: a load that is cancelled (Ctrl-C) ends there, `stopped_early`, with what it has measured."""
     runs: list[LoadRun] = []
     backend = make_backend(target, lambda record: runs[0].on_end(record))
@@ -343,6 +345,7 @@ async def run_load(
         },
         "error_counts": counts([record.error for record in window.records if record.error]),
         **(details_of(window) if details else {}),
+        **({"floors_ms": floors_of(window)} if floors else {}),
     }
 
 

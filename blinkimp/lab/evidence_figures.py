@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from blinkimp.lab.evidence_plan import EvidenceCell, EvidenceGrid, cells_of
 from blinkimp.lab.store import Store
 
 NOT_RUN: Final = "not run"
 TOLERANCE: Final = 1.05  # the goal: p99 within 5 % of isolated
 P99: Final = {"TTFT": "p99_ttft_floor_ms", "TPOT": "p99_tpot_floor_ms"}
+NUM_REDRAWN: Final = 2000
 TOKENS_PER_S: Final = "tokens_per_s"  # as tokens_per_s() says
 LATENCIES: Final = {
     f"{name} {statistic}": f"{key}_{metric}_floor_ms"
@@ -114,6 +117,21 @@ def multiple(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key:
     if found is None or isolated is None or not isolated["report"][key]:
         return None
     return float(found["report"][key] / isolated["report"][key])
+
+
+def interval(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key: str) -> tuple[float, float] | None:
+    """Within which 90 % of the multiples lie when the requests of both cells are drawn again with replacement (the percentile bootstrap; Efron 1979).
+    None: a cell is missing, has no request, or is older than the latencies of each request (`floors_ms`) that this needs."""
+    name = key.removeprefix("p99_").removesuffix("_ms")
+    values = [
+        np.array(cell["report"].get("floors_ms", {}).get(name, [])) for cell in (found, isolated) if cell is not None
+    ]
+    if len(values) < 2 or not all(len(each) for each in values):
+        return None
+    random = np.random.default_rng(0)
+    drawn = [np.percentile(random.choice(each, (NUM_REDRAWN, len(each))), 99, axis=1) for each in values]
+    low, high = np.percentile(drawn[0] / drawn[1], [5, 95])
+    return float(low), float(high)
 
 
 def multiples(

@@ -28,6 +28,7 @@ from blinkimp.lab.evidence_figures import (
     by_load,
     figure,
     groups_of,
+    interval,
     load_cells,
     main_groups,
     multiple,
@@ -113,8 +114,10 @@ def replace_plots(section: Section, plots: Sequence[Plot]) -> Section:
 
 
 def claim(grid: EvidenceGrid, cells: Cells, title: str, heading: str, key: str) -> Section:
-    """Of every group and load of which an interfered cell is there."""
+    """Of every group and load of which an interfered cell is there. For p99s an interval where cells have what it needs."""
     levels = [threads for threads in grid.threads if threads > 0]
+    is_latency = key in P99.values()
+    has_intervals = is_latency and any("floors_ms" in cell["report"] for cell in cells.values())
     headings = [
         "engine",
         "over",
@@ -126,12 +129,31 @@ def claim(grid: EvidenceGrid, cells: Cells, title: str, heading: str, key: str) 
         *(f"x at {n}" for n in levels),
     ]
     rows = [
-        claim_row(group, load, planned, levels, cells, key)
+        [
+            *claim_row(group, load, planned, levels, cells, key),
+            *([interval_word(planned, levels[-1], cells, key)] if has_intervals else []),
+        ]
         for load, of_load in by_load(grid).items()
         for group, planned in groups_of(of_load).items()
         if any(cell.key in cells for cell in planned if cell.threads > 0)
     ]
-    return Section(title, [*headings, "within 5 %"] if key in P99.values() else headings, rows)
+    if is_latency:
+        headings.append("within 5 %")
+    if has_intervals:
+        headings.append(f"90 % at {levels[-1]}")
+    return Section(title, headings, rows, words=[INTERVAL_WORDS] if has_intervals else [])
+
+
+INTERVAL_WORDS: Final = (
+    "The last column: 90 % of the multiples at the most threads lie there when the requests of both cells are drawn again with replacement. It takes "
+    "requests for independent of each other, which those that wait for the same prompt are not, so it is narrow rather than wide."
+)
+
+
+def interval_word(planned: Sequence[EvidenceCell], threads: int, cells: Cells, key: str) -> object:
+    found = {cell.threads: cells.get(cell.key) for cell in planned}
+    ends = interval(found.get(threads), found.get(0), key)
+    return None if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
 
 
 def claim_row(

@@ -232,7 +232,13 @@ def measure(
             target = plan.engine.target()
             cell["report"] = asyncio.run(
                 run_load(
-                    load_of(grid, plan.load), target, progress=progress, source=source, idle_w=idle_w, drain_s=drain_s
+                    load_of(grid, plan.load),
+                    target,
+                    progress=progress,
+                    source=source,
+                    idle_w=idle_w,
+                    drain_s=drain_s,
+                    floors=True,
                 )
             )
             cell["host"] = difference(before, snapshot(pids))

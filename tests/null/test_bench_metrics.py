@@ -12,6 +12,7 @@ from blinkimp.bench.metrics import (
     Window,
     details_of,
     figures_of,
+    floors_of,
     inferencex_keys,
     inferencex_power_keys,
     parse_slos,
@@ -189,6 +190,24 @@ def test_inferencex_power_is_told_or_said_to_be_missing() -> None:
     assert keys["power_valid"] == 1 and keys["avg_power_w"] == 500 and keys["total_gpu_energy_j"] == 60
     assert (keys["joules_per_output_token"], keys["joules_per_total_token"]) == (30, 5)
     assert (keys["joules_per_input_token"], keys["joules_per_successful_query"]) == (6, 60)
+
+
+def test_floors_of_each_request_are_what_the_figures_are_of() -> None:
+    cut = record(0, 0, [(300, 2)])
+    cut.ended_ns, cut.error, cut.is_cut = 700 * MS, "unfinished", True
+    records = [
+        record(0, 10, [(100, 1), (120, 1)]),
+        record(0, 0, [(50, 1), (80, 3)]),
+        cut,
+        record(5, 5, [], error="refused"),
+    ]
+    window = Window.of(records, 0, 1000 * MS)
+    got, figures = floors_of(window), figures_of(records, window, {})
+    assert got == {"ttft_floor": [100, 50, 300], "tpot_floor": [20, 10, 200]}
+    for name, values in got.items():
+        assert figures[f"median_{name}_ms"] == sorted(values)[1] and figures[f"mean_{name}_ms"] == pytest.approx(
+            sum(values) / 3
+        )
 
 
 def test_details_are_vllms_lists() -> None:

@@ -171,6 +171,29 @@ def test_the_page_begins_with_what_came_out(tmp_path: Path) -> None:
     assert again["TTFT p99 ms"] == "30.0 and 30.0"
 
 
+@pytest.mark.parametrize(("num_requests", "width"), [(200, (0.5, 3.0)), (20_000, (0.0, 0.1))])
+@pytest.mark.usefixtures("quick_plots")
+def test_a_p99_of_few_requests_has_a_wide_interval(
+    tmp_path: Path, num_requests: int, width: tuple[float, float]
+) -> None:
+    """2 % of the requests are slow, with interference and without: of 200 they may as well be one or seven."""
+    folder = folder_of(tmp_path, [c for c in cells_of(GRID) if c.tier == 1])
+    ttft = [60.0 if idx % 50 == 0 else 20.0 for idx in range(num_requests)]
+    for cell in cells_of(GRID):
+        if cell.tier == 1 and cell.engine == "persistent":
+            made = measured(cell)
+            made["report"]["floors_ms"] = {"ttft_floor": ttft, "tpot_floor": [5.0] * num_requests}
+            Store(folder / "cells").put(cell.key, made)
+    out = tmp_path / "RESULTS.md"
+    write_evidence_report(folder, out)
+    found = tables(out.read_text())
+    of_load = ("http", "reserved", "512x128, rate 8")
+    low, high = (float(word) for word in row_of(found[TTFT], "persistent", *of_load)["90 % at 64"].split(" to "))
+    assert low <= 1 <= high and width[0] <= high - low <= width[1]
+    assert row_of(found[TPOT], "persistent", *of_load)["90 % at 64"] == "1.00 to 1.00"
+    assert row_of(found[TTFT], "vllm", *of_load)["90 % at 64"] == "-", "its cells tell no request's latency"
+
+
 @pytest.mark.usefixtures("quick_plots")
 def test_isolated_runs_alone_are_a_page_too(tmp_path: Path) -> None:
     out, grid = tmp_path / "RESULTS.md", replace(GRID, threads=(0,))
