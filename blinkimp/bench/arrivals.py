@@ -27,7 +27,7 @@ def arrival_times(
     duration_s: float | None = None,
 ) -> NDArray[np.float64]:
     """Seconds from the start, ascending: num_requests of them, or all before duration_s."""
-    if rate <= 0 or burstiness <= 0 or ramp_s < 0 or (num_requests is None) == (duration_s is None):
+    if rate <= 0 or not burstiness > 0 or ramp_s < 0 or (num_requests is None) == (duration_s is None):
         raise LoadError(
             f"arrivals: got rate {rate}, burstiness {burstiness}, ramp {ramp_s} s, {num_requests} requests, {duration_s} s; expected "
             "a positive rate and burstiness, a ramp of at least 0, and either a number of requests or a duration"

@@ -52,7 +52,7 @@ class LoadOptions:
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As a report holds it: paths are text."""
+        """As a report holds it: paths and infinity, which JSON lacks, are text."""
         return {
             key: str(value) if isinstance(value, Path) or value == math.inf else value
             for key, value in vars(self).items()

@@ -230,7 +230,13 @@ def test_a_rate_beside_a_concurrency_is_an_open_loop_of_a_trace_too(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"rate": 0.0, "num_requests": 1}, {"rate": 1.0}, {"rate": 1.0, "burstiness": 0.0, "num_requests": 1}]
+    "arguments",
+    [
+        {"rate": 0.0, "num_requests": 1},
+        {"rate": 1.0},
+        {"rate": 1.0, "burstiness": 0.0, "num_requests": 1},
+        {"rate": 1.0, "burstiness": math.nan, "num_requests": 1},
+    ],
 )
 def test_arrivals_that_cannot_be_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(LoadError, match="expected"):
