@@ -121,7 +121,8 @@ def multiple(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key:
 
 def interval(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key: str) -> tuple[float, float] | None:
     """Within which 90 % of the multiples lie when the requests of both cells are drawn again with replacement (the percentile bootstrap; Efron 1979).
-    None: a cell is missing, has no request, or is older than the latencies of each request (`floors_ms`) that this needs."""
+    None: a cell is missing, has no request, or is older than the latencies of each request (`floors_ms`) that this needs; or a p99 drawn of the
+    isolated ones is 0, as TPOT is where all tokens of a request came at once: as multiple(), there is no ratio."""
     name = key.removeprefix("p99_").removesuffix("_ms")
     values = [
         np.array(cell["report"].get("floors_ms", {}).get(name, [])) for cell in (found, isolated) if cell is not None
@@ -130,6 +131,8 @@ def interval(found: dict[str, Any] | None, isolated: dict[str, Any] | None, key:
         return None
     random = np.random.default_rng(0)
     drawn = [np.percentile(random.choice(each, (NUM_REDRAWN, len(each))), 99, axis=1) for each in values]
+    if not drawn[1].all():
+        return None
     low, high = np.percentile(drawn[0] / drawn[1], [5, 95])
     return float(low), float(high)
 
