@@ -84,7 +84,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
-    const Op& item_op = *opaque(&op);
+    const Op& item_op = entered_op(shared, kWeightProducer);
     const WideTiling tiling = wide_tiling_of(item_op, num_rows, tokens, stack);
     const u32 slice_bytes = tiling.tile_rows * 128;
     const u32 num_unit_slices = unit_slices(stack * tiling.tile_rows);
@@ -120,7 +120,7 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, con
   const GemmWalk walk = gemm_walk(params, chosen);
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
-    const WideTiling tiling = wide_tiling_of(*opaque(&op), num_rows, tokens, stack);  // anew, as above
+    const WideTiling tiling = wide_tiling_of(entered_op(shared, kInputProducer), num_rows, tokens, stack);  // anew, as above
     const bool lone = tokens == kRowTile;
     const u32 row_begin = gemm_item(tiling, item).row_tile * tokens;
     const u32 second_offset = lone ? kRowTileBytes : tiling.num_slices * kRowTileBytes;

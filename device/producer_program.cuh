@@ -9,7 +9,8 @@
 namespace blinkimp {
 
 // The rows a GEMM op works on: the LM head sees the sampled rows alone.
-BK_INLINE u32 rows_of(u32 kind, const StepPlan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
+template <class Plan>
+BK_INLINE u32 rows_of(u32 kind, const Plan& plan) { return kind == kOpLmHead ? plan.num_sample_rows : plan.num_rows; }
 
 BK_INLINE bool is_gemm(u32 kind) { return kind == kOpQkv || kind == kOpProject || kind == kOpGateUp || kind == kOpLmHead; }
 
@@ -28,11 +29,31 @@ BK_INLINE const StepPlan* wait_plan(const EngineParams& params, u32 step) {
 BK_INLINE const StepPlan* begin_producer_step(const EngineParams& params, ProducerState& state) {
   const StepPlan* plan = wait_plan(params, state.step);
   state.op_idx = 0;
+  state.rows = StepRows{plan->num_rows, plan->num_sample_rows};
   return plan->flags & kPlanExit ? nullptr : plan;
 }
 
 // The plan of the producer's step, looked up where it is used.
 BK_INLINE const StepPlan* producer_plan(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const StepPlan*>(params.plans[state.step & 1]); }
 BK_INLINE const Op& producer_op(const EngineParams& params, const ProducerState& state) { return reinterpret_cast<const Op*>(params.ops)[state.op_idx]; }
+
+// ---- A producer's own copies of ops, an op ahead -------------------------------------------------------------------
+// Where an op begins, its descriptor would come behind all that the rings have on their way, and until it is there nothing new is asked for: at batch 1 QKV
+// lost 5 % of its time by that, O 8 (PERFORMANCE.md, fifteenth state).
+BK_INLINE void fetch_producer_op(const EngineParams& params, u32 op_idx, Op* destination) {
+  const u8* source = reinterpret_cast<const u8*>(params.ops) + op_idx * sizeof(Op);
+#pragma unroll
+  for (u32 i = 0; i < sizeof(Op) / 16; i++) cp_async_16(shared_address(destination) + i * 16, source + i * 16, true);
+  cp_async_commit();
+}
+
+// The op that begins, in shared memory; the one behind it, past the last one the first, is on its way. The op before must have been fetched.
+BK_INLINE const Op& enter_op(const EngineParams& params, ProducerState& state, Op (&ops)[2]) {
+  cp_async_wait<0>();
+  const u32 buffer = state.op_buffer;
+  state.op_buffer = buffer ^ 1;
+  fetch_producer_op(params, state.op_idx + 1 == params.num_ops ? 0 : state.op_idx + 1, &ops[buffer ^ 1]);
+  return ops[buffer];
+}
 
 }  // namespace blinkimp

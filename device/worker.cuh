@@ -35,7 +35,7 @@ constexpr int kGateUpTileRows = BK_GATE_UP_TILE_ROWS;
 constexpr int kProjectTileRows = 32;
 constexpr int kLmHeadTileRows = 112;
 
-BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const StepPlan& plan) {
+BK_INLINE u64 input_workspace(const EngineParams& params, const Op& op, const StepRows& plan) {
   switch (op.kind) {
     case kOpProject: return params.workspaces[op.input == kBufAttention ? kWsAttention : kWsActivation];
     case kOpLmHead: return params.workspaces[samples_every_row(plan) ? kWsNormed : kWsSampledInput];
@@ -49,19 +49,19 @@ BK_INLINE void weight_producer(const EngineParams& params) {
   WorkerShared& shared = worker_shared(shared_memory);
   ProducerState& state = shared.producers[kWeightProducer];
   RingCursor cursor{0, 1};
+  fetch_producer_op(params, 0, &shared.producer_ops[kWeightProducer][0]);
   for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
 #pragma unroll 1
     for (; state.op_idx < params.num_ops; state.op_idx++) {
-      const StepPlan* plan = producer_plan(params, state);
-      const Op& op = producer_op(params, state);
+      const Op& op = enter_op(params, state, shared.producer_ops[kWeightProducer]);
       if (is_gemm(op.kind)) {
-        const u32 num_rows = rows_of(op.kind, *plan);
+        const u32 num_rows = rows_of(op.kind, state.rows);
         if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
-        produce_attention<kHeadDim>(params, op, plan, state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
+        produce_attention<kHeadDim>(params, op, producer_plan(params, state), state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
       }
-      state.num_barriers += phases_in_step(producer_op(params, state).kind, *producer_plan(params, state));
+      state.num_barriers += phases_in_step(op.kind, state.rows);
     }
     mbarrier_arrive(&shared.producers_done);
   }
@@ -72,15 +72,15 @@ BK_INLINE void input_producer(const EngineParams& params) {
   WorkerShared& shared = worker_shared(shared_memory);
   ProducerState& state = shared.producers[kInputProducer];
   RingCursor cursor{0, 1};
+  fetch_producer_op(params, 0, &shared.producer_ops[kInputProducer][0]);
   for (state = ProducerState{}; begin_producer_step(params, state); state.step++) {
 #pragma unroll 1
     for (; state.op_idx < params.num_ops; state.op_idx++) {
-      const StepPlan* plan = producer_plan(params, state);
-      const Op& op = producer_op(params, state);
-      state.num_barriers += phases_in_step(op.kind, *plan) - 1;  // the input is ready before the op's last phase
+      const Op& op = enter_op(params, state, shared.producer_ops[kInputProducer]);
+      state.num_barriers += phases_in_step(op.kind, state.rows) - 1;  // the input is ready before the op's last phase
       if (is_gemm(op.kind)) {
-        const u32 num_rows = rows_of(op.kind, *plan);
-        const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, *plan));
+        const u32 num_rows = rows_of(op.kind, state.rows);
+        const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, state.rows));
         if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
         else produce_inputs(params, input, gemm_shape(op, num_rows), state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
       }

@@ -66,12 +66,19 @@ struct ComputeState {
   u32 leaves;           // the plan says exit
 };
 
+// What the producers look up of a step's plan.
+struct StepRows {
+  u32 num_rows;
+  u32 num_sample_rows;
+};
+
 // Where a producer is in the program. In shared memory, because what lives through all ops would take registers that some op lacks.
 struct ProducerState {
   u32 step;
   u32 op_idx;
   u32 num_barriers;  // grid barriers of the ops before
-  u32 reserved0;
+  u32 op_buffer;     // of WorkerShared.producer_ops: the next op's
+  StepRows rows;     // of the step
 };
 constexpr u32 kWeightProducer = 0;
 constexpr u32 kInputProducer = 1;
@@ -98,7 +105,8 @@ struct WorkerShared {
   u64 scales_empty[kScaleBuffers];   // [buffer]; the compute warpgroups arrive
   u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
   const EngineParams* params;  // for what is out of line: arguments cost instructions at each call
-  Op ops[2];                                     // [op_idx % 2]: the op that runs and the next one
+  alignas(16) Op ops[2];                         // [op_idx % 2]: the op that runs and the next one
+  Op producer_ops[2][2];                         // [kWeightProducer or kInputProducer][buffer]: the producer's op and the one behind it (enter_op)
   // [buffer][row]: 1 / rms of the rows of a pair of row tiles. A narrow step has one row tile: the second 64 floats are half_sums()
   f32 row_scale[kScaleBuffers][2 * kRowTile];
   ProducerState producers[2];  // [kWeightProducer or kInputProducer]; writer and reader: that thread
@@ -109,10 +117,10 @@ struct WorkerShared {
   u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
 };
 
-constexpr u32 kAttentionBlockBytes = 1024;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
+constexpr u32 kAttentionBlockBytes = 512;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232128;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232160;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -125,6 +133,9 @@ BK_INLINE u8* worker_memory() {
 BK_INLINE f32* half_sums(WorkerShared& shared, u32 warpgroup) { return shared.row_scale[warpgroup] + kRowTile; }
 
 BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset); }
+
+// The op that a producer is in: enter_op() of producer_program.cuh. Looked up where it is used: its address would take registers.
+BK_INLINE const Op& entered_op(const WorkerShared& shared, u32 producer) { return shared.producer_ops[producer][shared.producers[producer].op_buffer ^ 1]; }
 
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
 // Out of line: inlined into every wait, its addresses would take registers from the loops around.
