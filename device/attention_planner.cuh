@@ -192,7 +192,7 @@ BK_INLINE void plan_narrow(const EngineParams& params, const StepPlan* plan, Att
           walk.kv_head = head;
           walk.page = page;
           walk.item_idx = items_after - num_items + head * splits_between(begin, end) + (page == end ? splits_between(begin, end) : page / kSplitPages - begin / kSplitPages);
-          enter_sequence(params, seq, walk);
+          enter_sequence<true>(params, seq, walk);
         }
       }
       const u32 finders = __ballot_sync(0xffffffffu, here);

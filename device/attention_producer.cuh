@@ -77,33 +77,38 @@ template <int kHeadDim>
 BK_INLINE void produce_narrow(const EngineParams& params, const Op& op, const StepPlan* plan, AttentionShared& attention, u8* shared_memory, WorkerShared& shared, RingCursor& cursor) {
   const PlanSeq* seqs = plan_seqs(params, plan);
   const WindowSchedule& schedule = schedule_of(attention, op.window);
+  // A page's id comes to shared memory while the page before is issued: a load that this thread waits for comes behind all pages that are on their way.
+  const auto fetch_page_id = [&](ProducerWalk& own) {
+    cp_async_4(shared_address(&own.page_id), page_table_of(params, own.walk.request_idx) + own.walk.page);
+    cp_async_commit();
+  };
   u32 num_live = 0;
   for (u32 i = 0; i < 2; ++i) {  // the walks stand in shared memory: both do not fit into a producer's registers
     ProducerWalk& own = attention.producer_walks[i];
     own.walk = schedule.narrow[i];
     own.num_pages = 0;
-    if (normalise(params, seqs, attention, op.window, own.walk)) {
+    if (normalise<false>(params, seqs, attention, op.window, own.walk)) {
       num_live++;
       own.num_pages = run_pages(own.walk);
-      own.page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
+      fetch_page_id(own);
     }
   }
   for (u32 i = 0; num_live; i ^= 1) {
     ProducerWalk& own = attention.producer_walks[i];
     if (own.num_pages == 0) continue;
-    const u32 page_id = own.page_id;
+    if (num_live == 2) cp_async_wait<1>();  // the last one is the other walk's
+    else cp_async_wait<0>();
+    const u32 page_id = *opaque(&own.page_id);  // which a copy changed
     const u32 kv_head = own.walk.kv_head;
     const u32 num_groups = min((own.walk.position - own.walk.page * kPageTokens) / kKvGroupTokens + 1, kPageTokens / kKvGroupTokens);  // up to the row's own token
     own.walk.page++;
     own.walk.num_pages--;
     if (--own.num_pages == 0) {
-      if (normalise(params, seqs, attention, op.window, own.walk)) own.num_pages = run_pages(own.walk);
+      if (normalise<false>(params, seqs, attention, op.window, own.walk)) own.num_pages = run_pages(own.walk);
       else num_live--;
     }
-    u32 next_page_id = 0;  // read before this page's copies are issued and stored after: its latency hides behind theirs
-    if (own.num_pages) next_page_id = page_table_of(params, own.walk.request_idx)[own.walk.page];
+    if (own.num_pages) fetch_page_id(own);
     produce_page<kHeadDim, true>(params, op.layer, page_id, kv_head, num_groups, shared_memory, shared, cursor);
-    own.page_id = next_page_id;
   }
 }
 

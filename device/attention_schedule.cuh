@@ -159,14 +159,17 @@ BK_INLINE const WindowSchedule& schedule_of(const AttentionShared& attention, u3
 }
 
 // ---- Walks -------------------------------------------------------------------------------------------------------
+// kHasLast: last_page_id, too, which costs a load and which the producer does not need.
+template <bool kHasLast>
 BK_INLINE void enter_sequence(const EngineParams& params, const PlanSeq& seq, NarrowWalk& walk) {
   walk.row = seq.row_begin;
   walk.position = seq.position_begin;
   walk.request_idx = seq.request_idx;
-  walk.last_page_id = page_table_of(params, seq.request_idx)[seq.position_begin / kPageTokens];
+  if constexpr (kHasLast) walk.last_page_id = page_table_of(params, seq.request_idx)[seq.position_begin / kPageTokens];
 }
 
 // Steps to the next unit's first page if the walk stands at a unit's end. False: the range is done.
+template <bool kHasLast = true>
 BK_INLINE bool normalise(const EngineParams& params, const PlanSeq* seqs, const AttentionShared& attention, u32 window, NarrowWalk& walk) {
   if (walk.num_pages == 0) return false;
   if (walk.page <= walk.position / kPageTokens) return true;
@@ -175,7 +178,7 @@ BK_INLINE bool normalise(const EngineParams& params, const PlanSeq* seqs, const 
     do {
       walk.seq_idx++;
     } while (is_wide(attention, walk.seq_idx));
-    enter_sequence(params, seqs[walk.seq_idx], walk);
+    enter_sequence<kHasLast>(params, seqs[walk.seq_idx], walk);
   }
   walk.page = first_page(walk.position, window);
   return true;

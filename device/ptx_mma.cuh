@@ -15,6 +15,10 @@ namespace blinkimp {
 BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
+// One word, 4-byte aligned.
+BK_INLINE void cp_async_4(u32 shared_destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_destination), "l"(source) : "memory");
+}
 BK_INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kPending of this thread's groups are under way; a barrier then makes the data of all threads visible.

@@ -5,12 +5,14 @@
 namespace blinkimp {
 
 // A copy's bytes are read when it is issued and land when its thread waits.
-BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) {
-  if (shared_destination % 16 != 0) simt::fail("cp.async destination modulo 16", shared_destination % 16, 0);
-  simt::PendingCopy copy{shared_destination, {}};
-  if (valid) std::memcpy(copy.bytes, source, 16);
+BK_INLINE void cp_async(u32 shared_destination, const void* source, u32 num_bytes, bool valid) {
+  if (shared_destination % num_bytes != 0) simt::fail("cp.async destination modulo its size", shared_destination % num_bytes, 0);
+  simt::PendingCopy copy{shared_destination, num_bytes, {}};
+  if (valid) std::memcpy(copy.bytes, source, num_bytes);
   simt::machine.fibers[simt::machine.current].open_group.push_back(copy);
 }
+BK_INLINE void cp_async_16(u32 shared_destination, const void* source, bool valid) { cp_async(shared_destination, source, 16, valid); }
+BK_INLINE void cp_async_4(u32 shared_destination, const void* source) { cp_async(shared_destination, source, 4, true); }
 BK_INLINE void cp_async_commit() {
   simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
   fiber.copy_groups.push_back(std::move(fiber.open_group));
@@ -20,7 +22,7 @@ template <int kPending>
 BK_INLINE void cp_async_wait() {
   simt::Fiber& fiber = simt::machine.fibers[simt::machine.current];
   while (fiber.copy_groups.size() > kPending) {
-    for (const simt::PendingCopy& copy : fiber.copy_groups.front()) std::memcpy(shared_bytes(copy.destination, 16), copy.bytes, 16);
+    for (const simt::PendingCopy& copy : fiber.copy_groups.front()) std::memcpy(shared_bytes(copy.destination, copy.num_bytes), copy.bytes, copy.num_bytes);
     fiber.copy_groups.erase(fiber.copy_groups.begin());
   }
 }

@@ -27,6 +27,7 @@ namespace simt {
 
 struct PendingCopy {
   std::uint32_t destination;
+  std::uint32_t num_bytes;
   unsigned char bytes[16];
 };
 
