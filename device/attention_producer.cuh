@@ -35,13 +35,6 @@ BK_INLINE void wait_schedule(const EngineParams& params, AttentionShared& attent
   wait_mbarrier(params, &attention.schedule_ready, step & 1, kSiteAttentionSchedule);
 }
 
-// I1: until what came num_stages fills before the one at the cursor has landed.
-BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor, u32 num_stages) {
-  const bool same_lap = cursor.stage >= num_stages;
-  const u32 stage = same_lap ? cursor.stage - num_stages : cursor.stage + kWeightStages - num_stages;
-  wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
-}
-
 // kIsNarrow: nobody else reads the page in this step, so it is streamed. num_groups: of kKvGroupTokens, from the page's first on, and never 0: a
 // first stage without bytes would be full before the second one is free. A wide page is brought whole.
 template <int kHeadDim, bool kIsNarrow>

@@ -23,6 +23,10 @@ BK_INLINE constexpr u32 slices_per_stage(u32 tile_rows) {
 }
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
+// Weight stages that are on their way at a time, of the ten that the ring has: 36 to 48 KB keep HBM busy. More would queue up, and the release at an op's end, which
+// waits for all that its SM has asked for, would wait for them (PERFORMANCE.md, fifteenth state).
+constexpr u32 kWeightsOnTheWay = 3;
+
 BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const u32 slice_bytes = shape.tile_rows * 128;
   const u32 stage_slices = slices_per_stage(shape.tile_rows);
@@ -33,6 +37,7 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
       wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+      wait_landed(params, shared, cursor, kWeightsOnTheWay);
       mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], num_bytes);
       bulk_copy_streamed(ring + cursor.stage * kWeightStageBytes, tile + static_cast<u64>(slice) * slice_bytes, num_bytes, &shared.weights_full[cursor.stage]);
       cursor.advance(kWeightStages);

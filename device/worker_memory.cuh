@@ -179,6 +179,13 @@ BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parit
   }
 }
 
+// The weight producer, before it fills the stage at the cursor: until the fill num_stages before that one has landed, so that no more are on their way.
+BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor, u32 num_stages) {
+  const bool same_lap = cursor.stage >= num_stages;
+  const u32 stage = same_lap ? cursor.stage - num_stages : cursor.stage + kWeightStages - num_stages;
+  wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
+}
+
 // Words of EngineParams.grid_words, 128 bytes apart.
 constexpr u32 kGridWordPlan = 0;      // steps published by the director (writer: director; readers: workers)
 constexpr u32 kGridWordArrivals = 32; // arrivals at grid barriers, ever (writers: workers; readers: workers, director)
