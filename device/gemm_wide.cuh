@@ -234,19 +234,23 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
   loop.give_inputs(used_inputs, used_inputs != kNone);
 }
 
-// One item for one warpgroup.
+constexpr u32 kNobodysRow = 1u << 28;  // past every step's last, and the first of a tile
+
+// One item for one warpgroup. rehearses: the tail alone, of rows that nobody has.
 template <int kTileRows, int kStack, bool kLone, bool kScaled, class Epilogue>
-BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, MainLoop& loop, WorkerShared& shared,
+BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, bool rehearses, MainLoop& loop, WorkerShared& shared,
                              ScaleReader& scales, const Epilogue& epilogue) {
   constexpr int kColumns = kTileRows * kStack;
-  const u32 row_begin = kLone ? item.row_tile * kRowTile : (item.row_tile * 2 + uniform(thread_idx() / 128)) * kRowTile;
+  const u32 row_begin = rehearses ? kNobodysRow : kLone ? item.row_tile * kRowTile : (item.row_tile * 2 + uniform(thread_idx() / 128)) * kRowTile;
   FragmentTail<kColumns, true, Epilogue> tail(epilogue, row_begin, item.weight_item * kColumns);
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
-  const f32* row_scale = nullptr;
-  if constexpr (kScaled) row_scale = scales.wait(shared);
+  const f32* row_scale = shared.row_scale[0];
+  if (!rehearses) {
+    multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
+    if constexpr (kScaled) row_scale = scales.wait(shared);
+  }
   tail.finish(d, row_scale);
 }
 
@@ -280,8 +284,10 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   while (has_item) {
     const GemmItem item = gemm_item(tiling, idx);
     if constexpr (kScaled) scales.enter(shared, item.row_tile);
-    if (kLone && warpgroup != 0) pass_wide_item<kTileRows * kStack, kScaled>(tiling, loop, shared, scales);
-    else run_wide_item<kTileRows, kStack, kLone, kScaled>(tiling, item, loop, shared, scales, epilogue);
+    // A warpgroup that has nothing of the item goes through its tail first: the other one finds the code in the instruction caches (PERFORMANCE.md, fifteenth state).
+    const bool passes = kLone && warpgroup != 0;
+    run_wide_item<kTileRows, kStack, kLone, kScaled>(tiling, item, passes, loop, shared, scales, epilogue);
+    if (passes) pass_wide_item<kTileRows * kStack, kScaled>(tiling, loop, shared, scales);
     idx += params.num_workers;
     tiling = tiling_now();
     has_item = idx < uniform(tiling.num_items);

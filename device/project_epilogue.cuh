@@ -88,16 +88,19 @@ struct ProjectEpilogue {
         values[group] = value;
         sums[half][group] = __fmaf_rn(value.w, value.w, __fmaf_rn(value.z, value.z, __fmaf_rn(value.y, value.y, __fmul_rn(value.x, value.x))));
       }
-      if (row >= num_rows || column_begin >= hidden) continue;  // hidden is a multiple of 64, column_begin of kColumns
-      f32* residual = hidden_row(row) + column_begin + lane;
-      u8* normed = reinterpret_cast<u8*>(params.workspaces[kWsNormed]) + tiled_row_bytes(row, hidden / kSliceColumns, tile_rows) + lane % 8 * 2;
+      const bool exists = row < num_rows && column_begin < hidden;  // hidden is a multiple of 64, column_begin of kColumns
+      f32* const residual = opaque(hidden_row(row) + column_begin + lane);
+      u8* const normed = opaque(reinterpret_cast<u8*>(params.workspaces[kWsNormed]) + tiled_row_bytes(row, hidden / kSliceColumns, tile_rows) + lane % 8 * 2);
 #pragma unroll
       for (u32 group = 0; group < kNumGroups; group++) {
         const float4 value = values[group];
         const float4 gains = loaded.gains[group];
-        *reinterpret_cast<float4*>(residual + group * kGroupColumns) = value;
-        *reinterpret_cast<uint2*>(normed + tiled_chunk_bytes(row, column_begin + group * kGroupColumns + lane / 8 * 8, tile_rows)) =
-            uint2{pack_bf16x2(__fmul_rn(value.x, gains.x), __fmul_rn(value.y, gains.y)), pack_bf16x2(__fmul_rn(value.z, gains.z), __fmul_rn(value.w, gains.w))};
+        const uint2 packed = uint2{pack_bf16x2(__fmul_rn(value.x, gains.x), __fmul_rn(value.y, gains.y)), pack_bf16x2(__fmul_rn(value.z, gains.z), __fmul_rn(value.w, gains.w))};
+        u8* const place = opaque(normed + tiled_chunk_bytes(row, column_begin + group * kGroupColumns + lane / 8 * 8, tile_rows));
+        if (exists) {
+          *reinterpret_cast<float4*>(residual + group * kGroupColumns) = value;
+          *reinterpret_cast<uint2*>(place) = packed;
+        }
       }
     }
 #pragma unroll

@@ -135,7 +135,8 @@ struct QkvEpilogue {
       const f32 turned_low = __fmaf_rn(low, turn.x, -__fmul_rn(high, turn.y));
       const f32 turned_high = __fmaf_rn(high, turn.x, __fmul_rn(low, turn.y));
       const u32 packed = pack_bf16x2(is_turned ? turned_low : low, is_turned ? turned_high : high);
-      if (target.exists && places[half].row_and_token != kNoRow) *reinterpret_cast<u32*>(destination_of(places[half], target, lane)) = packed;
+      u8* const destination = opaque(destination_of(places[half], target, lane));  // worked out whether it exists or not (gemm_epilogues.cuh)
+      if (target.exists && places[half].row_and_token != kNoRow) *reinterpret_cast<u32*>(destination) = packed;
     }
   }
 
