@@ -131,7 +131,7 @@ def claim(grid: EvidenceGrid, cells: Cells, title: str, heading: str, key: str) 
     rows = [
         [
             *claim_row(group, load, planned, levels, cells, key),
-            *([interval_word(planned, levels[-1], cells, key)] if has_intervals else []),
+            *([interval_word(planned, level, cells, key) for level in levels] if has_intervals else []),
         ]
         for load, of_load in by_load(grid).items()
         for group, planned in groups_of(of_load).items()
@@ -140,13 +140,13 @@ def claim(grid: EvidenceGrid, cells: Cells, title: str, heading: str, key: str) 
     if is_latency:
         headings.append("within 5 %")
     if has_intervals:
-        headings.append(f"90 % at {levels[-1]}")
+        headings += [f"90 % at {level}" for level in levels]
     return Section(title, headings, rows, words=[INTERVAL_WORDS] if has_intervals else [])
 
 
 INTERVAL_WORDS: Final = (
-    "The last column: 90 % of the multiples at the most threads lie there when the requests of both cells are drawn again with replacement. It takes "
-    "requests for independent of each other, which those that wait for the same prompt are not, so it is narrow rather than wide."
+    "The last columns: 90 % of the multiples lie there when the requests of both cells are drawn again with replacement. It takes requests "
+    "for independent of each other, which those that wait for the same prompt are not, so it is narrow rather than wide."
 )
 
 
