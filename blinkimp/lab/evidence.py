@@ -19,7 +19,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -184,7 +184,7 @@ class Call:
                         self._warm_up(spec)
                         warm.add(cell.transport)
                     else:
-                        is_quiet = self._measure_in_room(cell, spec, running)
+                        is_quiet = self._measure_in_room(self._fitting(cell), spec, running)
                     if running.has_ended:
                         raise LoadError(f"engine {name} has ended in the middle of it; its messages stand in {log}")
         except LoadError as error:
@@ -205,17 +205,38 @@ class Call:
         )
         asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S))
 
+    def _fitting(self, cell: EvidenceCell) -> EvidenceCell:
+        """The cell, or where the room has another level now, the first missing one of that level over the same transport: better than to wait.
+        One whose isolated run is there, so that a call that ends early leaves none without what it is held against."""
+        level = self.setup.room.level() if self.setup.room is not None else None
+        if level is None or level == str(cell.threads):
+            return cell
+        for other in self.missing():
+            is_served = (other.engine, other.transport) == (cell.engine, cell.transport)
+            fits = estimate_s(self.grid, other) + STOP_S <= self.left_s
+            isolated = replace(other, threads=0, is_again=False)
+            if (
+                str(other.threads) == level
+                and is_served
+                and fits
+                and (other == isolated or self.store.get(isolated.key))
+            ):
+                return other
+        return cell
+
     def _measure_in_room(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:
         """As _measure()."""
         if self.setup.room is None:
             return self._measure(cell, spec, running)
-        patience_s = self.left_s - estimate_s(self.grid, cell) - STOP_S
-        with self.setup.room.enter(str(cell.threads), patience_s) as others:
+        with self.setup.room.enter(str(cell.threads), self._patience_s(cell)) as others:
             if others is None:
                 self._done.add(cell.key)  # a later call's
                 self._say(f"{self.left_s:5.0f} s left  {cell.label}: too late; others measured another level until now")
                 return True
             return self._measure(cell, spec, running)
+
+    def _patience_s(self, cell: EvidenceCell) -> float:
+        return self.left_s - estimate_s(self.grid, cell) - STOP_S
 
     def _measure(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:
         """False: the engine may still be at work on requests that were cut off."""

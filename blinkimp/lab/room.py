@@ -6,7 +6,8 @@
 Engines on different GPUs of a host may be measured side by side, each with CPUs of its own, but memory and its bandwidth are everyone's: an
 isolated cell beside another process's burners would not be isolated. So a cell goes in at once where nobody is in, or all who are in name the same
 level (the number of threads, and what else the caller tells apart), and waits otherwise. Loops over 0, 64, 0, 64 threads fall into step by that:
-who waits for 64 is joined by whoever is done with 0.
+who waits for 64 is joined by whoever is done with 0. Loops over levels that differ may take turns, one waiting while the other measures: level() is
+for who can do something at the level that is there.
 Invariants:
   I1  everyone in the room has the same level.
   I2  who has ended, kill -9 included, is not in the room: an entry holds pid and start time, and whoever looks drops those that are gone.
@@ -52,6 +53,17 @@ class Room:
         finally:
             if others is not None:
                 self._change(lambda entries: [entry for entry in entries if entry["pid"] != os.getpid()])
+
+    def level(self) -> str | None:
+        """Of those who are in it right now; None: nobody is."""
+        levels: list[str] = []
+
+        def look(entries: Entries) -> Entries:
+            levels.extend(entry["level"] for entry in entries[:1])  # I1: all have the first one's
+            return entries
+
+        self._change(look)
+        return levels[0] if levels else None
 
     def _try_enter(self, level: str) -> int | None:
         others: int | None = None

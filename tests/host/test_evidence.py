@@ -21,6 +21,7 @@ from blinkimp.lab.evidence import MIN_DRAIN_S, Call
 from blinkimp.lab.evidence_plan import DRAIN_S, STOP_S
 from blinkimp.lab.evidence_state import end_leftover, start_time
 from blinkimp.lab.room import Room
+from tests.host.test_lab_room import Visitor
 from tests.support import PATIENCE_S, python_path, undisturbed
 
 # An OpenAI-compatible server on a given port, as a process: what --vllm-command starts.
@@ -217,6 +218,28 @@ def test_a_cell_that_another_level_keeps_out_is_left_to_a_later_call(
     said = capsys.readouterr().out
     assert said.count("too late; others measured another level") == 4 and "0 of 4 cells measured" in said
     assert main(flags) == 0 and len(cells_in(folder)) == 4
+
+
+def test_while_others_measure_another_level_cells_of_that_level_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a cell waits, and there is no time to wait here: so the cells that found the room taken come last."""
+    folder, room = tmp_path / "evidence", tmp_path / "room"
+    flags = ["lab", "evidence", "--resume", str(folder), "--room", str(room), *LOADS, *LENGTH, *scripted(tmp_path)]
+    flags += ["--threads", "0,1", "--interference", "arithmetic"]
+    monkeypatch.setattr(Call, "_patience_s", lambda *_: 0.0)
+    said = []
+    for level in (0, 1):
+        other = Visitor(room, level)
+        assert other.said() == "0" and main(flags) == 0
+        other.leave()
+        words = capsys.readouterr().out.splitlines()
+        said.append([line for line in words if "threads" in line and ("TTFT" in line or "too late" in line)])
+    isolated, interfered = said
+    assert ["too late" in line for line in isolated] == [False] * 4 + [
+        True
+    ] * 2  # two loads, each again; two with 1 thread
+    assert all("too late" not in line and ", 1 threads" in line for line in interfered) and len(interfered) == 2
 
 
 def test_processes_side_by_side_make_one_page(tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_the_same_level_joins_and_another_waits_until_all_have_left(tmp_path: Pa
     assert within(path, 64) == 0 and json.loads(path.read_text()) == []
 
 
+def test_the_level_of_those_who_are_in_can_be_looked_at(tmp_path: Path) -> None:
+    room = Room(tmp_path / "room")
+    assert room.level() is None
+    with room.enter("64", 0.0):
+        assert (
+            Room(tmp_path / "room").level() == "64" and json.loads((tmp_path / "room").read_text())[0]["level"] == "64"
+        )
+    assert room.level() is None
+
+
 def test_who_was_killed_is_not_in_the_room(tmp_path: Path) -> None:
     path = tmp_path / "room"
     visitor = Visitor(path, 64)
