@@ -64,7 +64,9 @@ class ChatShape:
         return False
 
     def take_scores(self, scores: list[Tokens]) -> None:
-        raise NotImplementedError("a chat completion shows no log-probabilities of its prompt")
+        raise AssertionError(
+            "called though needs_scores() is False: a chat completion shows no log-probabilities of its prompt"
+        )
 
     def opening(self, choice_idx: int) -> bytes | None:
         choice = ChunkChoice(index=choice_idx, delta=Delta(role="assistant", content=self._echo))

@@ -56,6 +56,12 @@ class Target:
             raise LoadError(
                 f"target: got connect {self.connect} and url {self.url}; expected one of them: --connect or --url"
             )
+        of_http = {"--model-name": self.model_name, "--api-key": self.api_key, "--chat": self.chat}
+        if self.connect is not None and (unused := [flag for flag, value in of_http.items() if value]):
+            raise LoadError(
+                f"target: got {' and '.join(unused)} beside --connect; expected them with --url: over ZeroMQ a server has one model, and "
+                "its keys are --server-key and --client-key"
+            )
         if self.num_gpus < 1:
             raise LoadError(
                 f"target: got {self.num_gpus} GPUs; expected at least 1: figures per GPU are divided by --num-gpus"

@@ -112,7 +112,9 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     add_key_flags(target)
     target.add_argument("--url", metavar="URL", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
     target.add_argument(
-        "--model-name", metavar="NAME", help="the model to ask for (default: the first one that the server names)"
+        "--model-name",
+        metavar="NAME",
+        help="the model to ask for, of --url (default: the first one that the server names)",
     )
     target.add_argument("--api-key", metavar="KEY", help="for --url")
     target.add_argument("--chat", action="store_true", help="chat completions in place of completions, for --url")

@@ -183,13 +183,14 @@ def run_sweep_part(options: argparse.Namespace) -> int:
 
     scenarios = [parse_scenario(text) for text in options.scenarios]
     points = points_of(scenarios, options.concurrency, options.rates)
+    target = target_of(options)
     source = open_nvml()
     # The server runs already: what it draws without load, once for all cells.
     idle_w = idle_power_w(source, IDLE_S) if options.idle_w is None else options.idle_w
     with LoadingBars() as bars:
         return run_sweep(
             points,
-            target_of(options),
+            target,
             Store(options.folder),
             range_ratio=options.range_ratio,
             duration_s=options.duration,

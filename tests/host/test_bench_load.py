@@ -275,6 +275,13 @@ def test_a_bad_url_is_refused(tmp_path: Path) -> None:
         Target()
 
 
+def test_what_only_http_has_is_refused_over_zeromq() -> None:
+    with pytest.raises(LoadError, match="--model-name and --chat beside --connect; expected them with --url"):
+        Target(connect="tcp://127.0.0.1:1", model_name="a", chat=True)
+    with pytest.raises(LoadError, match="--api-key beside"):
+        Target(connect="tcp://127.0.0.1:1", api_key="a")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_load_that_is_stopped_keeps_what_it_has_measured(kind: str) -> None:
     async def stop_after_some(address: str) -> dict[str, Any]:
