@@ -59,8 +59,7 @@ class Target:
         of_http = {"--model-name": self.model_name, "--api-key": self.api_key, "--chat": self.chat}
         if self.connect is not None and (unused := [flag for flag, value in of_http.items() if value]):
             raise LoadError(
-                f"target: got {' and '.join(unused)} beside --connect; expected them with --url: over ZeroMQ a server has one model, and "
-                "its keys are --server-key and --client-key"
+                f"target: got {' and '.join(unused)} beside --connect; expected them with --url; ZeroMQ's keys are --server-key, --client-key"
             )
         if self.num_gpus < 1:
             raise LoadError(

@@ -184,7 +184,7 @@ class Call:
                         self._warm_up(spec)
                         warm.add(cell.transport)
                     else:
-                        is_quiet = self._measure_in_room(self._fitting(cell), spec, running)
+                        is_quiet = self._measure_in_room(cell, spec, running)
                     if running.has_ended:
                         raise LoadError(f"engine {name} has ended in the middle of it; its messages stand in {log}")
         except LoadError as error:
@@ -228,12 +228,14 @@ class Call:
         """As _measure()."""
         if self.setup.room is None:
             return self._measure(cell, spec, running)
-        with self.setup.room.enter(str(cell.threads), self._patience_s(cell)) as others:
-            if others is None:
-                self._done.add(cell.key)  # a later call's
-                self._say(f"{self.left_s:5.0f} s left  {cell.label}: too late; others measured another level until now")
-                return True
-            return self._measure(cell, spec, running)
+        for waits in (False, True):  # a look and an entry are two: who finds the room taken meanwhile looks again
+            cell = self._fitting(cell)
+            with self.setup.room.enter(str(cell.threads), self._patience_s(cell) if waits else 0.0) as others:
+                if others is not None:
+                    return self._measure(cell, spec, running)
+        self._done.add(cell.key)  # a later call's
+        self._say(f"{self.left_s:5.0f} s left  {cell.label}: too late; others measured another level until now")
+        return True
 
     def _patience_s(self, cell: EvidenceCell) -> float:
         return self.left_s - estimate_s(self.grid, cell) - STOP_S
