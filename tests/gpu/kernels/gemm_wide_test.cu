@@ -3,6 +3,7 @@
 // Test: pytest -m gpu tests/gpu/test_gemm_wide.py      Timing: tools/bench_gemm_wide.py
 #include <gemm_epilogues.cuh>
 #include <gemm_wide.cuh>
+#include <producer_program.cuh>
 
 using namespace blinkimp;
 
@@ -37,6 +38,16 @@ struct PlainEpilogue : ReadsNothing {
     }
   }
 };
+
+// A producer's walk over the program, as in device/worker.cuh: produce(op, op_idx).
+template <class Produce>
+BK_INLINE void walk_program(const EngineParams& params, WorkerShared& shared, u32 producer, const Produce& produce) {
+  ProducerState& state = shared.producers[producer];
+  state = ProducerState{};
+  fetch_producer_op(params, 0, &shared.producer_ops[producer][0]);
+  for (; state.op_idx < params.num_ops; state.op_idx++) produce(enter_op(params, state, shared.producer_ops[producer]), state.op_idx);
+  cp_async_wait<0>();
+}
 
 BK_INLINE void test_barrier(const EngineParams& params, u32 num_barriers) {
   fence_proxy_async();
@@ -77,12 +88,12 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
     RingCursor cursor{0, 1};
     const u32 role = uniform(threadIdx.x / 32) - kComputeThreads / 32;
     if (role == 0 && elect_one()) {
-      for (u32 i = 0; i < params.num_ops; i++) produce_weights_wide(params, ops[i], num_rows, memory + kRingOffset, shared, cursor);
+      walk_program(params, shared, kWeightProducer, [&](const Op& op, u32) { produce_weights_wide(params, op, num_rows, memory + kRingOffset, shared, cursor); });
     }
     if (role == 1 && elect_one()) {
-      for (u32 i = 0; i < params.num_ops; i++) {  // as if the op before had made the input
-        produce_inputs_wide(params, ops[i], input, num_rows, i, memory + kScratchOffset, shared, cursor);
-      }
+      walk_program(params, shared, kInputProducer, [&](const Op& op, u32 op_idx) {  // as if the op before had made the input
+        produce_inputs_wide(params, op, input, num_rows, op_idx, memory + kScratchOffset, shared, cursor);
+      });
     }
   } else {
     set_registers_up<224>();
@@ -99,8 +110,8 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
 
 // The sums by definition: one accumulator, wgmma k16 steps in increasing k, each awaited. One warpgroup a CTA, for one packed tile and 64 rows.
 extern "C" __global__ void __launch_bounds__(128, 1) gemm_chain(const u8* weight, const u8* input, f32* output, u32 num_rows, u32 num_slices, u32 num_tiles, u32 out_features) {
-  const u32 tile_idx = blockIdx.x % num_tiles;
-  const u32 row_tile = blockIdx.x / num_tiles;
+  const u32 tile_idx = cta_idx() % num_tiles;
+  const u32 row_tile = cta_idx() / num_tiles;
   __shared__ __align__(1024) u8 input_tile[kRowTileBytes];
   __shared__ __align__(1024) u8 weight_tile[TILE_ROWS * 128];
   f32 d[TILE_ROWS / 2];
