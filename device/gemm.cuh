@@ -24,7 +24,7 @@ BK_INLINE constexpr u32 slices_per_stage(u32 tile_rows) {
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
 // Weight stages that are on their way at a time, of the ten that the ring has: 36 to 48 KB keep HBM busy. More would queue up, and the release at an op's end, which
-// waits for all that its SM has asked for, would wait for them (PERFORMANCE.md, fifteenth state).
+// waits for all that its SM has asked for, would wait for them (PERFORMANCE.md, fifteenth state). Right behind attention there may be one more: a page's bytes count on its first stage.
 constexpr u32 kWeightsOnTheWay = 3;
 
 BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const GemmShape& shape, u8* ring, WorkerShared& shared, RingCursor& cursor) {

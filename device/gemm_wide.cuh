@@ -3,7 +3,7 @@
 // A CTA owns an output tile of 128 (or 64) rows x N <= 256 weight rows over the whole K: `stack` packed weight tiles side by side
 // (gemm_wide_tiling.cuh chooses). Each output is one fp32 accumulator, wgmma k16 steps in increasing k.
 //   128 rows           each warpgroup has 64 of them and all N weight rows: N / 2 <= 128 accumulators a thread
-//   64 rows ("lone")   warpgroup 0 has all of the item. Two would both read the same rows from shared memory (GEMM_WIDE.md)
+//   64 rows ("lone")   warpgroup 0 has all of the item: two would both read the same rows from shared memory (GEMM_WIDE.md). 1 goes through the tail ahead
 // Products of slice i run while slice i + 1 is waited for and issued; a stage goes back to its producer one slice later. The two warpgroups never
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
@@ -75,6 +75,7 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
   }
 }
 
+// op, here and below: the one that the producer has entered (entered_op), which is looked up again for each item.
 BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling chosen = wide_tiling(params, op, num_rows);
   const u32 tokens = chosen.tokens;
@@ -246,7 +247,7 @@ BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, boo
   f32 d[kColumns / 2];
 #pragma unroll
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
-  const f32* row_scale = shared.row_scale[0];
+  const f32* row_scale = shared.row_scale[0];  // of nobody's rows: whatever stands there, for nothing is stored
   if (!rehearses) {
     multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
     if constexpr (kScaled) row_scale = scales.wait(shared);

@@ -1,4 +1,4 @@
-// Warp-level tensor cores in PTX: ldmatrix, mma.sync m16n8k16 (bf16 -> f32), 16-byte asynchronous copies, 2^x. GPU only.
+// Warp-level tensor cores in PTX: ldmatrix, mma.sync m16n8k16 (bf16 -> f32), asynchronous copies of 4 and 16 bytes, 2^x. GPU only.
 //
 // Fragments of a lane, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //   A [16 rows, 16 k]   a[0] = (g, 2t..2t+1)   a[1] = (g + 8, 2t..)   a[2] = (g, 2t + 8..)   a[3] = (g + 8, 2t + 8..)

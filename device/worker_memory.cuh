@@ -5,7 +5,7 @@
 //
 //   shared memory     [ scratch ]          in a GEMM: the input ring; in attention and sampling: their own use of the whole
 //                     [ weight ring ]      filled ahead of time, across op boundaries and grid barriers: weights depend on nothing
-//                     [ WorkerShared ]     mbarriers, row scales, where the program stands
+//                     [ WorkerShared ]     mbarriers, row scales, where the program stands, ops
 //                     [ AttentionShared ]  arguments and current item of attention
 //   (The input ring stands first: wgmma reads 64 rows of an input tile of 8, 16 or 32, so past the tile's end, into whatever follows.)
 //
@@ -117,7 +117,7 @@ struct WorkerShared {
   u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
 };
 
-constexpr u32 kAttentionBlockBytes = 512;  // AttentionShared of attention_schedule.cuh; device/worker.cuh asserts that it fits
+constexpr u32 kAttentionBlockBytes = 512;  // AttentionShared of attention_schedule.cuh, which asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
 constexpr u32 kSharedMemoryBytes = 232160;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py

@@ -205,32 +205,28 @@ class Call:
         )
         asyncio.run(run_load(options, spec.target(), drain_s=QUIET_TIMEOUT_S))
 
-    def _fitting(self, cell: EvidenceCell) -> EvidenceCell:
+    def _cell_for(self, room: Room, cell: EvidenceCell) -> EvidenceCell:
         """The cell, or where the room has another level now, the first missing one of that level over the same transport: better than to wait.
         One whose isolated run is there, so that a call that ends early leaves none without what it is held against."""
-        level = self.setup.room.level() if self.setup.room is not None else None
+        level = room.level()
         if level is None or level == str(cell.threads):
             return cell
         for other in self.missing():
             is_served = (other.engine, other.transport) == (cell.engine, cell.transport)
-            fits = estimate_s(self.grid, other) + STOP_S <= self.left_s
             isolated = replace(other, threads=0, is_again=False)
-            if (
-                str(other.threads) == level
-                and is_served
-                and fits
-                and (other == isolated or self.store.get(isolated.key))
-            ):
+            has_isolated = other == isolated or self.store.get(isolated.key) is not None
+            if str(other.threads) == level and is_served and has_isolated and self._patience_s(other) >= 0:
                 return other
         return cell
 
     def _measure_in_room(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:
         """As _measure()."""
-        if self.setup.room is None:
+        room = self.setup.room
+        if room is None:
             return self._measure(cell, spec, running)
         for waits in (False, True):  # a look and an entry are two: who finds the room taken meanwhile looks again
-            cell = self._fitting(cell)
-            with self.setup.room.enter(str(cell.threads), self._patience_s(cell) if waits else 0.0) as others:
+            cell = self._cell_for(room, cell)
+            with room.enter(str(cell.threads), self._patience_s(cell) if waits else 0.0) as others:
                 if others is not None:
                     return self._measure(cell, spec, running)
         self._done.add(cell.key)  # a later call's
@@ -238,6 +234,7 @@ class Call:
         return True
 
     def _patience_s(self, cell: EvidenceCell) -> float:
+        """How long it may wait; negative where it does not fit into the call any more."""
         return self.left_s - estimate_s(self.grid, cell) - STOP_S
 
     def _measure(self, cell: EvidenceCell, spec: EngineSpec, running: RunningEngine) -> bool:

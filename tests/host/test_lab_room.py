@@ -67,8 +67,9 @@ def test_the_level_of_those_who_are_in_can_be_looked_at(tmp_path: Path) -> None:
     room = Room(tmp_path / "room")
     assert room.level() is None
     with room.enter("64", 0.0):
-        assert (
-            Room(tmp_path / "room").level() == "64" and json.loads((tmp_path / "room").read_text())[0]["level"] == "64"
+        assert Room(tmp_path / "room").level() == "64"
+        assert [entry["level"] for entry in json.loads((tmp_path / "room").read_text())] == ["64"], (
+            "looking changes nothing"
         )
     assert room.level() is None
 
