@@ -2,6 +2,8 @@
 //
 // I1 A row's keys are taken in blocks of a page (64), in order, and splits of kSplitPages pages, both at fixed positions. Inside a split an
 //    online softmax runs (softmax_block); at its end the split is folded into the row's total (fold_*), splits in order.
+//    What its exponentials are relative to, its maximum, is that of its first block, and follows a later one only where that exceeds it by
+//    more than kMaximumSlack powers of two (raised_maximum): what was added up so far is hardly ever rescaled. So exponentials reach 2^kMaximumSlack.
 // I2 A block or split that is wholly masked for a row changes nothing in it: its weights are exact zeros, its factors exact ones (or they
 //    multiply zeros). So it does not matter whether a path computes such a block (because other rows of its tile need it) or leaves it out.
 // I3 Every product and sum that the compiler could contract is spelled out (__fmaf_rn, __fmul_rn, ...): paths that inline these
@@ -29,11 +31,17 @@ BK_INLINE f32 minus_infinite_score() { return __uint_as_float(0xff800000u); }
 // What to subtract before the exponential: the maximum, or 0 for a row that has not seen a key (minus infinity has no difference).
 BK_INLINE f32 softmax_anchor(f32 maximum) { return maximum == minus_infinite_score() ? 0.0f : maximum; }
 
+// Powers of two by which a later block of a split may exceed the split's maximum. As in FlashAttention-4; 2^8 * 256 keys is far from what f32 and bf16 hold.
+constexpr f32 kMaximumSlack = 8.0f;
+
+// A split's maximum, given the one so far and the maximum of both, that and the block's. A row that has not seen a key (before: minus infinity) takes any.
+BK_INLINE f32 raised_maximum(f32 before, f32 maximum, f32 scale) { return __fmul_rn(__fsub_rn(maximum, before), scale) > kMaximumSlack ? maximum : before; }
+
 BK_INLINE f32 exp2_scaled_difference(f32 value, f32 anchor, f32 scale) { return exp2_approx(__fmul_rn(__fsub_rn(value, anchor), scale)); }
 
 // Running state of a split, for the rows g and g + 8 of a thread's fragments.
 struct SoftmaxState {
-  f32 maximum[2];  // of the row, equal in the 4 lanes of a quad
+  f32 maximum[2];  // of the row, or at most kMaximumSlack powers of two below it; equal in the 4 lanes of a quad
   f32 sum[2];      // of this lane's columns; quad_total() adds the quad up
 
   BK_INLINE void reset() {
@@ -86,6 +94,7 @@ BK_INLINE void softmax_block(f32 (&scores)[kScoreWords], f32 scale, SoftmaxState
   f32 offset[2];
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
+    maximum[half] = raised_maximum(state.maximum[half], maximum[half], scale);
     const f32 anchor = softmax_anchor(maximum[half]);
     offset[half] = -__fmul_rn(anchor, scale);
     factors[half] = exp2_scaled_difference(state.maximum[half], anchor, scale);

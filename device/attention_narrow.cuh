@@ -77,6 +77,7 @@ BK_INLINE void weigh_swapped(u8* tile, u32 page, f32 (&scores)[4], f32 scale, Sw
   }
 #pragma unroll
   for (u32 i = 0; i < 2; ++i) {
+    maximum[i] = raised_maximum(state.maximum[i], maximum[i], scale);
     const f32 anchor = softmax_anchor(maximum[i]);
     const f32 offset = -__fmul_rn(anchor, scale);
     factors[i] = exp2_scaled_difference(state.maximum[i], anchor, scale);

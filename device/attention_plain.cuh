@@ -50,8 +50,8 @@ BK_INLINE void skip_pages(const EngineParams& params, WorkerShared& shared, Ring
 
 // ---- Plain pages -------------------------------------------------------------------------------------------------
 // Pages [page, end) of a wide run, all plain and of 64 rows that exist; page: a split's first. What a warpgroup does between two products of its own sets the
-// pace, so as little as can be stands there: the outputs are rescaled while the tensor cores multiply the next scores, and a split's factors are
-// computed beside the products.
+// pace, so as little as can be stands there: the outputs are folded, or in the rare case rescaled, while the tensor cores multiply the next scores, and a split's
+// factors are computed beside the products. The turn is passed on before the outputs: the other warpgroup's scores come right behind them.
 // On entry and return scores are the exponentials of `page`, and nothing is on its way.
 template <int kHeadDim>
 BK_INLINE void compute_plain_pages(const EngineParams& params, const AttentionRun& run, u32 memory, WorkerShared& shared, RingCursor& keys, u32& page, u32 end, bool has_rows,
@@ -66,8 +66,7 @@ BK_INLINE void compute_plain_pages(const EngineParams& params, const AttentionRu
 #pragma unroll
       for (u32 i = 0; i < kHeadDim / 2; ++i) totals[i] = fold_value(totals[i], outputs[i], fold[i / 2 % 2]);
     } else {
-#pragma unroll
-      for (u32 i = 0; i < kHeadDim / 2; ++i) outputs[i] = __fmul_rn(outputs[i], factors[i / 2 % 2]);
+      rescale_outputs(outputs, factors);
     }
   };
   const auto find_next_page = [&] {
@@ -89,10 +88,10 @@ BK_INLINE void compute_plain_pages(const EngineParams& params, const AttentionRu
     issue_scores<kHeadDim>(scores, query_place, key_place);
     wgmma_commit();
     settle_outputs(page);
+    barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
     wgmma_fence();
     issue_outputs<kHeadDim>(outputs, weights, value_place, page % kSplitPages != 0);
     wgmma_commit();
-    barrier_arrive(kTurnBarrier + 1 - compute_warpgroup(), 2 * kWarpgroupThreads);
     page++;
     const u32 key_stage = keys.stage;
     if (page != end) find_next_page();  // while the products take their time

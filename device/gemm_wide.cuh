@@ -75,13 +75,13 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
   }
 }
 
-// op, here and below: the one that the producer has entered (entered_op), which is looked up again for each item.
-BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
-  const WideTiling chosen = wide_tiling(params, op, num_rows);
+// Of the op that the producer has entered (entered_op), here and below: looked up again for each item.
+BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+  const WideTiling chosen = wide_tiling(params, entered_op(shared, kWeightProducer), num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  align_producer(params, unit_stages(stack * op.tile_rows), shared, cursor);  // without an item too, as the consumers do
+  align_producer(params, unit_stages(stack * chosen.tile_rows), shared, cursor);  // without an item too, as the consumers do
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
@@ -113,9 +113,9 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, const Op& op, u3
 }
 
 // input: [row / 64][k / 64][64 rows][64 k], swizzled. Rows that do not exist keep old bytes, whose products nobody reads.
-BK_INLINE void produce_inputs_wide(const EngineParams& params, const Op& op, const u8* input, u32 num_rows, u32 num_barriers, u8* ring, WorkerShared& shared, RingCursor& cursor) {
+BK_INLINE void produce_inputs_wide(const EngineParams& params, const u8* input, u32 num_rows, u32 num_barriers, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   InputGate gate{params, num_barriers, false};
-  const WideTiling chosen = wide_tiling(params, op, num_rows);
+  const WideTiling chosen = wide_tiling(params, entered_op(shared, kInputProducer), num_rows);
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);

@@ -56,7 +56,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
       const Op& op = enter_op(params, state, shared.producer_ops[kWeightProducer]);
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, state.rows);
-        if (is_wide(num_rows)) produce_weights_wide(params, op, num_rows, shared_memory + kRingOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_weights_wide(params, num_rows, shared_memory + kRingOffset, shared, cursor);
         else produce_weights(params, op, gemm_shape(op, num_rows), shared_memory + kRingOffset, shared, cursor);
       } else if (op.kind == kOpAttention) {
         produce_attention<kHeadDim>(params, op, producer_plan(params, state), state.step, shared_memory, shared, attention_shared(shared_memory), cursor, state.num_barriers);
@@ -65,6 +65,7 @@ BK_INLINE void weight_producer(const EngineParams& params) {
     }
     mbarrier_arrive(&shared.producers_done);
   }
+  cp_async_wait<0>();  // the first op's copy
 }
 
 BK_INLINE void input_producer(const EngineParams& params) {
@@ -81,13 +82,14 @@ BK_INLINE void input_producer(const EngineParams& params) {
       if (is_gemm(op.kind)) {
         const u32 num_rows = rows_of(op.kind, state.rows);
         const u8* input = reinterpret_cast<const u8*>(input_workspace(params, op, state.rows));
-        if (is_wide(num_rows)) produce_inputs_wide(params, op, input, num_rows, state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
+        if (is_wide(num_rows)) produce_inputs_wide(params, input, num_rows, state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
         else produce_inputs(params, input, gemm_shape(op, num_rows), state.num_barriers, shared_memory + kScratchOffset, shared, cursor);
       }
       state.num_barriers++;
     }
     mbarrier_arrive(&shared.producers_done);
   }
+  cp_async_wait<0>();  // the first op's copy
 }
 
 // ---- Compute -----------------------------------------------------------------------------------------------------

@@ -84,6 +84,15 @@ def random_sequence(rng: np.random.Generator, shape: Shape, num_tokens: int, sha
     )
 
 
+def rising_sequence(rng: np.random.Generator, shape: Shape, num_tokens: int, powers: float) -> Sequence:
+    """Scores that rise from page to page of a split by about so many powers of two (fall, if negative), and begin anew with the next split."""
+    sequence = random_sequence(rng, shape, num_tokens)
+    level = np.arange(num_tokens) // PAGE % (SPLIT_TOKENS // PAGE) * powers
+    sequence.query[..., 0] = to_bf16(np.float32([8.0]))
+    sequence.key[..., 0] = to_bf16(level * np.sqrt(shape.head_dim) / (np.log2(np.e) * 8.0))[:, None]
+    return sequence
+
+
 def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> Array:
     """Attention outputs [end - begin, num_heads, head_dim] of tokens [begin, end), float64."""
     query = from_bf16(sequence.query[begin:end]).astype(np.float64)
@@ -234,10 +243,11 @@ def check_that_a_planted_wrong_key_is_seen(run: RunStep, rng: np.random.Generato
 
 
 def check_chunking(
-    run: RunStep, rng: np.random.Generator, shape: Shape, num_tokens: int, chunkings: list[list[int]], num_ctas: int
-) -> None:
+    run: RunStep, rng: np.random.Generator, shape: Shape, num_tokens: int, chunkings: list[list[int]], num_ctas: int,
+    sequence: Sequence | None = None,
+) -> None:  # fmt: skip
     """The rows of a sequence, computed in chunks of the given sizes beside other requests, are the same to the last bit."""
-    sequence = random_sequence(rng, shape, num_tokens, 2.0)
+    sequence = sequence or random_sequence(rng, shape, num_tokens, 2.0)
     whole = run(make_step(rng, shape, [Share(sequence, 0, num_tokens)]), num_ctas)
     for chunks in chunkings:
         assert sum(chunks) == num_tokens

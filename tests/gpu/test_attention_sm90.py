@@ -27,6 +27,7 @@ from tests.attention_reference import (
     decode_rows,
     make_step,
     random_sequence,
+    rising_sequence,
 )
 from tests.attention_sm90_support import WS_ATTENTION_COUNTERS, WS_ATTENTION_PART, WS_QUERY, device_step, part_bytes
 from tests.gpu.gpu_harness import DeviceArray, KernelRunner, compile_kernel
@@ -117,6 +118,16 @@ def test_scores_far_apart(run: RunStep, rng: np.random.Generator) -> None:
     sequence = random_sequence(rng, shape, 600, 60.0)
     step = make_step(rng, shape, [Share(sequence, 599, 600), Share(sequence, 100, 600)])
     check_step(run, step, NUM_CTAS)
+
+
+@pytest.mark.parametrize("powers", [2.5, 5.0, 12.0, -6.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_rise_within_a_split(run: RunStep, rng: np.random.Generator, head_dim: int, powers: float) -> None:
+    """A split's maximum stays, or follows once, twice, never: the same bits in decode rows and chunks."""
+    shape = Shape(8, 2, head_dim)
+    sequence = rising_sequence(rng, shape, 1100, powers)
+    check_step(run, make_step(rng, shape, [Share(sequence, 1099, 1100), Share(sequence, 0, 1100)]), NUM_CTAS)
+    check_chunking(run, rng, shape, 1100, [[511, 513, 75, 1], [1] * 40 + [1060]], NUM_CTAS, sequence)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, Shape(8, 2, 128, 500), Shape(6, 2, 64, 90)], ids=str)

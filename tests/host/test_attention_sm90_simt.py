@@ -28,6 +28,7 @@ from tests.attention_reference import (
     decode_rows,
     make_step,
     random_sequence,
+    rising_sequence,
 )
 from tests.attention_sm90_support import device_step
 from tests.host.simt_support import SIMT90, build_simt
@@ -195,6 +196,16 @@ def test_a_chunk_after_unequal_decode_rows(run: RunStep) -> None:
 def test_chunking_and_batch_do_not_change_a_bit(run: RunStep, shape: Shape) -> None:
     rng = np.random.default_rng(6)
     check_chunking(run, rng, shape, 330, [[1, 255, 1, 1, 72], [64, 193, 73]], num_ctas=4)
+
+
+@pytest.mark.parametrize("powers", [2.5, 5.0, 12.0, -6.0])
+@pytest.mark.parametrize("shape", [Shape(4, 1, 128), Shape(4, 2, 64)], ids=str)
+def test_scores_that_rise_within_a_split(run: RunStep, shape: Shape, powers: float) -> None:
+    """A split's maximum is its first page's while others exceed it by 2^8 at most, then theirs: in the third page, the second, in each, never."""
+    rng = np.random.default_rng(17)
+    sequence = rising_sequence(rng, shape, 450, powers)
+    check_step(run, make_step(rng, shape, [Share(sequence, 449, 450), Share(sequence, 0, 450)]), num_ctas=3)
+    check_chunking(run, rng, shape, 450, [[300, 149, 1]], 4, sequence)
 
 
 def test_number_of_ctas_does_not_change_a_bit(run: RunStep) -> None:

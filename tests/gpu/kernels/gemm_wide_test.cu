@@ -88,11 +88,11 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
     RingCursor cursor{0, 1};
     const u32 role = uniform(threadIdx.x / 32) - kComputeThreads / 32;
     if (role == 0 && elect_one()) {
-      walk_program(params, shared, kWeightProducer, [&](const Op& op, u32) { produce_weights_wide(params, op, num_rows, memory + kRingOffset, shared, cursor); });
+      walk_program(params, shared, kWeightProducer, [&](const Op&, u32) { produce_weights_wide(params, num_rows, memory + kRingOffset, shared, cursor); });
     }
     if (role == 1 && elect_one()) {
-      walk_program(params, shared, kInputProducer, [&](const Op& op, u32 op_idx) {  // as if the op before had made the input
-        produce_inputs_wide(params, op, input, num_rows, op_idx, memory + kScratchOffset, shared, cursor);
+      walk_program(params, shared, kInputProducer, [&](const Op&, u32 op_idx) {  // as if the op before had made the input
+        produce_inputs_wide(params, input, num_rows, op_idx, memory + kScratchOffset, shared, cursor);
       });
     }
   } else {
