@@ -88,13 +88,13 @@ def rising_sequence(rng: np.random.Generator, shape: Shape, num_tokens: int, pow
     """Scores that rise from page to page of a split by about so many powers of two (fall, if negative), and begin anew with the next split."""
     sequence = random_sequence(rng, shape, num_tokens)
     level = np.arange(num_tokens) // PAGE % (SPLIT_TOKENS // PAGE) * powers
-    sequence.query[..., 0] = to_bf16(np.float32([8.0]))
+    sequence.query[..., 0] = to_bf16(np.array([8.0], np.float32))
     sequence.key[..., 0] = to_bf16(level * np.sqrt(shape.head_dim) / (np.log2(np.e) * 8.0))[:, None]
     return sequence
 
 
-def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> Array:
-    """Attention outputs [end - begin, num_heads, head_dim] of tokens [begin, end), float64."""
+def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> tuple[Array, Array]:
+    """Attention of tokens [begin, end), both [end - begin, num_heads, head_dim] float64: (outputs, sums of weight x |value|)."""
     query = from_bf16(sequence.query[begin:end]).astype(np.float64)
     key = np.repeat(from_bf16(sequence.key[:end]).astype(np.float64), shape.group, axis=1)
     value = np.repeat(from_bf16(sequence.value[:end]).astype(np.float64), shape.group, axis=1)
@@ -105,7 +105,8 @@ def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> Array:
         visible &= key_idx > position - shape.window
     scores = np.where(visible[None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=2, keepdims=True), value)
+    weights /= weights.sum(axis=2, keepdims=True)
+    return np.einsum("hqk,khd->qhd", weights, value), np.einsum("hqk,khd->qhd", weights, np.abs(value))
 
 
 @dataclass
@@ -150,9 +151,10 @@ class Step:
             record[name] = value
         return record
 
-    def expected(self) -> Array:
-        """[rows, num_heads, head_dim] float64"""
-        return np.concatenate([exact_rows(self.shape, one.sequence, one.begin, one.end) for one in self.shares])
+    def expected(self) -> tuple[Array, Array]:
+        """(outputs, sums of weight x |value|), both [rows, num_heads, head_dim] float64"""
+        rows = [exact_rows(self.shape, one.sequence, one.begin, one.end) for one in self.shares]
+        return np.concatenate([outputs for outputs, _ in rows]), np.concatenate([sums for _, sums in rows])
 
 
 def make_step(rng: np.random.Generator, shape: Shape, shares: list[Share], num_slots: int | None = None) -> Step:
@@ -185,13 +187,18 @@ def make_step(rng: np.random.Generator, shape: Shape, shares: list[Share], num_s
 RunStep = Callable[[Step, int], Array]  # (step, num_ctas) -> bf16 bits [rows, num_heads, head_dim]
 
 
-def largest_error(step: Step, output: Array) -> float:
-    return float(np.abs(from_bf16(output).astype(np.float64) - step.expected()).max())
+BF16_ROUNDING = 2.0**-8  # at most, of a value: bf16 keeps 8 bits
+REST = 2.0**-10  # of exponentials, sums and products in fp32
 
 
-def tolerance(step: Step) -> float:
-    """bf16 keeps 8 bits: weights and outputs are rounded to a relative 2^-9 of values below about 4."""
-    return 2.0**-6
+def errors(step: Step, output: Array) -> tuple[Array, Array]:
+    """(errors, what bf16 allows) of each output: weights are rounded, which their sum is not, and outputs are.
+
+    A weight of one would be exact, but the largest of a row need not be one (raised_maximum() of device/attention_math.cuh).
+    """
+    exact, sums = step.expected()
+    allowed = (BF16_ROUNDING + REST) * sums + BF16_ROUNDING * np.abs(exact)
+    return np.abs(from_bf16(output).astype(np.float64) - exact), allowed
 
 
 def check_step(run: RunStep, step: Step, num_ctas: int) -> Array:
@@ -199,8 +206,11 @@ def check_step(run: RunStep, step: Step, num_ctas: int) -> Array:
     assert output.shape == step.query.shape
     unwritten = int((output == POISON).sum())
     assert unwritten == 0, f"{unwritten} of {output.size} outputs were not written, or are NaN"
-    error = largest_error(step, output)
-    assert error <= tolerance(step), f"largest error {error:.4f} > {tolerance(step):.4f}"
+    error, allowed = errors(step, output)
+    worst = np.unravel_index((error / allowed).argmax(), error.shape)
+    assert error[worst] <= allowed[worst], (
+        f"error {error[worst]:.5f} > {allowed[worst]:.5f} at [row, head, dimension] {worst}"
+    )
     return output
 
 
@@ -238,7 +248,7 @@ def check_that_a_planted_wrong_key_is_seen(run: RunStep, rng: np.random.Generato
     sequence = random_sequence(rng, shape, 100, 2.0)
     step = make_step(rng, shape, [Share(sequence, 99, 100)])
     step.kv[step.page_tables[step.seqs["request_idx"][0], 1], 0, 0, 30] = sequence.query[99, 0]
-    with pytest.raises(AssertionError, match="largest error"):
+    with pytest.raises(AssertionError, match=r"error .* at"):
         check_step(run, step, num_ctas=1)
 
 
