@@ -95,10 +95,14 @@ def rising_sequence(rng: np.random.Generator, shape: Shape, num_tokens: int, pow
 
 def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> tuple[Array, Array]:
     """Attention of tokens [begin, end), both [end - begin, num_heads, head_dim] float64: (outputs, sums of weight x |value|)."""
-    query = from_bf16(sequence.query[begin:end]).astype(np.float64)
-    key = np.repeat(from_bf16(sequence.key[:end]).astype(np.float64), shape.group, axis=1)
-    value = np.repeat(from_bf16(sequence.value[:end]).astype(np.float64), shape.group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", query, key) / np.sqrt(shape.head_dim)
+    query = (
+        from_bf16(sequence.query[begin:end]).astype(np.float64).transpose(1, 0, 2)
+    )  # [head, token, dimension], as below
+    key, value = (
+        np.repeat(from_bf16(of_kv_heads[:end]).astype(np.float64).transpose(1, 0, 2), shape.group, axis=0)
+        for of_kv_heads in (sequence.key, sequence.value)
+    )
+    scores = query @ key.transpose(0, 2, 1) / np.sqrt(shape.head_dim)
     position, key_idx = np.arange(begin, end)[:, None], np.arange(end)[None, :]
     visible = key_idx <= position
     if shape.window:
@@ -106,7 +110,7 @@ def exact_rows(shape: Shape, sequence: Sequence, begin: int, end: int) -> tuple[
     scores = np.where(visible[None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
-    return np.einsum("hqk,khd->qhd", weights, value), np.einsum("hqk,khd->qhd", weights, np.abs(value))
+    return (weights @ value).transpose(1, 0, 2), (weights @ np.abs(value)).transpose(1, 0, 2)
 
 
 @dataclass
