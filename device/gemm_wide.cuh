@@ -8,10 +8,10 @@
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
 // Rings: those of worker_memory.cuh. A weight unit is unit_slices() slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which
-// then begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two.
+// then begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two. Items of 64 weight rows: gemm_pairs.cuh.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
-#include <gemm.cuh>
+#include <gemm_pairs.cuh>
 #include <gemm_wide_tiling.cuh>
 
 namespace blinkimp {
@@ -78,14 +78,17 @@ BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 
 // Of the op that the producer has entered (entered_op), here and below: looked up again for each item.
 BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8* ring, WorkerShared& shared, RingCursor& cursor) {
   const WideTiling chosen = wide_tiling(params, entered_op(shared, kWeightProducer), num_rows);
-  const u32 tokens = chosen.tokens;
-  const u32 stack = chosen.stack;
+  ProducerState& state = shared.producers[kWeightProducer];
+  state.tokens = chosen.tokens;
+  state.stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
-  align_producer(params, unit_stages(stack * chosen.tile_rows), shared, cursor);  // without an item too, as the consumers do
+  align_producer(params, unit_stages(chosen.stack * chosen.tile_rows), shared, cursor);  // without an item too, as the consumers do
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
     const Op& item_op = entered_op(shared, kWeightProducer);
+    const u32 tokens = state.tokens;
+    const u32 stack = state.stack;
     const WideTiling tiling = wide_tiling_of(item_op, num_rows, tokens, stack);
     const u32 slice_bytes = tiling.tile_rows * 128;
     const u32 num_unit_slices = unit_slices(stack * tiling.tile_rows);
@@ -106,6 +109,7 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8
       if (is_streamed) copy_weight_unit<true>(tiling, source, num_tiles, num_slices, place, full);
       else copy_weight_unit<false>(tiling, source, num_tiles, num_slices, place, full);
       for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages);
+      if (has_pairs(stack * tiling.tile_rows) && borrows_stage(tokens == kRowTile, (tiling.num_slices - num_left) / kPairSlices)) cursor.advance(kWeightStages);  // the input producer's
       source += num_slices * slice_bytes;
       num_left -= num_slices;
     }
@@ -119,6 +123,7 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const u8* input, 
   const u32 tokens = chosen.tokens;
   const u32 stack = chosen.stack;
   const GemmWalk walk = gemm_walk(params, chosen);
+  RingCursor lent{0, 0};
 #pragma unroll 1
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     const WideTiling tiling = wide_tiling_of(entered_op(shared, kInputProducer), num_rows, tokens, stack);  // anew, as above
@@ -128,6 +133,14 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const u8* input, 
     const u8* source = input + static_cast<u64>(row_begin / kRowTile) * tiling.num_slices * kRowTileBytes;
     const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
     const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
+    if (has_pairs(stack * tiling.tile_rows)) {
+      if (item == walk.first) {
+        gate.pass();
+        lent = RingCursor{shared.compute.cursors.weights.stage, shared.compute.cursors.weights.phase ^ 1};  // before the op before ended, it was another
+      }
+      produce_pair_inputs(params, source, tiling.num_slices, lone, first_bytes, next_tile_bytes, ring, shared, cursor, lent);
+      continue;
+    }
 #pragma unroll 1
     for (u32 num_left = tiling.num_slices; num_left > 0;) {
       const u32 num_slices = lone ? min(num_left, 2u) : 1;
@@ -161,43 +174,17 @@ BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool u
 template <int kColumns, bool kLone>
 BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
   constexpr u32 kUnitStages = unit_stages(kColumns);
-  constexpr u32 kUnitSlices = unit_slices(kColumns);
   constexpr u32 kInputSlices = kLone ? 2 : 1;
-  // Few columns: a stage is given back at once, which is faster than a slice later (PERFORMANCE.md, ninth state). Many: a slice later, and the tensor cores run through.
-  constexpr bool kWaitsAtOnce = kColumns <= 64 && !kLone;
-  u32 slice = 0;
+  static_assert(unit_slices(kColumns) == 1, "two slices at a time: multiply_pairs()");
   bool is_there = false;  // the next operands were seen
   u64 a = loop.a_of(0);
   u64 b = loop.b_of(0);
   u32 used_weights = kNone;  // stages whose last reader is the slice in flight
   u32 used_inputs = kNone;
-  if constexpr (kLone && kUnitSlices == 2) {  // a stage of weights and one of inputs hold two slices: both at once
-#pragma unroll 1
-    for (; slice + 2 <= num_slices; slice += 2) {
-      if (!is_there) loop.wait(true, true);
-      wgmma_fence();
-      multiply_slice<kColumns>(d, a, b);
-      multiply_slice<kColumns>(d, a + (kRowTileBytes >> 4), b + (kColumns * 128 >> 4));
-      wgmma_commit();
-      const u32 before_weights = used_weights;
-      const u32 before_inputs = used_inputs;
-      used_weights = loop.weights.stage;
-      used_inputs = loop.inputs.stage;
-      loop.advance_weights();
-      loop.advance_inputs();
-      is_there = loop.sees(true, true);
-      a = loop.a_of(0);
-      b = loop.b_of(0);
-      wgmma_wait<1>();
-      give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
-      loop.give_inputs(before_inputs, before_inputs != kNone);
-    }
-  }
-  u32 in_unit = 0;
   u32 in_input = 0;
 #pragma unroll 1
-  for (; slice < num_slices; slice++) {
-    if (!is_there) loop.wait(in_unit == 0, in_input == 0);
+  for (u32 slice = 0; slice < num_slices; slice++) {
+    if (!is_there) loop.wait(true, in_input == 0);
     wgmma_fence();
     multiply_slice<kColumns>(d, a, b);
     wgmma_commit();
@@ -205,31 +192,21 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
     const bool last = slice + 1 == num_slices;
     const u32 before_weights = used_weights;
     const u32 before_inputs = used_inputs;
-    used_weights = used_inputs = kNone;
-    if (++in_unit == kUnitSlices || last) {
-      used_weights = loop.weights.stage;
-      in_unit = 0;
-      for (u32 i = 0; i < kUnitStages; i++) loop.advance_weights();
-    }
+    used_weights = loop.weights.stage;
+    used_inputs = kNone;
+    for (u32 i = 0; i < kUnitStages; i++) loop.advance_weights();
     if (++in_input == kInputSlices || last) {
       used_inputs = loop.inputs.stage;
       in_input = 0;
       loop.advance_inputs();
     }
-    is_there = loop.sees(in_unit == 0, in_input == 0);
+    is_there = loop.sees(true, in_input == 0);
     a = loop.a_of(in_input * kRowTileBytes);
-    b = loop.b_of(in_unit * (kColumns * 128));
-    if constexpr (kWaitsAtOnce) {
-      wgmma_wait<0>();
-      give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
-      loop.give_inputs(used_inputs, used_inputs != kNone);
-    } else {
-      wgmma_wait<1>();  // the slice before is done
-      give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
-      loop.give_inputs(before_inputs, before_inputs != kNone);
-    }
+    b = loop.b_of(0);
+    wgmma_wait<1>();  // the slice before is done: the tensor cores run through
+    give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
+    loop.give_inputs(before_inputs, before_inputs != kNone);
   }
-  if constexpr (kWaitsAtOnce) return;
   wgmma_wait<0>();
   give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
   loop.give_inputs(used_inputs, used_inputs != kNone);
@@ -249,20 +226,11 @@ BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, boo
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   const f32* row_scale = shared.row_scale[0];  // of nobody's rows: whatever stands there, for nothing is stored
   if (!rehearses) {
-    multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
+    if constexpr (has_pairs(kColumns)) multiply_pairs<kLone>(loop, uniform(tiling.num_slices), d);
+    else multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
     if constexpr (kScaled) row_scale = scales.wait(shared);
   }
   tail.finish(d, row_scale);
-}
-
-// An item of which this warpgroup has nothing: it counts along.
-template <int kColumns, bool kScaled>
-BK_INLINE void pass_wide_item(const WideTiling& tiling, MainLoop& loop, WorkerShared& shared, const ScaleReader& scales) {
-  constexpr u32 kUnitSlices = unit_slices(kColumns);
-  const u32 num_slices = uniform(tiling.num_slices);
-  loop.weights.advance_by((num_slices + kUnitSlices - 1) / kUnitSlices * unit_stages(kColumns), kWeightStages);
-  loop.inputs.advance_by((num_slices + 1) / 2, kInputStages);
-  if constexpr (kScaled) scales.wait(shared);
 }
 
 template <int kTileRows, int kStack, bool kLone, bool kScaled, class Epilogue>
@@ -271,7 +239,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
-  const u32 input_offset = kLone ? 0 : warpgroup * kRowTileBytes;
+  const u32 input_offset = kLone || has_pairs(kTileRows * kStack) ? 0 : warpgroup * kRowTileBytes;
   MainLoop loop{shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset, 1024),
                 thread_idx() % 128 == 0 ? (kLone ? 2u : 1u) : 0u};
@@ -288,12 +256,14 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
     // A warpgroup that has nothing of the item goes through its tail first: the other one finds the code in the instruction caches (PERFORMANCE.md, fifteenth state).
     const bool passes = kLone && warpgroup != 0;
     run_wide_item<kTileRows, kStack, kLone, kScaled>(tiling, item, passes, loop, shared, scales, epilogue);
-    if (passes) pass_wide_item<kTileRows * kStack, kScaled>(tiling, loop, shared, scales);
+    if constexpr (kLone && kScaled) {
+      if (passes) scales.wait(shared);
+    }
     idx += params.num_workers;
     tiling = tiling_now();
     has_item = idx < uniform(tiling.num_items);
   }
-  cursors = ConsumerCursors{loop.weights, loop.inputs};
+  cursors = ConsumerCursors{loop.weights, loop.inputs};  // a warpgroup that had nothing of the items has not counted: leave_rings() takes warpgroup 0's
 }
 
 // Runs all items of an op for this CTA. kScaled: the op normalises its input (produce_row_scales_wide).

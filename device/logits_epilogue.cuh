@@ -38,6 +38,7 @@ struct LogitsEpilogue : ReadsNothing {
     static_assert(kColumns % kLogitPartColumns == 0, "whole parts");
     constexpr u32 kPartBlocks = kLogitPartColumns / 8;
     const u32 num_parts = num_logit_parts(params.dims.vocab);
+    const bool has_pairs = params.dims.vocab % 2 == 0;  // stores of two logits: half as many. An odd vocabulary leaves rows unaligned
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       const u32 row = row_begin + fragment_row(half);
@@ -48,20 +49,25 @@ struct LogitsEpilogue : ReadsNothing {
       for (u32 part = 0; part < kColumns / kLogitPartColumns; part++) {
         u32 best_key = 0;
         u32 best_column = 0;
-        const auto put = [&](u32 column, f32 logit) {
-          if (!is_live || column >= op.out_features) return;
-          logits[column] = logit;  // one by one: an odd vocabulary leaves rows unaligned
-          const u32 key = order_key(orderable_logit(logit));
-          if (key > best_key) {  // columns rise, so the first of equals stays
-            best_key = key;
-            best_column = column;
-          }
+        const auto consider = [&](u32 column, f32 logit) {
+          const u32 key = is_live && column < op.out_features ? order_key(orderable_logit(logit)) : 0;
+          const bool is_better = key > best_key;  // columns rise, so the first of equals stays
+          best_key = is_better ? key : best_key;
+          best_column = is_better ? column : best_column;
         };
 #pragma unroll
         for (u32 block = part * kPartBlocks; block < (part + 1) * kPartBlocks; block++) {
           const u32 column = column_begin + fragment_column(block);
-          put(column, d[block * 4 + half * 2] * scale);
-          put(column + 1, d[block * 4 + half * 2 + 1] * scale);
+          const float2 pair{d[block * 4 + half * 2] * scale, d[block * 4 + half * 2 + 1] * scale};
+          consider(column, pair.x);
+          consider(column + 1, pair.y);
+          if (!is_live || column >= op.out_features) continue;
+          if (has_pairs) {
+            *reinterpret_cast<float2*>(logits + column) = pair;
+          } else {
+            logits[column] = pair.x;
+            if (column + 1 < op.out_features) logits[column + 1] = pair.y;
+          }
         }
         const u64 best = quad_max((static_cast<u64>(best_key) << 32) | (0xffffffffu - best_column));  // sampling::best_code()
         const u32 part_idx = column_begin / kLogitPartColumns + part;

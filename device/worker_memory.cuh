@@ -79,6 +79,8 @@ struct ProducerState {
   u32 num_barriers;  // grid barriers of the ops before
   u32 op_buffer;     // of WorkerShared.producer_ops: the next op's
   StepRows rows;     // of the step
+  u32 tokens;        // of a wide GEMM's items: rows
+  u32 stack;         // and packed tiles
 };
 constexpr u32 kWeightProducer = 0;
 constexpr u32 kInputProducer = 1;
@@ -96,11 +98,11 @@ struct ScaleState {
 };
 
 struct WorkerShared {
-  // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`
-  u64 weights_full[kWeightStages];   // [stage]
-  u64 weights_empty[kWeightStages];  // [stage]
+  // mbarriers of the rings: the producer's bulk copies complete `full`, the compute warpgroups arrive at `empty`. In this order: full_barrier()
   u64 inputs_full[kInputStages];     // [stage]
+  u64 weights_full[kWeightStages];   // [stage]
   u64 inputs_empty[kInputStages];    // [stage]
+  u64 weights_empty[kWeightStages];  // [stage]
   u64 scales_full[kScaleBuffers];    // [buffer]; the scale warps arrive
   u64 scales_empty[kScaleBuffers];   // [buffer]; the compute warpgroups arrive
   u64 producers_done;  // a phase per step: the producer warps have read its plan for the last time. Plan n + 1 is published after step n only
@@ -120,7 +122,7 @@ struct WorkerShared {
 constexpr u32 kAttentionBlockBytes = 512;  // AttentionShared of attention_schedule.cuh, which asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232160;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232192;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -131,6 +133,10 @@ BK_INLINE u8* worker_memory() {
 }
 // [row] of one warpgroup, in a narrow step: where sums over half a head or half a group of columns meet (gemm_epilogues.cuh).
 BK_INLINE f32* half_sums(WorkerShared& shared, u32 warpgroup) { return shared.row_scale[warpgroup] + kRowTile; }
+
+// Barriers of a stage of either ring, by numbers of input stages, then of weight stages (gemm_pairs.cuh).
+BK_INLINE u64* full_barrier(WorkerShared& shared, u32 place) { return &shared.inputs_full[0] + place; }
+BK_INLINE u64* empty_barrier(WorkerShared& shared, u32 place) { return &shared.inputs_empty[0] + place; }
 
 BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_cast<WorkerShared*>(shared_memory + kSharedOffset); }
 
