@@ -185,12 +185,13 @@ def transformers_logits(folder: Path, tokens: NDArray[np.uint32]) -> NDArray[np.
 
 
 def test_an_op_has_more_slices_than_its_rings_hold(tmp_path: Path) -> None:
-    """36 slices: a stage is filled again only when both warpgroups gave it back. Narrow and wide steps find the rings at any stage."""
+    """36 slices: a stage is filled again only when its readers gave it back. Narrow and wide steps find the rings at any stage, and those of 70 to
+    150 rows have inputs in the weight ring as well."""
     config = CONFIG | {"intermediate_size": 2304, "num_hidden_layers": 2}
     tensors = write_checkpoint(tmp_path, config, np.random.default_rng(1))
     workers = EmulatedWorkers(tmp_path, tmp_path, num_workers=4)
-    script = Script(workers, [np.random.default_rng(5).integers(0, workers.config.vocab, 320, dtype=np.uint32)])
-    for num_rows in (40, 1, 64, 7, 100, 12, 50):
+    script = Script(workers, [np.random.default_rng(5).integers(0, workers.config.vocab, 500, dtype=np.uint32)])
+    for num_rows in (40, 1, 64, 7, 100, 12, 150, 30, 70):
         script.step((0, num_rows))
     expected = reference_logits(tensors, config, script.tokens[0])
     wanted = expected[[position for _, _, _, position in script.places]]
