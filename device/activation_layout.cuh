@@ -23,6 +23,7 @@ enum Workspace : u32 {
   kWsSampledSquares = 8,  // f32 [max_batch, hidden / 32]: the sampled rows of kWsSquares
   kWsAttentionPart = 9,  // attention's partial results
   kWsLogitBest = 10,     // u64 [max_batch, ceil(vocab / 56)]: the best logit of every 56 columns (logits_epilogue.cuh)
+  kWsRowScales = 11,     // u64 [rows]: a step's row scales, from CTA to CTA (row_scales.cuh)
 };
 constexpr u32 kSquaresColumns = 32;
 

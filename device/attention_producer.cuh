@@ -32,7 +32,7 @@ BK_INLINE const u8* kv_tile(const EngineParams& params, u32 layer, u32 page_id, 
 
 // Until the planning warp has written this step's schedule.
 BK_INLINE void wait_schedule(const EngineParams& params, AttentionShared& attention, u32 step) {
-  wait_mbarrier(params, &attention.schedule_ready, step & 1, kSiteAttentionSchedule);
+  wait_mbarrier<true>(params, &attention.schedule_ready, step & 1, kSiteAttentionSchedule);
 }
 
 // kIsNarrow: nobody else reads the page in this step, so it is streamed. num_groups: of kKvGroupTokens, from the page's first on, and never 0: a
@@ -45,7 +45,7 @@ BK_INLINE void produce_page(const EngineParams& params, u32 layer, u32 page_id, 
   u64* full = nullptr;  // of the page's first stage, on which the bytes of both are counted: one wait for a page
 #pragma unroll
   for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) {
-    wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+    wait_mbarrier<true>(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
     if (i == 0) {
       wait_landed(params, shared, cursor, kPagesOnTheWay<kHeadDim, kIsNarrow> * kPageStages<kHeadDim>);
       full = &shared.weights_full[cursor.stage];
@@ -122,7 +122,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
       const u32 page_id = next_page_id;
       if (page + 1 < page_end) next_page_id = page_table[page + 1];
       if (!has_waited && page >= first_new_page) {
-        wait_grid(params, num_barriers);
+        wait_grid<true>(params, num_barriers);
         fence_proxy_async();  // the rows were written by ordinary stores of other SMs
         has_waited = true;
       }
@@ -135,7 +135,7 @@ BK_INLINE void produce_wide(const EngineParams& params, const Op& op, const Step
 template <int kHeadDim>
 BK_INLINE void produce_attention(const EngineParams& params, const Op& op, const StepPlan* plan, u32 step, u8* shared_memory, WorkerShared& shared, AttentionShared& attention, RingCursor& cursor, u32 num_barriers) {
   wait_schedule(params, attention, step);
-  wait_grid(params, num_barriers - 1);  // all earlier steps' keys and values are visible: the QKV op itself, which this does not wait for, comes after
+  wait_grid<true>(params, num_barriers - 1);  // all earlier steps' keys and values are visible: the QKV op itself, which this does not wait for, comes after
   fence_proxy_async();
   produce_narrow<kHeadDim>(params, op, plan, attention, shared_memory, shared, cursor);
   produce_wide<kHeadDim>(params, op, plan, attention, shared_memory, shared, cursor, num_barriers);

@@ -36,7 +36,7 @@ BK_INLINE void produce_weights(const EngineParams& params, const Op& op, const G
     const u8* tile = weights + static_cast<u64>(item) * shape.num_slices * slice_bytes;
     for (u32 slice = 0; slice < shape.num_slices; slice += stage_slices) {
       const u32 num_bytes = min(stage_slices, shape.num_slices - slice) * slice_bytes;
-      wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+      wait_mbarrier<true>(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
       wait_landed(params, shared, cursor, kWeightsOnTheWay);
       mbarrier_arrive_expect_bytes(&shared.weights_full[cursor.stage], num_bytes);
       bulk_copy_streamed(ring + cursor.stage * kWeightStageBytes, tile + static_cast<u64>(slice) * slice_bytes, num_bytes, &shared.weights_full[cursor.stage]);
@@ -53,7 +53,7 @@ struct InputGate {
 
   BK_INLINE void pass() {
     if (is_open) return;
-    wait_grid(params, num_barriers);
+    wait_grid<true>(params, num_barriers);
     fence_proxy_async();  // the inputs were written by ordinary stores of other SMs; bulk copies read them
     is_open = true;
   }
@@ -68,7 +68,7 @@ BK_INLINE void produce_inputs(const EngineParams& params, const u8* input, const
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     for (u32 offset = 0; offset < input_bytes; offset += kInputStageBytes) {
       const u32 num_bytes = min(kInputStageBytes, input_bytes - offset);
-      wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
+      wait_mbarrier<true>(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(&shared.inputs_full[cursor.stage], num_bytes);
       gate.pass();
       bulk_copy_to_shared(ring + cursor.stage * kInputStageBytes, input + offset, num_bytes, &shared.inputs_full[cursor.stage]);

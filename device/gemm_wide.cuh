@@ -20,13 +20,15 @@ namespace blinkimp {
 BK_INLINE constexpr u32 unit_stages(u32 columns) { return columns * 128 > kWeightStageBytes ? 2 : 1; }
 BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= kWeightStageBytes ? 2 : 1; }
 static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
+// By which a unit of so many packed tiles, slices and stages is known.
+BK_INLINE constexpr u32 unit_shape(u32 num_tiles, u32 num_slices, u32 num_stages) { return num_tiles * 16 + num_slices * 4 + num_stages; }
 
 constexpr u32 kStreamedRows = 256;  // weights of steps of at most so many rows leave L2 first: few row tiles read them, at the same time
 
 // ---- Producers: one elected thread each --------------------------------------------------------------------------
 // Ends a stage's phases without data, in the compute warpgroups' place too; they only count along (align_consumer).
 BK_INLINE void pass_stage(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
-  wait_mbarrier(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
+  wait_mbarrier<true>(params, &shared.weights_empty[cursor.stage], cursor.phase, kSiteWeightRing);
   mbarrier_arrive(&shared.weights_full[cursor.stage]);
   for (u32 i = 0; i < 2; i++) mbarrier_arrive(&shared.weights_empty[cursor.stage]);
   cursor.advance(kWeightStages);
@@ -37,41 +39,73 @@ BK_INLINE void align_producer(const EngineParams& params, u32 num_unit_stages, W
   while (cursor.stage % num_unit_stages != 0) pass_stage(params, shared, cursor);
 }
 
-// Copies of copy_bytes side by side: one thread issues a slice's, of O and down eight, within the time of its products, and at 80 clk each, of which most is the way of addresses into uniform
-// registers, it was late by 15 to 20 %.
-template <u32 kCount, bool kIsStreamed, class Offset>
-BK_INLINE void copy_at_once(const u8* source, u8* place, u32 copy_bytes, u64* full, const Offset& offset) {
+// An item's weights: where the producer is, and what a copy of it brings.
+struct WeightWalk {
+  const u8* source;  // of the next slice of the first packed tile
+  u32 num_left;      // slices
+  u32 slice_bytes;   // of a packed tile
+  u32 tile_bytes;
+  bool lends;        // the stage behind the next unit is the input producer's, where has_pairs()
+  bool is_lone;
+  RingCursor cursor;
+};
+
+// Whole units of kTiles packed tiles x kSlices slices in kStages stages, to [slice][tile] of the stage. What one thread executes for a unit is a chain, and has to fit into the time of the unit's
+// products: counted at run time copies took 600 clk, here they take half of it (PERFORMANCE.md, eighteenth state).
+template <u32 kTiles, u32 kSlices, u32 kStages, bool kIsStreamed>
+BK_INLINE void produce_whole_units(const EngineParams& params, u8* ring, WorkerShared& shared, WeightWalk& walk) {
+  constexpr bool kPairs = kTiles == 2 && kSlices == 2;
+  const u32 slice_bytes = walk.slice_bytes;
+  const u32 tile_bytes = walk.tile_bytes;
+#pragma unroll 1
+  for (; walk.num_left >= kSlices; walk.num_left -= kSlices) {
+    const u32 stage = walk.cursor.stage;
+    u64* full = &shared.weights_full[stage];
 #pragma unroll
-  for (u32 i = 0; i < kCount; i++) {
-    if constexpr (kIsStreamed) bulk_copy_streamed(place + i * copy_bytes, source + offset(i), copy_bytes, full);
-    else bulk_copy_to_shared(place + i * copy_bytes, source + offset(i), copy_bytes, full);
+    for (u32 i = 0; i < kStages; i++) wait_mbarrier<true>(params, &shared.weights_empty[stage + i], walk.cursor.phase, kSiteWeightRing);
+    if (kPairs && !walk.is_lone) pause_clk(kPairPauseClk);
+    if constexpr (kStages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
+    mbarrier_arrive_expect_bytes(full, kTiles * kSlices * slice_bytes);
+#pragma unroll
+    for (u32 i = 0; i < kTiles * kSlices; i++) {
+      const u8* source = walk.source + i % kTiles * tile_bytes + i / kTiles * slice_bytes;
+      u8* place = ring + stage * kWeightStageBytes + i * slice_bytes;
+      if constexpr (kIsStreamed) bulk_copy_streamed(place, source, slice_bytes, full);
+      else bulk_copy_to_shared(place, source, slice_bytes, full);
+    }
+    walk.source += kSlices * slice_bytes;
+    for (u32 i = 0; i < kStages; i++) walk.cursor.advance(kWeightStages);
+    if constexpr (kPairs) {
+      if (walk.lends) walk.cursor.advance(kWeightStages);
+      walk.lends = !walk.is_lone || !walk.lends;
+    }
   }
 }
 
-// One unit of an item: packed tiles [0, num_tiles), num_slices slices of each from `source` on, to [slice][tile] of the stage.
-template <bool kIsStreamed>
-BK_INLINE void copy_weight_unit(const WideTiling& tiling, const u8* source, u32 num_tiles, u32 num_slices, u8* place, u64* full) {
-  const u32 slice_bytes = tiling.tile_rows * 128;
-  const u32 tile_bytes = tiling.num_slices * slice_bytes;
-  if (num_tiles == 2 && num_slices == 2) {
-    copy_at_once<4, kIsStreamed>(source, place, slice_bytes, full, [&](u32 i) { return i % 2 * tile_bytes + i / 2 * slice_bytes; });
-    return;
-  }
-  const auto tile_offset = [&](u32 i) { return i * tile_bytes; };
+// Units of any shape, and the last one of an item, whole or not.
+BK_INLINE void produce_any_units(const EngineParams& params, const WideTiling& tiling, u32 num_tiles, u8* ring, WorkerShared& shared, WeightWalk& walk) {
+  const u32 columns = tiling.stack * tiling.tile_rows;
 #pragma unroll 1
-  for (u32 slice = 0; slice < num_slices; slice++) {
-    const u8* from = source + slice * slice_bytes;
-    u8* to = place + slice * tiling.stack * slice_bytes;
-    u32 num_left = num_tiles;
+  while (walk.num_left > 0) {
+    const u32 num_slices = min(unit_slices(columns), walk.num_left);
+    u64* full = &shared.weights_full[walk.cursor.stage];
 #pragma unroll 1
-    for (; num_left >= 4; num_left -= 4, from += 4 * tile_bytes, to += 4 * slice_bytes) copy_at_once<4, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
-    if (num_left >= 2) {
-      copy_at_once<2, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
-      num_left -= 2;
-      from += 2 * tile_bytes;
-      to += 2 * slice_bytes;
+    for (u32 i = 0; i < unit_stages(columns); i++) wait_mbarrier<true>(params, &shared.weights_empty[walk.cursor.stage + i], walk.cursor.phase, kSiteWeightRing);
+    if (unit_stages(columns) == 2) mbarrier_arrive(full + 1);
+    mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * walk.slice_bytes);
+#pragma unroll 1
+    for (u32 slice = 0; slice < num_slices; slice++) {
+      u8* place = ring + walk.cursor.stage * kWeightStageBytes + slice * tiling.stack * walk.slice_bytes;
+#pragma unroll 1
+      for (u32 tile = 0; tile < num_tiles; tile++) bulk_copy_to_shared(place + tile * walk.slice_bytes, walk.source + tile * walk.tile_bytes, walk.slice_bytes, full);
+      walk.source += walk.slice_bytes;
     }
-    if (num_left) copy_at_once<1, kIsStreamed>(from, to, slice_bytes, full, tile_offset);
+    for (u32 i = 0; i < unit_stages(columns); i++) walk.cursor.advance(kWeightStages);
+    if (has_pairs(columns)) {
+      if (walk.lends) walk.cursor.advance(kWeightStages);
+      walk.lends = !walk.is_lone || !walk.lends;
+    }
+    walk.num_left -= num_slices;
   }
 }
 
@@ -87,32 +121,27 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8
   for (u32 item = walk.first; item < walk.end; item += walk.stride) {
     // Worked out anew for each item, because a producer has few registers.
     const Op& item_op = entered_op(shared, kWeightProducer);
-    const u32 tokens = state.tokens;
     const u32 stack = state.stack;
-    const WideTiling tiling = wide_tiling_of(item_op, num_rows, tokens, stack);
+    const WideTiling tiling = wide_tiling_of(item_op, num_rows, state.tokens, stack);
     const u32 slice_bytes = tiling.tile_rows * 128;
-    const u32 num_unit_slices = unit_slices(stack * tiling.tile_rows);
-    const u32 num_unit_stages = unit_stages(stack * tiling.tile_rows);
     const u32 first_tile = gemm_item(tiling, item).weight_item * stack;
     const u32 num_tiles = min(stack, tiling.num_tiles - first_tile);
-    const u8* source = reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes;
-    const bool is_streamed = num_rows <= kStreamedRows;
-#pragma unroll 1
-    for (u32 num_left = tiling.num_slices; num_left > 0;) {
-      const u32 num_slices = min(num_unit_slices, num_left);
-      u64* full = &shared.weights_full[cursor.stage];
-#pragma unroll 1
-      for (u32 i = 0; i < num_unit_stages; i++) wait_mbarrier(params, &shared.weights_empty[cursor.stage + i], cursor.phase, kSiteWeightRing);
-      if (num_unit_stages == 2) mbarrier_arrive(full + 1);  // the bytes are all counted on the first stage
-      mbarrier_arrive_expect_bytes(full, num_slices * num_tiles * slice_bytes);
-      u8* place = ring + cursor.stage * kWeightStageBytes;
-      if (is_streamed) copy_weight_unit<true>(tiling, source, num_tiles, num_slices, place, full);
-      else copy_weight_unit<false>(tiling, source, num_tiles, num_slices, place, full);
-      for (u32 i = 0; i < num_unit_stages; i++) cursor.advance(kWeightStages);
-      if (has_pairs(stack * tiling.tile_rows) && borrows_stage(tokens == kRowTile, (tiling.num_slices - num_left) / kPairSlices)) cursor.advance(kWeightStages);  // the input producer's
-      source += num_slices * slice_bytes;
-      num_left -= num_slices;
+    WeightWalk units{reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes,
+                     tiling.num_slices, slice_bytes, tiling.num_slices * slice_bytes, true, tiling.tokens == kRowTile, cursor};
+    // The shapes of the rule's items have code of their own.
+    const u32 shape = unit_shape(num_tiles, unit_slices(stack * tiling.tile_rows), unit_stages(stack * tiling.tile_rows));
+    if (num_rows <= kStreamedRows) {
+      if (shape == unit_shape(2, 2, 1)) produce_whole_units<2, 2, 1, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, true>(params, ring, shared, units);
+    } else {
+      if (shape == unit_shape(8, 1, 2)) produce_whole_units<8, 1, 2, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, false>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, false>(params, ring, shared, units);
     }
+    produce_any_units(params, tiling, num_tiles, ring, shared, units);
+    cursor = units.cursor;
   }
 }
 
@@ -147,7 +176,7 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const u8* input, 
       const u32 second_bytes = lone ? (num_slices == 2 ? first_bytes : 0) : next_tile_bytes;
       u64* full = &shared.inputs_full[cursor.stage];
       u8* place = ring + cursor.stage * kInputStageBytes;
-      wait_mbarrier(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
+      wait_mbarrier<true>(params, &shared.inputs_empty[cursor.stage], cursor.phase, kSiteInputRing);
       mbarrier_arrive_expect_bytes(full, first_bytes + second_bytes);
       gate.pass();
       if (first_bytes) bulk_copy_to_shared(place, source, first_bytes, full);

@@ -38,7 +38,7 @@ struct LogitsEpilogue : ReadsNothing {
     static_assert(kColumns % kLogitPartColumns == 0, "whole parts");
     constexpr u32 kPartBlocks = kLogitPartColumns / 8;
     const u32 num_parts = num_logit_parts(params.dims.vocab);
-    const bool has_pairs = params.dims.vocab % 2 == 0;  // stores of two logits: half as many. An odd vocabulary leaves rows unaligned
+    const bool stores_pairs = params.dims.vocab % 2 == 0;  // stores of two logits: half as many. An odd vocabulary leaves rows unaligned
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
       const u32 row = row_begin + fragment_row(half);
@@ -62,7 +62,7 @@ struct LogitsEpilogue : ReadsNothing {
           consider(column, pair.x);
           consider(column + 1, pair.y);
           if (!is_live || column >= op.out_features) continue;
-          if (has_pairs) {
+          if (stores_pairs) {
             *reinterpret_cast<float2*>(logits + column) = pair;
           } else {
             logits[column] = pair.x;

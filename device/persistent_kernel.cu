@@ -34,6 +34,7 @@ BK_INLINE void init_shared(const EngineParams& params) {
     shared.next_cursors = ConsumerCursors{};
     shared.next_scales = RingCursor{};
     shared.is_idle = 0;
+    shared.scales_are_late = 0;
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};
@@ -41,7 +42,9 @@ BK_INLINE void init_shared(const EngineParams& params) {
   __syncthreads();  // mbarriers and compute state are initialised before any role uses them
 }
 
-// The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers.
+// The roles are the branches of one if/else, in the director's CTA too: only then does the assembler give each branch its own registers. And each ends with a
+// wait for copies, of which most have none left. Without it the assembler lets all roles end in one place and takes a producer's thread for one among others that
+// may go on beside it: what its copies need then goes through ordinary registers, which takes twice the time (PERFORMANCE.md, eighteenth state).
 extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kernel(const __grid_constant__ EngineParams params) {
   init_shared(params);
   const u32 warp = uniform(threadIdx.x / 32);  // roles by warp: within each the compiler may use uniform registers
@@ -51,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
     const u32 role = warp - kComputeThreads / 32;
     if (role >= 2) {
       scale_producer(params);
-    } else if (elect_one()) {
+      cp_async_wait<0>();
+    } else if (elect_one()) {  // both end with such a wait
       if (role == 0) weight_producer(params);
       else input_producer(params);
     }
@@ -59,8 +63,10 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) persistent_kerne
     set_registers_up<224>();
     if (uniform(cta_idx()) != params.num_workers) {
       compute(params);
+      cp_async_wait<0>();
     } else if (warp < kDirectorThreads / 32) {
       direct(params);
+      cp_async_wait<0>();
     }
   }
 }

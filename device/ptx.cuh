@@ -111,6 +111,25 @@ BK_INLINE void st_release_gpu(u32* address, u32 value) {
 #endif
 }
 
+// One word from SM to SM that says itself what it is: nothing else is ordered by it.
+BK_INLINE u64 ld_relaxed_gpu(const u64* address) {
+#if BK_GPU
+  u64 value;
+  asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+#else
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+#endif
+}
+
+BK_INLINE void st_relaxed_gpu(u64* address, u64 value) {
+#if BK_GPU
+  asm volatile("st.relaxed.gpu.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+#else
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
 // Among warps of one CTA, through its shared memory (generic addresses).
 BK_INLINE u32 ld_acquire_cta(const u32* address) {
 #if BK_GPU

@@ -1,8 +1,9 @@
 // The scale warps (10 and 11): row scales of every op that normalises its input; the first of them plans attention, too. GPU only.
 //
-// They run the program as the other producers do, an op at a time, and within a GEMM op its items: the rows of each item's row tile are summed up
-// (row_scales.cuh) into a buffer that the compute warpgroups give back. Nothing but the ring's place lives in registers from op to op or from item to
-// item: eight rows' loads take them all, and so does the planning. With more kept, two rows' loads were on their way at once, one after the other.
+// They run the program as the other producers do, an op at a time, and within a GEMM op its items: the scales of each item's row tile go
+// (row_scales.cuh) into a buffer that the compute warpgroups give back; of a wide step each CTA sums up a share of the rows, and takes the others'. Nothing but the
+// ring's place lives in registers from op to op or from item to item: eight rows' loads take them all, and so does the planning. With more kept, two rows'
+// loads were on their way at once, one after the other.
 // Called by device/persistent_kernel.cu. Test: pytest tests/host/test_worker_sm90_simt.py
 #pragma once
 #include <attention_planner.cuh>
@@ -21,7 +22,32 @@ BK_INLINE WideTiling scale_tiling(const EngineParams& params, const Op& op, u32 
   return is_wide(num_rows) ? wide_tiling(params, op, num_rows) : wide_tiling_of(op, num_rows, kRowTile, 1);
 }
 
-// One op, after the grid barrier that completes the sums of squares: the rows of each item's row tile, once for items in a row that share it.
+// Sums of squares of the rows that an op works on.
+BK_INLINE const f32* row_squares(const EngineParams& params, const Op& op, const StepPlan& plan) {
+  return reinterpret_cast<const f32*>(params.workspaces[op.kind == kOpLmHead && !samples_every_row(plan) ? kWsSampledSquares : kWsSquares]);
+}
+
+// Of an op's scales on their way from CTA to CTA. Never 0, which a word has that nobody wrote.
+BK_INLINE u32 scale_tag(const ProducerState& state) { return state.num_barriers + 1; }
+
+// This CTA's share of an op's rows, after the grid barrier that completes the sums of squares: of a wide step for all CTAs, of a narrow one into the next buffer.
+BK_INLINE void sum_own_rows(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor) {
+  const ProducerState& state = scale_state().program;
+  const StepPlan& plan = *producer_plan(params, state);
+  const Op& op = producer_op(params, state);
+  const u32 num_rows = rows_of(op.kind, plan);
+  wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
+  sum_row_scales(params, row_squares(params, op, plan), row_share(params, num_rows), scale_warp(), [&](u32 row, f32 scale) {
+    const ProducerState& program = scale_state().program;
+    if (is_wide(rows_of(producer_op(params, program).kind, *producer_plan(params, program)))) {
+      st_relaxed_gpu(row_scale_words(params) + row, static_cast<u64>(scale_tag(program)) << 32 | __float_as_uint(scale));
+    } else {
+      shared.row_scale[cursor.stage][row] = scale;
+    }
+  });
+}
+
+// One op: the scales of each item's row tile, once for items in a row that share it.
 BK_INLINE void produce_row_scales(const EngineParams& params, WorkerShared& shared, RingCursor& cursor) {
   if (is_first_lane()) {
     ScaleState& state = scale_state();
@@ -35,6 +61,7 @@ BK_INLINE void produce_row_scales(const EngineParams& params, WorkerShared& shar
     wait_grid(params, state.program.num_barriers + phases_in_step(op.kind, plan) - 1);
   }
   __syncwarp();  // the grid was acquired by one lane, which wrote the state
+  sum_own_rows(params, shared, cursor);
 #pragma unroll 1
   for (;;) {
     const ScaleState& state = scale_state();
@@ -45,12 +72,11 @@ BK_INLINE void produce_row_scales(const EngineParams& params, WorkerShared& shar
     if (state.item >= tiling.num_items) break;
     const u32 row_tile = gemm_item(tiling, state.item).row_tile;
     if (row_tile != state.row_tile) {
-      const u32 row_begin = row_tile * tiling.tokens;
-      const u32 row_end = min(num_rows, row_begin + tiling.tokens);
-      const bool is_sampled = op.kind == kOpLmHead && !samples_every_row(plan);
-      const f32* squares = reinterpret_cast<const f32*>(params.workspaces[is_sampled ? kWsSampledSquares : kWsSquares]) + static_cast<u64>(row_begin) * (params.dims.hidden / kSquaresColumns);
-      wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
-      if (row_begin < row_end) sum_row_scales(params, squares, row_end - row_begin, scale_warp(), shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
+      if (is_wide(num_rows)) {
+        const u32 row_begin = row_tile * tiling.tokens;
+        wait_mbarrier(params, &shared.scales_empty[cursor.stage], cursor.phase, kSiteScales);
+        take_row_scales(params, scale_tag(state.program), row_begin, min(num_rows - row_begin, tiling.tokens), scale_warp(), shared.row_scale[cursor.stage] + row_begin % (2 * kRowTile));
+      }
       __syncwarp();  // all lanes' scales are written, nobody reads the state
       if (is_first_lane()) {
         mbarrier_arrive(&shared.scales_full[cursor.stage]);

@@ -163,6 +163,7 @@ BK_INLINE void run_embed(const EngineParams& params, const Op& op, const StepPla
   const u32 hidden = opaque(params.dims.hidden);
   const u32 tile_rows = input_tile_rows(plan->num_rows);
   const f32* gain = reinterpret_cast<const f32*>(op.next_norm);
+  forget_row_scales(params);
   if (plan->num_rows < tile_rows) {
     zero_padding(params, params.workspaces[kWsNormed], hidden, plan->num_rows);
     zero_padding(params, params.workspaces[kWsAttention], params.dims.num_heads * kHeadDim, plan->num_rows);

@@ -79,7 +79,7 @@ struct ProducerState {
   u32 num_barriers;  // grid barriers of the ops before
   u32 op_buffer;     // of WorkerShared.producer_ops: the next op's
   StepRows rows;     // of the step
-  u32 tokens;        // of a wide GEMM's items: rows
+  u32 tokens;        // the weight producer's alone: of a wide GEMM's items, rows
   u32 stack;         // and packed tiles
 };
 constexpr u32 kWeightProducer = 0;
@@ -117,12 +117,13 @@ struct WorkerShared {
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
   u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
+  u32 scales_are_late;  // a wait for row scales outlived the spin budget; writers and readers: compute threads
 };
 
 constexpr u32 kAttentionBlockBytes = 512;  // AttentionShared of attention_schedule.cuh, which asserts that it fits
 constexpr u32 kSharedOffset = kRingOffset + kWeightStages * kWeightStageBytes;
 constexpr u32 kAttentionBlockOffset = kSharedOffset + sizeof(WorkerShared);
-constexpr u32 kSharedMemoryBytes = 232192;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
+constexpr u32 kSharedMemoryBytes = 232208;  // SHARED_MEMORY_BYTES of host/gpu_kernel.py
 static_assert(kSharedMemoryBytes == kAttentionBlockOffset + kAttentionBlockBytes, "the map ends here");
 static_assert(kSharedMemoryBytes <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 
@@ -144,12 +145,22 @@ BK_INLINE WorkerShared& worker_shared(u8* shared_memory) { return *reinterpret_c
 BK_INLINE const Op& entered_op(const WorkerShared& shared, u32 producer) { return shared.producer_ops[producer][shared.producers[producer].op_buffer ^ 1]; }
 
 // Records a fault and stops the kernel. The record lies in pinned host memory, so losing the context to the trap does not lose it.
-// Out of line: inlined into every wait, its addresses would take registers from the loops around.
-__device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
+BK_INLINE void fail_here(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) {
   // Another wait was first: its record must be whole before this trap stops the context, and takes microseconds to be.
   if (!record_fault(params, code, site, expected, seen)) sleep_ns(1000000);
   fence_acq_rel_sys();  // the record has left the SM before the trap
   trap();
+}
+
+// Out of line: inlined into every wait, its addresses would take registers from the loops around.
+__device__ __noinline__ void fail(const EngineParams& params, u32 code, u32 site, u64 expected, u64 seen) { fail_here(params, code, site, expected, seen); }
+
+// In a wait of one thread. kElected: of a producer's elected thread. Nothing in its loops may be a call, else addresses of copies do not stay in uniform registers, and what it
+// executes for a copy takes twice as long (PERFORMANCE.md, eighteenth state). Inlined into other threads' waits, the record has that very effect.
+template <bool kElected>
+BK_INLINE void fail_wait(const EngineParams& params, u32 site, u64 expected, u64 seen) {
+  if constexpr (kElected) fail_here(params, kFaultSpinExpired, site, expected, seen);
+  else fail(params, kFaultSpinExpired, site, expected, seen);
 }
 
 constexpr u32 kTriesPerLook = 64;  // reading the clock takes longer than a try
@@ -175,13 +186,14 @@ BK_INLINE void wait_mbarrier_warp(u64* barrier, u32 parity, u32 site) {
 }
 
 // Waits of one thread for a phase of an mbarrier; a wait that outlives the spin budget is a fault.
+template <bool kElected = false>
 BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parity, u32 site) {
   u64 start_ns = 0;
   for (u32 tries = 1; !mbarrier_try_wait(barrier, parity); tries++) {
     if (tries % kTriesPerLook) continue;
     const u64 now_ns = device_clock_ns();
     if (!start_ns) start_ns = now_ns;
-    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, site, parity, *barrier);
+    if (now_ns - start_ns > params.spin_budget_ns) fail_wait<kElected>(params, site, parity, *barrier);
   }
 }
 
@@ -189,7 +201,7 @@ BK_INLINE void wait_mbarrier(const EngineParams& params, u64* barrier, u32 parit
 BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, const RingCursor& cursor, u32 num_stages) {
   const bool same_lap = cursor.stage >= num_stages;
   const u32 stage = same_lap ? cursor.stage - num_stages : cursor.stage + kWeightStages - num_stages;
-  wait_mbarrier(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
+  wait_mbarrier<true>(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
 // Words of EngineParams.grid_words, 128 bytes apart.
@@ -202,6 +214,7 @@ BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num
 }
 
 // Waits until the grid has passed num_barriers barriers since launch. Acquire: pairs with grid_arrive().
+template <bool kElected = false>
 BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers) {
   u32* arrivals = grid_word(params, kGridWordArrivals);
   u64 start_ns = 0;
@@ -210,7 +223,7 @@ BK_INLINE void wait_grid(const EngineParams& params, u32 num_barriers) {
     if (tries % kTriesPerLook) continue;
     const u64 now_ns = device_clock_ns();
     if (!start_ns) start_ns = now_ns;
-    if (now_ns - start_ns > params.spin_budget_ns) fail(params, kFaultSpinExpired, kSiteGridBarrier, num_barriers * params.num_workers, seen);
+    if (now_ns - start_ns > params.spin_budget_ns) fail_wait<kElected>(params, kSiteGridBarrier, num_barriers * params.num_workers, seen);
   }
 }
 

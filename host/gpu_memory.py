@@ -23,6 +23,7 @@ SQUARES_COLUMNS: Final = 32
 LOGIT_PART_COLUMNS: Final = 56  # kLogitPartColumns of device/logits_epilogue.cuh
 SPLIT_PAGES: Final = 4  # kSplitPages of device/attention_math.cuh and device/portable/attention_math.cuh
 ATTENTION_COUNTERS: Final = abi.NUM_WORKSPACES - 1  # kWsAttentionCounters of device/attention_schedule.cuh
+ROW_SCALES: Final = 11  # kWsRowScales of device/activation_layout.cuh
 
 
 def attention_part_bytes(config: ModelConfig, sizes: EngineSizes) -> int:
@@ -48,6 +49,7 @@ def workspace_sizes(config: ModelConfig, sizes: EngineSizes) -> list[int]:
         sampled * (config.hidden // SQUARES_COLUMNS) * 4,
         attention_part_bytes(config, sizes),
         sizes.max_batch * -(-config.vocab // LOGIT_PART_COLUMNS) * 8,
+        rows * 8,
     ]
     sizes_by_index = used + [0] * (abi.NUM_WORKSPACES - len(used))
     sizes_by_index[ATTENTION_COUNTERS] = sizes.max_batch * config.num_kv_heads * 4

@@ -29,7 +29,7 @@ from blinkimp.host.gpu_kernel import (
     KernelKind,
     kernel_shape,
 )
-from blinkimp.host.gpu_memory import ATTENTION_COUNTERS, allocate_engine, workspace_sizes
+from blinkimp.host.gpu_memory import ATTENTION_COUNTERS, ROW_SCALES, allocate_engine, workspace_sizes
 from blinkimp.host.gpu_weights import GpuTarget
 from blinkimp.host.memory_plan import EngineSizes
 from blinkimp.host.program import load_model
@@ -262,6 +262,9 @@ class StepRunner:
         words = np.zeros(abi.GRID_WORDS_BYTES // 4, np.uint32)
         words[0] = 2  # both plans are published
         context.upload(int(params["grid_words"][0]), words)
+        self.set_workspace(
+            ROW_SCALES, np.zeros(workspace_sizes(self.config, self.sizes)[ROW_SCALES], np.uint8)
+        )  # a program may lack the embed op, which does so
         context.launch(
             self.function, self.num_workers, self.shape.num_threads, [params],
             shared_memory_bytes=self.shape.shared_memory_bytes, cooperative=True,

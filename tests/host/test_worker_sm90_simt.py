@@ -235,25 +235,47 @@ def test_the_host_counts_rounds_as_the_rule_does(
                 assert workers.wide_time_ns(matrix, rows, num_workers) == expected, (matrix, rows, num_workers)
 
 
-def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:
+def check_prompt(folder: Path, build_folder: Path, device: Path, num_tokens: int) -> None:
     workers = EmulatedWorkers(folder, build_folder, num_workers=2, device=device)
-    script = Script(workers, [np.arange(20, dtype=np.uint32)])
-    script.step((0, 20))
-    wanted = reference_logits(load_file(folder / "model.safetensors"), CONFIG, script.tokens[0])[19]
+    script = Script(workers, [np.arange(num_tokens, dtype=np.uint32)])
+    script.step((0, num_tokens))
+    wanted = reference_logits(load_file(folder / "model.safetensors"), CONFIG, script.tokens[0])[num_tokens - 1]
     got = logits_of(workers, script, seed=0)[0]
     assert np.linalg.norm(got - wanted) < 2e-2 * np.linalg.norm(wanted)
+
+
+def check_a_prompt(folder: Path, build_folder: Path, device: Path) -> None:
+    check_prompt(folder, build_folder, device, 20)
+
+
+def check_a_wide_prompt(folder: Path, build_folder: Path, device: Path) -> None:
+    check_prompt(folder, build_folder, device, 70)
 
 
 def test_a_wait_too_few_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
     """The input producer without its wait for the grid: wrong logits, or a crash, as on a GPU; so in a process of its own."""
     folder, _ = checkpoint
-    wait = "wait_grid(params, num_barriers);\n    fence_proxy_async();"
-    for name, replacement, wanted in (("whole", wait, True), ("planted", "", False)):
-        device = shutil.copytree(ROOT / "device", tmp_path / name)
-        source = (device / "gemm.cuh").read_text()
-        assert source.count(wait) == 1
-        (device / "gemm.cuh").write_text(source.replace(wait, replacement))
-        result = run_apart("check_a_prompt", folder, device)
+    wait = "wait_grid<true>(params, num_barriers);\n    fence_proxy_async();"
+    check_with_and_without(folder, tmp_path, "check_a_prompt", "gemm.cuh", wait, "")
+
+
+def test_a_row_scale_of_another_op_is_seen(checkpoint: tuple[Path, dict[str, NDArray[Any]]], tmp_path: Path) -> None:
+    """A CTA that takes for a wide step's row scales what it finds, without a look at the tags."""
+    folder, _ = checkpoint
+    tags = "if (one >> 32 == tag && other >> 32 == tag) break;"
+    check_with_and_without(folder, tmp_path, "check_a_wide_prompt", "row_scales.cuh", tags, "break;")
+
+
+def check_with_and_without(
+    folder: Path, build_folder: Path, check: str, header: str, text: str, replacement: str
+) -> None:
+    """A check of this file passes with device/ as it is, and fails where `text` of a header was replaced."""
+    for name, new_text, wanted in (("whole", text, True), ("planted", replacement, False)):
+        device = shutil.copytree(ROOT / "device", build_folder / name)
+        source = (device / header).read_text()
+        assert source.count(text) == 1
+        (device / header).write_text(source.replace(text, new_text))
+        result = run_apart(check, folder, device)
         assert (result.returncode == 0) == wanted, result.stderr
 
 

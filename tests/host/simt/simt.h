@@ -193,6 +193,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
+inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
