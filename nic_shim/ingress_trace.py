@@ -5,7 +5,7 @@
     trace.drained(touched, num_unfinished)                 # after a look at the completion ring that found something
     trace.handed_over()                                    # after what is new went to the clients' connections
 
-Some eight events a request and one for each look that found something, none for a token; one costs about a microsecond. Times are those of
+Seven events a request and one for each look that found something, none for a token; one costs about a microsecond. Times are those of
 time.monotonic_ns(). Called by nic_shim/engine_link.py and the ingresses' loops, from one thread. Test: pytest tests/host/test_ingress_trace.py
 
 Invariants

@@ -1,6 +1,6 @@
 """The bytes that each token of a tokenizer stands for.
 
-Called by nic_shim/http_logprobs.py and nic_shim/constraint_compiler.py. Test: pytest tests/null/test_http_logprobs.py
+Called by nic_shim/http_logprobs.py and nic_shim/constraint_worker.py. Test: pytest tests/null/test_http_logprobs.py
 
 Rule: byte-level tokenizers (GPT-2's alphabet) map each character of a piece back to a byte; SentencePiece-like ones write a space as
 U+2581 and single bytes as <0xNN>. Special tokens stand for no text.

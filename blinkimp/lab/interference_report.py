@@ -1,6 +1,6 @@
 """What interference did, as tables and plots: each run beside the isolated one of the same engine, placement and load.
 
-Called by blinkimp/lab/report.py and blinkimp/cli/lab.py. Test: pytest tests/null/test_lab_report.py
+Called by blinkimp/lab/report.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     write_llama_3_8b(folder)        then serve it with load_format dummy
 
 Every id from 256 on decodes to a word of its own, so that a text protocol streams a piece for each token, whatever random weights say; the first 256
-are bytes, so that any text can be encoded. Called by blinkimp/lab/evidence.py. Test: pytest tests/null/test_evidence_plan.py
+are bytes, so that any text can be encoded. Called by blinkimp/cli/evidence.py. Test: pytest tests/null/test_evidence_plan.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Events are cut into as many pieces as there are CPUs; each piece is scanned by a native loop without the GIL, into tables of its own, which
 are then merged: a request that goes over a cut has its sums added and its first and last times joined. Rate: tools/bench_trace.py.
-Called by blinkimp/trace/{stats,timeline,diff,perfetto}.py. Test: pytest tests/null/test_trace_scan.py
+Called by blinkimp/trace/{figures,timeline,diff,perfetto}.py. Test: pytest tests/null/test_trace_scan.py
 
 Invariants
 S1  The result does not depend on the number of pieces.
