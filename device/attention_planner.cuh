@@ -2,7 +2,7 @@
 //
 // Passes over the shares, 32 at a time, one a lane: which are narrow and how much wide work there is; then, for each window size, how many narrow pages, whether
 // cuts stand between units alone, and the places of this CTA's three cuts.
-// Called by device/worker.cuh (warp 10). Test: pytest tests/host/test_attention_sm90_simt.py
+// Called by device/scale_producer.cuh (warp 10). Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <attention_schedule.cuh>
 

@@ -1,5 +1,5 @@
 // Idle: a director with nothing to do looks for the next submission and for nothing else, because how soon it sees one is what an idle engine
-// is asked for. A poll is two round trips over PCIe and some twenty dependent reads of L2: on average a submission would wait for half of that.
+// is asked for. A poll is a round trip over PCIe and some fifteen dependent reads of L2: on average a submission would wait for half of that.
 //
 // Called by device/director_loop.cuh between polls; an emulated device sleeps instead (emu/idle_backoff.h). Test: pytest tests/host/test_idle.py
 //

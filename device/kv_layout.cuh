@@ -3,7 +3,7 @@
 // Cache: [num_layers][num_pages][num_kv_heads][K, V] tiles. A tile is what wgmma reads after one bulk copy: [head_dim / 64][kPageTokens tokens]
 // [64 dimensions] bf16, the 16-byte chunks of a token's 128 bytes exchanged by the 128-byte swizzle (chunk ^= token mod 8). K is then a
 // K-major B operand, V an MN-major (transposed) one.
-// Called by device/gemm_epilogues.cuh (writes), device/attention*.cuh (read). Test: pytest tests/host/test_attention_sm90_simt.py
+// Called by device/qkv_epilogue.cuh (writes), device/attention*.cuh (read). Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <program_abi.h>
 #include <ptx.cuh>

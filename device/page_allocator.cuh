@@ -1,6 +1,6 @@
 // KV pages: a stack of free pages, for every page who holds it, and the pages that only the prefix cache keeps, oldest first.
 //
-// Called by scheduler.cuh (take) and request_life.cuh, commit.cuh (give back); prefix_cache.cuh puts pages into the cache and finds
+// Called by admission.cuh, scheduler.cuh (take) and request_life.cuh, commit.cuh (give back); prefix_cache.cuh puts pages into the cache and finds
 // them there. Exhaustion is a returned result: whoever takes pages looks at num_available_pages() first.
 // Test: pytest tests/host/test_director_pages.py tests/host/test_prefix_cache.py
 //

@@ -1,6 +1,6 @@
 // Prefix cache: a new request takes the KV pages of the tokens that it shares with an earlier one, instead of computing them again.
 //
-// Called by scheduler.cuh: look-up at admission, registration of full pages as soon as the rows that fill them are planned. PREFIX_CACHE.md
+// Called by admission.cuh and scheduler.cuh: look-up at admission, registration of full pages as soon as the rows that fill them are planned. PREFIX_CACHE.md
 // says why that is sound. Eviction and references are page_allocator.cuh's.
 // Test: pytest tests/host/test_prefix_cache.py tests/host/test_director_stateful.py
 //

@@ -157,7 +157,7 @@ struct EngineParams {  // written by the host before launch, then constant
   u64 tokens;                        // u32 [num_requests, max_context]
   u64 page_tables;                   // u32 [num_requests, max_pages_per_request]
   u64 free_pages;                    // u32 [num_pages], a stack
-  u64 page_owners;                   // u32 [num_pages]: request_idx + 1, 0 = free
+  u64 page_owners;                   // u32 [num_pages]: request_idx + 1, or kPageShared | tables (P3 of page_allocator.cuh); 0 = free
   u64 plans[2];                      // StepPlan and its arrays; step n uses plans[n & 1]
   u64 sampled;                       // SampleResult [2][max_batch]; step n uses [n & 1]
   u64 ops;                           // Op [num_ops]

@@ -1,6 +1,6 @@
 // PTX that attention alone needs: barriers with a run-time number, a transposed operand. GPU only.
 //
-// Called by device/attention*.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; tests/host/simt90/ptx_attention.cuh stands in for it without a GPU.
+// Called by device/attention*.cuh. Test: pytest -m gpu tests/gpu/test_attention_sm90.py; tests/host/simt90/ptx_attention.cuh stands in for it without a GPU.
 #pragma once
 #include <ptx_sm90.cuh>
 

@@ -6,7 +6,7 @@
 //
 // A CTA sums up at most 64 rows for itself. Of a wider step's rows it sums up a share for all CTAs: 128 rows by each for itself were 64 KB into each SM an item, in eight
 // rounds of loads that queue behind the rings'. A scale goes from CTA to CTA in one word, with a tag that says of which op it is (kWsRowScales): no fence, no counter.
-// Called by device/gemm.cuh and device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
+// Called by device/gemm.cuh and device/scale_producer.cuh. Test: pytest -m gpu tests/gpu/test_gemm.py
 #pragma once
 #include <gemm_wide_tiling.cuh>
 

@@ -164,7 +164,7 @@ BK_INLINE void report_top(const Group& group, SampleScratch* scratch, const Row&
   }
 }
 
-constexpr u32 kMostNear = 512;       // tokens that near_distance() is asked for: of some 1,150 parts; more than 2,048 may be as near
+constexpr u32 kMostNear = 512;       // tokens that near_distance() is asked for: of 2,291 parts at 128,256 tokens; more than 2,048 may be as near
 constexpr u32 kSpeculatedNear = 256; // tokens that hold the nucleus or the draw of most rows
 
 }  // namespace sampling

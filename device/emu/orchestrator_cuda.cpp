@@ -78,7 +78,7 @@ struct CudaDriver {
 
 class CudaLink {
  public:
-  static constexpr u64 kPollPeriodNs = 10'000;  // as accompany_step() of director_loop.cuh
+  static constexpr u64 kPollPeriodNs = 10'000;  // nothing of the GPU is slowed down by it: accompany_step() of director_loop.cuh polls a fifth as often
   // Later than any wait of the workers, so that the wait which really hangs is the one on record.
   static u64 step_budget_ns(const EngineParams& params) { return params.spin_budget_ns * 2; }
 

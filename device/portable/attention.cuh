@@ -7,7 +7,7 @@
 // store(row, column, bf16x2) writes two outputs of a plan row; column = head * head_dim + dimension (even), the lower one in the low half.
 // Workspaces: attention_slots() slots of num_heads * (head_dim * 4 + 8) bytes (AttentionArgs.part_outputs, part_softmax).
 // Why these shapes: work and bits are separated. attention_math.cuh fixes the bits of a row; the schedule may send a row down either path.
-// Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; without a GPU: pytest tests/host/test_attention_simt.py
+// Called by device/portable/worker.cuh. Test: pytest -m gpu tests/gpu/test_attention.py; without a GPU: pytest tests/host/test_attention_simt.py
 #pragma once
 #include <portable/attention_narrow.cuh>
 #include <portable/attention_wide.cuh>

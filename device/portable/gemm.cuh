@@ -5,7 +5,7 @@
 // Weights: [tile][k / 64][TILE_ROWS rows][64 k] bf16, 16-byte chunks exchanged by row mod 8; packed by host/gpu_weights.py. They are copied as they
 // lie. Inputs: plain rows of in_features bf16, swizzled on the way to shared memory. Both come through one ring of stages.
 // The accumulators go to a tile of f32 in shared memory; the op's epilogue (epilogues.cuh) reads it row by row.
-// Called by device/portable/worker.cuh. Test: pytest tests/host/test_portable_simt.py; on a GPU: pytest -m gpu tests/gpu/test_portable_gpu.py
+// Called by device/portable/worker.cuh. Test: pytest tests/host/test_portable_gemm_simt.py; on a GPU: pytest -m gpu tests/gpu/test_portable_gpu.py
 #pragma once
 #include <ptx_mma.cuh>
 
