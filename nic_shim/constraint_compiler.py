@@ -7,6 +7,7 @@ I1  No constraint can keep a stream waiting: compiling happens in another proces
     COMPILE_TIMEOUT_S. On a machine that gives it less than all of a CPU that takes longer, but not beyond MOST_WAIT_FACTOR times: then the
     machine is too busy, and the constraint may be sent again. What is the machine's fault is not kept in the cache.
 I2  The cache holds CACHE_BYTES at most; the least recently used goes first.
+I3  A worker answers in order, so one whose answer was not read, for whatever reason, is ended: the next constraint has another.
 """
 
 from __future__ import annotations
@@ -132,23 +133,15 @@ class ConstraintCompiler:
 
     def _compile(self, constraint: Constraint, key: bytes) -> LoadedConstraint | ConstraintProblem:
         try:
-            worker = self._worker or self._start_worker()
-        except (TimeoutError, OSError, EOFError) as error:
-            self._end_worker()
-            problem = f"what compiles it did not start within {START_TIMEOUT_S:g} s ({type(error).__name__})"
-            raise ConstraintProblem("busy", problem, constraint) from error
-        try:
-            answer = self._ask(worker, constraint)
-        except ConstraintProblem:
-            self._end_worker()
+            answer = self._ask(self._worker or self._start_worker(constraint), constraint)
+        except BaseException as error:
+            self._end_worker()  # I3
+            if isinstance(error, TimeoutError):
+                problem = f"compiling it takes more than {self._timeout_s:g} s"
+                return ConstraintProblem("constraint_too_large", problem, constraint)
+            if isinstance(error, OSError | EOFError):
+                return ConstraintProblem("constraint_too_large", "compiling it takes too much memory", constraint)
             raise
-        except TimeoutError:
-            self._end_worker()
-            problem = f"compiling it takes more than {self._timeout_s:g} s"
-            return ConstraintProblem("constraint_too_large", problem, constraint)
-        except (OSError, EOFError):
-            self._end_worker()
-            return ConstraintProblem("constraint_too_large", "compiling it takes too much memory", constraint)
         self.num_compiled += 1
         if answer.code:
             code: ErrorCode = "constraint_too_large" if answer.code == "constraint_too_large" else "bad_constraint"
@@ -177,12 +170,17 @@ class ConstraintCompiler:
         (num_bytes,) = LENGTH.unpack(_read(worker.stdout.fileno(), LENGTH.size, is_over))
         return msgspec.msgpack.decode(_read(worker.stdout.fileno(), num_bytes, is_over), type=Compiled)
 
-    def _start_worker(self) -> subprocess.Popen[bytes]:
+    def _start_worker(self, constraint: Constraint) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "blinkimp.nic_shim.constraint_worker", *self._arguments]
-        self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert worker.stdout is not None
         give_up_at = time.monotonic() + START_TIMEOUT_S
-        _read(worker.stdout.fileno(), LENGTH.size, lambda: time.monotonic() > give_up_at)  # it says that it is ready
+        try:
+            self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert worker.stdout is not None
+            # It says that it is ready.
+            _read(worker.stdout.fileno(), LENGTH.size, lambda: time.monotonic() > give_up_at)
+        except (TimeoutError, OSError, EOFError) as error:
+            problem = f"what compiles it did not start within {START_TIMEOUT_S:g} s ({type(error).__name__})"
+            raise ConstraintProblem("busy", problem, constraint) from error
         return worker
 
     def _end_worker(self) -> None:
@@ -210,9 +208,10 @@ def _cpu_seconds(pid: int) -> float:
 def _read(fd: int, num_bytes: int, is_over: Callable[[], bool]) -> bytes:
     """Raises TimeoutError, EOFError."""
     data = b""
+    poller = select.poll()  # select() takes no descriptor beyond 1,023, and each connection of the ingress has one
+    poller.register(fd, select.POLLIN)
     while len(data) < num_bytes:
-        ready, _, _ = select.select([fd], [], [], LOOK_PERIOD_S)
-        if not ready:
+        if not poller.poll(LOOK_PERIOD_S * 1000):
             if is_over():
                 raise TimeoutError
             continue

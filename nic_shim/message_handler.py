@@ -43,6 +43,8 @@ from blinkimp.protocol import (
 
 log = logging.getLogger("blinkimp.ingress")
 
+PromptIds = npt.NDArray[np.uint32]
+
 MAX_INLINE_PROMPT_BYTES = (
     4096  # longer prompts are tokenised on a thread of their own, so that streams do not wait for them
 )
@@ -95,7 +97,7 @@ class MessageHandler:
         self._limits = limits
         self._rate = RateLimiter(limits.max_requests_per_s, limits.burst_requests)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
-        self._tokenised: deque[tuple[LiveRequest, npt.NDArray[np.uint32] | Exception]] = deque()
+        self._tokenised: deque[tuple[LiveRequest, PromptIds | Error]] = deque()
         self.num_tokenising = 0
         self._compiler = ConstraintCompiler(
             tokenizer.path, link.port.vocab_size, tuple(link.eos_ids), link.port.constraint_slot_bytes
@@ -186,33 +188,46 @@ class MessageHandler:
         request = LiveRequest(submit, session)
         request.observer = self._link.metrics.on_end  # for its end before it reaches the link
         self._sessions.add_request(session, request)
-        if submit.sampling.constraint is None and isinstance(submit.prompt, list):
-            self._start(request, np.asarray(submit.prompt, dtype=np.uint32))
-        elif submit.sampling.constraint is None and len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
-            self._start(request, self._encode(str(submit.prompt)))
+        is_quick = isinstance(submit.prompt, list) or len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES
+        if is_quick and submit.sampling.constraint is None:
+            self._start(request, self._encode(submit))
         else:
             self.num_tokenising += 1
-            future = self._pool.submit(self._prepare, request, submit)
-            # On the pool's thread; deque.append is atomic, and take_tokenised() picks it up.
-            future.add_done_callback(
-                lambda done: None if done.cancelled() else self._tokenised.append((request, done.result()))
-            )
+            self._pool.submit(self._prepare, request, submit)
 
-    def _prepare(self, request: LiveRequest, submit: Submit) -> npt.NDArray[np.uint32] | Exception:
-        """On the pool's thread: the prompt's ids, and the constraint's automaton."""
+    def _prepare(self, request: LiveRequest, submit: Submit) -> None:
+        """On the pool's thread: the prompt's ids, and the constraint's automaton. take_tokenised() picks it up, whatever becomes of it: a
+        request that stayed here would count for ever."""
+        try:
+            prepared = self._prepared(request, submit)
+        except Exception as error:  # a defect
+            log.exception("a request could not be prepared")
+            prepared = _error(
+                submit.id,
+                "internal_error",
+                "the server failed on this request",
+                type(error).__name__,
+                "token ids, and a constraint that is compiled or refused",
+                "report this with the ingress's log: it is a defect",
+                final=True,
+            )
+        self._tokenised.append((request, prepared))  # append is atomic
+
+    def _prepared(self, request: LiveRequest, submit: Submit) -> PromptIds | Error:
         if submit.sampling.constraint is not None:
             try:
                 request.constraint = self._compiler.compile(submit.sampling.constraint)
             except ConstraintProblem as problem:
-                return problem
-        prompt = submit.prompt
-        return np.asarray(prompt, dtype=np.uint32) if isinstance(prompt, list) else self._encode(prompt)
+                return msgspec.structs.replace(problem.error, id=submit.id)
+        return self._encode(submit)
 
-    def _encode(self, text: str) -> npt.NDArray[np.uint32] | Exception:
+    def _encode(self, submit: Submit) -> PromptIds | Error:
+        if isinstance(submit.prompt, list):
+            return np.asarray(submit.prompt, dtype=np.uint32)
         try:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode(submit.prompt)
         except Exception as error:  # the binding raises plain Exception
-            return error
+            return untokenisable(submit.id, error)
 
     def take_tokenised(self) -> None:
         """Starts the requests whose long prompts are ready."""
@@ -221,14 +236,15 @@ class MessageHandler:
             self.num_tokenising -= 1
             self._start(request, prompt_ids)
 
-    def _start(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32] | Exception) -> None:
+    def _start(self, request: LiveRequest, prompt_ids: PromptIds | Error) -> None:
         if request.cancelled:
             request.finish(abi.FINISH_CANCELLED)
-        elif isinstance(prompt_ids, ConstraintProblem):
-            request.fail_with(msgspec.structs.replace(prompt_ids.error, id=request.client_id))
-            self.counters.refused += 1
-        elif isinstance(prompt_ids, Exception):
-            request.fail_with(untokenisable(request.client_id, prompt_ids))
+        elif isinstance(prompt_ids, Error):
+            request.fail_with(prompt_ids)
+            if prompt_ids.code == "internal_error":
+                self.counters.failures += 1
+            else:
+                self.counters.refused += 1
         elif not self._fail_bad_prompt(request, prompt_ids):
             request.prompt_ids = prompt_ids
             self.counters.requests += 1
@@ -239,7 +255,7 @@ class MessageHandler:
         if request.end is not None:
             self._sessions.touch([request])
 
-    def _fail_bad_prompt(self, request: LiveRequest, prompt_ids: npt.NDArray[np.uint32]) -> bool:
+    def _fail_bad_prompt(self, request: LiveRequest, prompt_ids: PromptIds) -> bool:
         """Ends the request where its prompt cannot be run."""
         problem = prompt_problem(request.client_id, prompt_ids, request.sampling, self._link.port, request.output_ids)
         if problem is None:

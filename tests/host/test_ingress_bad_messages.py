@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from blinkimp.client import Client
+from blinkimp.client import Client, RequestRefusedError
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.message_handler import IngressLimits
 from blinkimp.protocol import Error, Finish
 from tests.ingress_support import (
@@ -148,3 +149,19 @@ def test_a_defect_on_one_message_harms_nobody_else(
     served.director.paused = False
     assert stream.result().num_output_tokens == 300
     assert client.stats().ingress["failures"] == 1
+
+
+def test_a_defect_while_a_constraint_is_compiled_ends_the_request(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another thread than the messages: the request must not stay there, unanswered and counted, for ever."""
+    monkeypatch.setattr(ConstraintCompiler, "_check", lambda *_: None)
+    monkeypatch.setattr(ConstraintCompiler, "_compile", lambda *_: 1 / 0)
+    constraint = {"kind": "regex", "value": "[a-z]"}
+    for _ in range(LIMITS.max_requests_per_client + 1):  # more than may be unfinished at once
+        with pytest.raises(RequestRefusedError) as caught:
+            client.generate("x", constraint=constraint, deadline_s=PATIENCE_S)
+        assert caught.value.code == "internal_error"
+    assert served.ingress.handler.num_tokenising == 0
+    ingress = client.stats().ingress
+    assert (ingress["failures"], ingress["num_unfinished"]) == (LIMITS.max_requests_per_client + 1, 0)

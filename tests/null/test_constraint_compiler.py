@@ -1,4 +1,4 @@
-"""nic_shim/constraint_compiler.py: what the machine has no time for is not held against the constraint.
+"""nic_shim/constraint_compiler.py: what the machine has no time for is not held against the constraint, and no failure stays.
 
 Run: pytest tests/null/test_constraint_compiler.py
 """
@@ -6,6 +6,7 @@ Run: pytest tests/null/test_constraint_compiler.py
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -70,3 +71,46 @@ def test_a_constraint_that_computes_too_long_is_refused_for_good(
         assert compiler.num_compiled == 0
     finally:
         compiler.close()
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Every descriptor below 1,024 is taken, as with so many connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this process may have {hard} descriptors, expected 2048; raise `ulimit -Hn`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    descriptors = [os.open(os.devnull, os.O_RDONLY)]
+    while descriptors[-1] < 1024:
+        descriptors.append(os.dup(descriptors[0]))
+    yield
+    for fd in descriptors:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_worker_whose_pipes_have_high_descriptors_compiles(
+    many_descriptors: None, compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    assert compiler.compile(CONSTRAINT).table.data
+    assert compiler._worker is not None and compiler._worker.stdout is not None
+    assert compiler._worker.stdout.fileno() >= 1024
+
+
+def test_a_worker_whose_answer_was_not_read_is_not_asked_again(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I3, for what nobody has thought of: the next constraint must not get the answer to this one."""
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    expected = compiler.compile(CONSTRAINT).table.data
+    compiler._cache.clear()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> bytes:
+            raise ValueError("a defect")
+
+        patch.setattr(constraint_compiler, "_read", fail)
+        with pytest.raises(ValueError, match="a defect"):
+            compiler.compile(Constraint("regex", "[0-9]"))
+    assert compiler.compile(CONSTRAINT).table.data == expected
