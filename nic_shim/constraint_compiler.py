@@ -1,6 +1,6 @@
 """Constraints to token automata, once for each: a cache in front of a worker process with a time limit.
 
-Called on a thread of its own by nic_shim/message_handler.py and nic_shim/http_app.py. Test: pytest tests/host/test_constraints.py
+compile() is called by nic_shim/compile_queue.py, on a thread of its own. Test: pytest tests/host/test_constraints.py
 
 Invariants
 I1  No constraint can keep a stream waiting: compiling happens in another process, which is killed once it has computed for
@@ -8,6 +8,7 @@ I1  No constraint can keep a stream waiting: compiling happens in another proces
     machine is too busy, and the constraint may be sent again. What is the machine's fault is not kept in the cache.
 I2  The cache holds CACHE_BYTES at most; the least recently used goes first.
 I3  A worker answers in order, so one whose answer was not read, for whatever reason, is ended: the next constraint has another.
+I4  look_up() never waits for a compilation.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class LoadedConstraint:
         self.table = table
 
 
+def constraint_key(constraint: Constraint) -> bytes:
+    """Equal constraints have the same."""
+    return hashlib.sha256(msgspec.msgpack.encode(constraint)).digest()
+
+
 class ConstraintCompiler:
     """One for each ingress; thread-safe, one compilation at a time."""
 
@@ -81,55 +87,70 @@ class ConstraintCompiler:
         self._arguments = [str(tokenizer), str(vocab_size), eos_text, str(slot_bytes)]
         self._is_possible = slot_bytes > 0 and bool(eos_ids)
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # of the worker
         self._worker: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+        self._cache_lock = threading.Lock()  # of the next two; held for moments (I4)
         self._cache: OrderedDict[bytes, LoadedConstraint | ConstraintProblem] = OrderedDict()
         self._cache_bytes = 0
         self.num_compiled = 0
 
+    def look_up(self, constraint: Constraint) -> LoadedConstraint | ConstraintProblem | None:
+        """What is known of it without compiling."""
+        problem = self._problem(constraint)
+        if problem is not None:
+            return problem
+        key = constraint_key(constraint)
+        with self._cache_lock:
+            found = self._cache.get(key)
+            if found is not None:
+                self._cache.move_to_end(key)
+        return found
+
     def compile(self, constraint: Constraint) -> LoadedConstraint:
         """Raises ConstraintProblem."""
-        self._check(constraint)
-        key = hashlib.sha256(msgspec.msgpack.encode(constraint)).digest()
-        with self._lock:
-            found = self._cache.get(key)
+        with self._compiling:
+            found = self.look_up(constraint)
             if found is None:
+                key = constraint_key(constraint)
                 found = self._compile(constraint, key)
-                self._cache[key] = found
-                self._cache_bytes += _bytes_of(found)
-                while self._cache_bytes > CACHE_BYTES or len(self._cache) > 4096:
-                    self._cache_bytes -= _bytes_of(self._cache.popitem(last=False)[1])
-            else:
-                self._cache.move_to_end(key)
+                self._keep(key, found)
         if isinstance(found, ConstraintProblem):
             raise found.with_traceback(None)
         return found
 
     def close(self) -> None:
-        """Does not wait for a compilation: its worker is killed, and its caller gets a problem."""
-        if self._lock.acquire(blocking=False):
+        """Does not wait for a compilation: its worker is killed, and its caller gets a problem, as does who comes later."""
+        self._is_closed = True  # before the look at the worker: one that starts now sees it
+        if self._compiling.acquire(blocking=False):
             self._end_worker()
-            self._lock.release()
+            self._compiling.release()
         elif (worker := self._worker) is not None:
             worker.kill()  # the thread that compiles finds out, and ends it
 
-    def _check(self, constraint: Constraint) -> None:
+    def _keep(self, key: bytes, found: LoadedConstraint | ConstraintProblem) -> None:
+        with self._cache_lock:
+            self._cache[key] = found
+            self._cache_bytes += _bytes_of(found)
+            while self._cache_bytes > CACHE_BYTES or len(self._cache) > 4096:
+                self._cache_bytes -= _bytes_of(self._cache.popitem(last=False)[1])
+
+    def _problem(self, constraint: Constraint) -> ConstraintProblem | None:
         value = constraint.value
         num_chars = len(value) if isinstance(value, str) else sum(map(len, value)) + len(value)
         if num_chars > MAX_CONSTRAINT_CHARS:
             problem = f"it has {num_chars} characters, expected at most {MAX_CONSTRAINT_CHARS}"
-            raise ConstraintProblem("constraint_too_large", problem, constraint)
+            return ConstraintProblem("constraint_too_large", problem, constraint)
         if isinstance(value, list) != (constraint.kind == "choice"):
-            raise ConstraintProblem(
-                "bad_constraint", "a choice has a list of texts, everything else one text", constraint
-            )
+            problem = "a choice has a list of texts, everything else one text"
+            return ConstraintProblem("bad_constraint", problem, constraint)
         if constraint.kind == "choice" and not (value and all(value)):
-            raise ConstraintProblem(
-                "bad_constraint", "a choice needs texts that are not empty, at least one", constraint
-            )
+            problem = "a choice needs texts that are not empty, at least one"
+            return ConstraintProblem("bad_constraint", problem, constraint)
         if not self._is_possible:
             problem = "this engine has no room for constraints, or the model no end-of-sequence id"
-            raise ConstraintProblem("bad_constraint", problem, constraint)
+            return ConstraintProblem("bad_constraint", problem, constraint)
+        return None
 
     def _compile(self, constraint: Constraint, key: bytes) -> LoadedConstraint | ConstraintProblem:
         try:
@@ -176,6 +197,8 @@ class ConstraintCompiler:
         try:
             self._worker = worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert worker.stdout is not None
+            if self._is_closed:  # close() may have looked before there was a worker to kill
+                raise EOFError
             # It says that it is ready.
             _read(worker.stdout.fileno(), LENGTH.size, lambda: time.monotonic() > give_up_at)
         except (TimeoutError, OSError, EOFError) as error:

@@ -24,6 +24,7 @@ from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.chat_template import ChatTemplateError
 from blinkimp.nic_shim.http_chat import ChatShape, template_messages
 from blinkimp.nic_shim.http_completions import CompletionShape
+from blinkimp.nic_shim.http_constraint import compile_constraint
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
 from blinkimp.nic_shim.http_fields import (
     DEFAULT_COMPLETION_TOKENS,
@@ -40,7 +41,6 @@ from blinkimp.nic_shim.http_generate import (
     GenerationResponse,
     PromptIds,
     ReplyShape,
-    compile_constraint,
     encode_prompts,
     make_requests,
     new_exchange,
@@ -205,7 +205,7 @@ class Api:
         shape: ReplyShape,
         request_id: str,
     ) -> Response:
-        constraint = await compile_constraint(self.context, constraint_of(body))
+        constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body))
         self._refuse_while_down()
         caller, num_choices = request.state.caller, len(prompt_ids) * (body.n or 1)
         self.gate.enter(caller, num_choices)

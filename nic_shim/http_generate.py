@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.chat_template import ChatTemplate
-from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem, LoadedConstraint
+from blinkimp.nic_shim.compile_queue import CompileQueue
+from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.engine_thread import EngineThread
 from blinkimp.nic_shim.http_errors import HttpError, http_error_of
 from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
@@ -32,7 +33,7 @@ from blinkimp.nic_shim.request_log import log_request
 from blinkimp.nic_shim.request_metrics import Siblings
 from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
-from blinkimp.protocol import Constraint, Error, Finish, Sampling, Submit, Tokens
+from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens
 
 log = logging.getLogger("blinkimp.http")
 
@@ -86,8 +87,7 @@ class Context:
     model_names: tuple[str, ...]
     max_prompt_chars: int
     pool: ThreadPoolExecutor  # one thread: tokenises, renders templates
-    compiler: ConstraintCompiler
-    compile_pool: ThreadPoolExecutor  # one thread: waits for the compiler
+    compile_queue: CompileQueue
     exchanges: dict[Exchange, None] = field(default_factory=dict)  # that run in the engine
 
 
@@ -116,19 +116,6 @@ async def encode_prompts(
     if num_chars <= MAX_INLINE_CHARS:
         return encode()
     return await asyncio.get_running_loop().run_in_executor(context.pool, encode)
-
-
-async def compile_constraint(context: Context, constraint: Constraint | None) -> LoadedConstraint | None:
-    """Raises HttpError."""
-    if constraint is None:
-        return None
-    try:
-        # No name for the future: it holds the exception, whose traceback holds this frame.
-        return await asyncio.get_running_loop().run_in_executor(
-            context.compile_pool, context.compiler.compile, constraint
-        )
-    except ConstraintProblem as problem:
-        raise http_error_of(problem.error) from None
 
 
 def make_requests(

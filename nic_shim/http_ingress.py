@@ -31,6 +31,7 @@ from blinkimp.host.shared_memory import SharedMemoryError
 from blinkimp.logs import fail_start, log_event, set_up_logging
 from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
+from blinkimp.nic_shim.compile_queue import CompileQueue
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.engine_thread import EngineThread
@@ -164,13 +165,14 @@ class HttpIngress:
             self._model_names,
             limits.max_prompt_chars,
             pool,
-            ConstraintCompiler(
-                self._tokenizer.path,
-                self._link.port.vocab_size,
-                tuple(self._link.eos_ids),
-                self._link.port.constraint_slot_bytes,
+            CompileQueue(
+                ConstraintCompiler(
+                    self._tokenizer.path,
+                    self._link.port.vocab_size,
+                    tuple(self._link.eos_ids),
+                    self._link.port.constraint_slot_bytes,
+                )
             ),
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-compile"),
         )
         self._api = Api(
             self._context,
@@ -200,8 +202,7 @@ class HttpIngress:
             await self._server.serve(sockets=[listener])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            self._context.compile_pool.shutdown(wait=False, cancel_futures=True)
-            self._context.compiler.close()
+            self._context.compile_queue.close()
             await loop.run_in_executor(None, engine.stop)
             log_event(log, logging.INFO, "ended")
 

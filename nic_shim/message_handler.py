@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
-from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem
+from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.quotas import RateLimiter
@@ -97,15 +98,25 @@ class MessageHandler:
         self._limits = limits
         self._rate = RateLimiter(limits.max_requests_per_s, limits.burst_requests)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blinkimp-tokenise")
+        # Appended on the threads of the pool and of the queue, emptied by take_prepared(); deque's methods are atomic.
         self._tokenised: deque[tuple[LiveRequest, PromptIds | Error]] = deque()
-        self.num_tokenising = 0
-        self._compiler = ConstraintCompiler(
-            tokenizer.path, link.port.vocab_size, tuple(link.eos_ids), link.port.constraint_slot_bytes
+        self._compiled: deque[tuple[LiveRequest, Answer]] = deque()
+        self._compiling: dict[LiveRequest, tuple[Ticket, Submit]] = {}  # until the answer is taken, or nobody waits
+        self._num_tokenising = 0
+        self._compile_queue = CompileQueue(
+            ConstraintCompiler(
+                tokenizer.path, link.port.vocab_size, tuple(link.eos_ids), link.port.constraint_slot_bytes
+            )
         )
 
     def close(self) -> None:
-        self._compiler.close()
+        self._compile_queue.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def num_preparing(self) -> int:
+        """Requests whose prompt or constraint is not ready."""
+        return self._num_tokenising + len(self._compiling)
 
     # ---- Messages --------------------------------------------------------------------------------------------------
     def handle(self, identity: bytes, frames: list[bytes], caller: bytes | None = None) -> None:
@@ -188,38 +199,31 @@ class MessageHandler:
         request = LiveRequest(submit, session)
         request.observer = self._link.metrics.on_end  # for its end before it reaches the link
         self._sessions.add_request(session, request)
-        is_quick = isinstance(submit.prompt, list) or len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES
-        if is_quick and submit.sampling.constraint is None:
+        constraint = submit.sampling.constraint
+        if constraint is None:
+            self._take_prompt(request, submit)
+            return
+        answer = self._compile_queue.ask(
+            session.caller, constraint, lambda answer: self._compiled.append((request, answer))
+        )
+        if isinstance(answer, Ticket):
+            self._compiling[request] = (answer, submit)
+        else:
+            self._take_constraint(request, submit, answer)
+
+    def _take_constraint(self, request: LiveRequest, submit: Submit, answer: Answer) -> None:
+        if isinstance(answer, Error):
+            self._start(request, msgspec.structs.replace(answer, id=submit.id))
+        else:
+            request.constraint = answer
+            self._take_prompt(request, submit)
+
+    def _take_prompt(self, request: LiveRequest, submit: Submit) -> None:
+        if isinstance(submit.prompt, list) or len(submit.prompt) <= MAX_INLINE_PROMPT_BYTES:
             self._start(request, self._encode(submit))
         else:
-            self.num_tokenising += 1
-            self._pool.submit(self._prepare, request, submit)
-
-    def _prepare(self, request: LiveRequest, submit: Submit) -> None:
-        """On the pool's thread: the prompt's ids, and the constraint's automaton. take_tokenised() picks it up, whatever becomes of it: a
-        request that stayed here would count for ever."""
-        try:
-            prepared = self._prepared(request, submit)
-        except Exception as error:  # a defect
-            log.exception("a request could not be prepared")
-            prepared = _error(
-                submit.id,
-                "internal_error",
-                "the server failed on this request",
-                type(error).__name__,
-                "token ids, and a constraint that is compiled or refused",
-                "report this with the ingress's log: it is a defect",
-                final=True,
-            )
-        self._tokenised.append((request, prepared))  # append is atomic
-
-    def _prepared(self, request: LiveRequest, submit: Submit) -> PromptIds | Error:
-        if submit.sampling.constraint is not None:
-            try:
-                request.constraint = self._compiler.compile(submit.sampling.constraint)
-            except ConstraintProblem as problem:
-                return msgspec.structs.replace(problem.error, id=submit.id)
-        return self._encode(submit)
+            self._num_tokenising += 1
+            self._pool.submit(lambda: self._tokenised.append((request, self._encode(submit))))
 
     def _encode(self, submit: Submit) -> PromptIds | Error:
         if isinstance(submit.prompt, list):
@@ -229,11 +233,15 @@ class MessageHandler:
         except Exception as error:  # the binding raises plain Exception
             return untokenisable(submit.id, error)
 
-    def take_tokenised(self) -> None:
-        """Starts the requests whose long prompts are ready."""
+    def take_prepared(self) -> None:
+        """Goes on with the requests whose constraints are compiled, starts those whose long prompts are tokenised."""
+        while self._compiled:
+            request, answer = self._compiled.popleft()
+            _, submit = self._compiling.pop(request)
+            self._take_constraint(request, submit, answer)
         while self._tokenised:
             request, prompt_ids = self._tokenised.popleft()
-            self.num_tokenising -= 1
+            self._num_tokenising -= 1
             self._start(request, prompt_ids)
 
     def _start(self, request: LiveRequest, prompt_ids: PromptIds | Error) -> None:
@@ -326,9 +334,16 @@ class MessageHandler:
     def _cancel(self, session: Session, cancel: Cancel) -> None:
         request = session.requests.get(cancel.id)
         if request is not None:
-            self._link.cancel(request)
-            if request.end is not None:
-                self._sessions.touch([request])
+            self.cancel(request)
+
+    def cancel(self, request: LiveRequest) -> None:
+        """Stops a request, wherever it is. One whose constraint waits ends now: its place in the queue is given up."""
+        self._link.cancel(request)
+        if request in self._compiling and self._compile_queue.withdraw(self._compiling[request][0]):
+            del self._compiling[request]
+            request.finish(abi.FINISH_CANCELLED)
+        if request.end is not None:
+            self._sessions.touch([request])
 
     # ---- Stats and health ------------------------------------------------------------------------------------------
     def _ingress_counters(self) -> dict[str, int]:

@@ -35,6 +35,7 @@ from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
 from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
+from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.memory_limit import MemoryLimit
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
@@ -86,7 +87,7 @@ class ZmqIngress:
             eos_ids=tuple(tokenizer.eos_ids if eos_ids is None else eos_ids),
             loss_timeout_s=limits.loss_timeout_s,
         )
-        self.sessions = SessionTable(self._send, self.link.cancel, stall_timeout_s=limits.stall_timeout_s)
+        self.sessions = SessionTable(self._send, self._cancel, stall_timeout_s=limits.stall_timeout_s)
         self.handler = MessageHandler(self.link, self.sessions, tokenizer, limits)
         self.link.metrics.num_refused = lambda: self.handler.counters.refused
         self.link.metrics.num_outstanding = lambda: self.sessions.num_requests
@@ -172,7 +173,7 @@ class ZmqIngress:
             collector = Collector()
             while not self._stop.is_set():
                 self._receive()
-                self.handler.take_tokenised()
+                self.handler.take_prepared()
                 self.sessions.touch(self.link.pump())
                 self.sessions.touch(self.link.poll())
                 self.sessions.flush()
@@ -232,11 +233,14 @@ class ZmqIngress:
             raise
         return SendResult.SENT
 
+    def _cancel(self, request: LiveRequest) -> None:
+        self.handler.cancel(request)
+
     def _wait(self) -> None:
         # The descriptor is edge-triggered and a send may have eaten the edge: ask ZeroMQ itself before relying on it.
         if self._socket.poll(0):
             return
-        if self.link.has_work or self.sessions.has_blocked or self.handler.num_tokenising:
+        if self.link.has_work or self.sessions.has_blocked or self.handler.num_preparing:
             self.link.wait(BUSY_WAIT_S, self._fd)
         else:
             self._socket.poll(IDLE_WAIT_MS)
@@ -254,8 +258,7 @@ class ZmqIngress:
             self._cancelled_at = now
             for session in list(self.sessions.sessions.values()):
                 for request in session.requests.values():
-                    self.link.cancel(request)
-                self.sessions.touch(request for request in list(session.requests.values()) if request.end is not None)
+                    self._cancel(request)
         return now - self._cancelled_at > CANCEL_GRACE_S
 
     def _close(self) -> None:

@@ -6,19 +6,24 @@ Run: pytest tests/host/test_constraints.py
 from __future__ import annotations
 
 import json
+import queue
 import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
 import pytest
 
 from blinkimp.client import Client, RequestRefusedError
+from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from blinkimp.protocol import Constraint
 from tests.http_support import EMBEDDED, HttpServer, embedded
+from tests.ingress_support import wait_until
 from tests.json_schemas import SCHEMAS
 from tests.support import PATIENCE_S
 
@@ -115,6 +120,7 @@ def test_what_cannot_be_compiled_is_refused(
 
 
 def test_a_compilation_that_takes_too_long_holds_nobody_up(server: HttpServer) -> None:
+    outputs(server, 1, 1, guided_choice=["known", "constraint"])
     replies: list[Any] = []
     bomb = {"prompt": PROMPT, "guided_regex": "([0-9]{1000}){500}"}
     patience_s = 2 * PATIENCE_S
@@ -123,12 +129,84 @@ def test_a_compilation_that_takes_too_long_holds_nobody_up(server: HttpServer) -
     num_served = 0
     while not replies and num_served < 20:
         assert server.complete(PROMPT, max_tokens=4)["choices"]
+        assert outputs(server, 1, 1, guided_choice=["known", "constraint"])
         num_served += not replies
     assert num_served > 0, "others are served while the bomb burns"
     thread.join(patience_s)
     # Too many states, too much memory or too much time: which of them is first is the machine's business.
     assert replies[0].status == 422 and replies[0].json["error"]["code"] == "constraint_too_large"
     assert outputs(server, 1, 1, guided_choice=["a", "b"]), "a new worker compiles"
+
+
+@dataclass
+class HeldIngress:
+    """A ZeroMQ ingress whose compiler is at the constraint HELD until the test lets it go on. begun: what it has begun to compile."""
+
+    ingress: ZmqIngress
+    endpoint: str
+    begun: queue.Queue[str]
+    may_go_on: threading.Event
+
+
+HELD = "held"
+
+
+@pytest.fixture
+def held(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldIngress]:
+    begun: queue.Queue[str] = queue.Queue()
+    may_go_on = threading.Event()
+    real_compile = ConstraintCompiler._compile
+
+    def compile_when_allowed(compiler: ConstraintCompiler, constraint: Constraint, key: bytes) -> Any:
+        begun.put(str(constraint.value))
+        assert constraint.value != HELD or may_go_on.wait(PATIENCE_S)
+        return real_compile(compiler, constraint, key)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", compile_when_allowed)
+    ingress = ZmqIngress(server.engine_name, 1, "tcp://127.0.0.1:*", Tokenizer(EMBEDDED))
+    endpoint = ingress.start()
+    try:
+        yield HeldIngress(ingress, endpoint, begun, may_go_on)
+    finally:
+        may_go_on.set()
+        ingress.stop()
+        assert ingress.join(PATIENCE_S)
+
+
+def regex(value: str) -> dict[str, Any]:
+    return {"max_tokens": 50, "constraint": {"kind": "regex", "value": value}}
+
+
+def test_slow_constraints_of_one_connection_hold_up_no_other(held: HeldIngress) -> None:
+    with Client(held.endpoint, timeout_s=PATIENCE_S) as client, Client(held.endpoint, timeout_s=PATIENCE_S) as slow:
+        assert client.generate(PROMPT, **regex("[0-9]{2}")).text.isdecimal()
+        assert held.begun.get(timeout=PATIENCE_S) == "[0-9]{2}"
+        streams = [slow.submit(PROMPT, **regex(value)) for value in (HELD, "cancelled", "second", "third")]
+        assert held.begun.get(timeout=PATIENCE_S) == HELD
+        assert client.generate(" " * 5000 + "x", max_tokens=1).num_output_tokens == 1, "a long prompt"
+        assert client.generate(PROMPT, **regex("[0-9]{2}")).text.isdecimal(), "a constraint that is known"
+        streams[1].cancel()
+        assert streams[1].result().finish_reason == "cancelled", "at once, not in its turn"
+        new = client.submit(PROMPT, **regex("[a-c]{3}"))
+        wait_until(lambda: held.ingress.handler.num_preparing == 4, "three slow ones and a new one wait")
+        held.may_go_on.set()
+        assert re.fullmatch("[a-c]{3}", new.result().text)
+        assert [streams[idx].result().text for idx in (0, 2, 3)] == [HELD, "second", "third"]
+    assert [held.begun.get_nowait() for _ in range(3)] == ["[a-c]{3}", "second", "third"]
+
+
+def test_a_client_that_has_gone_has_nothing_compiled(held: HeldIngress) -> None:
+    with Client(held.endpoint, timeout_s=PATIENCE_S) as client:
+        stream = client.submit(PROMPT, **regex(HELD))
+        assert held.begun.get(timeout=PATIENCE_S) == HELD
+        with Client(held.endpoint, timeout_s=PATIENCE_S) as goner:
+            goner.submit(PROMPT, **regex("gone"))
+            wait_until(lambda: held.ingress.handler.num_preparing == 2, "its constraint waits")
+        wait_until(lambda: held.ingress.handler.num_preparing == 1, "it is known to have gone")
+        held.may_go_on.set()
+        assert stream.result().text == HELD
+        assert client.generate(PROMPT, **regex("after")).text == "after"
+    assert held.begun.get_nowait() == "after" and held.begun.empty()
 
 
 def test_the_zeromq_ingress_has_the_same_constraints(server: HttpServer) -> None:

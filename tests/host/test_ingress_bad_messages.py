@@ -155,13 +155,13 @@ def test_a_defect_while_a_constraint_is_compiled_ends_the_request(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On another thread than the messages: the request must not stay there, unanswered and counted, for ever."""
-    monkeypatch.setattr(ConstraintCompiler, "_check", lambda *_: None)
+    monkeypatch.setattr(ConstraintCompiler, "_problem", lambda *_: None)
     monkeypatch.setattr(ConstraintCompiler, "_compile", lambda *_: 1 / 0)
     constraint = {"kind": "regex", "value": "[a-z]"}
     for _ in range(LIMITS.max_requests_per_client + 1):  # more than may be unfinished at once
         with pytest.raises(RequestRefusedError) as caught:
             client.generate("x", constraint=constraint, deadline_s=PATIENCE_S)
         assert caught.value.code == "internal_error"
-    assert served.ingress.handler.num_tokenising == 0
+    assert served.ingress.handler.num_preparing == 0
     ingress = client.stats().ingress
     assert (ingress["failures"], ingress["num_unfinished"]) == (LIMITS.max_requests_per_client + 1, 0)

@@ -114,3 +114,11 @@ def test_a_worker_whose_answer_was_not_read_is_not_asked_again(
         with pytest.raises(ValueError, match="a defect"):
             compiler.compile(Constraint("regex", "[0-9]"))
     assert compiler.compile(CONSTRAINT).table.data == expected
+
+
+def test_after_the_end_no_worker_is_started(compiler: ConstraintCompiler) -> None:
+    """Else who closes it waits for a compilation that nobody wants."""
+    compiler.close()
+    with pytest.raises(ConstraintProblem) as caught:
+        compiler.compile(CONSTRAINT)
+    assert caught.value.error.code == "busy" and compiler._worker is None

@@ -21,6 +21,7 @@ import pytest
 
 from blinkimp import ring_abi as abi
 from blinkimp.nic_shim.chat_template import ChatTemplate
+from blinkimp.nic_shim.compile_queue import CompileQueue
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.http_app import Api
 from blinkimp.nic_shim.http_exchange import deliver
@@ -110,16 +111,15 @@ class LoopEngine(Engine):
 def http_api(folder: Path) -> Iterator[Any]:
     tokenizer = Tokenizer(write_byte_tokenizer(folder))
     engine: Any = LoopEngine(1)
-    compiler = ConstraintCompiler(tokenizer.path, 258, (1,), engine.port.constraint_slot_bytes)
-    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as compile_pool:
+    queue = CompileQueue(ConstraintCompiler(tokenizer.path, 258, (1,), engine.port.constraint_slot_bytes))
+    with ThreadPoolExecutor(1) as pool:
         context = Context(
-            engine, tokenizer, TokenBytes(tokenizer), ChatTemplate(folder), GenerationDefaults(), ("model",), 1 << 20, pool, compiler,
-            compile_pool,
+            engine, tokenizer, TokenBytes(tokenizer), ChatTemplate(folder), GenerationDefaults(), ("model",), 1 << 20, pool, queue,
         )  # fmt: skip
         api = Api(context, Gate((), GateLimits(max_requests_per_s=1e9)), 1 << 20, lambda _: (b"", ""), "")
         slot = [0.0] * 4096
         yield RequestLog(api.app(), lambda: slot)
-    compiler.close()
+    queue.close()
     assert not context.exchanges
 
 
@@ -207,8 +207,8 @@ def test_zmq_requests_leave_no_cycles(tmp_path: Path) -> None:
 
         def message(identity: bytes, payload: bytes) -> None:
             handler.handle(identity, [payload])
-            while handler.num_tokenising:
-                handler.take_tokenised()
+            while handler.num_preparing:
+                handler.take_prepared()
             sessions.touch(engine.touched)
             engine.touched.clear()
             sessions.flush()

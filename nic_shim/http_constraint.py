@@ -1,0 +1,65 @@
+"""An HTTP request's constraint: compiled in its turn, while the client is there.
+
+Called by nic_shim/http_app.py, on the event loop. Test: pytest tests/null/test_http_constraint.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
+from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
+from blinkimp.nic_shim.http_errors import HttpError, http_error_of
+from blinkimp.nic_shim.http_request_log import CLOSED_STATUS
+from blinkimp.protocol import Constraint, Error
+
+
+async def compile_constraint(
+    queue: CompileQueue, request: Request, constraint: Constraint | None
+) -> LoadedConstraint | None:
+    """Raises HttpError."""
+    if constraint is None:
+        return None
+    loop = asyncio.get_running_loop()
+    answered: asyncio.Future[Answer] = loop.create_future()
+
+    def settle(answer: Answer) -> None:
+        if not answered.done():
+            answered.set_result(answer)
+
+    def hand_over(answer: Answer) -> None:  # on the queue's thread
+        loop.call_soon_threadsafe(settle, answer)
+
+    # Without keys all callers are one to the gate. Here a connection is one, as over ZeroMQ: else one client would hold up all.
+    caller = request.state.caller or repr(request.client).encode()
+    found = queue.ask(caller, constraint, hand_over)
+    if isinstance(found, Ticket):
+        found = await _answer(queue, found, answered, request.receive)
+    if isinstance(found, Error):
+        raise http_error_of(found)
+    return found
+
+
+async def _answer(queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[Answer], receive: Receive) -> Answer:
+    """Gives the place in the queue up where the client goes."""
+    gone = asyncio.get_running_loop().create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        queue.withdraw(ticket)
+    if not answered.done():
+        raise HttpError(
+            CLOSED_STATUS,
+            "the client has gone: got a closed connection while its constraint waited, expected somebody to answer; send it again",
+            code="client_gone",
+        )
+    return answered.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

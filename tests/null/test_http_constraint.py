@@ -1,0 +1,115 @@
+"""nic_shim/http_constraint.py: a client that goes gives its place up, and one that stays has its answer.
+
+Run: pytest tests/null/test_http_constraint.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
+from blinkimp.nic_shim.constraint_compiler import ConstraintProblem, LoadedConstraint
+from blinkimp.nic_shim.http_constraint import compile_constraint
+from blinkimp.nic_shim.http_errors import HttpError
+from blinkimp.protocol import Constraint
+from tests.support import PATIENCE_S
+
+CONSTRAINT = Constraint("regex", "[a-z]")
+NO_TABLE: Any = None
+COMPILED = LoadedConstraint(b"", NO_TABLE)
+
+
+class Queue:
+    """Answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.callers: list[bytes] = []
+        self.asked = asyncio.Event()
+        self.answer: Callable[[Answer], None] | None = None
+        self.num_withdrawn = 0
+        job: Any = None
+        self.ticket = Ticket(job, lambda _: None)
+
+    def ask(self, caller: bytes, _: Constraint, answer: Callable[[Answer], None]) -> Answer | Ticket:
+        self.callers.append(caller)
+        self.answer = answer
+        self.asked.set()
+        return self.ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        assert ticket is self.ticket
+        self.num_withdrawn += 1
+        return True
+
+
+def request_of(receive: Callable[[], Any], caller: bytes = b"") -> Any:
+    return SimpleNamespace(state=SimpleNamespace(caller=caller), client=("127.0.0.1", 4711), receive=receive)
+
+
+async def compiled(queue: Any, request: Any) -> LoadedConstraint | None:
+    tested: CompileQueue = queue
+    return await asyncio.wait_for(compile_constraint(tested, request, CONSTRAINT), PATIENCE_S)
+
+
+def test_a_client_that_goes_gives_its_place_up() -> None:
+    async def scenario() -> None:
+        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
+        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
+        await queue.asked.wait()
+        assert not queue.num_withdrawn
+        messages.put_nowait({"type": "http.request"})
+        messages.put_nowait({"type": "http.disconnect"})
+        with pytest.raises(HttpError, match="the client has gone") as caught:
+            await task
+        assert (caught.value.status, queue.num_withdrawn) == (499, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_stays_has_its_answer_and_may_still_go() -> None:
+    async def scenario() -> None:
+        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
+        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
+        await queue.asked.wait()
+        assert queue.answer is not None
+        await asyncio.to_thread(queue.answer, COMPILED)
+        assert await task is COMPILED
+        await asyncio.sleep(0)
+        messages.put_nowait({"type": "http.disconnect"})
+        await asyncio.sleep(0)
+        assert messages.qsize() == 1, "whoever runs the request is the one to learn of it"
+
+    asyncio.run(scenario())
+
+
+def test_an_error_is_the_reply_to_this_request() -> None:
+    async def scenario() -> None:
+        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
+        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
+        await queue.asked.wait()
+        assert queue.answer is not None
+        queue.answer(ConstraintProblem("busy", "the machine has no time", CONSTRAINT).error)
+        with pytest.raises(HttpError, match="no time") as caught:
+            await task
+        assert (caught.value.status, caught.value.retry_after_s) == (429, 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("key", "caller"), [(b"digest", b"digest"), (b"", b"('127.0.0.1', 4711)")])
+def test_a_caller_is_a_key_or_else_a_connection(key: bytes, caller: bytes) -> None:
+    async def scenario() -> None:
+        queue = Queue()
+        task = asyncio.create_task(compiled(queue, request_of(asyncio.Queue[Any]().get, key)))
+        await queue.asked.wait()
+        assert queue.callers == [caller]
+        assert queue.answer is not None
+        queue.answer(COMPILED)
+        await task
+
+    asyncio.run(scenario())
