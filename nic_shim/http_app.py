@@ -6,9 +6,10 @@ Made by nic_shim/http_ingress.py. nic_shim/HTTP.md describes it for users. Test:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,10 @@ from blinkimp.nic_shim.http_chat import ChatShape, template_messages
 from blinkimp.nic_shim.http_completions import CompletionShape
 from blinkimp.nic_shim.http_constraint import compile_constraint
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
+from blinkimp.nic_shim.http_exchange import Exchange
 from blinkimp.nic_shim.http_fields import (
     DEFAULT_COMPLETION_TOKENS,
+    Body,
     check_combinations,
     check_model,
     constraint_of,
@@ -37,6 +40,8 @@ from blinkimp.nic_shim.http_fields import (
 )
 from blinkimp.nic_shim.http_gate import Gate
 from blinkimp.nic_shim.http_generate import (
+    MAX_INLINE_BYTES,
+    MAX_INLINE_CHARS,
     Context,
     GenerationResponse,
     PromptIds,
@@ -44,6 +49,8 @@ from blinkimp.nic_shim.http_generate import (
     encode_prompts,
     make_requests,
     new_exchange,
+    off_loop_if,
+    texts_of,
 )
 from blinkimp.nic_shim.http_openapi import docs_page, openapi_document
 from blinkimp.nic_shim.http_types import (
@@ -111,27 +118,24 @@ class Api:
 
     # ---- Generation ------------------------------------------------------------------------------------------------
     async def completions(self, request: Request) -> Response:
-        body = decode_body(await self._body_of(request), CompletionRequest)
+        body = await self._decoded(request, CompletionRequest)
         check_model(body.model, self.context.model_names)
         check_combinations(body)
         prompts = prompts_of(body)
-        prompt_ids = await encode_prompts(self.context, prompts)
-        num_choices = body.n or 1
-        request_id = _request_id(request)
-        echoes = [self._echo(body, prompt) for prompt in prompts for _ in range(num_choices)]
-        shape = CompletionShape(
-            request_id,
-            body.model or self.context.model_names[0],
-            body,
-            self.context.token_bytes,
-            echoes=echoes,
-            prompt_ids=[ids.tolist() for ids in prompt_ids for _ in range(num_choices)]
-            if body.return_token_ids or (body.echo and body.logprobs is not None)
-            else [],
-        )
-        max_tokens = self._completion_tokens(body, max(map(len, prompt_ids)))
-        sampling = sampling_of(body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.logprobs or 0)
-        return await self._generate(request, body, prompt_ids, sampling, shape, request_id)
+        with self._entered(request, len(prompts) * (body.n or 1)) as exchange:
+            prompt_ids = await encode_prompts(self.context, prompts)
+            shows_ids = body.return_token_ids or (body.echo and body.logprobs is not None)
+            shape = CompletionShape(
+                _request_id(request),
+                body.model or self.context.model_names[0],
+                body,
+                self.context.token_bytes,
+                echoes=await texts_of(self.context, prompts) if body.echo else [""] * len(prompts),
+                prompt_ids=[ids.tolist() for ids in prompt_ids] if shows_ids else [],
+            )
+            max_tokens, num_top = self._completion_tokens(body, max(map(len, prompt_ids))), body.logprobs or 0
+            sampling = sampling_of(body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=num_top)
+            return await self._generate(request, body, prompt_ids, sampling, shape, exchange)
 
     def _completion_tokens(self, body: CompletionRequest, num_prompt_tokens: int) -> int:
         """Output tokens at most; at least one, as the engine knows no request without any."""
@@ -141,13 +145,8 @@ class Api:
         most = self.context.defaults.max_new_tokens or DEFAULT_COMPLETION_TOKENS
         return max(1, min(DEFAULT_COMPLETION_TOKENS, most, num_left))
 
-    def _echo(self, body: CompletionRequest, prompt: str | list[int]) -> str:
-        if not body.echo:
-            return ""
-        return prompt if isinstance(prompt, str) else self.context.tokenizer.decode(prompt)
-
     async def chat(self, request: Request) -> Response:
-        body = decode_body(await self._body_of(request), ChatRequest)
+        body = await self._decoded(request, ChatRequest)
         check_model(body.model, self.context.model_names)
         check_combinations(body)
         variables = body.chat_template_kwargs or {}
@@ -156,27 +155,27 @@ class Api:
                 "chat_template_kwargs", "chat_template_kwargs cannot be used", "messages or add_generation_prompt in it",
                 "other variables of the template", "use the request's own fields",
             )  # fmt: skip
-        add_prompt = body.add_generation_prompt is not False
-        prompt_ids = await self._chat_prompt(body.messages, add_generation_prompt=add_prompt, variables=variables)
-        max_context = self.context.engine.link.port.max_context
-        num_left = max(1, max_context - len(prompt_ids))
-        asked = body.max_completion_tokens or body.max_tokens
-        max_tokens = asked or min(num_left, self.context.defaults.max_new_tokens or num_left)
-        sampling = sampling_of(
-            body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.top_logprobs or 0
-        )
-        if self.context.template.is_plain:  # no token says that the reply is over: the next speaker's name does
-            sampling = msgspec.structs.replace(sampling, stop=[*sampling.stop, USER_SPEAKS])
-        request_id = _request_id(request)
-        shape = ChatShape(
-            request_id,
-            body.model or self.context.model_names[0],
-            body,
-            self.context.token_bytes,
-            echo=_chat_echo(body),
-            prompt_ids=prompt_ids.tolist(),
-        )
-        return await self._generate(request, body, [prompt_ids], sampling, shape, request_id)
+        with self._entered(request, body.n or 1) as exchange:
+            add_prompt = body.add_generation_prompt is not False
+            prompt_ids = await self._chat_prompt(body.messages, add_generation_prompt=add_prompt, variables=variables)
+            max_context = self.context.engine.link.port.max_context
+            num_left = max(1, max_context - len(prompt_ids))
+            asked = body.max_completion_tokens or body.max_tokens
+            max_tokens = asked or min(num_left, self.context.defaults.max_new_tokens or num_left)
+            sampling = sampling_of(
+                body, self.context.defaults, max_tokens=max_tokens, num_top_logprobs=body.top_logprobs or 0
+            )
+            if self.context.template.is_plain:  # no token says that the reply is over: the next speaker's name does
+                sampling = msgspec.structs.replace(sampling, stop=[*sampling.stop, USER_SPEAKS])
+            shape = ChatShape(
+                _request_id(request),
+                body.model or self.context.model_names[0],
+                body,
+                self.context.token_bytes,
+                echo=_chat_echo(body),
+                prompt_ids=prompt_ids.tolist() if body.return_token_ids else [],
+            )
+            return await self._generate(request, body, [prompt_ids], sampling, shape, exchange)
 
     async def _chat_prompt(
         self, messages: list[ChatMessage], *, add_generation_prompt: bool, variables: dict[str, Any]
@@ -196,6 +195,19 @@ class Api:
         (ids,) = await encode_prompts(context, [text], add_special_tokens=context.template.is_plain)
         return ids
 
+    @contextlib.contextmanager
+    def _entered(self, request: Request, num_choices: int) -> Iterator[Exchange]:
+        """An exchange for so many choices, before any work is done for them. What fails inside gives them back."""
+        self._refuse_while_down()
+        caller = request.state.caller
+        self.gate.enter(caller, num_choices)
+        exchange = new_exchange(self.context, lambda: self.gate.leave(caller, num_choices))
+        try:
+            yield exchange
+        except BaseException:
+            exchange.abandon()
+            raise
+
     async def _generate(
         self,
         request: Request,
@@ -203,21 +215,14 @@ class Api:
         prompt_ids: list[PromptIds],
         sampling: Sampling,
         shape: ReplyShape,
-        request_id: str,
+        exchange: Exchange,
     ) -> Response:
         constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body))
-        self._refuse_while_down()
-        caller, num_choices = request.state.caller, len(prompt_ids) * (body.n or 1)
-        self.gate.enter(caller, num_choices)
-        exchange = new_exchange(self.context, lambda: self.gate.leave(caller, num_choices))
-        try:
-            requests = make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
-            for one in requests:  # its time began before its prompt was tokenised
-                one.received_ns = request.state.arrived_ns
-        except BaseException:
-            exchange.abandon()
-            raise
-        return GenerationResponse(self.context.engine, exchange, requests, shape, body, request_id)
+        self._refuse_while_down()  # the drain may have begun meanwhile
+        requests = await make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
+        for one in requests:  # its time began before its prompt was tokenised
+            one.received_ns = request.state.arrived_ns
+        return GenerationResponse(self.context.engine, exchange, requests, shape, body, _request_id(request))
 
     def _refuse_while_down(self) -> None:
         status = self.status()
@@ -254,9 +259,14 @@ class Api:
         request.state.arrived_ns = time.monotonic_ns()
         return b"".join(chunks)
 
+    async def _decoded(self, request: Request, body_type: type[Body]) -> Body:
+        payload = await self._body_of(request)
+        is_long = len(payload) > MAX_INLINE_BYTES
+        return await off_loop_if(is_long, self.context, lambda: decode_body(payload, body_type))
+
     # ---- Tokens ----------------------------------------------------------------------------------------------------
     async def tokenize(self, request: Request) -> Response:
-        body = decode_body(await self._body_of(request), TokenizeRequest)
+        body = await self._decoded(request, TokenizeRequest)
         check_model(body.model, self.context.model_names)
         if (body.prompt is None) == (body.messages is None):
             raise bad_field(
@@ -266,12 +276,16 @@ class Api:
             ids = await self._chat_prompt(body.messages, add_generation_prompt=body.add_generation_prompt, variables={})
         else:
             (ids,) = await encode_prompts(self.context, [body.prompt or ""], add_special_tokens=body.add_special_tokens)
-        tokens = ids.tolist()
-        names = [self.context.token_bytes.text(token) for token in tokens] if body.return_token_strs else None
+        tokens, is_long, text = ids.tolist(), len(ids) > MAX_INLINE_CHARS, self.context.token_bytes.text
+        names = (
+            await off_loop_if(is_long, self.context, lambda: list(map(text, tokens)))
+            if body.return_token_strs
+            else None
+        )
         return _json(TokenizeReply(len(tokens), self.context.engine.link.port.max_context, tokens, names))
 
     async def detokenize(self, request: Request) -> Response:
-        body = decode_body(await self._body_of(request), DetokenizeRequest)
+        body = await self._decoded(request, DetokenizeRequest)
         check_model(body.model, self.context.model_names)
         vocab_size = self.context.engine.link.port.vocab_size
         if body.tokens and max(body.tokens) >= vocab_size:
@@ -279,7 +293,8 @@ class Api:
                 "tokens", "a token id is not in the vocabulary", str(max(body.tokens)), f"0 to {vocab_size - 1}",
                 "use this model's tokenizer",
             )  # fmt: skip
-        return _json(DetokenizeReply(self.context.tokenizer.decode(body.tokens)))
+        (text,) = await texts_of(self.context, [body.tokens])
+        return _json(DetokenizeReply(text))
 
     # ---- About the server ------------------------------------------------------------------------------------------
     def _model(self, name: str) -> Model:

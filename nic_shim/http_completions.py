@@ -28,7 +28,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class CompletionShape:
-    """Builds the replies of one request. echoes, prompt_ids: of each choice."""
+    """Builds the replies of one request. echoes, prompt_ids: of each prompt; its n choices share them."""
 
     def __init__(
         self,
@@ -47,7 +47,8 @@ class CompletionShape:
         self._names = names
         self._echoes = echoes
         self._prompt_ids = prompt_ids
-        self._num_chars = [0] * len(echoes)  # of each choice's text so far
+        self._num_choices = body.n or 1  # of each prompt
+        self._num_chars = [0] * (len(echoes) * self._num_choices)  # of each choice's text so far
         options = body.stream_options
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
         self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
@@ -60,19 +61,20 @@ class CompletionShape:
     def take_scores(self, scores: list[Tokens]) -> None:
         num_top = self._body.logprobs or 0
         for idx, rest in enumerate(scores):
-            shown = prompt_logprobs(self._prompt_ids[idx][0], rest, self._names, num_top)
+            shown = prompt_logprobs(self._prompt_ids[idx // self._num_choices][0], rest, self._names, num_top)
             self._scores.append(shown)
             self._num_chars[idx] = sum(map(len, shown.tokens))
 
     def opening(self, choice_idx: int) -> bytes | None:
         """With echo a stream begins with the prompt."""
-        if not (self._echoes[choice_idx] or self._body.return_token_ids or self._scores):
+        prompt_idx = choice_idx // self._num_choices
+        if not (self._echoes[prompt_idx] or self._body.return_token_ids or self._scores):
             return None
-        choice = CompletionChoice(index=choice_idx, text=self._echoes[choice_idx])
+        choice = CompletionChoice(index=choice_idx, text=self._echoes[prompt_idx])
         if self._scores:
             choice.logprobs = self._scores[choice_idx]
         if self._body.return_token_ids:
-            choice.prompt_token_ids = self._prompt_ids[choice_idx]
+            choice.prompt_token_ids = self._prompt_ids[prompt_idx]
             choice.token_ids = []
         return self._chunk([choice], None)
 
@@ -98,11 +100,11 @@ class CompletionShape:
         for idx, choice in enumerate(choices):
             tokens, finish = merged(choice.messages)
             one = self._choice(idx, tokens, finish)
-            one.text = self._echoes[idx] + one.text
+            one.text = self._echoes[choice.prompt_idx] + one.text
             if self._scores:
                 one.logprobs = joined(self._scores[idx], one.logprobs)
             if self._body.return_token_ids:
-                one.prompt_token_ids = self._prompt_ids[idx]
+                one.prompt_token_ids = self._prompt_ids[choice.prompt_idx]
             result.append(one)
         return _encoder.encode(
             CompletionReply(id=self._id, created=self._created, model=self._model, choices=result, usage=usage)

@@ -83,7 +83,7 @@ class Gate:
             )
 
     def enter(self, caller: bytes, num_choices: int) -> None:
-        """Counts choices that begin to run; leave() must follow. Raises HttpError 429."""
+        """Counts choices, before any work is done for them; leave() must follow. Raises HttpError 429."""
         num_running, limit = self._outstanding.get(caller, 0), self._limits.max_outstanding
         if num_running + num_choices > limit:
             self.num_refused += 1

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -37,10 +37,13 @@ from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens
 
 log = logging.getLogger("blinkimp.http")
 
-MAX_INLINE_CHARS = 4096  # longer texts are tokenised on a thread, so that streams do not wait for them
+# What is longer is worked on on a thread, so that streams do not wait for it.
+MAX_INLINE_CHARS = 4096  # of text to tokenise; token ids
+MAX_INLINE_BYTES = 1 << 16  # of a body
 CLOSED_STATUS = 499  # for the log: the client has gone
 
 PromptIds = npt.NDArray[np.uint32]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -86,9 +89,16 @@ class Context:
     defaults: GenerationDefaults
     model_names: tuple[str, ...]
     max_prompt_chars: int
-    pool: ThreadPoolExecutor  # one thread: tokenises, renders templates
+    pool: ThreadPoolExecutor  # one thread: decodes bodies, tokenises and back, renders templates
     compile_queue: CompileQueue
     exchanges: dict[Exchange, None] = field(default_factory=dict)  # that run in the engine
+
+
+async def off_loop_if(is_long: bool, context: Context, work: Callable[[], Result]) -> Result:
+    """What work() returns, made on the pool's thread if it takes long."""
+    if is_long:
+        return await asyncio.get_running_loop().run_in_executor(context.pool, work)
+    return work()
 
 
 async def encode_prompts(
@@ -113,12 +123,19 @@ async def encode_prompts(
         except Exception as error:  # the binding raises plain Exception
             raise http_error_of(untokenisable(0, error)) from error
 
-    if num_chars <= MAX_INLINE_CHARS:
-        return encode()
-    return await asyncio.get_running_loop().run_in_executor(context.pool, encode)
+    return await off_loop_if(sum(map(len, prompts)) > MAX_INLINE_CHARS, context, encode)
 
 
-def make_requests(
+async def texts_of(context: Context, prompts: Sequence[Prompt]) -> list[str]:
+    """Each prompt as text; they are of one kind."""
+    batch = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if not batch:
+        return [prompt for prompt in prompts if isinstance(prompt, str)]
+    is_long = sum(map(len, batch)) > MAX_INLINE_CHARS
+    return await off_loop_if(is_long, context, lambda: context.tokenizer.decode_batch(batch))
+
+
+async def make_requests(
     context: Context,
     body: GenerationFields,
     prompts: list[PromptIds],
@@ -130,6 +147,8 @@ def make_requests(
     requests: list[LiveRequest] = []
     num_choices = body.n or 1
     for prompt_ids in prompts:
+        if requests:
+            await asyncio.sleep(0)  # some milliseconds for each prompt of many choices: streams go on in between
         siblings = Siblings(num_choices, num_choices)
         for copy_idx in range(num_choices):
             # Like vLLM: the copies of a seeded request take the seeds that follow.

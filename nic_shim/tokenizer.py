@@ -59,6 +59,11 @@ class Tokenizer:
         text: str = self.hf.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each; for long ones, as it releases the GIL, and decode() does not."""
+        texts: list[str] = self.hf.decode_batch(batch, skip_special_tokens=True)
+        return texts
+
 
 class IncrementalDetokenizer:
     """Text of one request's output, token by token (I1, I2)."""
