@@ -23,15 +23,18 @@ class ClientGoneError(Exception):
 class Exchange:
     """`choices[i]` has client_id i. on_end runs once, when every choice has ended, and everything else that the exchange waits for:
     then it is out of the engine, and lets go of the choices, whose `session` it is: what it was goes without the collector.
+    on_close runs once, when besides nobody reads any more: the reply has been sent, or there is none.
     Helpers are requests whose output is no choice's."""
 
-    def __init__(self, engine: EngineThread, on_end: Callable[[Exchange], None]) -> None:
+    def __init__(self, engine: EngineThread, on_end: Callable[[], None], on_close: Callable[[Exchange], None]) -> None:
         self.choices: list[LiveRequest] = []  # while any of them runs
         self.num_unfinished = 0  # choices, and 1 while held
         self._is_held = False
         self._helpers: set[LiveRequest] = set()  # that run
         self._engine = engine
         self._on_end = on_end
+        self._on_close = on_close
+        self._is_closed = False
         self._pending: list[Tokens | Finish | Error] = []
         self._waiter: asyncio.Future[None] | None = None
         self.is_gone = False
@@ -55,7 +58,8 @@ class Exchange:
 
     def abandon(self) -> None:
         """Ends an exchange that was never started."""
-        self._on_end(self)
+        self._on_end()
+        self._on_close(self)
 
     def cancel(self) -> None:
         """Stops what still runs. Harmless when nothing does."""
@@ -69,6 +73,9 @@ class Exchange:
             self._watcher = None
         self.cancel()
         self.release()
+        self._is_closed = True
+        if self.num_unfinished == 0:
+            self._on_close(self)
 
     # ---- Helpers ---------------------------------------------------------------------------------------------------
     def start_helper(self, request: LiveRequest) -> None:
@@ -95,7 +102,9 @@ class Exchange:
         self.num_unfinished -= 1
         if self.num_unfinished == 0:
             self.choices = []  # not clear(): the list is the caller's as well
-            self._on_end(self)
+            self._on_end()
+            if self._is_closed:
+                self._on_close(self)
 
     # ---- What comes ------------------------------------------------------------------------------------------------
     def push(self, messages: list[Tokens | Finish | Error]) -> None:

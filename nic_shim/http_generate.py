@@ -91,7 +91,7 @@ class Context:
     max_prompt_chars: int
     pool: ThreadPoolExecutor  # one thread: decodes bodies, tokenises and back, renders templates
     compile_queue: CompileQueue
-    exchanges: dict[Exchange, None] = field(default_factory=dict)  # that run in the engine
+    exchanges: dict[Exchange, None] = field(default_factory=dict)  # whose reply is under way
 
 
 async def off_loop_if(is_long: bool, context: Context, work: Callable[[], Result]) -> Result:
@@ -361,10 +361,6 @@ def finish_name(finish: Finish | None) -> str | None:
 
 
 def new_exchange(context: Context, on_end: Callable[[], Any]) -> Exchange:
-    def end(exchange: Exchange) -> None:
-        context.exchanges.pop(exchange, None)
-        on_end()
-
-    exchange = Exchange(context.engine, end)
+    exchange = Exchange(context.engine, on_end, context.exchanges.pop)
     context.exchanges[exchange] = None
     return exchange

@@ -4,7 +4,8 @@
 
 Run as a process by `blinkimp serve --http HOST:PORT`; nic_shim/HTTP.md describes the API. uvicorn's loop (uvloop, httptools) speaks HTTP on
 the main thread, nic_shim/engine_thread.py speaks to the queue pair. SIGTERM drains: new requests get 503, running ones finish
-(bounded by --drain-timeout), then exit 0; a second one ends it at once. Test: pytest tests/host/test_http_ingress.py
+and are read by their clients (bounded by --drain-timeout), then exit 0; a second one ends it at once.
+Test: pytest tests/host/test_http_ingress.py tests/host/test_http_drain.py
 """
 
 from __future__ import annotations
@@ -227,14 +228,22 @@ class HttpIngress:
         exchanges = self._context.exchanges
         log_event(log, logging.INFO, "draining", num_unfinished=len(exchanges))
         deadline = time.monotonic() + self._drain_timeout_s
-        while exchanges and time.monotonic() < deadline:
+        while (exchanges or self._unread()) and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_S)
-        if exchanges:
-            log.warning("drain timed out: cancelling %d requests", len(exchanges))
+        if exchanges or self._unread():
+            text = "drain timed out: cancelling %d requests; %d connections have replies that their clients do not read"
+            log.warning(text, len(exchanges), len(self._unread()))
             for exchange in list(exchanges):
                 exchange.cancel()
             await asyncio.sleep(CANCEL_GRACE_S)
+            for transport in self._unread():
+                transport.abort()
         self._server.should_exit = True
+
+    def _unread(self) -> list[asyncio.Transport]:
+        """Connections with bytes that wait for the client to read: at exit they would be lost."""
+        transports = [connection.transport for connection in self._server.server_state.connections]
+        return [transport for transport in transports if transport.get_write_buffer_size()]
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------
