@@ -121,6 +121,7 @@ class Supervisor:
         self._config = config
         self._progress = progress
         self._num_signals = 0
+        self._drain_until = 0.0  # monotonic; no drain yet
         self._is_misconfigured = False
         self._ingresses: list[ProcessSlot] = []  # and the metrics
 
@@ -178,7 +179,7 @@ class Supervisor:
 
     def _shut_down(self, engine: EngineSlot) -> None:
         """Until the engine has ended. One that faults meanwhile is started again for what the ingresses have not finished."""
-        deadline = time.monotonic() + self._config.drain_timeout_s
+        self._drain_until = time.monotonic() + self._config.drain_timeout_s
         for slot in self._ingresses:  # from now on they refuse requests themselves, and end when theirs are delivered
             slot.ask_to_end()
         if not engine.is_recovering:
@@ -190,20 +191,24 @@ class Supervisor:
             if self._num_signals > num_signals:
                 num_signals = self._num_signals
                 engine.ask_to_end()
-            is_over = time.monotonic() > deadline or not any(slot.child.is_alive() for slot in self._ingresses)
+            is_over = time.monotonic() > self._drain_until or not any(slot.child.is_alive() for slot in self._ingresses)
             if is_over and not engine.is_ending:
                 engine.ask_to_end()
             time.sleep(WATCH_PERIOD_S)
 
     def _end_ingresses(self) -> None:
+        """Until they have delivered what the engine has said: their clients have the drain's time for that, too."""
         slots, self._ingresses = self._ingresses, []
-        deadline = time.monotonic() + INGRESS_FLUSH_S + CANCEL_GRACE_S
+        engine_ended_at = time.monotonic()
         for slot in slots:
-            if slot.child.wait(max(0.0, deadline - time.monotonic())):
-                continue
-            _log.warning("%s did not end within %g s and is killed", slot.name, INGRESS_FLUSH_S + CANCEL_GRACE_S)
-            slot.child.send_signal(signal.SIGKILL)
-            slot.child.wait()
+            while not slot.child.wait(WATCH_PERIOD_S):
+                since = engine_ended_at if self._num_signals > 1 else max(engine_ended_at, self._drain_until)
+                if time.monotonic() - since > INGRESS_FLUSH_S + CANCEL_GRACE_S:
+                    seconds = time.monotonic() - engine_ended_at
+                    _log.warning("%s did not end within %.1f s of the engine's end and is killed", slot.name, seconds)
+                    slot.child.send_signal(signal.SIGKILL)
+                    slot.child.wait()
+                    break
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._num_signals += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,16 @@ import pytest
 from blinkimp.config import Config
 from blinkimp.host import supervisor
 from blinkimp.host.child_process import EXIT_MISCONFIGURED
+from blinkimp.host.engine_slot import Phase
 from blinkimp.host.supervisor import (
+    CANCEL_GRACE_S,
     FIRST_BACKOFF_S,
     HEALTHY_S,
+    INGRESS_FLUSH_S,
     MAX_BACKOFF_S,
+    WATCH_PERIOD_S,
     IngressSlot,
+    Supervisor,
     endpoint_of,
     ingress_slots,
     metrics_slots,
@@ -27,6 +33,7 @@ class FakeChild:
     """A process that ends when the test says so."""
 
     started: list[FakeChild]
+    clock: list[float]
 
     def __init__(self, name: str, module: str, arguments: list[str], *, on_line: Any) -> None:
         self.alive = True
@@ -34,6 +41,7 @@ class FakeChild:
         self.on_line = on_line
         self.arguments = arguments
         self.signals: list[signal.Signals] = []
+        self.ends_at = float("inf")  # by the clock, which wait() moves
         FakeChild.started.append(self)
 
     def is_alive(self) -> bool:
@@ -47,12 +55,20 @@ class FakeChild:
 
     def send_signal(self, number: signal.Signals) -> None:
         self.signals.append(number)
+        if number == signal.SIGKILL:
+            self.ends_at = 0.0
+
+    def wait(self, timeout_s: float = 0.0) -> bool:
+        if FakeChild.clock[0] < self.ends_at:
+            FakeChild.clock[0] += timeout_s
+        self.alive = FakeChild.clock[0] < self.ends_at
+        return not self.alive
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    FakeChild.started = []
+    FakeChild.started, FakeChild.clock = [], now
     monkeypatch.setattr(supervisor, "ChildProcess", FakeChild)
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
     return now
@@ -146,3 +162,34 @@ def test_ingress_is_asked_to_end_once(clock: list[float]) -> None:
     slot.ask_to_end()
     slot.ask_to_end()
     assert FakeChild.started[0].signals == [signal.SIGTERM]
+
+
+DRAIN_S = 30.0
+FLUSH_S = INGRESS_FLUSH_S + CANCEL_GRACE_S + WATCH_PERIOD_S
+
+
+@pytest.mark.parametrize(
+    ("ends_after_s", "num_signals", "drains", "killed_after_s"),
+    [
+        (DRAIN_S - 1, 1, True, None),
+        (float("inf"), 1, True, DRAIN_S + FLUSH_S),
+        (DRAIN_S - 1, 2, True, FLUSH_S),
+        (DRAIN_S - 1, 0, False, FLUSH_S),
+    ],
+    ids=["clients read slowly", "never ends", "second signal", "the engine has failed"],
+)
+def test_ingresses_have_the_drains_time_to_deliver(
+    clock: list[float], ends_after_s: float, num_signals: int, drains: bool, killed_after_s: float | None
+) -> None:
+    """The engine ends at once; the ingress has more to say."""
+    server = Supervisor(Config(drain_timeout_s=DRAIN_S))
+    server._ingresses, server._num_signals, began = [IngressSlot(Config(), 0, "module", [])], num_signals, clock[0]
+    (child,) = FakeChild.started
+    child.ends_at = began + ends_after_s
+    if drains:
+        engine: Any = SimpleNamespace(is_recovering=False, ask_to_end=lambda: None, look=lambda: Phase.ENDED)
+        server._shut_down(engine)
+    server._end_ingresses()
+    assert (signal.SIGKILL in child.signals) == (killed_after_s is not None)
+    ended_after_s = ends_after_s if killed_after_s is None else killed_after_s
+    assert clock[0] - began == pytest.approx(ended_after_s, abs=2 * WATCH_PERIOD_S)
