@@ -43,9 +43,7 @@ from blinkimp.nic_shim.http_generate import (
     MAX_INLINE_BYTES,
     MAX_INLINE_CHARS,
     Context,
-    GenerationResponse,
     PromptIds,
-    ReplyShape,
     encode_prompts,
     make_requests,
     new_exchange,
@@ -53,6 +51,7 @@ from blinkimp.nic_shim.http_generate import (
     texts_of,
 )
 from blinkimp.nic_shim.http_openapi import docs_page, openapi_document
+from blinkimp.nic_shim.http_response import GenerationResponse, ReplyShape
 from blinkimp.nic_shim.http_types import (
     ChatMessage,
     ChatRequest,

@@ -6,13 +6,13 @@ Called by nic_shim/http_app.py. Test: pytest tests/host/test_http_ingress.py
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from blinkimp.nic_shim.chunk_template import IDS_MARK, TEXT_MARK, ChunkTemplate
-from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
 from blinkimp.nic_shim.http_logprobs import chat_logprobs
+from blinkimp.nic_shim.http_response import Choice, finish_name, merged, reply_pieces
 from blinkimp.nic_shim.http_types import (
     ChatChoice,
     ChatChunk,
@@ -100,24 +100,24 @@ class ChatShape:
     def usage_chunk(self, usage: Usage) -> bytes:
         return _encoder.encode(self._bare_chunk([], usage))
 
-    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
-        result = []
-        for idx, choice in enumerate(choices):
-            tokens, finish = merged(choice.messages)
-            one = ChatChoice(index=idx, message=ReplyMessage("assistant", self._echo))
-            if tokens is not None:
-                one.message.content += tokens.text
-                if self._body.logprobs:
-                    one.logprobs = chat_logprobs(tokens, self._names, self._body.top_logprobs or 0)
-            if self._body.return_token_ids:
-                one.token_ids = tokens.token_ids if tokens is not None else []
-            if finish is not None:
-                one.finish_reason, one.stop_reason = finish_name(finish), finish.stop
-            result.append(one)
-        reply = ChatReply(id=self._id, created=self._created, model=self._model, choices=result, usage=usage)
+    def whole(self, choices: list[Choice], usage: Usage) -> Iterator[bytes]:
+        reply = ChatReply(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
         if self._body.return_token_ids:
             reply.prompt_token_ids = self._prompt_ids
-        return _encoder.encode(reply)
+        return reply_pieces(reply, map(self._whole_choice, range(len(choices)), choices))
+
+    def _whole_choice(self, choice_idx: int, choice: Choice) -> ChatChoice:
+        tokens, finish = merged(choice.messages)
+        one = ChatChoice(index=choice_idx, message=ReplyMessage("assistant", self._echo))
+        if tokens is not None:
+            one.message.content += tokens.text
+            if self._body.logprobs:
+                one.logprobs = chat_logprobs(tokens, self._names, self._body.top_logprobs or 0)
+        if self._body.return_token_ids:
+            one.token_ids = tokens.token_ids if tokens is not None else []
+        if finish is not None:
+            one.finish_reason, one.stop_reason = finish_name(finish), finish.stop
+        return one
 
     def _bare_chunk(self, choices: list[ChunkChoice], usage: Usage | None) -> ChatChunk:
         chunk = ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices)

@@ -6,13 +6,13 @@ Called by nic_shim/http_app.py. Test: pytest tests/host/test_http_ingress.py
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from blinkimp.nic_shim.chunk_template import IDS_MARK, TEXT_MARK, ChunkTemplate
-from blinkimp.nic_shim.http_generate import Choice, finish_name, merged
 from blinkimp.nic_shim.http_logprobs import completion_logprobs, joined, prompt_logprobs
+from blinkimp.nic_shim.http_response import Choice, finish_name, merged, reply_pieces
 from blinkimp.nic_shim.http_types import (
     CompletionChoice,
     CompletionChunk,
@@ -52,7 +52,7 @@ class CompletionShape:
         options = body.stream_options
         self._usage_field = None if options is not None and options.include_usage else msgspec.UNSET
         self._templates: dict[int, ChunkTemplate] = {}  # by choice; only without log-probabilities
-        self._scores: list[CompletionLogprobs] = []  # of each choice's prompt, with echo and log-probabilities
+        self._scores: list[CompletionLogprobs] = []  # of each prompt, with echo and log-probabilities
         self._discards_output = body.max_tokens == 0
 
     def needs_scores(self) -> bool:
@@ -60,10 +60,10 @@ class CompletionShape:
 
     def take_scores(self, scores: list[Tokens]) -> None:
         num_top = self._body.logprobs or 0
-        for idx, rest in enumerate(scores):
-            shown = prompt_logprobs(self._prompt_ids[idx // self._num_choices][0], rest, self._names, num_top)
-            self._scores.append(shown)
-            self._num_chars[idx] = sum(map(len, shown.tokens))
+        for ids, rest in zip(self._prompt_ids, scores, strict=True):
+            self._scores.append(prompt_logprobs(ids[0], rest, self._names, num_top))
+        num_chars = [sum(map(len, shown.tokens)) for shown in self._scores]
+        self._num_chars = [num_chars[idx // self._num_choices] for idx in range(len(self._num_chars))]
 
     def opening(self, choice_idx: int) -> bytes | None:
         """With echo a stream begins with the prompt."""
@@ -72,7 +72,7 @@ class CompletionShape:
             return None
         choice = CompletionChoice(index=choice_idx, text=self._echoes[prompt_idx])
         if self._scores:
-            choice.logprobs = self._scores[choice_idx]
+            choice.logprobs = self._scores[prompt_idx]
         if self._body.return_token_ids:
             choice.prompt_token_ids = self._prompt_ids[prompt_idx]
             choice.token_ids = []
@@ -95,20 +95,19 @@ class CompletionShape:
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunk([], usage)
 
-    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
-        result = []
-        for idx, choice in enumerate(choices):
-            tokens, finish = merged(choice.messages)
-            one = self._choice(idx, tokens, finish)
-            one.text = self._echoes[choice.prompt_idx] + one.text
-            if self._scores:
-                one.logprobs = joined(self._scores[idx], one.logprobs)
-            if self._body.return_token_ids:
-                one.prompt_token_ids = self._prompt_ids[choice.prompt_idx]
-            result.append(one)
-        return _encoder.encode(
-            CompletionReply(id=self._id, created=self._created, model=self._model, choices=result, usage=usage)
-        )
+    def whole(self, choices: list[Choice], usage: Usage) -> Iterator[bytes]:
+        reply = CompletionReply(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
+        return reply_pieces(reply, map(self._whole_choice, range(len(choices)), choices))
+
+    def _whole_choice(self, choice_idx: int, choice: Choice) -> CompletionChoice:
+        tokens, finish = merged(choice.messages)
+        one = self._choice(choice_idx, tokens, finish)
+        one.text = self._echoes[choice.prompt_idx] + one.text
+        if self._scores:
+            one.logprobs = joined(self._scores[choice.prompt_idx], one.logprobs)
+        if self._body.return_token_ids:
+            one.prompt_token_ids = self._prompt_ids[choice.prompt_idx]
+        return one
 
     def _choice(self, choice_idx: int, tokens: Tokens | None, finish: Finish | None) -> CompletionChoice:
         choice = CompletionChoice(index=choice_idx, text="")

@@ -6,7 +6,7 @@ Rule      The prompt is cut into pieces. A request for each has the prompt up to
 Hazard    Every piece needs the KV of all before it: pieces run once the prompt itself has been computed, so that the prefix cache has
           it. With `prefix_cache` false each computes it again.
 
-Each piece takes a constraint slot and counts as a request in the metrics. Called by nic_shim/http_generate.py, on the event loop.
+Each piece takes a constraint slot and counts as a request in the metrics. Called by nic_shim/http_response.py, on the event loop.
 Test: pytest tests/host/test_http_prompt_scores.py
 """
 

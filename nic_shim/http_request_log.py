@@ -3,7 +3,7 @@
     app = RequestLog(api.app(), slot)      an ASGI application around another; slot() is this ingress's slot of the metrics
 
 A request's id is the client's X-Request-Id where that is sane, else one of ours; it goes back in every reply's header. Who runs a generation
-logs it (http_generate.py, with tokens and times); the other requests are logged here where they were refused. /health, /ready, /metrics and
+logs it (http_response.py, with tokens and times); the other requests are logged here where they were refused. /health, /ready, /metrics and
 the documents are neither counted nor logged, as with vLLM. Called by nic_shim/http_ingress.py. Test: pytest tests/host/test_http_log.py
 """
 

@@ -1,6 +1,6 @@
 """The log line of a request that has ended: its id, how it ended, its tokens and where its time went.
 
-The same fields over HTTP and ZeroMQ; nic_shim/METRICS.md lists them. Called by nic_shim/http_generate.py, nic_shim/zmq_ingress.py and
+The same fields over HTTP and ZeroMQ; nic_shim/METRICS.md lists them. Called by nic_shim/http_response.py, nic_shim/zmq_ingress.py and
 nic_shim/message_handler.py.
 Test: pytest tests/host/test_http_log.py tests/host/test_zmq_log.py
 """

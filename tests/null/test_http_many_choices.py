@@ -15,8 +15,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from blinkimp.nic_shim.http_types import MAX_CHOICES, MAX_PROMPTS
+from blinkimp.nic_shim import http_completions
+from blinkimp.nic_shim.http_completions import CompletionShape
+from blinkimp.nic_shim.http_response import PART_BYTES, Choice
+from blinkimp.nic_shim.http_types import MAX_CHOICES, MAX_PROMPTS, CompletionRequest, PromptTokensDetails, Usage
+from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import CONTEXT_TOKENS, Tokenizer
+from blinkimp.protocol import Tokens
+from tests.ingress_support import write_byte_tokenizer
 from tests.null.test_request_cycles import ask, http_api
 
 PROMPT_IDS = [99] * 1000
@@ -98,3 +104,72 @@ def test_choices_of_a_request_that_fails_are_given_back(tmp_path: Path) -> None:
         {"guided_regex": "a", "guided_choice": ["b"]},
     ]
     assert statuses_of(tmp_path, *({**full, **fields} for fields in wrong), full) == [400, 400, 400, 200]
+
+
+# ---- Replies ---------------------------------------------------------------------------------------------------------
+SHOWING = {
+    "prompt": [PROMPT_IDS] * (MAX_OUTSTANDING // MAX_CHOICES), "n": MAX_CHOICES, "max_tokens": 2, "echo": True, "return_token_ids": True,
+}  # fmt: skip
+ONE_CHOICE_BYTES = 8192  # 1000 ids and as many characters, and what is around them
+
+
+async def parts_of(app: Any, body: dict[str, Any], *, num_read: int = 1 << 30) -> list[bytes]:
+    """The writes of a reply's body, for a client that goes away when it has read so many."""
+    payload, parts = msgspec.json.encode(body), []
+    coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    coming.put_nowait({"type": "http.request", "body": payload, "more_body": False})
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+            if len(parts) == num_read:
+                coming.put_nowait({"type": "http.disconnect"})
+                await asyncio.sleep(0)  # as a client that reads slowly: the others have their turn
+                await asyncio.sleep(0)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "root_path": "", "query_string": b"", "headers": [], "http_version": "1.1",
+        "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    await app(scope, coming.get, send)
+    return parts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_is_made_as_it_is_read(tmp_path: Path, stream: bool) -> None:
+    """Each of 1024 choices says its prompt of 1000 tokens: never more than a part at once."""
+    with http_api(tmp_path) as app, asyncio.Runner() as runner:
+        parts = runner.run(parts_of(app, {**SHOWING, "stream": stream}))
+        read = runner.run(parts_of(app, {**SHOWING, "stream": stream}, num_read=2))
+    reply = b"".join(parts)
+    assert len(reply) > 10 * PART_BYTES
+    openings = [part for part in parts if b"prompt_token_ids" in part]
+    assert max(map(len, openings)) < PART_BYTES + ONE_CHOICE_BYTES
+    assert len(read) <= 3 < len(parts), "who has gone away is not written for"
+    if not stream:
+        choices = msgspec.json.decode(reply)["choices"]
+        assert [choice["index"] for choice in choices] == list(range(MAX_OUTSTANDING))
+        assert all(choice["prompt_token_ids"] == PROMPT_IDS and len(choice["token_ids"]) == 2 for choice in choices)
+
+
+def test_scores_of_a_prompt_are_made_once_and_stand_in_each_of_its_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = http_completions.prompt_logprobs
+    monkeypatch.setattr(
+        http_completions, "prompt_logprobs", lambda first, *rest: made.append(first) or make(first, *rest)
+    )
+    body = CompletionRequest(prompt="", n=3, echo=True, logprobs=0)
+    names = TokenBytes(Tokenizer(write_byte_tokenizer(tmp_path)))
+    shape = CompletionShape("id", "m", body, names, echoes=["abc", "de"], prompt_ids=[[99, 100, 101], [102, 103]])
+    shape.take_scores([Tokens(0, 1, [100, 101], [-1.0, -2.0], ""), Tokens(0, 1, [103], [-3.0], "")])
+    assert made == [99, 102]
+    output = Tokens(0, 0, [104], [-4.0], "x")
+    choices = [Choice(idx // 3, 3 - idx // 3, messages=[output]) for idx in range(6)]
+    pieces = list(shape.whole(choices, Usage(5, 6, 11, PromptTokensDetails(0))))
+    assert len(pieces) == 7, "a choice at a time, and the end"
+    shown = msgspec.json.decode(b"".join(pieces))["choices"]
+    assert [choice["text"] for choice in shown] == ["abcx"] * 3 + ["dex"] * 3
+    assert [choice["logprobs"]["token_logprobs"] for choice in shown] == [[None, -1, -2, -4]] * 3 + [[None, -3, -4]] * 3
+    assert [choice["logprobs"]["text_offset"] for choice in shown] == [[0, 1, 2, 3]] * 3 + [[0, 1, 2]] * 3
