@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from blinkimp.nic_shim import http_completions
+from blinkimp.nic_shim import http_app, http_completions
 from blinkimp.nic_shim.http_completions import CompletionShape
 from blinkimp.nic_shim.http_response import PART_BYTES, Choice
 from blinkimp.nic_shim.http_types import MAX_CHOICES, MAX_PROMPTS, CompletionRequest, PromptTokensDetails, Usage
@@ -93,6 +93,24 @@ def test_an_echo_is_decoded_once_for_each_prompt_and_not_on_the_event_loop(
     assert statuses_of(tmp_path, body) == [200]
     assert work.num_decoded == num_prompts
     assert threading.main_thread() not in work.threads
+
+
+def test_long_bodies_and_texts_are_not_worked_on_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, threads, decode = Work(monkeypatch), [], http_app.decode_body
+
+    def decode_body(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return decode(*arguments)
+
+    monkeypatch.setattr(http_app, "decode_body", decode_body)
+    with http_api(tmp_path) as app, asyncio.Runner() as runner:
+        for num_tokens in (10, 30_000):
+            payload = msgspec.json.encode({"tokens": [99] * num_tokens})
+            assert runner.run(ask(app, "/detokenize", payload)) == 200
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
+    assert work.num_decoded == 2 and len(work.threads) == 2, "the short one is decoded at once"
 
 
 def test_choices_of_a_request_that_fails_are_given_back(tmp_path: Path) -> None:
