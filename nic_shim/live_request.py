@@ -1,7 +1,7 @@
 """One unfinished request in an ingress: its prompt, what the engine has answered, what the client has not got yet.
 
 Made by nic_shim/message_handler.py and nic_shim/http_generate.py, filled by nic_shim/engine_link.py, emptied by nic_shim/sessions.py and
-nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_stop_strings.py
+nic_shim/engine_thread.py. Test: pytest tests/host/test_zmq_ingress.py tests/null/test_resumed_text.py
 
 Invariants
 I1  output_ids holds every output token once, in order, whatever number of submissions it took.
@@ -9,6 +9,8 @@ I2  A request has one end: `end` is set once, and nothing is added after it.
 I3  Memory: 4 bytes a prompt token, 4 + 4 bytes an output token (12 more for each alternative), and the text that is not sent;
     max_tokens bounds it.
 I4  A token is whole once its alternatives are there: only then it is detokenised, counted and sent.
+I5  Messages up to an id have all the text that the ids up to it complete, and no more, wherever they are cut: to a client that resumes
+    there (delivered_ids) nothing of that is owed, and what was held back comes once.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class LiveRequest:
         self.num_sent = len(submit.delivered_ids)
         self.unsent_logprobs = array("f")
         self.unsent_top: list[list[tuple[int, float]]] = []
-        self.unsent_text: list[str] = []
+        self.unsent_text: list[str] = []  # where text is shown: of each whole token, often "", and what finish() let go
         self.stop_matcher = StopMatcher(sampling.stop) if sampling.stop else None
         self._num_top = sampling.top_logprobs
         self.num_top_missing = 0  # alternatives of the last token that have not arrived (I4)
@@ -175,7 +177,7 @@ class LiveRequest:
         elif self.detokenizer is not None:
             piece = self.detokenizer.push(token)
             if self.stop_matcher is None:
-                if piece and self.shows_text:
+                if self.shows_text:
                     self.unsent_text.append(piece)
             else:
                 self._push_text(piece)
@@ -202,7 +204,7 @@ class LiveRequest:
 
     def _push_text(self, piece: str) -> None:
         piece = self._match_stops(piece, len(self.output_ids) - 1)
-        if piece and self.shows_text:
+        if self.shows_text:
             self.unsent_text.append(piece)
 
     def _match_stops(self, piece: str, position: int) -> str:
@@ -266,7 +268,7 @@ class LiveRequest:
         return self.num_sent < self.num_whole or bool(self.unsent_text)
 
     def take_tokens(self, max_tokens: int) -> Tokens:
-        """What the client has not got, max_tokens of it at most; text goes with the last of it."""
+        """What the client has not got, max_tokens of it at most, each with its text (I5)."""
         first, num_whole, logprobs = self.num_sent, self.num_whole, self.unsent_logprobs
         if num_whole - first <= max_tokens and num_whole - first == len(logprobs):  # all there is, as a rule
             self.num_sent = num_whole
@@ -284,20 +286,19 @@ class LiveRequest:
             return message
         last = min(num_whole, first + max_tokens)
         num_taken = last - first
-        whole = last == num_whole
+        num_pieces = len(self.unsent_text) if last == num_whole else num_taken  # with the last id, what finish() let go
         message = Tokens(
             id=self.client_id,
             index=first,
             token_ids=self.output_ids[first:last].tolist(),
             logprobs=logprobs[:num_taken].tolist(),
-            text="".join(self.unsent_text) if whole else "",
+            text="".join(self.unsent_text[:num_pieces]),
         )
         del logprobs[:num_taken]
         if self.unsent_top:
             message.top = self.unsent_top[:num_taken]
             del self.unsent_top[:num_taken]
-        if whole:
-            self.unsent_text.clear()
+        del self.unsent_text[:num_pieces]
         self.num_sent = last
         return message
 

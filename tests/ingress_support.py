@@ -53,6 +53,19 @@ def write_byte_tokenizer(folder: Path) -> Path:
     return path
 
 
+def write_metaspace_tokenizer(folder: Path) -> Path:
+    """As of Llama 2: spaces as a symbol, bytes as tokens where a character is unknown, a leading space that is dropped."""
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.", "▁the"]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = HfTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
 def engine_name() -> str:
     return f"test-{os.getpid()}-{secrets.token_hex(3)}"
 

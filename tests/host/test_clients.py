@@ -10,14 +10,16 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import zmq
 
 from blinkimp.async_client import AsyncClient, AsyncTokenStream
-from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError, configure_socket
+from blinkimp.nic_shim import sessions
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
+from blinkimp.protocol import Tokens, decode_server_messages
 from tests.ingress_support import Served, expected_ids, hold_after_first_tokens, serve, wait_until
 from tests.support import PATIENCE_S
 
@@ -123,6 +125,46 @@ def test_streams_outlive_a_restarted_server(tmp_path: Path) -> None:
             assert (completion.num_prompt_tokens, completion.num_output_tokens) == (number, 400)
         resumed = [request for request in served.director.queue_pairs[0].seen if request.max_tokens < 400]
         assert len(resumed) == 3  # they went on with what they had, not from the start
+
+
+def lose_connections(client: Client, num_frames: int) -> None:
+    """From now on the connection is lost behind each so many frames with output; the client is soon back with a new one."""
+    core, num_seen = client._core, 0
+    handle = core.handle
+
+    def handle_and_lose(frame: bytes, now: float) -> None:
+        nonlocal num_seen
+        handle(frame, now)
+        num_seen += any(isinstance(message, Tokens) for message in decode_server_messages(frame))
+        if num_seen == num_frames:
+            num_seen = 0
+            client._socket.close()
+            client._socket = client._context.socket(zmq.DEALER)
+            configure_socket(client._socket, None)
+            client._socket.connect(core.endpoint)
+            core._next_tick = now  # it need not wait to ask what the server knows
+
+    core.handle = handle_and_lose  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_outlives_connections_lost_between_full_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool, num_frames: int
+) -> None:
+    """I5 of nic_shim/live_request.py: requests share a frame, so each is cut anywhere, also within a character or a stop string."""
+    monkeypatch.setattr(sessions, "MAX_TOKENS_PER_FRAME", 7)
+    with serve(tmp_path, step_s=0.0) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
+        lose_connections(client, num_frames)
+        options: dict[str, Any] = {"stream": stream, "max_tokens": 60, "stop": ["done. naïve café 😀"]}
+        streams = [client.submit([7] * number, **options) for number in (1, 2, 40)]
+        for number, one in zip((1, 2, 40), streams, strict=True):
+            completion = one.result()
+            assert completion.token_ids == expected_ids(served, number, len(completion.token_ids))
+            whole = served.tokenizer.decode(completion.token_ids).rstrip("\ufffd")
+            shown, _, rest = whole.partition("done. naïve café 😀")
+            assert (completion.text, rest) == (shown, "")
+            assert completion.finish_reason == ("length" if shown == whole else "stop")
 
 
 # ---- Async -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from blinkimp.nic_shim.tokenizer import (
     chat_prompt,
     read_eos_ids,
 )
-from tests.ingress_support import write_byte_tokenizer
+from tests.ingress_support import write_byte_tokenizer, write_metaspace_tokenizer
 
 TEXTS = [
     "hello",
@@ -62,16 +62,7 @@ def merged_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As of Llama 2: spaces as a symbol, bytes as tokens where a character is unknown, a leading space that is dropped."""
-    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.", "▁the"]
-    vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    tokenizer = HfTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    path = tmp_path_factory.mktemp("metaspace") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return Tokenizer(path)
+    return Tokenizer(write_metaspace_tokenizer(tmp_path_factory.mktemp("metaspace")))
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt_ids: list[int] | None = None) -> list[str]:
