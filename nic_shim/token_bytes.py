@@ -1,6 +1,6 @@
 """The bytes that each token of a tokenizer stands for.
 
-Called by nic_shim/http_logprobs.py and nic_shim/constraint_worker.py. Test: pytest tests/null/test_http_logprobs.py
+Called by nic_shim/tokenizer.py, nic_shim/http_logprobs.py and nic_shim/constraint_worker.py. Test: pytest tests/null/test_http_logprobs.py
 
 Rule: byte-level tokenizers (GPT-2's alphabet) map each character of a piece back to a byte; SentencePiece-like ones write a space as
 U+2581 and single bytes as <0xNN>. Special tokens stand for no text.
@@ -8,11 +8,15 @@ U+2581 and single bytes as <0xNN>. Special tokens stand for no text.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from blinkimp.nic_shim.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from blinkimp.nic_shim.tokenizer import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE = "\u2581"
@@ -33,13 +37,11 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        settings = json.loads(tokenizer.hf.to_str())
-        self._is_byte_level = _has_kind(settings.get("decoder"), "ByteLevel") or _has_kind(
-            settings.get("pre_tokenizer"), "ByteLevel"
-        )
-        added = settings.get("added_tokens") or []
-        self.special_ids = frozenset(entry["id"] for entry in added if entry.get("special"))
-        self._added = {entry["id"]: entry["content"] for entry in added}
+        hf = tokenizer.hf
+        self._is_byte_level = _has_kind(hf.decoder, "ByteLevel") or _has_kind(hf.pre_tokenizer, "ByteLevel")
+        added = hf.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self._added = {token: entry.content for token, entry in added.items()}
         self._cache: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes | None:
@@ -61,6 +63,12 @@ class TokenBytes:
             return bytes([int(match[1], 16)])
         return str(piece).replace(SPACE, " ").encode()
 
+    def num_unfinished(self, tokens: Sequence[int]) -> int:
+        """How many bytes at the end begin a character that is not complete. Bytes that cannot become one do not count."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(self.of(token) or b"" for token in tokens))
+        return len(decoder.getstate()[0])
+
     def shown(self, token: int) -> bytes:
         """As of(), with a special token by its name: what a log-probability record says."""
         known = self._cache.get(token)
@@ -75,8 +83,12 @@ class TokenBytes:
         return self.shown(token).decode(errors="replace")
 
 
-def _has_kind(part: object, kind: str) -> bool:
-    """Whether a pre-tokenizer or decoder, or one in its sequence, is of this kind."""
+def _has_kind(part: Any, kind: str) -> bool:
+    """Whether a pre-tokenizer or decoder of the binding, or one in its sequence, is of this kind."""
+    return part is not None and _is_in(json.loads(part.__getstate__()), kind)
+
+
+def _is_in(part: object, kind: str) -> bool:
     if isinstance(part, dict):
-        return part.get("type") == kind or any(_has_kind(value, kind) for value in part.values())
-    return isinstance(part, list) and any(_has_kind(value, kind) for value in part)
+        return part.get("type") == kind or any(_is_in(value, kind) for value in part.values())
+    return isinstance(part, list) and any(_is_in(value, kind) for value in part)

@@ -5,6 +5,7 @@ Run: pytest tests/null/test_tokenizer.py
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from blinkimp.nic_shim.token_bytes import byte_alphabet
 from blinkimp.nic_shim.tokenizer import (
     MAX_HELD_TOKENS,
     REPLACEMENT,
@@ -143,10 +145,65 @@ def test_any_text_from_any_cut(merged_tokenizer: Tokenizer, text: str, cut: int)
 def test_any_tokens_never_fail(byte_tokenizer: Tokenizer, ids: list[int]) -> None:
     joined = "".join(pieces(byte_tokenizer, ids))
     whole = byte_tokenizer.decode(ids)
-    strip = str.maketrans("", "", REPLACEMENT)
-    if len(ids) < MAX_HELD_TOKENS:
-        assert whole.startswith(joined) and set(whole[len(joined) :]) <= {REPLACEMENT}
-    assert joined.translate(strip) in whole.translate(strip)
+    said = bytes(
+        byte_alphabet()[character] for token in ids if token > 1 for character in byte_tokenizer.hf.id_to_token(token)
+    )
+    is_cut = bool(said) and said.decode(errors="replace") != codecs.getincrementaldecoder("utf-8")("replace").decode(
+        said
+    )
+    assert joined == (whole.removesuffix(REPLACEMENT) if is_cut else whole)  # I2
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufffd", "x\ufffd", "x\ufffd\ufffd", "\ufffd" * MAX_HELD_TOKENS, "é" + "\ufffd" * 200 + "é"]
+)
+@pytest.mark.parametrize("which", ["byte_tokenizer", "merged_tokenizer", "metaspace_tokenizer"])
+def test_a_replacement_character_that_was_said_is_text(text: str, which: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    assert "".join(pieces(tokenizer, tokenizer.encode(text).tolist())) == text
+    assert "".join(pieces(tokenizer, tokenizer.encode(text + "€").tolist()[:-1])) == text
+
+
+def test_bytes_that_are_no_character_take_nothing_with_them(metaspace_tokenizer: Tokenizer) -> None:
+    """A broken byte beside a newline, which is a byte token too: the decoder takes the newline back."""
+    newline, broken, letter, word = map(metaspace_tokenizer.hf.token_to_id, ["<0x0A>", "<0xE6>", "b", "▁the"])
+    prompt_ids = metaspace_tokenizer.encode("a").tolist()
+    assert pieces(metaspace_tokenizer, [newline, broken, letter, word], prompt_ids) == [
+        "\n",
+        "",
+        f"{REPLACEMENT}b",
+        " the",
+        "",
+    ]
+    assert pieces(metaspace_tokenizer, [newline, broken], prompt_ids) == ["\n", "", ""]  # it may still become one
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    symbols=st.lists(
+        st.sampled_from(["<0x0A>", "<0xE6>", "<0xFF>", "<0xC3>", "<0xA9>", "b", "▁", "▁the"]), max_size=150
+    )
+)
+def test_any_bytes_leave_the_words_alone(metaspace_tokenizer: Tokenizer, symbols: list[str]) -> None:
+    prompt_ids, ids = (
+        metaspace_tokenizer.encode("a").tolist(),
+        [metaspace_tokenizer.hf.token_to_id(one) for one in symbols],
+    )
+    words = [symbol.replace("▁", " ") for symbol in symbols if not symbol.startswith("<")]
+    joined = "".join(pieces(metaspace_tokenizer, ids, prompt_ids))
+    assert "".join(character for character in joined if character in " bthe") == "".join(words)
+
+
+def test_a_prompt_that_ends_in_half_a_character(metaspace_tokenizer: Tokenizer) -> None:
+    half, word = metaspace_tokenizer.encode("€").tolist()[:2], metaspace_tokenizer.hf.token_to_id("▁the")
+    assert pieces(metaspace_tokenizer, [word, word], half) == [" the", " the", ""]
+
+
+def test_special_tokens_without_end_are_cheap(byte_tokenizer: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(byte_tokenizer)
+    for token in [byte_tokenizer.encode("é").tolist()[0], *([0] * (10 * MAX_HELD_TOKENS))]:
+        detokenizer.push(token)
+        assert len(detokenizer._held) < MAX_HELD_TOKENS
 
 
 def test_missing_and_broken_files_say_what_to_do(tmp_path: Path) -> None:
