@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -26,6 +28,8 @@ MAX_TEMPLATE_CHARS: Final = 1 << 20
 MAX_TEXT_CHARS: Final = 4 << 20
 MAX_EXPONENT: Final = 64
 MAX_RENDER_S: Final = 1.0  # of CPU time: whether a template is refused does not depend on who else computes
+NOT_GIVEN: Final = {"tools": None, "documents": None}  # as transformers has it: templates ask whether they are none
+MAX_SEPARATOR_CHARS: Final = 16
 SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
@@ -73,7 +77,7 @@ class ChatTemplate:
         token = _deadline.set(time.thread_time() + MAX_RENDER_S)
         try:
             pieces, num_chars = [], 0
-            values = {**variables, **self._special}
+            values = {**NOT_GIVEN, **variables, **self._special}
             for piece in self._template.generate(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **values
             ):
@@ -105,7 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: time.strftime(str(form))
         self.globals[_CHECK] = _check_deadline
@@ -148,6 +152,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         return _refused("format") if getattr(value, "__name__", "") in ("format", "format_map") else None
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training; the text is what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
 
 
 class _BoundedConcat(NodeTransformer):
@@ -209,11 +223,19 @@ def _bounded(filter_function: Any, *, is_async: bool) -> Any:
     return bounded
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it: without HTML escapes."""
     if indent is not None and indent > 64:
         raise TemplateError(f"indent {indent} is above 64")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    if separators is not None and max(map(len, separators)) > MAX_SEPARATOR_CHARS:
+        raise TemplateError(f"a separator has more than {MAX_SEPARATOR_CHARS} characters")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from blinkimp.cli.chat_template import ChatTemplateError, Conversation
 from blinkimp.config import Config, model_folder
+from blinkimp.nic_shim.chat_template import ChatTemplate
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] | trim }}\n{% endfor %}"
@@ -125,6 +126,7 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
             "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
             "longer than",
         ),
+        ("{{ [1, 2] | tojson(separators=('x' * 100, ':')) }}", "separator"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
@@ -143,3 +145,27 @@ def test_what_honest_templates_use_still_works(tmp_path: Path) -> None:
     conversation = Conversation(checkpoint(tmp_path, jinja=template))
     conversation.add("user", "x y")
     assert text_of(conversation) == ' ab |a, b|axc|a1b|{"a": 1}|y|a\n  b|1'
+
+
+AS_TRANSFORMERS = {  # a template, what it says; one system message, one user message
+    "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}.": ".",
+    "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools is none }}": "True",
+    "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}": '{"content":"S é<","role":"system"}',
+    "{{ {'b': 'é', 'a': 1} | tojson(true) }}": '{"b": "\\u00e9", "a": 1}',
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}<{{ x }}>{% endgeneration %}{{ x }}": "<2>1",
+    "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% if loop.first %}{% continue %}{% endif %}.{% endfor %}": "systemuser.",
+}
+
+
+@pytest.mark.parametrize("template", AS_TRANSFORMERS)
+def test_a_template_says_what_it_says_in_transformers(tmp_path: Path, template: str) -> None:
+    messages = [{"role": "system", "content": "S é<"}, {"role": "user", "content": "U"}]
+    assert ChatTemplate(checkpoint(tmp_path, jinja=template)).text(messages) == AS_TRANSFORMERS[template]
+    reference = pytest.importorskip("transformers.utils.chat_template_utils", reason="it is the reference")
+    theirs = reference.render_jinja_template([messages], chat_template=template, add_generation_prompt=True)[0]
+    assert theirs == [AS_TRANSFORMERS[template]]
+
+
+def test_variables_of_the_request_reach_the_template(tmp_path: Path) -> None:
+    template = ChatTemplate(checkpoint(tmp_path, jinja="{{ tools }}{{ enable_thinking }}"))
+    assert template.text([], tools=[1], enable_thinking=False) == "[1]False"
