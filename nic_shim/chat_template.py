@@ -71,7 +71,7 @@ class ChatTemplate:
         """The prompt's text, with the special tokens where there is a template."""
         if self._template is None:
             try:
-                return chat_prompt(messages)
+                return chat_prompt(messages, add_generation_prompt=add_generation_prompt)
             except ValueError as error:
                 raise ChatTemplateError(str(error)) from None
         token = _deadline.set(time.thread_time() + MAX_RENDER_S)

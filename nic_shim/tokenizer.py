@@ -154,8 +154,8 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def chat_prompt(messages: Sequence[Mapping[str, str]]) -> str:
-    """A plain conversation as text, for checkpoints without a chat template: one tagged paragraph a message."""
+def chat_prompt(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """A plain conversation as text, for checkpoints without a chat template: one tagged paragraph a message, and the next one's tag."""
     tags = {"system": "System", "user": "User", "assistant": "Assistant"}
     paragraphs = []
     for message in messages:
@@ -165,4 +165,4 @@ def chat_prompt(messages: Sequence[Mapping[str, str]]) -> str:
                 f"chat message {dict(message)!r} cannot be used; expected role ({', '.join(tags)}) and content (text); correct it"
             )
         paragraphs.append(f"{tags[role]}: {message['content'].strip()}\n\n")
-    return "".join(paragraphs) + "Assistant:"
+    return "".join(paragraphs) + ("Assistant:" if add_generation_prompt else "")

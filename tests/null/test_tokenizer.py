@@ -229,6 +229,7 @@ def test_eos_ids_of_a_checkpoint(tmp_path: Path) -> None:
 def test_chat_prompt() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
     assert chat_prompt(messages) == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+    assert chat_prompt(messages, add_generation_prompt=False) == "System: Be brief.\n\nUser: Hi\n\n"
     with pytest.raises(ValueError, match="expected role"):
         chat_prompt([{"role": "robot", "content": "x"}])
 
