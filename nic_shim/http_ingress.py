@@ -43,6 +43,7 @@ from blinkimp.nic_shim.http_fields import read_generation_defaults
 from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
+from blinkimp.nic_shim.http_protocol import timed_protocol
 from blinkimp.nic_shim.http_request_log import RequestLog
 from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, parse_bind
 from blinkimp.nic_shim.queue_pair import QueuePairError
@@ -67,6 +68,7 @@ class HttpLimits:
     max_prompt_chars: int = 1 << 20  # of a prompt given as text
     max_memory_bytes: int = 4 << 30  # resident memory of the process
     max_connections: int = 4096
+    read_timeout_s: float = 30.0  # without a byte of a request that is awaited for longer, its connection is closed
     max_outstanding: int = 1024  # choices of one API key that run at once
     max_requests_per_s: int = 500  # of one API key
     burst_requests: int = 1000  # of one API key, at once
@@ -184,7 +186,7 @@ class HttpIngress:
         )
         config = uvicorn.Config(
             RequestLog(self._api.app(), lambda: self._link.metrics.slot),
-            http="httptools",
+            http=timed_protocol(limits.read_timeout_s),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -285,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         "max_prompt_chars": "characters of a prompt given as text",
         "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
         "max_connections": "connections at once",
+        "read_timeout_s": "without a byte of a request for so long, its connection is closed",
         "max_outstanding": "choices of one API key that run at once",
         "max_requests_per_s": "requests a second of one API key",
         "burst_requests": "requests of one API key at once",
