@@ -4,13 +4,17 @@ asked for it (`blinkimp serve --capture-arrivals FOLDER`), to files that only th
     link.capture_arrivals(folder)        # from then on each request is a line, and its end another
 
 Output is not written, only a digest of its token ids: enough to tell whether a replay says the same.
+A full disk ends the capture, not the service.
 Called by nic_shim/engine_link.py, from its thread. Test: pytest tests/host/test_replay.py
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -20,11 +24,13 @@ from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.protocol import Error
 from blinkimp.trace.arrivals import Arrival, Captured, Outcome, output_digest
 
+_log = logging.getLogger("blinkimp.ingress")
+
 LOOK_PERIOD_S: Final = 0.05  # between looks for ended requests, and writes
 
 
 class ArrivalCapture:
-    """One file. Raises OSError, in words, where it cannot be made."""
+    """One file. Raises OSError, in words, where it cannot be made; where it cannot be written to later it says so once and captures no more."""
 
     def __init__(self, folder: Path, engine_name: str, queue_pair_idx: int) -> None:
         name = f"arrivals.{engine_name}.qp{queue_pair_idx}.{os.getpid()}.{time.monotonic_ns()}.jsonl"
@@ -40,9 +46,12 @@ class ArrivalCapture:
         self._live: dict[LiveRequest, tuple[int, int]] = {}  # its number, and how many output tokens it had before
         self._next_number = 0
         self._look_at = 0.0
+        self._has_failed = False
 
     def arrived(self, request: LiveRequest) -> None:
         """Before it goes to the ring."""
+        if self._has_failed:
+            return
         number, self._next_number = self._next_number, self._next_number + 1
         delivered = request.output_ids.tolist()
         arrival = Arrival(
@@ -59,14 +68,27 @@ class ArrivalCapture:
             detokenize=request.shows_text,
             delivered_ids=delivered,
         )
-        self._write(Captured(number, arrival=arrival))
         self._live[request] = number, len(delivered)
+        with self._ends_where_it_cannot_write():
+            self._write(Captured(number, arrival=arrival))
 
     def look(self, now: float) -> None:
         """Each turn of the loop: every LOOK_PERIOD_S it writes what has ended."""
-        if now < self._look_at:
+        if self._has_failed or now < self._look_at:
             return
         self._look_at = now + LOOK_PERIOD_S
+        with self._ends_where_it_cannot_write():
+            self._write_ended()
+            self._file.flush()
+
+    def close(self) -> None:
+        self._look_at = 0.0
+        self.look(time.monotonic())
+        with self._ends_where_it_cannot_write():
+            self._file.close()
+
+    # ---- Inside ------------------------------------------------------------------------------------------------------
+    def _write_ended(self) -> None:
         ended = [request for request in self._live if request.end is not None]
         for request in ended:
             number, num_before = self._live.pop(request)
@@ -74,12 +96,23 @@ class ArrivalCapture:
             output = request.output_ids[num_before:]
             reason = request.end.code if isinstance(request.end, Error) else request.end.reason
             self._write(Captured(number, outcome=Outcome(reason, len(output), output_digest(output))))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._look_at = 0.0
-        self.look(time.monotonic())
-        self._file.close()
 
     def _write(self, line: Captured) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")
+
+    @contextlib.contextmanager
+    def _ends_where_it_cannot_write(self) -> Iterator[None]:
+        """Requests are not to fail for want of a record of them."""
+        try:
+            yield
+        except OSError as error:
+            self._has_failed = True
+            self._live.clear()
+            with contextlib.suppress(OSError):  # it tries once more to write what is left, and closes in any case
+                self._file.close()
+            _log.error(
+                "capture_arrivals: writing to %s failed (%s), expected a file that can grow; requests go on and are captured no more, a replay "
+                "can use those captured until now; make room there, and start the ingress again to capture",
+                self.path,
+                error.strerror,
+            )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -21,6 +22,8 @@ import numpy as np
 
 from blinkimp.protocol import Sampling
 from blinkimp.trace.errors import TraceError
+
+_log = logging.getLogger(__name__)
 
 CAPTURE_GLOB: Final = "arrivals.*.jsonl"
 # These ends follow from the request alone; the others from when somebody gave up.
@@ -152,7 +155,14 @@ def _lines(path: Path, line_type: type[LineType]) -> list[LineType]:
             found.append(decoder.decode(line))
         except msgspec.DecodeError as error:
             if number == len(lines) and line_type is Captured:
-                break  # the ingress was killed while it wrote
+                # The ingress was killed while it wrote, or its disk was full.
+                _log.warning(
+                    "%s, line %d: the last record is torn and is left out; the %d before it are whole",
+                    path,
+                    number,
+                    len(found),
+                )
+                break
             maker = "serve --capture-arrivals" if line_type is Captured else "trace arrivals"
             raise TraceError(f"{path}, line {number}: {error}; expected a line of `blinkimp {maker}`") from error
     return found

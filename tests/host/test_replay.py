@@ -6,6 +6,10 @@ Run: pytest tests/host/test_replay.py
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
+import logging
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,6 +123,51 @@ def test_an_ingress_that_was_not_asked_to_writes_nothing_down(tmp_path: Path) ->
         client.generate([5, 6], max_tokens=2)
     (arrival,) = collect_arrivals([tmp_path / "captured"])
     assert arrival.prompt_ids == [5, 6] and arrival.outcome is not None and arrival.outcome.num_output_tokens == 2
+
+
+class FullDisk(io.FileIO):
+    """The end of a file on a disk that has room for some bytes more: the write that does not fit is cut short, the next one fails."""
+
+    def __init__(self, path: Path, room_bytes: int) -> None:
+        super().__init__(path, "ab")
+        self.room_bytes = room_bytes
+
+    def write(self, data: Any, /) -> int:
+        fitting = bytes(data)[: self.room_bytes]
+        if not fitting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room_bytes -= len(fitting)
+        return super().write(fitting)
+
+
+def test_a_full_disk_ends_the_capture_and_not_the_service(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captured = tmp_path / "captured"
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
+        served.ingress.link.capture_arrivals(captured)
+        client.generate([5, 6], max_tokens=2)
+        (path,) = captured.iterdir()
+        wait_for(lambda: len(path.read_bytes().splitlines()) == 2, PATIENCE_S, "it is written down, and its end")
+        capture = served.ingress.link._capture
+        assert capture is not None
+        with_room, capture._file = capture._file, io.BufferedWriter(FullDisk(path, room_bytes=20))
+        for prompt in ([7, 8], [9], [10]):
+            assert client.generate(prompt, max_tokens=2).finish_reason == "length"
+        wait_for(lambda: bool(caplog.records), PATIENCE_S, "it says so")
+        assert client.generate([11], max_tokens=2).finish_reason == "length"
+    with_room.close()
+    assert served.ingress.error is None, "and it ends in order"
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert str(path) in said and "No space left on device" in said and "requests go on" in said
+
+    caplog.clear()
+    assert not path.read_bytes().endswith(b"\n"), "the last record is torn"
+    assert main(["trace", "arrivals", str(captured), "-o", str(tmp_path / "arrivals.jsonl")]) == 0
+    (arrival,) = read_arrivals(tmp_path / "arrivals.jsonl")
+    assert arrival.prompt_ids == [5, 6] and arrival.outcome is not None
+    (told,) = caplog.messages
+    assert told == f"{path}, line 3: the last record is torn and is left out; the 2 before it are whole"
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
