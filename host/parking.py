@@ -4,8 +4,8 @@
     doorbell.is_parked() and doorbell.rings()
 
 A parked device has left the GPU (or sleeps, where it is emulated) with all its state in place; nobody looks at the rings. What rings is what an
-ingress does anyway: a submission, an attach, a detach; or a command of the host. WakeThread looks, and calls device.resume(). The host is
-on the path of the first token after an idle time only; parking is off unless `park_after_s` says so.
+ingress does anyway: a submission, an attach, a detach; or a command or new limits (host/tuning.py). WakeThread looks, and calls device.resume().
+The host is on the path of the first token after an idle time only; parking is off unless `park_after_s` says so.
 Called by host/engine.py (GPU) and host/emulated_process.py. Test: pytest tests/host/test_parking.py
 """
 
@@ -35,6 +35,7 @@ class Doorbell:
     def __init__(self, engine_page: Region, queue_pairs: Sequence[Region]) -> None:
         page = engine_page.view(abi.ENGINE_PAGE)
         self._state, self._command = page["status"]["state"], page["control"]["command"]
+        self._tuning_asked, self._tuning_obeyed = (page[line]["tuning_generation"] for line in ("control", "status"))
         self._queue_pairs = []
         for region in queue_pairs:
             words = region.view(abi.QUEUE_PAIR)
@@ -52,8 +53,8 @@ class Doorbell:
         return int(self._state[0]) == EngineState.PARKED
 
     def rings(self) -> bool:
-        """Whether there is a submission, an attach, a detach or a command that the director has not seen."""
-        if int(self._command[0]) != EngineCommand.RUN:
+        """Whether there is a submission, an attach, a detach, a command or a generation of limits that the director has not seen."""
+        if int(self._command[0]) != EngineCommand.RUN or int(self._tuning_asked[0]) != int(self._tuning_obeyed[0]):
             return True
         for asked, answered, num_submitted, num_taken in self._queue_pairs:
             if int(asked[0]) > int(answered[0]):

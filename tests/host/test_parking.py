@@ -75,6 +75,14 @@ def test_an_attach_wakes_it_and_a_long_nap_costs_nobody_the_connection(tiny: Pat
             assert engine.status()["ingress_drops"] == 0
 
 
+def test_a_parked_engine_obeys_new_limits_and_parks_again(tiny: Path) -> None:
+    with running_engine(tiny, park_after_s=PARK_S) as engine:
+        for max_running in (3, 4):
+            wait_for(lambda: engine.status()["state"] == EngineState.PARKED, PATIENCE_S, "the engine parks")
+            assert engine.tune(max_running=max_running)["max_running"] == max_running
+        assert engine.status()["tuning_generation"] == 2
+
+
 def test_a_parked_engine_stops_and_drains(tiny: Path) -> None:
     with running_engine(tiny, park_after_s=PARK_S) as engine:
         assert isinstance(engine.device, EmulatedDevice)
@@ -93,7 +101,7 @@ def test_it_does_not_park_unless_asked(tiny: Path) -> None:
 
 
 def test_what_rings() -> None:
-    """A submission of an attached ingress, an attach, a detach, a command; not what an ingress of the past left behind."""
+    """A submission of an attached ingress, an attach, a detach, new limits, a command; not what an ingress of the past left behind."""
     with regions_of(2) as regions:
         doorbell = Doorbell(regions.engine_page, regions.queue_pairs)
         words = regions.queue_pairs[1].view(abi.QUEUE_PAIR)[0]
@@ -114,6 +122,10 @@ def test_what_rings() -> None:
         words["director"]["epoch"] = 2
         words["ingress"]["submission_producer_pos"] = 9
         assert not doorbell.rings(), "nobody is attached"
+        page["control"]["tuning_generation"] = 1
+        assert doorbell.rings(), "limits"
+        page["status"]["tuning_generation"] = 1
+        assert not doorbell.rings()
         page["control"]["command"] = EngineCommand.DRAIN
         assert doorbell.rings(), "command"
 
