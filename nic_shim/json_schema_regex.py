@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 SPACE: Final = " ?"
@@ -98,7 +98,17 @@ class _Compiler:
                         f"{where}: {exclusive} beside {', '.join(sorted(others))} is not supported; expected it alone"
                     )
                 return str(getattr(self, f"_{exclusive.lstrip('$').lower()}")(schema, f"{where}.{exclusive}", depth))
-        types = schema.get("type", [kind for kind in TYPES if OF_TYPE[kind] & keywords])
+        types = self._types(schema, where, [kind for kind in TYPES if OF_TYPE[kind] & keywords])
+        known = frozenset({"type"}).union(*(OF_TYPE[kind] for kind in types))
+        if unknown := sorted(keywords - known):
+            raise SchemaError(
+                f"{where}: {', '.join(unknown)} is not supported for {'/'.join(types)}; supported: {', '.join(SUPPORTED)}"
+            )
+        return "(" + "|".join(str(getattr(self, f"_{kind}")(schema, where, depth)) for kind in types) + ")"
+
+    @staticmethod
+    def _types(schema: dict[str, Any], where: str, default: list[str]) -> list[str]:
+        types = schema.get("type", default)
         types = [types] if isinstance(types, str) else types
         if (
             not isinstance(types, list)
@@ -108,12 +118,7 @@ class _Compiler:
             raise SchemaError(
                 f"{where}: type is {schema.get('type')!r:.80}; expected one or several of {', '.join(TYPES)}"
             )
-        known = frozenset({"type"}).union(*(OF_TYPE[kind] for kind in types))
-        if unknown := sorted(keywords - known):
-            raise SchemaError(
-                f"{where}: {', '.join(unknown)} is not supported for {'/'.join(types)}; supported: {', '.join(SUPPORTED)}"
-            )
-        return "(" + "|".join(str(getattr(self, f"_{kind}")(schema, where, depth)) for kind in types) + ")"
+        return types
 
     # ---- Any type --------------------------------------------------------------------------------------------------
     def _ref(self, schema: dict[str, Any], where: str, depth: int) -> str:
@@ -138,23 +143,22 @@ class _Compiler:
         return result
 
     def _const(self, schema: dict[str, Any], where: str, _: int) -> str:
-        return self._literal(schema["const"])
+        return self._literal(self._constants(schema, where)[0])
 
     def _enum(self, schema: dict[str, Any], where: str, _: int) -> str:
-        values = schema["enum"]
+        return "(" + "|".join(self._literal(value) for value in self._constants(schema, where)) + ")"
+
+    def _constants(self, schema: dict[str, Any], where: str) -> list[Any]:
+        """Values of a const or enum, less those that a type beside it forbids; at least one."""
+        values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list) or not values:
             raise SchemaError(f"{where}: got {values!r:.80}, expected a list of at least one value")
-        types = schema.get("type")
-        if types is not None:
-            allowed = [types] if isinstance(types, str) else types
-            values = [
-                value
-                for value in values
-                if _type_of(value) in allowed or (_type_of(value) == "integer" and "number" in allowed)
-            ]
+        if "type" in schema:
+            allowed = _narrowed(self._types(schema, where, []))
+            values = [value for value in values if _type_of(value) in allowed]
             if not values:
-                raise SchemaError(f"{where}: no value is of type {types!r:.80}")
-        return "(" + "|".join(self._literal(value) for value in values) + ")"
+                raise SchemaError(f"{where}: no value is of type {schema['type']!r:.80}")
+        return values
 
     def _literal(self, value: Any) -> str:
         try:
@@ -171,29 +175,34 @@ class _Compiler:
         )
 
     def _oneof(self, schema: dict[str, Any], where: str, depth: int) -> str:
-        """Only where a value cannot satisfy two: types or constants that differ."""
-        seen: set[str] = set()
-        for one in schema["oneOf"] if isinstance(schema["oneOf"], list) else ():
-            kinds = self._kinds(one)
-            if kinds is None or seen & kinds:
+        """Only where a value cannot satisfy two: types that differ, and constants of other types and values."""
+        types: set[str] = set()
+        constants: dict[Hashable, str] = {}  # by value, their types
+        for idx, one in enumerate(schema["oneOf"] if isinstance(schema["oneOf"], list) else ()):
+            found = self._kinds(one, f"{where}[{idx}]")
+            if (
+                found is None
+                or types & (found[0] | {*found[1].values()})
+                or found[0] & {*constants.values()}
+                or constants.keys() & found[1].keys()
+            ):
                 raise SchemaError(
-                    f"{where}: a value might satisfy two of the alternatives; expected types that differ; use anyOf"
+                    f"{where}: a value might satisfy two of the alternatives; expected types and constants that differ; use anyOf"
                 )
-            seen |= kinds
+            types |= found[0]
+            constants |= found[1]
         return self._anyof(schema, where, depth)
 
-    @staticmethod
-    def _kinds(schema: Any) -> set[str] | None:
+    def _kinds(self, schema: Any, where: str) -> tuple[frozenset[str], dict[Hashable, str]] | None:
+        """Types of which any value might satisfy the schema, and single values, with their types; None: nobody knows."""
         if not isinstance(schema, dict):
             return None
         if "const" in schema or "enum" in schema:
-            values = [schema["const"]] if "const" in schema else schema["enum"]
-            return {json.dumps(value, sort_keys=True) for value in values} if isinstance(values, list) else None
-        types = schema.get("type")
-        types = [types] if isinstance(types, str) else types
-        if not isinstance(types, list):
+            values = self._constants(schema, where)
+            return frozenset(), {_identity(value): _type_of(value) for value in values}
+        if "type" not in schema:
             return None
-        return {"number" if kind == "integer" else str(kind) for kind in types}
+        return _narrowed(self._types(schema, where, [])), {}
 
     # ---- By type ---------------------------------------------------------------------------------------------------
     def _string(self, schema: dict[str, Any], where: str, _: int) -> str:
@@ -312,10 +321,27 @@ class _Compiler:
 
 
 def _type_of(value: Any) -> str:
+    """The narrowest one: 1.0 is an integer."""
     if isinstance(value, bool):
         return "boolean"
-    names = {str: "string", int: "integer", float: "number", type(None): "null", dict: "object", list: "array"}
+    if isinstance(value, float):
+        return "integer" if value.is_integer() else "number"
+    names = {str: "string", int: "integer", type(None): "null", dict: "object", list: "array"}
     return names.get(type(value), "")
+
+
+def _narrowed(types: Sequence[str]) -> frozenset[str]:
+    """What _type_of() may say of values of these types."""
+    return frozenset(types) | ({"integer"} if "number" in types else frozenset())
+
+
+def _identity(value: Any) -> Hashable:
+    """Equal where JSON schema takes two values for the same: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, list):
+        return "array", tuple(map(_identity, value))
+    if isinstance(value, dict):
+        return "object", frozenset((name, _identity(one)) for name, one in value.items())
+    return isinstance(value, bool), value
 
 
 def _repeats(low: int, high: int | None) -> str:

@@ -5,10 +5,12 @@ Run: pytest tests/null/test_json_schema_regex.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +72,12 @@ def test_commas_of_optional_properties(properties: str, required: str, yes: list
         ({"$ref": "http://x"}, "within the schema"),
         ({"enum": []}, "at least one"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "satisfy two"),
+        ({"oneOf": [{"const": 1}, {"type": "integer"}]}, "satisfy two"),
+        ({"oneOf": [{"type": "string"}, {"enum": [2, "a"]}]}, "satisfy two"),
+        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "satisfy two"),
+        ({"oneOf": [{"const": {"a": [1]}}, {"const": {"a": [1.0]}}]}, "satisfy two"),
+        ({"oneOf": [{"const": 1, "type": 5}]}, "type is 5; expected one or several"),
+        ({"const": 1, "type": "string"}, "no value is of type 'string'"),
         ({"type": "object", "properties": {}, "required": ["z"]}, "not among the properties"),
         ({"const": 1, "minimum": 0}, "expected it alone"),
     ],
@@ -77,6 +85,32 @@ def test_commas_of_optional_properties(properties: str, required: str, yes: list
 def test_what_would_not_be_honoured_is_refused_by_name(schema: Any, words: str) -> None:
     with pytest.raises(SchemaError, match=re.escape(words)):
         schema_regex(schema, lambda _: True)
+
+
+ALTERNATIVES = [
+    {"const": 1}, {"const": 1.0}, {"const": 1.5}, {"const": True}, {"const": [1]}, {"const": [True]}, {"const": None}, {"const": "a"},
+    {"enum": [0, "a"], "type": "integer"}, {"enum": [2, "b"]},
+    {"type": "integer"}, {"type": "number"}, {"type": "string"}, {"type": "boolean"}, {"type": ["null", "integer"]},
+]  # fmt: skip
+PROBES = [0, 1, 2, 1.0, 1.5, True, False, None, "a", "b", "c", [1], [True]]
+
+
+def test_one_of_holds_what_it_says_or_is_refused() -> None:
+    """Any two alternatives: what the expression lets through is valid under one of them alone, as jsonschema has it; and nothing else is refused."""
+    for first, second in itertools.product(ALTERNATIVES, repeat=2):
+        schema = {"oneOf": [first, second]}
+        validator = jsonschema.Draft202012Validator(schema)
+        is_ambiguous = any(
+            all(jsonschema.Draft202012Validator(one).is_valid(probe) for one in (first, second)) for probe in PROBES
+        )
+        try:
+            pattern = re.compile(schema_regex(schema, lambda _: True))
+        except SchemaError:
+            assert is_ambiguous, f"{schema} could have been honoured"
+            continue
+        for probe in PROBES:
+            if pattern.fullmatch(json.dumps(probe)):
+                assert validator.is_valid(probe), f"{schema} lets {probe!r} through"
 
 
 def test_a_deep_schema_is_refused() -> None:
