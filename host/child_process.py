@@ -12,6 +12,7 @@ Called by host/emulated_device.py, host/engine_slot.py, host/supervisor.py. Test
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import runpy
 import signal
@@ -21,7 +22,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
+
+_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 # Exit status of a child whose arguments, files or addresses are wrong: another try would end like this one.
@@ -41,7 +44,8 @@ class ChildProcess:
         on_line: Callable[[bytes], None] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """`stdin` is all the child can read. `on_line`: called with each line of its stdout, on a thread; else stdout is ours.
+        """`stdin` is all the child can read. `on_line`: called with each line of its stdout, on a thread; else stdout is ours. What it raises is
+        logged, and the next line is handed over all the same.
         `pass_fds`: descriptors that the child has too, under the same numbers."""
         self.name = name
         # -P: what lies in the working directory must not replace a module.
@@ -116,23 +120,29 @@ class ChildProcess:
             self._started.set()
             return
         self._started.set()
+        try:
+            self._talk(process)
+        finally:  # whatever went wrong here: nobody is to wait for a child that is gone
+            process.wait()
+            self._ended.set()
+
+    def _talk(self, process: subprocess.Popen[bytes]) -> None:
+        """Hands over its input, and what it says until it ends."""
         assert process.stdin is not None
         try:
             process.stdin.write(self._stdin)
             process.stdin.close()
         except BrokenPipeError:
             pass  # it died before it read; whoever looks at the exit status says so
-        if self._on_line is not None:
-            assert process.stdout is not None
-            self._forward(process.stdout, self._on_line)
-        process.wait()
-        self._ended.set()
-
-    @staticmethod
-    def _forward(stdout: IO[bytes], on_line: Callable[[bytes], None]) -> None:
-        with stdout:
-            for line in stdout:
-                on_line(line)
+        if self._on_line is None:
+            return
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                try:
+                    self._on_line(line)
+                except Exception:
+                    _log.exception("%s: its line %.200r could not be handled; the next ones are", self.name, line)
 
 
 def _environment() -> dict[str, str]:

@@ -95,7 +95,10 @@ class EmulatedDevice:
         loaded: list[Event] = []
 
         def on_line(line: bytes) -> None:
-            event = msgspec.json.decode(line, type=Event)
+            try:
+                event = msgspec.json.decode(line, type=Event)
+            except msgspec.DecodeError:  # it was killed in the middle of a line
+                return
             if event.error:
                 self._error = event.error
             elif event.stage == "loaded":

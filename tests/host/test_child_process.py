@@ -71,6 +71,24 @@ def test_stdin_arguments_output_and_status_pass_through() -> None:
     assert child.end(PATIENCE_S) and child.describe_exit().endswith("killed by SIGTERM")
 
 
+def test_a_line_that_its_host_cannot_handle_costs_neither_the_next_ones_nor_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lines: list[bytes] = []
+
+    def on_line(line: bytes) -> None:
+        if line == b"ONE\n":
+            raise ValueError("not this one")
+        lines.append(line)
+
+    child = ChildProcess("echo", "bk_echo", stdin=b"one\ntwo\n", on_line=on_line)
+    assert child.wait(PATIENCE_S), "it has ended, and its host does not know"
+    assert lines == [b"TWO\n"] and child.returncode() == 0 and not child.is_alive()
+    (record,) = caplog.records
+    assert record.getMessage() == r"echo: its line b'ONE\n' could not be handled; the next ones are"
+    assert record.exc_info is not None and "not this one" in str(record.exc_info[1])
+
+
 def test_exit_status_is_described() -> None:
     child = ChildProcess("seven", "bk_exit", ["7"])
     assert child.wait(PATIENCE_S)

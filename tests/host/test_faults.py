@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.host import emulated_device
+from blinkimp.host.child_process import ChildProcess
+from blinkimp.host.device_protocol import DeviceError
 from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.engine import Engine, EngineFaultError
 from blinkimp.host.parking import Doorbell, WakeThread
@@ -30,7 +33,7 @@ from tests.host.engine_support import (
     running_engine,
     wait_for,
 )
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, ROOT
 
 
 def test_32_streams_finish_while_the_host_is_stopped(tiny: Path) -> None:
@@ -73,6 +76,21 @@ def test_device_dies_with_a_killed_host_and_the_name_is_free_again(tiny: Path) -
             PortClient(engine.config.engine_name, 0) as client,
         ):
             assert client.generate([1, 2, 3], 20).end == finished(FinishReason.LENGTH)
+
+
+def test_device_killed_in_the_middle_of_a_line_is_an_error_and_no_trace_of_the_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bk_torn.py").write_text(
+        'import os, signal\nos.write(1, b\'{"stage":"wei\')\nos.kill(os.getpid(), signal.SIGKILL)\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setattr(
+        emulated_device, "ChildProcess", lambda name, module, **options: ChildProcess(name, "bk_torn", **options)
+    )
+    with pytest.raises(DeviceError, match="was killed by SIGKILL"):
+        Engine(engine_config(tiny, num_threads=1)).start()
+    assert not [record for record in caplog.records if record.exc_info], "half a line is told with a traceback"
 
 
 def test_hanging_device_is_seen_by_its_heartbeat(tiny: Path) -> None:
