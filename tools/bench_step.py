@@ -83,6 +83,10 @@ def bench_blinkimp(arguments: argparse.Namespace, report: dict[str, Any], source
                 except BenchError as error:
                     report["errors"].append(f"blinkimp, {error}")
                     bench.engine.check()  # is it only this row?
+                    if not bench.client.settle():
+                        raise BenchError(
+                            f"requests of {row.name} still run; expected an idle engine for the next row"
+                        ) from error
     except (BenchError, DeviceError, EngineFaultError, GpuError, MemoryPlanError, QueuePairError) as error:
         report["errors"].append(f"blinkimp: {error}")
     return figures

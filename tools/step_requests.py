@@ -5,6 +5,7 @@ Called by tools/step_engine.py and tools/bench_arrival.py. Test: pytest tests/ho
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Client:
             tuple[int, int]
         ] = []  # (time, ns between two steps, as the director last saw it) of the last run
         self._next_id = 1
+        self._submitted_ids = range(0)  # of the last run
 
     def run(self, what: str, waves: Sequence[Wave]) -> list[Times]:
         """All waves to their ends; the times of each."""
@@ -89,6 +91,7 @@ class Client:
         wave_of = np.repeat(np.arange(len(waves)), [wave.batch for wave in waves])  # [requests]
         num_requests = len(wave_of)
         self._next_id += num_requests
+        self._submitted_ids = range(0)
         prompts = [
             self._random.integers(0, self._port.vocab_size, (wave.batch, wave.context), dtype=np.uint32)
             for wave in waves
@@ -120,10 +123,12 @@ class Client:
                     raise BenchError(f"{what}: a submission came to {status.name}, expected OK; see the engine's log")
                 submitted[num_submitted] = now_ns
                 num_submitted += 1
+                self._submitted_ids = range(first_id, first_id + num_submitted)
             event = self._port.wait(WAIT_S)
             entries, now_ns = self._port.poll(), time.monotonic_ns()
+            entries = entries[entries["request_id"] >= first_id]  # a copy, of this run's alone: ids ascend
             if len(entries):
-                pieces.append((entries.copy(), now_ns))
+                pieces.append((entries, now_ns))
                 self.gaps.append((now_ns, self._engine.status()["gap_ns_last"]))
                 kinds = kinds_of(entries)
                 num_ended += int(np.isin(kinds, (CompletionKind.FINISH, CompletionKind.REJECT)).sum())
@@ -143,12 +148,21 @@ class Client:
         return times
 
     def settle(self) -> bool:
-        """After a run that raised: whether nothing of it is left, neither a request in the engine nor a completion on its way."""
+        """After a run that raised: cancels what it left. Whether nothing of it is there now, neither a request in the engine nor a completion
+        on its way."""
         deadline = time.monotonic() + SETTLE_S
-        while self._is_busy(self._engine.status()):
+        # The director takes entries in order: once it has answered the last one, none of this run waits on the ring.
+        ping_id, self._next_id = self._next_id, self._next_id + 1
+        to_send = [functools.partial(self._port.try_cancel, request_id) for request_id in self._submitted_ids]
+        to_send.append(functools.partial(self._port.try_ping, ping_id, 0))
+        is_taken = False
+        while to_send or not is_taken or self._is_busy(self._engine.status()):
             if time.monotonic() > deadline:
                 return False
-            self._port.poll()
+            while to_send and to_send[0]() == PortStatus.OK:
+                to_send.pop(0)
+            entries = self._port.poll()
+            is_taken |= bool((entries["request_id"] == ping_id).any())
             time.sleep(0.001)
         while len(self._port.poll()):
             pass

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import load_tool, undisturbed
+from tests.support import ROOT, load_tool, undisturbed
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+from step_requests import BenchError, Client, Times, Wave
 
 bench_step = load_tool("bench_step")
 FLAGS = ["--device", "emulated", "--shape", "embedded", "--tokens", "6", "--energy-s", "0.05"]
@@ -59,3 +64,34 @@ def test_a_row_that_cannot_run_is_an_error_and_the_others_are_measured(
     assert len(report["errors"]) == 1 and "expected a batch of at most 64" in report["errors"][0]
     assert [row["name"] for row in report["rows"]] == ["d1@40", "p8"]
     assert "expected a batch of at most 64" in capsys.readouterr().err
+
+
+def test_a_row_that_times_out_leaves_the_others_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests run when the next row begins: they are cancelled, and their tokens are nobody else's."""
+    run = Client.run
+
+    def without_time(client: Client, what: str, waves: list[Wave]) -> list[Times]:
+        is_late = waves[0].batch == 16
+        monkeypatch.setattr(client, "_timeout_s", 0.0 if is_late else 60.0)
+        return run(client, what, waves)
+
+    monkeypatch.setattr(Client, "run", without_time)
+    out = tmp_path / "step.json"
+    assert bench_step.main([*FLAGS, "--rows", "d16@400,p8,p12", "--only", "blinkimp", "--out", str(out)]) == 1
+    report = json.loads(out.read_text())
+    assert len(report["errors"]) == 1 and "of 16 requests ended" in report["errors"][0]
+    assert [row["name"] for row in report["rows"]] == ["p8", "p12"]
+    assert "raise --timeout" in capsys.readouterr().err
+
+
+def test_a_run_does_not_count_completions_of_the_run_before() -> None:
+    with bench_step.EngineBench("embedded", "emulated", 512, {"max_batch": 4}, 0.0, None) as bench:
+        with pytest.raises(BenchError, match="raise --timeout"):
+            bench.client.run("given up", [Wave(3, 32, 200)])
+        bench.client._timeout_s = 60.0
+        # The prompt tokens of both runs come to one sum, which is not what this is about.
+        bench.client._expect_undisturbed = lambda *_: None  # type: ignore[method-assign]
+        (times,) = bench.client.run("beside it", [Wave(1, 16, 300)])
+        assert times.device.shape == (1, 300) and times.device.all()
