@@ -41,6 +41,7 @@ class Script:
     stall_after: int = 0  # the whole server stops for stall_ms when it has taken so many requests; 0: never
     stall_ms: float = 0.0
     hold_for: int = 0  # nobody gets a token before so many requests ran at once, on any machine; 0: no hold
+    reasons: tuple[str, ...] = ("length",)  # what requests end with, one after the other and over again
     prompts: list[Any] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -57,6 +58,11 @@ class Script:
         await asyncio.sleep(seconds)
         while loop.time() < self.stalled_until:
             await asyncio.sleep(self.stalled_until - loop.time())
+
+    @property
+    def reason(self) -> str:
+        """Of the request that was taken last."""
+        return self.reasons[(len(self.prompts) - 1) % len(self.reasons)]
 
     def take(self, prompt: Any) -> bool:
         """False: this one is refused."""
@@ -109,12 +115,14 @@ async def stream_completion(script: Script, writer: asyncio.StreamWriter, num_to
         data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
         writer.write(b"%x\r\n%s\r\n" % (len(data), data))
 
+    reason = script.reason
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
     if is_chat:
         send({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
     for idx in range(num_tokens):
         await script.wait((script.first_ms if idx == 0 else script.gap_ms) / 1e3)
-        send({"choices": [{"index": 0, **({"delta": {"content": f" {idx}"}} if is_chat else {"text": f" {idx}"})}]})
+        piece = {"delta": {"content": f" {idx}"}} if is_chat else {"text": f" {idx}"}
+        send({"choices": [{"index": 0, **piece, "finish_reason": reason if idx == num_tokens - 1 else None}]})
         await writer.drain()
     script.at_once -= 1
     send({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": num_tokens}})
@@ -133,11 +141,12 @@ async def serve_zmq(script: Script, socket: zmq.asyncio.Socket) -> None:
         if not script.take(submit.prompt):
             await send(client, Error(submit.id, "busy", "requests", "many", "fewer", "wait", True))
             return
+        reason = script.reason
         for idx in range(submit.sampling.max_tokens):
             await script.wait((script.first_ms if idx == 0 else script.gap_ms) / 1e3)
             await send(client, Tokens(submit.id, idx, [7], [0.0], ""))
         script.at_once -= 1
-        await send(client, Finish(submit.id, "length", 1, submit.sampling.max_tokens, 0, 0, 0, 0, 0))
+        await send(client, Finish(submit.id, reason, 1, submit.sampling.max_tokens, 0, 0, 0, 0, 0))
 
     while True:
         client, frame = await socket.recv_multipart()

@@ -25,6 +25,8 @@ from blinkimp.bench.sse import EventParser, HttpError, ResponseParser
 from blinkimp.trace.arrivals import Arrival
 
 MAX_ERROR_CHARS: Final = 400
+# Ends of a whole output; the last two are a chat's. Others (`timeout`, `abort`, `content_filter`, ...) cut it.
+COMPLETE: Final = frozenset({"stop", "length", "tool_calls", "function_call"})
 DEFAULT_VOCAB: Final = 32000  # of prompts, where the server does not tell and the user does not say
 
 
@@ -41,6 +43,7 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
+    finish_reason: str | None = None
 
 
 class _Event(msgspec.Struct):
@@ -262,6 +265,9 @@ class _Connection(asyncio.Protocol):
             self._error = bytes(found.error)[:MAX_ERROR_CHARS].decode(errors="replace")
         if found.choices and (record.chunk_ns or is_output(found.choices[0])):
             record.add_chunk(now_ns, 1)
+        for choice in found.choices:
+            if choice.finish_reason is not None and choice.finish_reason not in COMPLETE:
+                self._error = self._error or choice.finish_reason[:MAX_ERROR_CHARS]
         if found.usage is not None:
             self._usage = found.usage.completion_tokens
 

@@ -37,6 +37,7 @@ from blinkimp.trace.arrivals import Arrival
 from blinkimp.transport import Security
 
 ALIVE_PERIOD_S: Final = 1.0
+COMPLETE: Final = frozenset({"eos", "stop_id", "stop", "length"})  # ends of a whole output; others cut it
 REQUESTS_A_SOCKET: Final = 128  # half of what an ingress grants a client
 
 
@@ -162,7 +163,7 @@ class ZmqBackend:
                     if record.token_ids is not None:
                         record.token_ids += message.token_ids
             elif isinstance(message, Finish):
-                failure = "" if message.reason in ("eos", "stop_id", "length") else message.reason
+                failure = "" if message.reason in COMPLETE else message.reason
                 self._end(link, message.id, now_ns, num_output_tokens=message.num_output_tokens, error=failure)
             elif isinstance(message, Error):
                 if message.final and message.id is not None:

@@ -64,6 +64,23 @@ def test_an_open_loop_reports_the_delays_that_were_scripted(kind: str) -> None:
     assert len(got["ttfts"]) == 40 and [len(gaps) for gaps in got["itls"]] == [7] * 40
 
 
+@pytest.mark.parametrize(
+    ("kind", "reasons", "is_chat"),
+    [
+        ("http", ("length", "timeout", "stop", "abort"), False),
+        ("http", ("tool_calls", "timeout", "function_call", "content_filter"), True),
+        ("zmq", ("eos", "timeout", "stop", "cancelled"), False),
+        ("zmq", ("stop_id", "draining", "length", "constraint"), False),
+    ],
+)
+def test_what_a_server_cut_has_failed_by_its_reason(kind: str, reasons: tuple[str, ...], is_chat: bool) -> None:
+    script = Script(first_ms=0, gap_ms=0, reasons=reasons)
+    options = LoadOptions(concurrency=1, num_requests=8, input_len=4, output_len=2)
+    got = load(kind, script, options, target={"chat": is_chat} if kind == "http" else {})
+    assert (got["completed"], got["failed"]) == (4, 4)
+    assert got["error_counts"] == {reasons[1]: 2, reasons[3]: 2}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @undisturbed
 def test_a_closed_loop_keeps_as_many_running_as_asked(kind: str) -> None:
