@@ -109,9 +109,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
 # ---- Architecture and what no supported architecture has ------------------------------------------------------------
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in WINDOW_RULES:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in WINDOW_RULES:
         raise refusal("config.json architectures", names, f"one of {sorted(WINDOW_RULES)}")
-    return str(names[0])
+    return names[0]
 
 
 def _refuse_foreign_features(raw: Mapping[str, Any]) -> None:
@@ -173,17 +173,22 @@ def _no_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     return (0,) * num_layers
 
 
+def _window(raw: Mapping[str, Any]) -> int:
+    """An absent key means 4096 (transformers' default of these families), null means none."""
+    return 0 if raw.get("sliding_window", 4096) is None else _count(raw, "sliding_window", 4096)
+
+
 def _mistral_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    # An absent key means 4096 (transformers' default of this family), null means none.
-    window = raw.get("sliding_window", 4096)
-    return (0 if window is None else _count(raw, "sliding_window", 4096),) * num_layers
+    return (_window(raw),) * num_layers
 
 
 def _qwen_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     layer_types = raw.get("layer_types")
-    window = _count(raw, "sliding_window", 4096) if _flag(raw, "use_sliding_window") else 0
+    window = _window(raw) if _flag(raw, "use_sliding_window") else 0
+    first = raw.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise refusal("config.json max_window_layers", "null" if first is None else repr(first), "an integer")
     if layer_types is None:
-        first = raw.get("max_window_layers", 28)
         return tuple(window if idx >= first else 0 for idx in range(num_layers))
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         raise refusal("config.json layer_types", layer_types, f"a list of num_hidden_layers ({num_layers}) names")
@@ -191,7 +196,8 @@ def _qwen_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
         if name not in ("full_attention", "sliding_attention"):
             raise refusal("config.json layer_types", name, "full_attention or sliding_attention")
         if name == "sliding_attention" and not window:
-            raise refusal("layer_types with sliding_attention", "use_sliding_window false", "true and a sliding_window")
+            got = "sliding_window null" if _flag(raw, "use_sliding_window") else "use_sliding_window false"
+            raise refusal("layer_types with sliding_attention", got, "use_sliding_window true and a sliding_window")
     return tuple(window if name == "sliding_attention" else 0 for name in layer_types)
 
 

@@ -46,6 +46,8 @@ def test_windows() -> None:
         assert parsed(family, sliding_window=9).windows == (0, 0), "use_sliding_window decides"
         assert parsed(family, **sliding, max_window_layers=1).windows == (0, 9)
         assert parsed(family, **sliding).windows == (0, 0), "max_window_layers is 28 by default"
+        assert parsed(family, **(sliding | {"sliding_window": None}), max_window_layers=0).windows == (0, 0)
+        assert parsed(family, use_sliding_window=True, max_window_layers=-1).windows == (4096, 4096)
         assert parsed(family, **sliding, layer_types=["sliding_attention", "full_attention"]).windows == (9, 0)
 
 
@@ -123,6 +125,18 @@ def test_both_rope_forms(changes: dict[str, Any], expected: RopeConfig) -> None:
         ("Qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers (2)"]),
         ("Qwen2", {"layer_types": ["full_attention", "linear_attention"]}, ["got linear_attention"]),
         ("Qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ["use_sliding_window false"]),
+        (
+            "Qwen2",
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "use_sliding_window": True,
+                "sliding_window": None,
+            },
+            ["sliding_window null"],
+        ),
+        ("Qwen2", {"max_window_layers": None}, ["max_window_layers: got null, expected an integer"]),
+        ("Qwen3", {"max_window_layers": "2"}, ["max_window_layers: got '2', expected an integer"]),
+        ("Llama", {"architectures": [["LlamaForCausalLM"]]}, ["architectures: got [['LlamaForCausalLM']]"]),
         ("Mistral", {"sliding_window": 0}, ["sliding_window: got 0"]),
     ],
 )
