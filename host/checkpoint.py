@@ -2,7 +2,7 @@
 
 Files are memory-mapped; a tensor is read row by row when a weight target asks for it, so a model never stands in host memory
 twice. What is wrong with a folder is refused with a reason: damaged files at once, missing and unexpected tensors while building.
-Called by host/program.py. Test: pytest tests/null/test_checkpoint.py
+Called by host/program.py and nic_shim/tokenizer.py. Test: pytest tests/null/test_checkpoint.py
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     return parse_config(read_json(folder / "config.json"))
 
 
-def read_eos_ids(folder: Path, vocab: int) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, or of config.json where that has none. May be empty."""
+def read_eos_ids(folder: Path, vocab: int | None = None) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, or of config.json where that names none: an empty list names them, and there is none. Files that are
+    not there name none. `vocab`: what ids are held against, where it is known."""
     value: Any = None
-    if (folder / "generation_config.json").exists():
-        value = read_json(folder / "generation_config.json").get("eos_token_id")
-    if value is None:
-        value = read_json(folder / "config.json").get("eos_token_id")
+    for name in ("generation_config.json", "config.json"):
+        if value is None and (folder / name).exists():
+            value = read_json(folder / name).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-            raise refusal("eos_token_id", repr(token), f"an id below vocab_size ({vocab})")
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < (vocab or 1 << 32):
+            raise refusal("eos_token_id", repr(token), f"an id below vocab_size ({vocab})" if vocab else "a token id")
     return tuple(dict.fromkeys(ids))
 
 

@@ -10,7 +10,6 @@ I2  The pieces, joined, are what decoding all tokens at once gives, less an inco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
+from blinkimp.host.checkpoint import read_eos_ids
+from blinkimp.host.model_config import UnsupportedModelError
 from blinkimp.nic_shim.token_bytes import TokenBytes
 
 REPLACEMENT = "\ufffd"  # what an incomplete or invalid byte sequence decodes to
@@ -52,7 +53,10 @@ class Tokenizer:
                 f"{self.path} cannot be read: {error}; expected a tokenizer.json of the `tokenizers` library; fetch the file again"
             ) from error
         self.vocab_size: int = self.hf.get_vocab_size(with_added_tokens=True)
-        self.eos_ids = read_eos_ids(self.path.parent)
+        try:
+            self.eos_ids = read_eos_ids(self.path.parent)  # those of the engine
+        except UnsupportedModelError as error:
+            raise TokenizerError(str(error)) from error
         self.token_bytes = TokenBytes(self)
         self.anchor_ids = self._anchor_ids()
 
@@ -137,21 +141,6 @@ class IncrementalDetokenizer:
             return self._held, [], True
         num_whole = len(self._held) - num_half
         return self._held[:num_whole], self._held[num_whole:], False
-
-
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The checkpoint's end-of-sequence ids: generation_config.json, else config.json, else none."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            config = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError):
-            continue
-        eos = config.get("eos_token_id") if isinstance(config, dict) else None
-        if isinstance(eos, int):
-            return (eos,)
-        if isinstance(eos, list) and eos and all(isinstance(token, int) for token in eos):
-            return tuple(eos)
-    return ()
 
 
 def chat_prompt(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:

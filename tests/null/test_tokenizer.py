@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from blinkimp.host.checkpoint import read_eos_ids
 from blinkimp.nic_shim.token_bytes import byte_alphabet
 from blinkimp.nic_shim.tokenizer import (
     MAX_HELD_TOKENS,
@@ -23,7 +24,6 @@ from blinkimp.nic_shim.tokenizer import (
     Tokenizer,
     TokenizerError,
     chat_prompt,
-    read_eos_ids,
 )
 from tests.ingress_support import write_byte_tokenizer, write_metaspace_tokenizer
 
@@ -216,14 +216,28 @@ def test_missing_and_broken_files_say_what_to_do(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-def test_eos_ids_of_a_checkpoint(tmp_path: Path) -> None:
-    assert read_eos_ids(tmp_path) == ()
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
-    assert read_eos_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128009]}))
-    assert read_eos_ids(tmp_path) == (128001, 128009)
-    (tmp_path / "generation_config.json").write_text("broken")
-    assert read_eos_ids(tmp_path) == (2,)
+def test_eos_ids_are_those_of_the_engine(tmp_path: Path) -> None:
+    """Where the two disagree, the engine ends a request and the ingress does not, or the other way round."""
+    write_byte_tokenizer(tmp_path)
+    assert Tokenizer(tmp_path).eos_ids == (), "a tokenizer alone has none"
+    for in_config in (None, 2, [3, 4]):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": in_config}))
+        for in_generation_config in ("no file", None, 7, [], [7, 9, 7]):
+            path = tmp_path / "generation_config.json"
+            path.unlink(missing_ok=True)
+            if in_generation_config != "no file":
+                path.write_text(json.dumps({"eos_token_id": in_generation_config}))
+            found = Tokenizer(tmp_path).eos_ids
+            assert found == read_eos_ids(tmp_path, 10), (in_config, in_generation_config)
+            if in_generation_config == []:
+                assert found == (), "an empty list says that there is none"
+    for content, words in (
+        ("broken", "invalid JSON"),
+        ('{"eos_token_id": "7"}', "eos_token_id: got '7', expected a tok"),
+    ):
+        path.write_text(content)
+        with pytest.raises(TokenizerError, match=words):
+            Tokenizer(tmp_path)
 
 
 def test_chat_prompt() -> None:
