@@ -253,4 +253,16 @@ class Checkpoint:
                     f"tensor {name}", f"not in {file_name}", f"there by {INDEX_NAME}", "Download that shard again"
                 )
         # Tensors of a shard that the index does not name count too: finish() must see them.
-        return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+        found: dict[str, StoredTensor] = {}
+        for shard in shards.values():
+            for name, tensor in shard.items():
+                self._check_same(found.setdefault(name, tensor), tensor)
+        return found
+
+    @staticmethod
+    def _check_same(first: StoredTensor, other: StoredTensor) -> None:
+        """Of two that differ the index means one, and transformers takes the last: the model would compute something else here than there."""
+        is_same = first.stored == other.stored and first.shape == other.shape
+        if first is not other and not (is_same and np.array_equal(first.data, other.data)):
+            got = f"different values in {first.file.path.name} and {other.file.path.name}"
+            raise refusal(f"tensor {first.name}", got, "one value", "Download all shards again, of one revision")

@@ -186,6 +186,23 @@ def test_a_shard_tensor_outside_the_index_is_seen(tmp_path: Path) -> None:
     refused(tmp_path, "got adapter.weight")
 
 
+def test_a_tensor_in_two_shards_must_be_the_same_in_both(tmp_path: Path) -> None:
+    """The index names one of them, transformers takes the last."""
+    tensors = write_checkpoint(tmp_path, num_shards=2)
+    name, value = next(iter(tensors.items()))
+    in_last = dict(list(tensors.items())[1::2])
+    last = tmp_path / "model-00002-of-00002.safetensors"
+    last.write_bytes(safetensors_bytes({**in_last, name: value}))
+    Checkpoint(tmp_path)
+    for other in (np.zeros_like(value), value[:-1]):
+        last.write_bytes(safetensors_bytes({**in_last, name: other}))
+        refused(
+            tmp_path,
+            f"tensor {name}: got different values in model-00001-of-00002.safetensors and model-00002",
+            "one value",
+        )
+
+
 # ---- EOS ids -------------------------------------------------------------------------------------------------------
 def test_eos_ids(tmp_path: Path) -> None:
     write_config(tmp_path, CONFIG)
