@@ -99,13 +99,17 @@ class EngineProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         config = self._order.config
+        engine: Engine | None = None
         try:
             lock = EngineLock(config.engine_name, inherited_fd=self._order.lock_fd)
             engine = Engine(config, progress=self._progress, lock=lock, num_restarts=self._order.num_restarts)
             engine.start()
             self._is_starting = False
         except StartInterrupted:
+            self._is_starting = False  # a second signal has nothing left to interrupt
             _log.info("stopped by a signal before the engine ran")
+            if engine is not None:
+                engine.stop()  # it may run already, or leave memory behind: nobody knows where in its start the signal came
             return EXIT_STOPPED
         except (RuntimeError, ValueError, OSError) as error:
             # Refusals are of these types (device, driver, compiler, shared memory, checkpoint, sizes), and say what to do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.host import engine_process
 from blinkimp.host.device_protocol import DeviceError
+from blinkimp.host.emulated_device import EmulatedDevice
 from blinkimp.host.emulated_process import IDLE_SLEEP_NS
 from blinkimp.host.engine import Engine, EngineFaultError, choose_device
+from blinkimp.host.engine_lock import EngineLock
 from blinkimp.host.memory_plan import MemoryPlanError
 from blinkimp.host.model_config import UnsupportedModelError
 from blinkimp.host.shared_memory import SHM_DIR, EngineAlreadyRunningError
@@ -251,6 +255,32 @@ def test_device_that_cannot_load_says_why_and_leaves_nothing(tiny: Path) -> None
     engine.folder = tiny / "moved"  # between planning and loading
     with pytest.raises(DeviceError, match="moved"):
         engine.start()
+    assert not list(SHM_DIR.glob(f"blinkimp.{config.engine_name}.*"))
+
+
+def test_signal_right_behind_the_start_leaves_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs, and its process does not know it yet."""
+    pids: list[int] = []
+
+    class SignalledEngine(Engine):
+        def start(self) -> None:
+            super().start()
+            assert isinstance(self.device, EmulatedDevice)
+            pids.append(self.device.pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine_process, "Engine", SignalledEngine)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    config = engine_config(tiny, num_threads=1)
+    lock = EngineLock(config.engine_name)
+    try:
+        order = engine_process.Order(config, os.dup(lock.fd))
+        assert engine_process.EngineProcess(order, lambda _: None).run() == engine_process.EXIT_STOPPED
+    finally:
+        lock.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not Path(f"/proc/{pids[0]}").exists(), "its device runs on"
     assert not list(SHM_DIR.glob(f"blinkimp.{config.engine_name}.*"))
 
 

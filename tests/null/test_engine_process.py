@@ -145,6 +145,19 @@ def test_signal_during_the_start_ends_it(bench: Bench) -> None:
     FakeEngine.on_start = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert bench.run() == EXIT_STOPPED
     assert [event.kind for event in bench.events] == ["progress"]
+    assert bench.engine.calls == ["stop"], "it may have come right behind the start"
+
+
+def test_second_signal_does_not_interrupt_the_end_of_a_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    def stop(engine: FakeEngine) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(engine)
+
+    FakeEngine.on_start = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(FakeEngine, "stop", stop)
+    assert bench.run() == EXIT_STOPPED and stopped == [bench.engine]
 
 
 @pytest.mark.parametrize("is_draining", [False, True])
