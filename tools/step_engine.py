@@ -214,12 +214,14 @@ class EngineBench:
         client_ns = times.client[rows, columns] - times.client[rows, columns - 1]
         begin_ns, end_ns = int(times.client[rows, columns - 1].min()), int(times.client[rows, columns].max())
         gaps_us = [gap_ns / 1e3 for at_ns, gap_ns in self.client.gaps if begin_ns < at_ns <= end_ns]
+        gap = (
+            {"median": round(float(np.median(gaps_us)), 3), "p90": round(float(np.percentile(gaps_us, 90)), 3)}
+            if gaps_us  # a few short steps may go by without a look at the status page
+            else None
+        )
         return {
             "name": row.name,
-            "director_gap_us": {
-                "median": round(float(np.median(gaps_us)), 3),
-                "p90": round(float(np.percentile(gaps_us, 90)), 3),
-            },
+            **({"director_gap_us": gap} if gap else {}),
             "mean_context": round(context + float(columns.mean()), 1),
             "num_steps": len(rows) // row.batch,
             "device": spread(device_ns),
