@@ -207,7 +207,8 @@ struct QueuePairHeader {   // written by the engine before the region becomes vi
   u32 vocab_size;
   u32 num_constraint_slots;    // of this queue pair
   u64 constraint_slot_bytes;
-  u64 reserved1;
+  u32 max_requests;            // accepted and unfinished ones of this queue pair at most; a submission beyond waits in the ring. 0 = not said
+  u32 reserved1;
   u64 reserved2;
   u64 reserved3;
 };

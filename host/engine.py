@@ -137,6 +137,7 @@ class Engine:
             geometry=QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes),
             max_context=sizes.max_context,
             vocab_size=self.model.vocab,
+            max_requests=sizes.max_requests_per_queue_pair,
             num_constraint_slots=sizes.num_constraint_slots,
             constraint_slot_bytes=sizes.constraint_slot_bytes,
             trace=self._trace_geometry(),

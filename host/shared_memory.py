@@ -149,6 +149,7 @@ def create_engine_regions(
     geometry: QueuePairGeometry,
     max_context: int,
     vocab_size: int,
+    max_requests: int = 0,
     num_constraint_slots: int = 0,
     constraint_slot_bytes: int = 0,
     trace: TraceGeometry | None = None,
@@ -158,7 +159,8 @@ def create_engine_regions(
     about: About | None = None,
 ) -> EngineRegions:
     """Creates the engine page, the queue pairs, the metrics and the trace. A live engine of this name is refused; what dead ones left is removed.
-    `lock`: of a supervisor that holds the name already; num_restarts: engines that it had before this one."""
+    max_requests: that the director holds of a queue pair, 0 = not said. `lock`: of a supervisor that holds the name already; num_restarts:
+    engines that it had before this one."""
     if not 1 <= num_queue_pairs <= abi.MAX_QUEUE_PAIRS:
         raise SharedMemoryError(f"num_queue_pairs is {num_queue_pairs}; expected 1 to {abi.MAX_QUEUE_PAIRS}")
     regions = EngineRegions(engine_name, engine_id or (secrets.randbits(63) | 1), lock or EngineLock(engine_name))
@@ -168,6 +170,7 @@ def create_engine_regions(
         for queue_pair_idx in range(num_queue_pairs):
             header = np.zeros(1, dtype=abi.QUEUE_PAIR_HEADER)
             _fill_queue_pair_header(header, geometry, regions.engine_id, queue_pair_idx, max_context, vocab_size)
+            header["max_requests"] = max_requests
             header["num_constraint_slots"] = num_constraint_slots
             header["constraint_slot_bytes"] = constraint_slot_bytes
             name = queue_pair_name(engine_name, queue_pair_idx)

@@ -141,6 +141,7 @@ class QueuePairPort:
         self.num_submissions = int(header["num_submissions"])
         self.num_completions = int(header["num_completions"])
         self.arena_bytes = int(header["arena_bytes"])
+        self.max_requests = int(header["max_requests"])  # that the director holds of this queue pair; 0 = not said
         self.num_constraint_slots = int(header["num_constraint_slots"])
         self.constraint_slot_bytes = int(header["constraint_slot_bytes"])
         self._heartbeat_timeout_ns = int(heartbeat_timeout_s * 1e9)

@@ -121,11 +121,19 @@ class FakeQueuePair:
 
     def _take_submissions(self) -> None:
         while (entry := self._next_submission()) is not None:
+            is_ours = int(entry["epoch"]) == self.epoch & 0xFFFFFFFF
+            if is_ours and self._is_over_quota(entry):
+                return
             self.submission_consumer_pos += 1
-            if int(entry["epoch"]) == self.epoch & 0xFFFFFFFF:
+            if is_ours:
                 self._take(entry)
             self.director["arena_consumer_pos"] = self.arena_consumer_pos
             self.director["submission_consumer_pos"] = self.submission_consumer_pos
+
+    def _is_over_quota(self, entry: Any) -> bool:
+        """A request that the table has no place for stays at the ring's head, and with it what lies behind."""
+        is_request = int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT == abi.SUBMISSION_REQUEST
+        return is_request and 0 < int(self.header["max_requests"]) <= len(self.running)
 
     def _take(self, entry: Any) -> None:
         op = int(entry["commit"]) >> abi.COMMIT_KIND_SHIFT
@@ -274,6 +282,7 @@ class FakeDirector:
         geometry: QueuePairGeometry | None = None,
         max_context: int = 2048,
         vocab_size: int = 4096,
+        max_requests: int = 0,  # unfinished ones of a queue pair; 0: any number
         script: Sequence[int] = DEFAULT_SCRIPT,
         eos_ids: Sequence[int] = (),
         ingress_timeout_s: float = 3600.0,  # a test that wants an ingress dropped for its silence says so
@@ -287,6 +296,7 @@ class FakeDirector:
             geometry=geometry or QueuePairGeometry(num_submissions=256, num_completions=4096, arena_bytes=1 << 20),
             max_context=max_context,
             vocab_size=vocab_size,
+            max_requests=max_requests,
             trace=trace,
             about=about,
         )

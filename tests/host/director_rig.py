@@ -220,6 +220,7 @@ class Rig:
             params[name] = address_of(array)
         for q, ingress in enumerate(self.ingresses):
             params["queue_pairs"][q] = address_of(ingress.region)
+            ingress.words["header"]["max_requests"] = shape.max_requests_per_queue_pair
         if shape.prefix_cache:
             params["prefix_cache_enabled"] = 1
             cache_bytes = int(self.native.bk_director_prefix_cache_bytes(address_of(self.params)))

@@ -35,7 +35,7 @@ def engine_name() -> Iterator[str]:
 
 def create(name: str, num_queue_pairs: int = 2, geometry: shm.QueuePairGeometry = SMALL) -> shm.EngineRegions:
     return shm.create_engine_regions(
-        name, num_queue_pairs=num_queue_pairs, geometry=geometry, max_context=256, vocab_size=100
+        name, num_queue_pairs=num_queue_pairs, geometry=geometry, max_context=256, vocab_size=100, max_requests=7
     )
 
 
@@ -46,7 +46,7 @@ def test_header_says_what_the_geometry_is(engine_name: str) -> None:
         assert header["magic"] == abi.QUEUE_PAIR_MAGIC
         assert header["queue_pair_idx"] == 1
         assert header["engine_id"] == regions.engine_id
-        assert header["max_context"] == 256 and header["vocab_size"] == 100
+        assert header["max_context"] == 256 and header["vocab_size"] == 100 and header["max_requests"] == 7
         ends = [
             (abi.QUEUE_PAIR.itemsize, SMALL.submissions_offset),
             (SMALL.submissions_offset + 16 * 64, SMALL.completions_offset),
@@ -87,7 +87,7 @@ def test_symbolic_link_is_refused(engine_name: str) -> None:
     regions.unlink()
 
 
-# engine_id, max_context and vocab_size may have any value.
+# engine_id, max_context, vocab_size and max_requests may have any value.
 FIXED_MEMBERS = ["magic", "abi_version", "header_bytes", "region_bytes", "submission_entry_bytes", "num_submissions",
                  "completion_entry_bytes", "num_completions", "arena_bytes", "submissions_offset", "completions_offset",
                  "arena_offset", "queue_pair_idx"]  # fmt: skip
