@@ -71,8 +71,12 @@ class CrashSuspects:
         self._running = None
         return self._held.pop(0) if self._held else None
 
-    def remove(self, request: LiveRequest) -> None:
+    def remove(self, request: LiveRequest) -> bool:
+        """False where it is not held."""
+        if request not in self._held:
+            return False
         self._held.remove(request)
+        return True
 
     def release(self) -> list[LiveRequest]:
         """All that wait, in order."""

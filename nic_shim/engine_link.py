@@ -11,8 +11,8 @@ Hazard    A FINISH may be lost with the epoch while its last token was read: rea
 Hazard    A request that no engine survives must not be submitted for ever: crash_suspects.py.
 
 Invariants
-I1  A request is in exactly one place: waiting (in order; behind other suspects or for a constraint slot too), on the ring (_on_ring has its
-    ring_id), or ended.
+I1  A request is in exactly one place: waiting (waiting_requests.py, or behind other suspects), on the ring (_on_ring has its ring_id), or
+    ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
     ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
@@ -37,6 +37,7 @@ from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
 from blinkimp.nic_shim.request_errors import fail_crashed, fail_lost, fail_out_of_order, fail_rejected, fail_too_large
 from blinkimp.nic_shim.request_metrics import RequestMetrics
+from blinkimp.nic_shim.waiting_requests import WaitingRequests
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
 ATTACH_RETRY_S = 0.1
@@ -76,11 +77,10 @@ class EngineLink:
         self.metrics = RequestMetrics(engine_name, queue_pair_idx)
         self.trace = open_ingress_trace_writer(engine_name, queue_pair_idx)  # None: the engine keeps none
         self._capture: ArrivalCapture | None = None
-        self._waiting: deque[LiveRequest] = deque()
+        self._waiting = WaitingRequests()
         self._cancels: deque[int] = deque()  # ring ids
         self._on_ring: dict[int, LiveRequest] = {}
         self._abandoned: set[int] = set()  # ring ids
-        self._blocked: list[LiveRequest] = []  # waiting too: every constraint slot is in use
         self.slots = ConstraintSlots()
         # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
         self._next_ring_id = secrets.randbits(62) | 1
@@ -120,7 +120,7 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
-        return len(self._waiting) + len(self._blocked) + len(self._suspects) + len(self._on_ring)
+        return len(self._waiting) + len(self._suspects) + len(self._on_ring)
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +137,7 @@ class EngineLink:
         if reason:
             request.finish(reason)
         else:
-            self._waiting.append(request)
+            self._waiting.add(request)
 
     def cancel(self, request: LiveRequest) -> None:
         """Stops the request: at once where it is still waiting, else by the director's FINISH."""
@@ -160,22 +160,21 @@ class EngineLink:
         if self._lost_since is not None:  # a dead engine's ring takes nothing that would be run
             return ended
         if self._suspects and (suspect := self._suspects.next()) is not None:
-            self._waiting.appendleft(suspect)
+            self._waiting.put_first(suspect)
         while self._attached and self._cancels:
             ring_id = self._cancels[0]
             runs = ring_id in self._on_ring or ring_id in self._abandoned
             if runs and not self._took(self.port.try_cancel(ring_id)):
                 return ended
             self._cancels.popleft()
-        while self._attached and self._waiting:
-            request = self._waiting[0]
+        while self._attached and (request := self._waiting.first) is not None:
             if request.num_crashes and self._suspects.hold(request):
-                self._waiting.popleft()
+                self._waiting.take_first()
                 continue
             slot = None
             if request.constraint is not None:
                 if self.slots.is_blocked(self.port, request.constraint):
-                    self._blocked.append(self._waiting.popleft())
+                    self._waiting.block_first()
                     continue
                 status, slot = self.slots.try_load(self.port, request.constraint)
                 if not self._took(status):
@@ -190,12 +189,13 @@ class EngineLink:
                 **request.ring_options(),
             )
             if status == PortStatus.TOO_LARGE:
+                self._waiting.take_first()
                 fail_too_large(request, self.port.arena_bytes)
-                ended.append(self._waiting.popleft())
+                ended.append(request)
                 continue
             if not self._took(status):
                 break
-            self._waiting.popleft()
+            self._waiting.take_first()
             self._next_ring_id += 1
             request.ring_id = ring_id
             request.num_resumed = len(request.output_ids)
@@ -208,9 +208,8 @@ class EngineLink:
 
     def _leave_ring(self, ring_id: int) -> None:
         """The engine is done with it."""
-        if self.slots.release(ring_id) and self._blocked:
-            self._waiting.extendleft(reversed(self._blocked))
-            self._blocked.clear()
+        if self.slots.release(ring_id):
+            self._waiting.unblock()
 
     def _took(self, status: PortStatus) -> bool:
         if status == PortStatus.OK:
@@ -337,17 +336,11 @@ class EngineLink:
         return overdue + self._look_for_new_engine()
 
     def _unfinished(self) -> list[LiveRequest]:
-        return [*self._on_ring.values(), *self._waiting, *self._blocked, *self._suspects]
+        return [*self._on_ring.values(), *self._waiting, *self._suspects]
 
     def _stops_waiting(self, request: LiveRequest) -> bool:
         """Takes it from wherever it waits."""
-        places: tuple[deque[LiveRequest] | list[LiveRequest] | CrashSuspects, ...]
-        places = (self._waiting, self._blocked, self._suspects)
-        for place in places:
-            if request in place:
-                place.remove(request)
-                return True
-        return False
+        return self._waiting.remove(request) or self._suspects.remove(request)
 
     def _end_unheard(self, request: LiveRequest, reason: int) -> None:
         """Ends a request without the engine, which is told if it comes back (I2)."""
@@ -408,8 +401,7 @@ class EngineLink:
         self._cancels.clear()
         self._abandoned.clear()
         self.slots.reset()
-        self._waiting.extendleft(reversed(self._blocked))
-        self._blocked.clear()
+        self._waiting.unblock()
         ended = []
         for ring_id in sorted(self._on_ring, reverse=True):
             request = self._on_ring.pop(ring_id)
@@ -420,7 +412,7 @@ class EngineLink:
                 request.finish(reason)
                 ended.append(request)
             else:
-                self._waiting.appendleft(request)
+                self._waiting.put_first(request)
                 self.counters.resubmissions += 1
         return ended
 
@@ -429,7 +421,6 @@ class EngineLink:
         self._suspects.release()
         self._on_ring.clear()
         self._waiting.clear()
-        self._blocked.clear()
         self._cancels.clear()
         self._abandoned.clear()
         for request in ended:
