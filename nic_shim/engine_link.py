@@ -15,6 +15,8 @@ I1  A request is in exactly one place: waiting (waiting_requests.py, or behind o
     ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
     ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
+    No more than the queue pair's share of the request table are in the two together, unless the engine drains and rejects them: behind a
+    submission that the director cannot take a CANCEL would wait too, and no deadline runs before it is taken (device/RING.md, 5).
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
 """
 
@@ -82,6 +84,7 @@ class EngineLink:
         self._on_ring: dict[int, LiveRequest] = {}
         self._abandoned: set[int] = set()  # ring ids
         self.slots = ConstraintSlots()
+        self._has_new_room = False  # since the last pump()
         # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
         self._next_ring_id = secrets.randbits(62) | 1
         self._attached = False
@@ -157,9 +160,10 @@ class EngineLink:
     def pump(self) -> list[LiveRequest]:
         """Writes what waits to the ring, as far as there is room. Returns the requests that ended by that."""
         ended: list[LiveRequest] = []
+        self._has_new_room = False
         if self._lost_since is not None:  # a dead engine's ring takes nothing that would be run
             return ended
-        if self._suspects and (suspect := self._suspects.next()) is not None:
+        if self._suspects and self._has_room() and (suspect := self._suspects.next()) is not None:
             self._waiting.put_first(suspect)
         while self._attached and self._cancels:
             ring_id = self._cancels[0]
@@ -167,7 +171,7 @@ class EngineLink:
             if runs and not self._took(self.port.try_cancel(ring_id)):
                 return ended
             self._cancels.popleft()
-        while self._attached and (request := self._waiting.first) is not None:
+        while self._attached and (request := self._waiting.first) is not None and self._has_room():
             if request.num_crashes and self._suspects.hold(request):
                 self._waiting.take_first()
                 continue
@@ -206,8 +210,16 @@ class EngineLink:
                 self.slots.hold(ring_id, slot)
         return ended
 
+    def _has_room(self) -> bool:
+        """Whether the director would take one more (I2)."""
+        share = self.port.max_requests
+        if not share or len(self._on_ring) + len(self._abandoned) < share:
+            return True
+        return self.watch.state == abi.EngineState.DRAINING
+
     def _leave_ring(self, ring_id: int) -> None:
-        """The engine is done with it."""
+        """The engine is done with it. Its place may be taken until the step that runs is over: a request for it waits so long in the ring."""
+        self._has_new_room = True
         if self.slots.release(ring_id):
             self._waiting.unblock()
 
@@ -299,6 +311,9 @@ class EngineLink:
         fail_out_of_order(request, index)
 
     def wait(self, timeout_s: float, fd: int) -> WaitEvent:
+        """Sleeps, unless the last poll() has made room for what waits."""
+        if self._has_new_room and self._waiting.first is not None:
+            return WaitEvent.COMPLETION
         return self.port.wait(timeout_s, fd)
 
     # ---- Staying attached ------------------------------------------------------------------------------------------
