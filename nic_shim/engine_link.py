@@ -43,6 +43,7 @@ from blinkimp.nic_shim.waiting_requests import WaitingRequests
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
 ATTACH_RETRY_S = 0.1
+OVERDUE_PERIOD_S = 0.05  # between looks for those that wait and whose time is up
 REOPEN_PERIOD_S = 0.25  # between looks for an engine of the same name
 MAX_COMPLETIONS_PER_POLL = 16384
 
@@ -91,6 +92,7 @@ class EngineLink:
         self._asked = False  # an attach is under way
         self._retry_at = 0.0
         self._reopen_at = 0.0
+        self._overdue_at = 0.0
         self._lost_since: float | None = None
         self._suspects = CrashSuspects()
         self.is_ending = False  # set by the ingress, any thread: no engine is waited for that nobody starts
@@ -330,8 +332,11 @@ class EngineLink:
         ended = [] if self._attached else self._attach_again(now)
         is_lost = not self._attached or self.watch.is_lost
         self._lost_since = (self._lost_since or now) if is_lost else None
-        # A parked engine would not be heard dying; what waits behind other suspects has nobody else to watch over its time.
-        if now >= self._reopen_at and (is_lost or self._suspects or self.watch.state == abi.EngineState.PARKED):
+        if now >= self._overdue_at:
+            self._overdue_at = now + OVERDUE_PERIOD_S
+            ended += self._end_overdue()
+        # A parked engine would not be heard dying.
+        if now >= self._reopen_at and (is_lost or self.watch.state == abi.EngineState.PARKED):
             ended += self._look_around(now)
         if self._lost_since is not None and (now - self._lost_since > self.loss_timeout_s or self._no_engine_comes):
             ended += self._give_up(now - self._lost_since)
@@ -339,11 +344,19 @@ class EngineLink:
             self.trace.drained(ended, self.num_live)
         return ended
 
+    def _end_overdue(self) -> list[LiveRequest]:
+        """Of those that wait; the engine watches over the time of what is on the ring."""
+        overdue = self._waiting.take_overdue(time.monotonic_ns())
+        overdue += [request for request in self._suspects if request.is_overdue()]
+        for request in overdue:
+            self._end_unheard(request, abi.FINISH_TIMEOUT)
+        return overdue
+
     def _look_around(self, now: float) -> list[LiveRequest]:
         """Several times a second while no engine answers."""
         self._reopen_at = now + REOPEN_PERIOD_S
-        overdue = [request for request in self._unfinished() if request.is_overdue()]
-        for request in overdue:  # where an engine runs, it watches over their time
+        overdue = [request for request in self._on_ring.values() if request.is_overdue()]
+        for request in overdue:
             self._end_unheard(request, abi.FINISH_TIMEOUT)
         # Only at the second look: what an engine said last was read in between.
         is_orphaned = self.is_ending and not engine_is_alive(self.engine_name)

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sys
 import time
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer
 from blinkimp.protocol import Error, ErrorCode, Finish, Sampling, Submit, Tokens
 
 FINISH_REASONS = {reason.value: reason.name.lower() for reason in abi.FinishReason}
+NO_DEADLINE: Final = sys.maxsize
 SMALLEST = 1e-30  # of what must not become 0 as a 32-bit float: there 0 is an error, or off
 
 
@@ -143,14 +145,17 @@ class LiveRequest:
                 state = state if following is None else following  # a token that delivered_ids made up
         return state
 
+    @property
+    def deadline_ns(self) -> int:
+        """On this machine's clock, or NO_DEADLINE."""
+        return NO_DEADLINE if self.timeout_s is None else self.received_ns + int(self.timeout_s * 1e9)
+
     def remaining_ns(self) -> int:
         """Of its time, for the engine to watch over: at least 1 where there is a deadline, 0 where there is none."""
-        if self.timeout_s is None:
-            return 0
-        return max(1, int(self.timeout_s * 1e9) - (time.monotonic_ns() - self.received_ns))
+        return 0 if self.timeout_s is None else max(1, self.deadline_ns - time.monotonic_ns())
 
     def is_overdue(self) -> bool:
-        return self.timeout_s is not None and time.monotonic_ns() - self.received_ns > self.timeout_s * 1e9
+        return time.monotonic_ns() > self.deadline_ns
 
     def reason_to_stop(self, eos_ids: frozenset[int]) -> int:
         """The FinishReason that the tokens so far call for, or 0: a FINISH may have been lost with an engine."""

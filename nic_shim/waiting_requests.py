@@ -1,29 +1,29 @@
-"""The requests of one ingress that are not on the ring: who is next, and who waits for a constraint slot.
+"""The requests of one ingress that are not on the ring: who is next, who waits for a constraint slot, whose time is up.
 
 Called by nic_shim/engine_link.py. Test: pytest tests/null/test_waiting_requests.py
 
 Problem   Thousands may wait here, and the ingress looks at them each turn of its loop.
-Rule      One list in order. Taking a request out of it, or putting one in, moves pointers: some 2 us of 4,096.
+Rule      One list in order, and one moment before which no deadline passes. Taking a request out of the list, or putting one in, moves
+          pointers: some 2 us of 4,096.
 
 Invariants
 W1  A request is here once: ready, or blocked. `_turns` has both; `_ready` is in the order of their turns.
 W2  What was on the ring of a former epoch is first, in the order of its submission. The others go by level of priority and arrival as in the
     director (device/SCHEDULING.md): waiting for AGING_NS is worth one level, so nobody starves; equal ones are first come, first served.
+W3  No deadline of a request here is before `_earliest_deadline_ns`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.live_request import NO_DEADLINE, LiveRequest
 
 NUM_LEVELS: Final = 16  # as device/waiting.cuh: priorities from -8 to 7; those beyond count as the nearest
-AGING_NS: Final = (
-    1_000_000_000  # as the director is launched; it learns of `blinkimp tune --aging-ms`, an ingress does not
-)
+# As the director is launched: it learns of `blinkimp tune --aging-ms`, an ingress does not.
+AGING_NS: Final = 1_000_000_000
 _FIRST: Final = -1  # before every turn by level and arrival
 
 
@@ -31,12 +31,12 @@ class WaitingRequests:
     """In order of their turns; blocked ones keep theirs."""
 
     def __init__(self) -> None:
-        self._turns: dict[
-            LiveRequest, tuple[int, int]
-        ] = {}  # the second number tells those of an equal first one apart
+        # The first number is level and arrival, the second tells those of an equal first one apart.
+        self._turns: dict[LiveRequest, tuple[int, int]] = {}
         self._ready: list[LiveRequest] = []
         self._blocked: dict[LiveRequest, None] = {}
         self._num_added = 0
+        self._earliest_deadline_ns = NO_DEADLINE
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -62,6 +62,7 @@ class WaitingRequests:
         assert request not in self._turns, f"W1: request {request.client_id} waits already"
         self._turns[request] = turn
         insort(self._ready, request, key=self._turns.__getitem__)
+        self._earliest_deadline_ns = min(self._earliest_deadline_ns, request.deadline_ns)
 
     def remove(self, request: LiveRequest) -> bool:
         """False where it is not here."""
@@ -99,3 +100,14 @@ class WaitingRequests:
             self._ready.extend(self._blocked)
             self._ready.sort(key=self._turns.__getitem__)
             self._blocked.clear()
+
+    # ---- Deadlines -------------------------------------------------------------------------------------------------
+    def take_overdue(self, now_ns: int) -> list[LiveRequest]:
+        """Those whose time is up; they wait no more. Nearly free while no deadline has passed."""
+        if now_ns <= self._earliest_deadline_ns:
+            return []
+        overdue = [request for request in self if now_ns > request.deadline_ns]
+        for request in overdue:
+            self.remove(request)
+        self._earliest_deadline_ns = min((request.deadline_ns for request in self), default=NO_DEADLINE)
+        return overdue

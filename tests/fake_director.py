@@ -282,6 +282,8 @@ class FakeDirector:
         geometry: QueuePairGeometry | None = None,
         max_context: int = 2048,
         vocab_size: int = 4096,
+        num_constraint_slots: int = 0,
+        constraint_slot_bytes: int = 0,
         max_requests: int = 0,  # unfinished ones of a queue pair; 0: any number
         script: Sequence[int] = DEFAULT_SCRIPT,
         eos_ids: Sequence[int] = (),
@@ -297,6 +299,8 @@ class FakeDirector:
             max_context=max_context,
             vocab_size=vocab_size,
             max_requests=max_requests,
+            num_constraint_slots=num_constraint_slots,
+            constraint_slot_bytes=constraint_slot_bytes,
             trace=trace,
             about=about,
         )

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
+from blinkimp.nic_shim.constraint_table import ConstraintTable
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import WaitEvent
@@ -157,7 +159,32 @@ def test_engine_that_does_not_say_its_share_gets_all() -> None:
         assert it.on_ring() == list(range(9))
 
 
-def test_cancels_are_kept_beyond_the_share_of_a_real_engine() -> None:
+# ---- Deadlines -------------------------------------------------------------------------------------------------------
+def test_deadline_of_what_waits_for_a_place_is_kept() -> None:
+    with linked(max_requests=1) as it:
+        it.submit(1)
+        patient, late = it.submit(1)[0], it.submit(1, timeout_s=0.05)[0]
+        it.turn_until(lambda: late.end is not None, "its time is up")
+        assert how_it_ended(late) == "timeout" and patient.end is None
+        assert it.on_ring() == [0] and it.link.num_live == 2
+
+
+def test_deadline_of_what_waits_for_a_constraint_slot_is_kept() -> None:
+    with linked(num_constraint_slots=1, constraint_slot_bytes=4096) as it:
+        requests = []
+        for i, (text, timeout_s) in enumerate((("a", None), ("b", 0.05), ("b", None))):
+            request = make_request(i, timeout_s=timeout_s)
+            request.constraint = LoadedConstraint(text.encode(), ConstraintTable(bytes(100), 2, 1, 1))
+            it.link.submit(request)
+            requests.append(request)
+        it.requests += requests
+        it.turn_until(lambda: requests[1].end is not None, "its time is up")
+        assert how_it_ended(requests[1]) == "timeout" and it.on_ring() == [0]
+        it.link.cancel(requests[0])
+        it.turn_until(lambda: it.on_ring() == [2], "the slot is free for who waits still")
+
+
+def test_cancels_and_deadlines_are_kept_beyond_the_share_of_a_real_engine() -> None:
     with running_engine(EMBEDDED, num_queue_pairs=1, num_requests=2, max_batch=2) as engine:
         link = EngineLink(engine.config.engine_name, 0, eos_ids=(), loss_timeout_s=PATIENCE_S)
 
@@ -181,6 +208,10 @@ def test_cancels_are_kept_beyond_the_share_of_a_real_engine() -> None:
             last = make_request(3, max_tokens=4)
             link.submit(last)
             turn_until(lambda: True, "it would be on the ring by now")
+            late = make_request(4, max_tokens=4, timeout_s=0.1)
+            link.submit(late)
+            turn_until(lambda: late.end is not None, "its time is up")
+            assert how_it_ended(late) == "timeout" and not any(request.end for request in running)
             link.cancel(running[0])
             turn_until(lambda: last.end is not None, "its turn comes")
             assert how_it_ended(running[0]) == "cancelled" and running[1].end is None

@@ -1,4 +1,4 @@
-"""What waits in an ingress: whose turn is next. Test: pytest tests/null/test_waiting_requests.py"""
+"""What waits in an ingress: whose turn is next, and whose time is up. Test: pytest tests/null/test_waiting_requests.py"""
 
 from __future__ import annotations
 
@@ -103,3 +103,18 @@ def test_random_operations_agree_with_a_sorted_list() -> None:
             assert not any(waiting.remove(request) for request in gone[-3:])
         waiting.clear()
         assert (len(waiting), waiting.first, list(waiting)) == (0, None, [])
+
+
+def test_overdue_ones_are_taken_from_wherever_they_wait() -> None:
+    """W3, also where the earliest deadline is that of one that has gone, or of one that came last."""
+    waiting = filled(make_request(9), *(make_request(seconds, timeout_s=seconds) for seconds in (4, 2, 3, 1, 6)))
+    waiting.take_first()
+    waiting.block_first()
+
+    def overdue(seconds: float) -> list[int]:
+        return [request.client_id for request in waiting.take_overdue(int(seconds * 1e9))]
+
+    assert overdue(1) == [] and overdue(1.1) == [1] and overdue(1.1) == []
+    assert overdue(4.5) == [2, 3, 4] and [request.client_id for request in waiting] == [6]
+    waiting.put_first(make_request(5, timeout_s=5))
+    assert overdue(4.9) == [] and overdue(1e9) == [5, 6] and len(waiting) == 0
