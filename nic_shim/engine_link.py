@@ -14,7 +14,8 @@ Invariants
 I1  A request is in exactly one place: waiting (waiting_requests.py, or behind other suspects), on the ring (_on_ring has its ring_id), or
     ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
-    ended here (by a stop string) before they ended in the engine; their FINISH takes them out.
+    ended here (by a stop string, or as the engine did not answer) before they ended in the engine. It is told as soon as it answers, and
+    their FINISH takes them out: until then their constraint slots are in use.
     No more than the queue pair's share of the request table are in the two together, unless the engine drains and rejects them: behind a
     submission that the director cannot take a CANCEL would wait too, and no deadline runs before it is taken (device/RING.md, 5).
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
@@ -129,8 +130,9 @@ class EngineLink:
 
     @property
     def has_work(self) -> bool:
-        """Whether completions may come, or something waits to go out."""
-        return bool(self._on_ring or self._waiting or self._cancels or self._abandoned)
+        """Whether completions may come, or something waits to go out. An engine that may never answer again is not waited for with cancels."""
+        has_cancels = bool(self._cancels or self._abandoned) and self._lost_since is None
+        return bool(self._on_ring or self._waiting) or has_cancels
 
     # ---- Requests --------------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
@@ -445,12 +447,12 @@ class EngineLink:
         return ended
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
+        """Nobody is waited for any longer. An engine that only stood still has them yet: it hears of their end if it goes on (I2)."""
         ended = self._unfinished()
-        self._suspects.release()
-        self._on_ring.clear()
+        for request in list(self._on_ring.values()):
+            self._abandon(request)
         self._waiting.clear()
-        self._cancels.clear()
-        self._abandoned.clear()
+        self._suspects.release()
         for request in ended:
             fail_lost(request, self.engine_name, lost_s, self.loss_timeout_s)
         return ended

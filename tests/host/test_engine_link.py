@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim import engine_watch
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.constraint_table import ConstraintTable
 from blinkimp.nic_shim.engine_link import EngineLink
@@ -25,6 +27,8 @@ from tests.host.engine_support import running_engine
 from tests.http_support import EMBEDDED
 from tests.ingress_support import engine_name, wait_until
 from tests.support import PATIENCE_S
+
+ONE_SLOT: dict[str, Any] = {"num_constraint_slots": 1, "constraint_slot_bytes": 4096}
 
 
 def make_request(request_id: int, *, num_prompt_tokens: int = 3, max_tokens: int = 300, **fields: Any) -> LiveRequest:
@@ -48,14 +52,26 @@ class Linked:
     director: FakeDirector
     requests: list[LiveRequest] = field(default_factory=list)
 
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """The engine stands still, and is found to."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_watch, "HEARTBEAT_TIMEOUT_S", -1.0)
+            self.link.keep_attached()
+            yield
+        self.director.turn()
+        self.link.keep_attached()
+
     @property
     def queue_pair(self) -> FakeQueuePair:
         return self.director.queue_pairs[0]
 
-    def submit(self, num: int, **fields: Any) -> list[LiveRequest]:
+    def submit(self, num: int, *, constraint: str = "", **fields: Any) -> list[LiveRequest]:
         new = [make_request(len(self.requests) + i, **fields) for i in range(num)]
         self.requests += new
         for request in new:
+            if constraint:
+                request.constraint = LoadedConstraint(constraint.encode(), ConstraintTable(bytes(100), 2, 1, 1))
             self.link.submit(request)
         return new
 
@@ -170,18 +186,36 @@ def test_deadline_of_what_waits_for_a_place_is_kept() -> None:
 
 
 def test_deadline_of_what_waits_for_a_constraint_slot_is_kept() -> None:
-    with linked(num_constraint_slots=1, constraint_slot_bytes=4096) as it:
-        requests = []
-        for i, (text, timeout_s) in enumerate((("a", None), ("b", 0.05), ("b", None))):
-            request = make_request(i, timeout_s=timeout_s)
-            request.constraint = LoadedConstraint(text.encode(), ConstraintTable(bytes(100), 2, 1, 1))
-            it.link.submit(request)
-            requests.append(request)
-        it.requests += requests
-        it.turn_until(lambda: requests[1].end is not None, "its time is up")
-        assert how_it_ended(requests[1]) == "timeout" and it.on_ring() == [0]
-        it.link.cancel(requests[0])
+    with linked(**ONE_SLOT) as it:
+        (running,) = it.submit(1, constraint="a")
+        (late,) = it.submit(1, constraint="b", timeout_s=0.05)
+        it.submit(1, constraint="b")
+        it.turn_until(lambda: late.end is not None, "its time is up")
+        assert how_it_ended(late) == "timeout" and it.on_ring() == [0]
+        it.link.cancel(running)
         it.turn_until(lambda: it.on_ring() == [2], "the slot is free for who waits still")
+
+
+# ---- An engine that only stood still ---------------------------------------------------------------------------------
+def test_engine_that_comes_back_is_told_of_what_was_given_up() -> None:
+    with linked(**ONE_SLOT, max_requests=1) as it:
+        (given_up,) = it.submit(1, constraint="a")
+        it.turn()
+        assert it.on_ring() == [0]
+        it.link.loss_timeout_s = 0.0
+        with it.stalled():
+            while given_up.end is None:
+                it.link.keep_attached()
+            assert how_it_ended(given_up) == "engine_lost" and it.link.num_live == 0
+            assert not it.link.has_work, "an ingress that drains does not wait for it"
+        (other,) = it.submit(1, constraint="b")
+        it.turn()
+        it.turn()
+        assert it.on_ring() == [1], "its place in the table and its constraint slot are free"
+        assert it.link.counters.stray_completions == 0, "I2"
+        it.link.cancel(other)
+        it.turn()
+        assert how_it_ended(other) == "cancelled" and not it.link.has_work
 
 
 def test_cancels_and_deadlines_are_kept_beyond_the_share_of_a_real_engine() -> None:
