@@ -15,7 +15,7 @@ I1  A request is in exactly one place: waiting (waiting_requests.py, or behind o
     ended.
 I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
     ended here (by a stop string, or as the engine did not answer) before they ended in the engine. It is told as soon as it answers, and
-    their FINISH takes them out: until then their constraint slots are in use.
+    their FINISH, or REJECT, takes them out: until then their constraint slots are in use.
     No more than the queue pair's share of the request table are in the two together, unless the engine drains and rejects them: behind a
     submission that the director cannot take a CANCEL would wait too, and no deadline runs before it is taken (device/RING.md, 5).
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
@@ -255,7 +255,7 @@ class EngineLink:
                 if request is None:
                     if ring_id not in self._abandoned:
                         self.counters.stray_completions += 1
-                    elif kind == abi.COMPLETION_FINISH:
+                    elif kind in (abi.COMPLETION_FINISH, abi.COMPLETION_REJECT):
                         self._abandoned.remove(ring_id)
                         self._leave_ring(ring_id)
                     continue

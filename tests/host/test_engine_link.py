@@ -218,6 +218,21 @@ def test_engine_that_comes_back_is_told_of_what_was_given_up() -> None:
         assert how_it_ended(other) == "cancelled" and not it.link.has_work
 
 
+def test_rejection_of_what_was_given_up_is_its_end() -> None:
+    with linked(**ONE_SLOT, max_requests=1, max_context=20) as it:
+        (rejected,) = it.submit(1, constraint="a", max_tokens=30)
+        it.link.pump()
+        with it.stalled():
+            it.link.cancel(rejected)
+            assert how_it_ended(rejected) == "cancelled"
+        it.link.pump()
+        it.turn()
+        assert not it.link.has_work, "I2: nothing more is said of it"
+        it.submit(1, constraint="b", max_tokens=10)
+        it.turn()
+        assert it.on_ring() == [1], "its place in the table and its constraint slot are free"
+
+
 def test_cancels_and_deadlines_are_kept_beyond_the_share_of_a_real_engine() -> None:
     with running_engine(EMBEDDED, num_queue_pairs=1, num_requests=2, max_batch=2) as engine:
         link = EngineLink(engine.config.engine_name, 0, eos_ids=(), loss_timeout_s=PATIENCE_S)
