@@ -1,6 +1,6 @@
 """Which constraint lies in which slot of a queue pair, and which requests on the ring use it.
 
-Called by nic_shim/engine_link.py. Test: pytest tests/host/test_constraints.py
+Called by nic_shim/engine_link.py and nic_shim/ring_requests.py. Test: pytest tests/host/test_constraints.py
 
 Invariants
 I1  A slot that a request on the ring names is not loaded with anything else.

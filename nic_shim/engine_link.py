@@ -2,37 +2,29 @@
 
 Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, or by nic_shim/engine_thread.py, all from one thread.
 Test: pytest tests/host/test_zmq_ingress.py tests/host/test_recovery_link.py
-Longer than 400 lines because a request's places (I1) and all that moves it from one to another stand together.
+Longer than 400 lines because all that moves a request from one place to another (I1) stands together.
 
 Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
-Rule      Each submission has a ring id of its own, never used again. After an attach every unfinished request is submitted
-          again, with the output it already has at the end of its prompt.
+Rule      After an attach every unfinished request is submitted again, with the output it already has at the end of its prompt.
 Hazard    A FINISH may be lost with the epoch while its last token was read: reason_to_stop() finds that before a resubmission.
 Hazard    A request that no engine survives must not be submitted for ever: crash_suspects.py.
 
 Invariants
-I1  A request is in exactly one place: waiting (waiting_requests.py, or behind other suspects), on the ring (_on_ring has its ring_id), or
-    ended.
-I2  A completion whose ring id is not in _on_ring belongs to a former life and is ignored. _abandoned has the ring ids of requests that
-    ended here (by a stop string, or as the engine did not answer) before they ended in the engine. It is told as soon as it answers, and
-    their FINISH, or REJECT, takes them out: until then their constraint slots are in use.
-    No more than the queue pair's share of the request table are in the two together, unless the engine drains and rejects them: behind a
-    submission that the director cannot take a CANCEL would wait too, and no deadline runs before it is taken (device/RING.md, 5).
+I1  A request is in exactly one place: waiting (waiting_requests.py, or behind other suspects), on the ring (ring_requests.py), or ended.
+I2  No more are on the ring, abandoned ones included, than the queue pair's share of the request table, unless the engine drains and rejects
+    them: behind a submission that the director cannot take a CANCEL would wait too, and no deadline runs before it is taken (device/RING.md, 5).
 I3  Tokens of a request arrive with index 0, 1, 2, ... over all its submissions; anything else is counted and ends the request with an error.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from blinkimp import ring_abi as abi
 from blinkimp.host.shared_memory import SharedMemoryError, engine_is_alive
 from blinkimp.nic_shim.arrival_capture import ArrivalCapture
-from blinkimp.nic_shim.constraint_slots import ConstraintSlots
 from blinkimp.nic_shim.crash_suspects import CrashSuspects
 from blinkimp.nic_shim.engine_watch import EngineWatch
 from blinkimp.nic_shim.ingress_trace import open_ingress_trace_writer
@@ -40,6 +32,7 @@ from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort, WaitEvent
 from blinkimp.nic_shim.request_errors import fail_crashed, fail_lost, fail_out_of_order, fail_rejected, fail_too_large
 from blinkimp.nic_shim.request_metrics import RequestMetrics
+from blinkimp.nic_shim.ring_requests import RingRequests
 from blinkimp.nic_shim.waiting_requests import WaitingRequests
 
 LEASE_S = 5.0  # the loop renews it each turn; a loop that hangs for longer must be dropped
@@ -58,7 +51,7 @@ class LinkCounters:
     resubmissions: int = 0
     ring_full: int = 0
     arena_full: int = 0
-    stray_completions: int = 0  # I2
+    stray_completions: int = 0  # of a former life (ring_requests.py, R1)
     broken_sequences: int = 0  # I3
     engine_losses: int = 0  # another engine took the place of one that had not stopped in order
     crash_failures: int = 0  # requests that failed because engines crashed with them
@@ -82,13 +75,8 @@ class EngineLink:
         self.trace = open_ingress_trace_writer(engine_name, queue_pair_idx)  # None: the engine keeps none
         self._capture: ArrivalCapture | None = None
         self._waiting = WaitingRequests()
-        self._cancels: deque[int] = deque()  # ring ids
-        self._on_ring: dict[int, LiveRequest] = {}
-        self._abandoned: set[int] = set()  # ring ids
-        self.slots = ConstraintSlots()
+        self._ring = RingRequests()
         self._has_new_room = False  # since the last pump()
-        # Not from 1: completions of a process that had this queue pair before must not look like ours (I2).
-        self._next_ring_id = secrets.randbits(62) | 1
         self._attached = False
         self._asked = False  # an attach is under way
         self._retry_at = 0.0
@@ -126,13 +114,12 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
-        return len(self._waiting) + len(self._suspects) + len(self._on_ring)
+        return len(self._waiting) + len(self._suspects) + len(self._ring.live)
 
     @property
     def has_work(self) -> bool:
         """Whether completions may come, or something waits to go out. An engine that may never answer again is not waited for with cancels."""
-        has_cancels = bool(self._cancels or self._abandoned) and self._lost_since is None
-        return bool(self._on_ring or self._waiting) or has_cancels
+        return bool(self._ring.live or self._waiting) or (self._ring.has_cancels and self._lost_since is None)
 
     # ---- Requests --------------------------------------------------------------------------------------------------
     def submit(self, request: LiveRequest) -> None:
@@ -151,13 +138,13 @@ class EngineLink:
         request.cancelled = True
         if request.end is not None:
             return
-        if request.ring_id not in self._on_ring:
+        if request.ring_id not in self._ring.live:
             if self._stops_waiting(request):
                 request.finish(abi.FINISH_CANCELLED)
         elif self._lost_since is not None:  # nobody is there to say FINISH
             self._end_unheard(request, abi.FINISH_CANCELLED)
         else:
-            self._cancels.append(request.ring_id)
+            self._ring.cancel(request)
         if self.trace is not None:
             self.trace.cancelled(request)
 
@@ -169,28 +156,25 @@ class EngineLink:
             return ended
         if self._suspects and self._has_room() and (suspect := self._suspects.next()) is not None:
             self._waiting.put_first(suspect)
-        while self._attached and self._cancels:
-            ring_id = self._cancels[0]
-            runs = ring_id in self._on_ring or ring_id in self._abandoned
-            if runs and not self._took(self.port.try_cancel(ring_id)):
+        while self._attached and (ring_id := self._ring.first_cancel) is not None:
+            if not self._took(self.port.try_cancel(ring_id)):
                 return ended
-            self._cancels.popleft()
+            self._ring.take_first_cancel()
         while self._attached and (request := self._waiting.first) is not None and self._has_room():
             if request.num_crashes and self._suspects.hold(request):
                 self._waiting.take_first()
                 continue
             slot = None
             if request.constraint is not None:
-                if self.slots.is_blocked(self.port, request.constraint):
+                if self._ring.slots.is_blocked(self.port, request.constraint):
                     self._waiting.block_first()
                     continue
-                status, slot = self.slots.try_load(self.port, request.constraint)
+                status, slot = self._ring.slots.try_load(self.port, request.constraint)
                 if not self._took(status):
                     break
-            ring_id = self._next_ring_id
             claimed_ns = time.monotonic_ns() if self.trace is not None else 0
             status = self.port.try_submit(
-                ring_id,
+                self._ring.next_id,
                 request.ring_prompt(),
                 request.ring_sampling(),
                 constraint_slot=slot,
@@ -204,27 +188,21 @@ class EngineLink:
             if not self._took(status):
                 break
             self._waiting.take_first()
-            self._next_ring_id += 1
-            request.ring_id = ring_id
+            self._ring.enter(request, slot)
             request.num_resumed = len(request.output_ids)
-            self._on_ring[ring_id] = request
             if self.trace is not None:
                 self.trace.committed(request, claimed_ns)
-            if slot is not None:
-                self.slots.hold(ring_id, slot)
         return ended
 
     def _has_room(self) -> bool:
         """Whether the director would take one more (I2)."""
         share = self.port.max_requests
-        if not share or len(self._on_ring) + len(self._abandoned) < share:
-            return True
-        return self.watch.state == abi.EngineState.DRAINING
+        return not share or len(self._ring) < share or self.watch.state == abi.EngineState.DRAINING
 
     def _leave_ring(self, ring_id: int) -> None:
         """The engine is done with it. Its place may be taken until the step that runs is over: a request for it waits so long in the ring."""
         self._has_new_room = True
-        if self.slots.release(ring_id):
+        if self._ring.leave(ring_id):
             self._waiting.unblock()
 
     def _took(self, status: PortStatus) -> bool:
@@ -243,7 +221,7 @@ class EngineLink:
         """Drains the completion ring. Returns the requests that have something new, in order of arrival."""
         touched: dict[LiveRequest, None] = {}
         num_read = num_tokens = 0
-        on_ring, metrics = self._on_ring, self.metrics
+        live, metrics = self._ring.live, self.metrics
         while num_read < MAX_COMPLETIONS_PER_POLL:
             entries = self.port.poll()
             if not len(entries):
@@ -251,12 +229,11 @@ class EngineLink:
             num_read += len(entries)
             for commit, token, ring_id, index, logprob, device_ns in entries.tolist():
                 kind = commit >> _KIND_SHIFT & 0xFF
-                request = on_ring.get(ring_id)
+                request = live.get(ring_id)
                 if request is None:
-                    if ring_id not in self._abandoned:
+                    if not self._ring.is_abandoned(ring_id):
                         self.counters.stray_completions += 1
                     elif kind in (abi.COMPLETION_FINISH, abi.COMPLETION_REJECT):
-                        self._abandoned.remove(ring_id)
                         self._leave_ring(ring_id)
                     continue
                 if kind == _TOKEN:
@@ -283,13 +260,11 @@ class EngineLink:
                     request.started_ns = request.started_ns or device_ns
                     continue
                 elif kind == abi.COMPLETION_FINISH:
-                    del self._on_ring[ring_id]
                     self._leave_ring(ring_id)
                     if not request.num_resumed:
                         request.num_cached_tokens = int(logprob)
                     request.finish(commit >> _REASON_SHIFT & 0xFF, device_ns)
                 elif kind == abi.COMPLETION_REJECT:
-                    del self._on_ring[ring_id]
                     self._leave_ring(ring_id)
                     fail_rejected(request, commit >> _REASON_SHIFT & 0xFF, token)
                 touched[request] = None
@@ -298,20 +273,14 @@ class EngineLink:
             self.trace.drained(touched, self.num_live)
         return touched
 
-    def _abandon(self, request: LiveRequest) -> None:
-        """Ends here; the engine is told to stop (I2)."""
-        del self._on_ring[request.ring_id]
-        self._abandoned.add(request.ring_id)
-        self._cancels.append(request.ring_id)
-
     def _end_here(self, request: LiveRequest, device_ns: int) -> None:
         """The output holds a stop string: the request ends now, the engine is told to stop."""
-        self._abandon(request)
+        self._ring.abandon(request)
         request.finish(0, device_ns)
 
     def _break(self, request: LiveRequest, index: int) -> None:
         self.counters.broken_sequences += 1
-        self._abandon(request)
+        self._ring.abandon(request)
         fail_out_of_order(request, index)
 
     def wait(self, timeout_s: float, fd: int) -> WaitEvent:
@@ -328,7 +297,7 @@ class EngineLink:
         self.watch.look()
         if self._capture is not None:
             self._capture.look(now)
-        self.metrics.publish(now, self.counters, self.num_live - len(self._on_ring))
+        self.metrics.publish(now, self.counters, self.num_live - len(self._ring.live))
         if self._attached and self.port.state != PortStatus.OK:
             self._attached = False
         ended = [] if self._attached else self._attach_again(now)
@@ -357,7 +326,7 @@ class EngineLink:
     def _look_around(self, now: float) -> list[LiveRequest]:
         """Several times a second while no engine answers."""
         self._reopen_at = now + REOPEN_PERIOD_S
-        overdue = [request for request in self._on_ring.values() if request.is_overdue()]
+        overdue = [request for request in self._ring.live.values() if request.is_overdue()]
         for request in overdue:
             self._end_unheard(request, abi.FINISH_TIMEOUT)
         # Only at the second look: what an engine said last was read in between.
@@ -366,16 +335,16 @@ class EngineLink:
         return overdue + self._look_for_new_engine()
 
     def _unfinished(self) -> list[LiveRequest]:
-        return [*self._on_ring.values(), *self._waiting, *self._suspects]
+        return [*self._ring.live.values(), *self._waiting, *self._suspects]
 
     def _stops_waiting(self, request: LiveRequest) -> bool:
         """Takes it from wherever it waits."""
         return self._waiting.remove(request) or self._suspects.remove(request)
 
     def _end_unheard(self, request: LiveRequest, reason: int) -> None:
-        """Ends a request without the engine, which is told if it comes back (I2)."""
-        if request.ring_id in self._on_ring:
-            self._abandon(request)
+        """Ends a request without the engine, which is told if it comes back."""
+        if request.ring_id in self._ring.live:
+            self._ring.abandon(request)
         else:
             self._stops_waiting(request)
         request.drop_partial()
@@ -410,7 +379,7 @@ class EngineLink:
         if last_state != abi.EngineState.STOPPED:
             self.counters.engine_losses += 1
             guilty = self._suspects.note_crash(
-                self._on_ring.values(), last.get("num_running", 0) + last.get("num_waiting", 0)
+                self._ring.live.values(), last.get("num_running", 0) + last.get("num_waiting", 0)
             )
         self.port.close()
         self.port = port
@@ -421,21 +390,16 @@ class EngineLink:
         self.port.start_heartbeat(lease_s=LEASE_S)
         self._attached = self._asked = False
         for request in guilty:
-            del self._on_ring[request.ring_id]
+            self._ring.leave(request.ring_id)
             self.counters.crash_failures += 1
             fail_crashed(request)
         return guilty
 
     def _resubmit(self) -> list[LiveRequest]:
         """What was on the ring of the former epoch goes first, in the order of its submission. Returns what needs no engine."""
-        self._cancels.clear()
-        self._abandoned.clear()
-        self.slots.reset()
         self._waiting.unblock()
         ended = []
-        for ring_id in sorted(self._on_ring, reverse=True):
-            request = self._on_ring.pop(ring_id)
-            request.ring_id = 0
+        for request in reversed(self._ring.clear()):
             request.drop_partial()
             reason = abi.FINISH_CANCELLED if request.cancelled else request.reason_to_stop(self.eos_ids)
             if reason:
@@ -447,10 +411,10 @@ class EngineLink:
         return ended
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
-        """Nobody is waited for any longer. An engine that only stood still has them yet: it hears of their end if it goes on (I2)."""
+        """Nobody is waited for any longer. An engine that only stood still has them yet: it hears of their end if it goes on."""
         ended = self._unfinished()
-        for request in list(self._on_ring.values()):
-            self._abandon(request)
+        for request in list(self._ring.live.values()):
+            self._ring.abandon(request)
         self._waiting.clear()
         self._suspects.release()
         for request in ended:

@@ -212,7 +212,7 @@ def test_engine_that_comes_back_is_told_of_what_was_given_up() -> None:
         it.turn()
         it.turn()
         assert it.on_ring() == [1], "its place in the table and its constraint slot are free"
-        assert it.link.counters.stray_completions == 0, "I2"
+        assert it.link.counters.stray_completions == 0, "R1, R2"
         it.link.cancel(other)
         it.turn()
         assert how_it_ended(other) == "cancelled" and not it.link.has_work
@@ -227,7 +227,7 @@ def test_rejection_of_what_was_given_up_is_its_end() -> None:
             assert how_it_ended(rejected) == "cancelled"
         it.link.pump()
         it.turn()
-        assert not it.link.has_work, "I2: nothing more is said of it"
+        assert not it.link.has_work, "R2: nothing more is said of it"
         it.submit(1, constraint="b", max_tokens=10)
         it.turn()
         assert it.on_ring() == [1], "its place in the table and its constraint slot are free"
