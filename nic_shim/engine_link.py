@@ -131,7 +131,7 @@ class EngineLink:
         if reason:
             request.finish(reason)
         else:
-            self._waiting.add(request)
+            self._waiting.add(request, has_place=self._has_room(len(self._waiting)))
 
     def cancel(self, request: LiveRequest) -> None:
         """Stops the request: at once where it is still waiting, else by the director's FINISH."""
@@ -194,10 +194,10 @@ class EngineLink:
                 self.trace.committed(request, claimed_ns)
         return ended
 
-    def _has_room(self) -> bool:
-        """Whether the director would take one more (I2)."""
+    def _has_room(self, num_before: int = 0) -> bool:
+        """Whether the director would take one more, after so many others (I2)."""
         share = self.port.max_requests
-        return not share or len(self._ring) < share or self.watch.state == abi.EngineState.DRAINING
+        return not share or len(self._ring) + num_before < share or self.watch.state == abi.EngineState.DRAINING
 
     def _leave_ring(self, ring_id: int) -> None:
         """The engine is done with it. Its place may be taken until the step that runs is over: a request for it waits so long in the ring."""

@@ -8,8 +8,9 @@ Rule      One list in order, and one moment before which no deadline passes. Tak
 
 Invariants
 W1  A request is here once: ready, or blocked. `_turns` has both; `_ready` is in the order of their turns.
-W2  What was on the ring of a former epoch is first, in the order of its submission. The others go by level of priority and arrival as in the
-    director (device/SCHEDULING.md): waiting for AGING_NS is worth one level, so nobody starves; equal ones are first come, first served.
+W2  What was on the ring of a former epoch is first, in the order of its submission; then what found a place in the queue pair's share when it
+    came, in order of arrival: the director orders those by priority. The others go by level of priority and arrival as there
+    (device/SCHEDULING.md): waiting for AGING_NS is worth one level, so nobody starves; equal ones are first come, first served.
 W3  No deadline of a request here is before `_earliest_deadline_ns`.
 """
 
@@ -47,11 +48,11 @@ class WaitingRequests:
         yield from self._blocked
 
     # ---- In and out ------------------------------------------------------------------------------------------------
-    def add(self, request: LiveRequest) -> None:
-        """Behind its equals."""
+    def add(self, request: LiveRequest, *, has_place: bool) -> None:
+        """Behind its equals. has_place: there is room for it and for all that wait already."""
         level = min(max(request.priority + NUM_LEVELS // 2, 0), NUM_LEVELS - 1)
         self._num_added += 1
-        self._insert(request, (level * AGING_NS + request.received_ns, self._num_added))
+        self._insert(request, (_FIRST if has_place else level * AGING_NS + request.received_ns, self._num_added))
 
     def put_first(self, request: LiveRequest) -> None:
         """Before all that wait."""

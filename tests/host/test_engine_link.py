@@ -139,6 +139,14 @@ def test_lower_priorities_go_first_when_there_is_room_again() -> None:
             assert it.on_ring() == [expected]
 
 
+def test_order_of_arrival_is_kept_where_there_is_room_for_all() -> None:
+    with linked(max_requests=3) as it:
+        for priority in (0, -1, 1, -1):
+            it.submit(1, priority=priority)
+        it.turn()
+        assert it.on_ring() == [0, 1, 2]
+
+
 def test_rejected_requests_make_room() -> None:
     with linked(max_requests=1, max_context=20) as it:
         bad = it.submit(3, max_tokens=30)

@@ -29,7 +29,7 @@ def taken(waiting: WaitingRequests) -> list[int]:
 def filled(*requests: LiveRequest) -> WaitingRequests:
     waiting = WaitingRequests()
     for request in requests:
-        waiting.add(request)
+        waiting.add(request, has_place=False)
     return waiting
 
 
@@ -61,6 +61,15 @@ def test_what_is_put_first_is_first_whatever_its_priority() -> None:
     assert taken(waiting) == [3, 2, 1]
 
 
+def test_what_has_a_place_goes_in_order_of_arrival() -> None:
+    """W2: it does not compete for one, and the director will order it."""
+    waiting = filled(make_request(9, priority=-8))
+    for request_id, priority in ((1, 5), (2, -5), (3, 0)):
+        waiting.add(make_request(request_id, priority=priority), has_place=True)
+    waiting.put_first(make_request(0))
+    assert taken(waiting) == [0, 1, 2, 3, 9]
+
+
 def test_blocked_requests_are_passed_and_keep_their_turn() -> None:
     waiting = filled(*(make_request(one) for one in range(4)))
     waiting.block_first()
@@ -81,7 +90,7 @@ def test_random_operations_agree_with_a_sorted_list() -> None:
             choice = rng.random()
             if choice < 0.5:
                 request = make_request(number, at_ns=number, priority=rng.randint(-9, 9))
-                waiting.add(request)
+                waiting.add(request, has_place=False)
                 ready.append(request)
             elif choice < 0.6 and ready:
                 waiting.block_first()
