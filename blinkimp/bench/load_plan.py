@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from blinkimp.bench import lengths
 from blinkimp.bench.arrivals import arrival_times
 from blinkimp.bench.errors import LoadError
+from blinkimp.outputs import replacing
 from blinkimp.trace.arrivals import Arrival
 
 # What LoadOptions holds of lengths where nothing was asked for; fixed lengths are a range of ratio 1.
@@ -229,7 +230,7 @@ def read_trace(path: Path) -> list[TraceLine]:
 
 
 def write_trace(path: Path, plan: LoadPlan) -> None:
-    """The plan as a trace that read_trace() takes."""
+    """The plan as a trace that read_trace() takes. Raises OutputError."""
     times = plan.intended_s
     lines = [
         TraceLine(
@@ -237,7 +238,8 @@ def write_trace(path: Path, plan: LoadPlan) -> None:
         )
         for i in range(len(plan))
     ]
-    path.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines) + b"\n")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines) + b"\n")
 
 
 def num_of_closed(options: LoadOptions) -> int:

@@ -6,7 +6,6 @@ Called by blinkimp/cli/__init__.py. Test: pytest tests/host/test_cli_bench.py
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -182,17 +181,6 @@ def replay_line(replay: dict[str, Any]) -> str:
     return f"{text}; not those of requests {differing}" if differing else text
 
 
-def check_writable(path: Path) -> None:
-    """Before the load: figures of an hour are not lost for a folder that is not there. Raises LoadError."""
-    from blinkimp.bench.errors import LoadError
-
-    place = path if path.is_file() else path.parent
-    if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
-        raise LoadError(
-            f"{path}: cannot be written; expected a file in a folder that exists and may be written to; choose another"
-        )
-
-
 def run(options: argparse.Namespace) -> int:
     import asyncio
     import json
@@ -203,8 +191,10 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.bench.runner import run_load
     from blinkimp.cli.terminal import LoadingBars, set_up_logging
     from blinkimp.host.power import open_nvml
+    from blinkimp.outputs import check_outputs, replacing
 
     set_up_logging("warning")
+    inputs = [options.trace, options.replay]
     load = LoadOptions(
         rate=options.rate,
         concurrency=options.concurrency,
@@ -224,13 +214,13 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.save_trace is not None and options.connect is None and options.url is None:
-        check_writable(options.save_trace)
+        check_outputs([options.save_trace], inputs)
         write_trace(options.save_trace, make_plan(load, vocab_size=2))
         print(f"wrote {options.save_trace}")
         return 0
     slos = parse_slos(options.goodput)
-    for path in filter(None, (options.out, options.save_trace)):
-        check_writable(path)
+    # Before the load: figures of an hour are not lost for a folder that is not there.
+    check_outputs([options.out, options.save_trace], inputs)
     with LoadingBars() as bars:
         report = asyncio.run(
             run_load(
@@ -251,7 +241,8 @@ def run(options: argparse.Namespace) -> int:
     if options.save_trace is not None:
         write_trace(options.save_trace, make_plan(load, vocab_size=2))
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {options.out}")
     if report["stopped_early"]:
         return 128 + signal.SIGINT

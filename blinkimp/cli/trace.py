@@ -221,6 +221,7 @@ def run_timeline(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    from blinkimp.outputs import check_outputs
     from blinkimp.trace.errors import TraceError
     from blinkimp.trace.file import TraceFile
     from blinkimp.trace.parquet import export_parquet
@@ -230,11 +231,12 @@ def run_export(options: argparse.Namespace) -> int:
         raise TraceError(
             "export: got no format, expected --perfetto OUT.json or --parquet OUT.parquet; give one, or both"
         )
+    path: Path | None = options.perfetto
+    if path is not None and options.gzip and path.suffix != ".gz":
+        path = path.with_name(path.name + ".gz")
+    check_outputs([path, options.parquet], [options.file])
     trace = TraceFile(options.file)
-    if options.perfetto is not None:
-        path: Path = options.perfetto
-        if options.gzip and path.suffix != ".gz":
-            path = path.with_name(path.name + ".gz")
+    if path is not None:
         num_events, is_whole = export_perfetto(
             trace, path, window=Window(options.from_s, options.to_s), max_events=options.max_events
         )
@@ -263,8 +265,9 @@ def run_diff(options: argparse.Namespace) -> int:
 
 
 def run_arrivals(options: argparse.Namespace) -> int:
-    from blinkimp.trace.arrivals import collect_arrivals, write_arrivals
+    from blinkimp.trace.arrivals import check_arrivals_output, collect_arrivals, write_arrivals
 
+    check_arrivals_output(options.out, options.sources)
     found = collect_arrivals(options.sources)
     write_arrivals(options.out, found)
     num_prompts = sum(bool(arrival.prompt_ids) for arrival in found)

@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 import msgspec
 import numpy as np
 
+from blinkimp.outputs import OutputError, check_outputs, is_same, replacing
 from blinkimp.protocol import Sampling
 from blinkimp.trace.errors import TraceError
 
@@ -115,17 +116,25 @@ def of_trace(path: Path) -> list[Arrival]:
 
 
 # ---- The file of a replay ----------------------------------------------------------------------------------------------
+def check_arrivals_output(path: Path, sources: Sequence[Path]) -> None:
+    """Neither a source nor a name by which the next look at a capture's folder would take it for a part of the capture. Raises OutputError."""
+    captures = [source for source in sources if source.is_dir()]
+    captures += [source.parent for source in sources if source.match(CAPTURE_GLOB)]
+    check_outputs([path], [*sources, *(part for folder in captures for part in folder.glob(CAPTURE_GLOB))])
+    if path.match(CAPTURE_GLOB) and any(is_same(path.parent, folder) for folder in captures):
+        raise OutputError(
+            f"{path}: got a name of the capture's own pattern ({CAPTURE_GLOB}) in its folder, expected another: it would be read as a part "
+            f"of the capture; choose another folder, or a name such as {path.with_name('arrivals.jsonl')}"
+        )
+
+
 def write_arrivals(path: Path, arrivals: Sequence[Arrival]) -> None:
-    """Times from the first arrival. Readable by its owner only: prompts are private."""
+    """Times from the first arrival. Readable by its owner only: prompts are private. Raises OutputError."""
     first_ns = arrivals[0].at_ns
-    try:
-        path.touch(0o600)
-        with path.open("wb") as file:
-            for arrival in arrivals:
-                moved = msgspec.structs.replace(arrival, at_ns=arrival.at_ns - first_ns)
-                file.write(msgspec.json.encode(moved) + b"\n")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error.strerror}); choose another -o") from error
+    with replacing(path, 0o600) as temporary, temporary.open("wb") as file:
+        for arrival in arrivals:
+            moved = msgspec.structs.replace(arrival, at_ns=arrival.at_ns - first_ns)
+            file.write(msgspec.json.encode(moved) + b"\n")
 
 
 def read_arrivals(path: Path) -> list[Arrival]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from blinkimp.outputs import replacing
 from blinkimp.ring_abi import TraceKind
 from blinkimp.trace.errors import TraceError
 from blinkimp.trace.file import TraceFile
@@ -27,7 +28,7 @@ NUM_KINDS: Final = 128
 
 
 def export_parquet(trace: TraceFile, path: Path, *, progress: Callable[[int], None] = lambda _: None) -> int:
-    """Returns the number of rows."""
+    """Returns the number of rows. Raises OutputError."""
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -52,29 +53,23 @@ def export_parquet(trace: TraceFile, path: Path, *, progress: Callable[[int], No
         metadata={"blinkimp": msgspec.json.encode(trace.metadata)},
     )
     events = trace.events
-    try:
-        with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-            for begin in range(0, max(1, len(events)), ROW_GROUP):
-                part = events[begin : begin + ROW_GROUP]
-                kinds = np.ascontiguousarray(part["kind"])
-                sources = (kinds >= int(TraceKind.RECEIVED)).astype(np.int8) + (kinds >= int(TraceKind.RINGS))
-                raw: Any = np.ascontiguousarray(part["time_ns"])
-                times = np.where(sources == 0, trace.clock.to_host(raw), raw.astype(np.int64))
-                argument = part["argument"]
-                columns = [
-                    arrow.array(times),
-                    arrow.array(raw),
-                    arrow.DictionaryArray.from_arrays((kinds % NUM_KINDS).astype(np.int8), kind_names),
-                    arrow.DictionaryArray.from_arrays(sources.astype(np.int8), source_names),
-                    *(
-                        arrow.array(np.ascontiguousarray(part[name]))
-                        for name in ("queue_pair_idx", "step", "request_id")
-                    ),
-                    arrow.array((argument & np.uint64(0xFFFFFFFF)).astype(np.uint32)),
-                    arrow.array((argument >> np.uint64(32)).astype(np.uint32)),
-                ]
-                writer.write_batch(arrow.RecordBatch.from_arrays(columns, schema=schema))
-                progress(begin + len(part))
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error}); choose another file, or make room") from error
+    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for begin in range(0, max(1, len(events)), ROW_GROUP):
+            part = events[begin : begin + ROW_GROUP]
+            kinds = np.ascontiguousarray(part["kind"])
+            sources = (kinds >= int(TraceKind.RECEIVED)).astype(np.int8) + (kinds >= int(TraceKind.RINGS))
+            raw: Any = np.ascontiguousarray(part["time_ns"])
+            times = np.where(sources == 0, trace.clock.to_host(raw), raw.astype(np.int64))
+            argument = part["argument"]
+            columns = [
+                arrow.array(times),
+                arrow.array(raw),
+                arrow.DictionaryArray.from_arrays((kinds % NUM_KINDS).astype(np.int8), kind_names),
+                arrow.DictionaryArray.from_arrays(sources.astype(np.int8), source_names),
+                *(arrow.array(np.ascontiguousarray(part[name])) for name in ("queue_pair_idx", "step", "request_id")),
+                arrow.array((argument & np.uint64(0xFFFFFFFF)).astype(np.uint32)),
+                arrow.array((argument >> np.uint64(32)).astype(np.uint32)),
+            ]
+            writer.write_batch(arrow.RecordBatch.from_arrays(columns, schema=schema))
+            progress(begin + len(part))
     return len(events)

@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blinkimp.outputs import replacing
 from blinkimp.ring_abi import FinishReason, TraceKind
 from blinkimp.trace.errors import TraceError
 from blinkimp.trace.figures import MOMENTS, PHASES, lives_of, samples_of
@@ -271,7 +272,7 @@ def export_perfetto(
     max_events: int = MAX_EVENTS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, bool]:
-    """Returns the number of events written, and whether that is all of them."""
+    """Returns the number of events written, and whether that is all of them. Raises OutputError."""
     exporter = Exporter(trace, window or Window())
     tracks = [exporter.metadata, exporter.steps, exporter.requests, exporter.ops, exporter.marks]
     if trace.clock.is_known:  # else what the host stamped cannot stand beside what the device did
@@ -286,18 +287,15 @@ def export_perfetto(
     }
     opener: Any = gzip.open if path.suffix == ".gz" else open
     num_written = 0
-    try:
-        with opener(path, "wt", encoding="utf-8") as file:
-            file.write(f'{{"displayTimeUnit":"ns","otherData":{json.dumps(about)},"traceEvents":[\n')
-            for track in tracks:
-                for event in track():
-                    if num_written >= max_events:
-                        break
-                    file.write((",\n" if num_written else "") + json.dumps(event, separators=(",", ":")))
-                    num_written += 1
-                    if num_written % 10_000 == 0:
-                        progress(num_written)
-            file.write("\n]}\n")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error.strerror}); choose another file, or make room") from error
+    with replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+        file.write(f'{{"displayTimeUnit":"ns","otherData":{json.dumps(about)},"traceEvents":[\n')
+        for track in tracks:
+            for event in track():
+                if num_written >= max_events:
+                    break
+                file.write((",\n" if num_written else "") + json.dumps(event, separators=(",", ":")))
+                num_written += 1
+                if num_written % 10_000 == 0:
+                    progress(num_written)
+        file.write("\n]}\n")
     return num_written, num_written < max_events

@@ -43,6 +43,18 @@ def test_a_synthetic_trace_is_made_without_a_server(tmp_path: Path, capsys: pyte
     assert times == sorted(times) and len(times) == 300
 
 
+def test_the_file_of_a_load_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the load: nobody is asked."""
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    trace.write_text('{"at_s": 0.0, "input_tokens": 4, "output_tokens": 2}\n')
+    target = ["bench", "--url", "http://127.0.0.1:1", "--trace", str(trace)]
+    for flags in (["--out", str(trace)], ["--save-trace", str(trace)], ["--out", str(out), "--save-trace", str(out)]):
+        assert main([*target, *flags]) == 1
+        assert "the same file as" in capsys.readouterr().err
+    assert main(["bench", "--trace", str(trace), "--save-trace", str(trace)]) == 1
+    assert "at_s" in trace.read_text() and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

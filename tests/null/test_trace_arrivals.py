@@ -12,6 +12,7 @@ from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions, make_plan
 from blinkimp.bench.record import Record
 from blinkimp.bench.replay import ReplayPlan, compare_outputs, openai_fields, submit_of
+from blinkimp.cli import main
 from blinkimp.cli.bench import replay_line
 from blinkimp.protocol import Constraint, Sampling
 from blinkimp.trace.arrivals import (
@@ -60,6 +61,23 @@ def test_captures_of_several_ingresses_become_one_list_by_time(tmp_path: Path) -
     assert path.stat().st_mode & 0o077 == 0, "prompts are private"
     read = read_arrivals(path)
     assert [one.at_ns for one in read] == [0, 2_000, 4_000] and read[0].sampling.seed == 5_000
+
+
+def test_a_capture_is_never_written_over_nor_added_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "captured"
+    folder.mkdir()
+    part = folder / "arrivals.main.qp0.1.2.jsonl"
+    write_capture(part, [Captured(0, arrival(5_000, [1]))])
+    before = part.read_bytes()
+    for source in (folder, part):
+        assert main(["trace", "arrivals", str(source), "-o", str(part)]) == 1
+        assert "the same file as" in capsys.readouterr().err
+        assert main(["trace", "arrivals", str(source), "-o", str(folder / "arrivals.all.jsonl")]) == 1
+        assert "expected another: it would be read as a part of the capture" in capsys.readouterr().err
+    assert part.read_bytes() == before and list(folder.iterdir()) == [part]
+    for out in (folder / "arrivals.jsonl", tmp_path / "arrivals.all.jsonl"):
+        assert main(["trace", "arrivals", str(folder), "-o", str(out)]) == 0
+    assert len(collect_arrivals([folder])) == 1, "what was written is no part of the capture"
 
 
 def test_a_replay_is_the_same_requests_at_the_same_times(tmp_path: Path) -> None:

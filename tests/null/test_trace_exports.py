@@ -6,19 +6,27 @@ Run: pytest tests/null/test_trace_exports.py
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blinkimp.cli import main
+from blinkimp.outputs import OutputError
 from blinkimp.ring_abi import TraceKind
 from blinkimp.trace.errors import TraceError
 from blinkimp.trace.parquet import export_parquet
 from blinkimp.trace.perfetto import PROCESS_NAMES, Window, export_perfetto
 from blinkimp.trace.synthetic import OFFSET_NS
 from tests.null.test_trace_figures import OPS, SHAPE, make_file
+from tests.support import files_of_at_most, python_path
 
 PHASES_OF = {"M": {"name", "args"}, "X": {"name", "ts", "dur"}, "i": {"name", "ts", "s"}, "C": {"name", "ts", "args"}}
 
@@ -107,6 +115,47 @@ def test_a_window_and_a_limit_bound_the_file(tmp_path: Path) -> None:
     assert few == 100 and not is_whole and len(exported(tmp_path / "few.json")["traceEvents"]) == 100
     with pytest.raises(TraceError, match="expected 0 <= from < to"):
         Window(3, 1)
+
+
+def test_an_export_never_costs_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, link, other = tmp_path / "a.trace", tmp_path / "link.gz", tmp_path / "out.json"
+    make_file(path)
+    link.symlink_to(path)
+    before = path.read_bytes()
+    for flags in (
+        ["--perfetto", str(path)],
+        ["--perfetto", str(link.with_suffix("")), "--gzip"],
+        ["--parquet", str(path)],
+        ["--perfetto", str(other), "--parquet", str(other)],
+    ):
+        assert main(["trace", "export", str(path), *flags]) == 1
+        assert "the same file as" in capsys.readouterr().err
+    assert path.read_bytes() == before and not other.exists()
+
+
+def test_an_export_over_its_own_trace_does_not_pull_the_mapping_away(tmp_path: Path) -> None:
+    """In a process of its own: it would die by SIGBUS, where the file was truncated first."""
+    make_file(path := tmp_path / "a.trace")
+    program = (
+        "import sys; from pathlib import Path; from blinkimp.trace.file import TraceFile; "
+        "from blinkimp.trace.perfetto import export_perfetto; path = Path(sys.argv[1]); export_perfetto(TraceFile(path), path)"
+    )
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    assert subprocess.run([sys.executable, "-c", program, path], env=environment, check=False).returncode == 0
+    check_format(exported(path))
+
+
+def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    trace, path = make_file(tmp_path / "a.trace"), tmp_path / "out.json"
+    path.write_text("old")
+
+    exports: list[Callable[..., Any]] = [export_perfetto]
+    if importlib.util.find_spec("pyarrow"):
+        exports.append(export_parquet)
+    for export in exports:
+        with files_of_at_most(1000), pytest.raises(OutputError, match="cannot be written"):
+            export(trace, path)
+    assert path.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["a.trace", "out.json"]
 
 
 def test_a_trace_whose_clocks_are_not_aligned_shows_the_device_alone(tmp_path: Path) -> None:
