@@ -15,7 +15,9 @@ from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.load_plan import LoadOptions
+from blinkimp.bench.openai_backend import OpenAiBackend
 from blinkimp.bench.runner import Progress, Target, run_load
+from blinkimp.bench.zmq_backend import ZmqBackend
 from blinkimp.host.power import PowerSource
 from blinkimp.lab.store import Store, difference_of, key_of
 
@@ -84,6 +86,43 @@ def points_of(scenarios: Sequence[Scenario], concurrencies: Sequence[int], rates
     return points
 
 
+# ---- Whose cells they are --------------------------------------------------------------------------------------------
+def target_words(target: Target) -> dict[str, Any]:
+    """What a cell says of the server that it was measured on."""
+    backend = ZmqBackend.name if target.connect is not None else OpenAiBackend.name
+    address = target.connect if target.connect is not None else target.url
+    return {
+        "backend": backend,
+        "address": address,
+        "model": target.model_name,
+        "chat": target.chat,
+        "num_gpus": target.num_gpus,
+    }
+
+
+def check_targets(store: Store, keys: Sequence[str], target: Target) -> None:
+    """Raises LoadError where a cell was measured on another server: it would stand for this one. With a label the address may be another: an
+    engine that was started anew. Cells of earlier versions say the backend and the model only."""
+    now = target_words(target)
+    for key in keys:
+        if (cell := store.get(key)) is None:
+            continue
+        measured = cell.get("target", {}) | {name: cell["report"][name] for name in ("backend", "model_id")}
+        measured["model"] = measured.pop("model_id")  # what the server served, asked for by name or not
+        changed = [
+            f"{name} {measured[name]} (asked for: {value})"
+            for name, value in now.items()
+            if name in measured and measured[name] != value
+            if not (name == "address" and target.label) and not (name == "model" and value is None)
+        ]
+        if changed:
+            raise LoadError(
+                f"{store.folder}: {key} was measured with {', '.join(changed)}; expected cells of one server under one name; "
+                "give this one a --label of its own, or take another folder"
+            )
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 def run_sweep(
     points: Sequence[Point],
     target: Target,
@@ -104,9 +143,10 @@ def run_sweep(
     stop_after_s: no cell begins later than that."""
     num_failed = 0
     deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
-    for number, point in enumerate(points):
+    keys = [key_of("sweep", target.label or "engine", point.scenario.name, point.name) for point in points]
+    check_targets(store, keys, target)
+    for number, (point, key) in enumerate(zip(points, keys, strict=True)):
         progress("cells", number, len(points))
-        key = key_of("sweep", target.label or "engine", point.scenario.name, point.name)
         load = point.load(
             range_ratio=range_ratio,
             duration_s=duration_s,
@@ -126,6 +166,7 @@ def run_sweep(
             "scenario": point.scenario.name,
             "concurrency": point.concurrency,
             "rate": point.rate,
+            "target": target_words(target),
         }
         try:
             cell["report"] = asyncio.run(run_load(load, target, progress=progress, source=source, idle_w=idle_w))

@@ -60,6 +60,41 @@ def test_a_sweep_stops_in_time_and_goes_on(tmp_path: Path, capsys: pytest.Captur
     assert len(list(tmp_path.glob("*.cell.json"))) == 6
 
 
+def test_cells_of_another_server_are_not_taken_for_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--folder", str(tmp_path), "--scenarios", "8x2", "--concurrency", "1"]
+    script = Script(first_ms=2, gap_ms=1)
+    with scripted_server("zmq", script) as zmq_address, scripted_server("http", script) as http_address:
+        assert main(["lab", "sweep", "--connect", zmq_address, *flags]) == 0
+        (path,) = tmp_path.glob("*.cell.json")
+        before = path.read_text()
+
+        def refused(*target: str) -> str:
+            capsys.readouterr()
+            num_before = len(script.prompts)
+            assert main(["lab", "sweep", *target, *flags, "--concurrency", "2,1"]) == 1
+            assert len(script.prompts) == num_before, "before anything is measured"
+            return capsys.readouterr().err
+
+        said = refused("--url", http_address)
+        assert "backend blinkimp-zmq (asked for: openai)" in said and f"address {zmq_address}" in said
+        assert "give this one a --label of its own, or take another folder" in said
+        assert "address" in refused("--connect", "tcp://127.0.0.1:1")
+        assert "num_gpus 1 (asked for: 2)" in refused("--connect", zmq_address, "--num-gpus", "2")
+        assert path.read_text() == before
+        # As earlier versions wrote it.
+        cell = json.loads(before)
+        del cell["target"]
+        path.write_text(json.dumps(cell))
+        assert "backend blinkimp-zmq (asked for: openai)" in refused("--url", http_address)
+        assert main(["lab", "sweep", "--connect", zmq_address, *flags]) == 0
+        assert main(["lab", "sweep", "--url", http_address, "--label", "other", *flags]) == 0
+        # An engine that was started anew has another address, and its label.
+        assert main(["lab", "sweep", "--url", "http://127.0.0.1:1", "--label", "other", *flags]) == 0
+        assert "asked for: mine" in refused("--url", http_address, "--label", "other", "--model-name", "mine")
+
+
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 in the middle of the second cell: the first one is whole, and is not measured again."""
     with scripted_server("http", Script(first_ms=50, gap_ms=1)) as address:
