@@ -49,6 +49,18 @@ def _check(path: Path, taken: Sequence[Path]) -> None:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """With those above it. Raises OutputError where it is none, or nothing can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written to ({error.strerror}); expected a folder, there or to be made, with room in it; choose another"
+        ) from error
+
+
 def is_same(path: Path, other: Path) -> bool:
     """Links count as what they lead to. Neither needs to be there."""
     if path.exists() and other.exists():

@@ -7,7 +7,9 @@ answers at once. Test: pytest tests/null/test_cli_arguments.py tests/host/test_c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -80,15 +82,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     try:
         status: int = importlib.import_module(f"blinkimp.cli.{options.command}").run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is told here; when Python ends, it would be a traceback
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `blinkimp generate ... | head`
+        give_up_stdout()
         sys.stderr.close()
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and stdout_is_broken():
+            give_up_stdout()
+            print(
+                f"blinkimp {options.command}: stdout: cannot be written ({error.strerror}); expected room for the output; "
+                "make some, or send it elsewhere",
+                file=sys.stderr,
+            )
+            return 1
         # Errors of this package are written for the user; anything else is a defect and keeps its traceback.
         if not type(error).__module__.startswith("blinkimp."):
             raise
         print(f"blinkimp {options.command}: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def stdout_is_broken() -> bool:
+    """A line more could not be written either: the error does not say what it was of."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def give_up_stdout() -> None:
+    """Python flushes it when it ends: into nothing, for it was told already that it cannot be written."""
+    with contextlib.suppress(OSError):  # one that a test has put in its place has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

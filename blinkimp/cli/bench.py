@@ -191,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.bench.runner import run_load
     from blinkimp.cli.terminal import LoadingBars, set_up_logging
     from blinkimp.host.power import open_nvml
-    from blinkimp.outputs import check_outputs, replacing
+    from blinkimp.outputs import OutputError, check_outputs, replacing
 
     set_up_logging("warning")
     inputs = [options.trace, options.replay]
@@ -235,15 +235,23 @@ def run(options: argparse.Namespace) -> int:
                 keeps_when_cancelled=True,
             )
         )
+    failure = None
+    try:  # before anything is printed: a terminal that is gone costs the table alone
+        if options.out is not None:
+            with replacing(options.out) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + "\n")
+    except OutputError as error:
+        failure = error
     print(table_of(report))
     if "replay" in report:
         print(replay_line(report["replay"]))
+    if failure is not None:
+        print(json.dumps(report))  # in place of the file: the load is not to be measured again for it
+        raise failure
+    if options.out is not None:
+        print(f"wrote {options.out}")
     if options.save_trace is not None:
         write_trace(options.save_trace, make_plan(load, vocab_size=2))
-    if options.out is not None:
-        with replacing(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"wrote {options.out}")
     if report["stopped_early"]:
         return 128 + signal.SIGINT
     return 0 if report["completed"] else 1

@@ -166,8 +166,10 @@ def grid_of(options: argparse.Namespace) -> Any:
 def run_evidence_part(options: argparse.Namespace) -> int:
     from blinkimp.bench.errors import LoadError
     from blinkimp.lab.evidence_report import write_evidence_report
+    from blinkimp.outputs import check_outputs
 
     if options.report is not None:
+        check_outputs([options.report])
         print(f"wrote {options.report}: {write_evidence_report(options.resume, options.report)} cells")
         return 0
     grid = grid_of(options)

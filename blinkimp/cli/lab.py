@@ -152,6 +152,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from blinkimp.cli.terminal import ends_in_order, set_up_logging
+    from blinkimp.outputs import check_outputs
 
     set_up_logging("warning")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -162,9 +163,11 @@ def run(options: argparse.Namespace) -> int:
         from blinkimp.lab.report import write_report
         from blinkimp.lab.store import Store
 
+        check_outputs([options.out])
         num_cells = write_report([Store(folder) for folder in options.folder], options.out, options.title)
         print(f"wrote {options.out}: {num_cells} cells")
         return 0
+    check_outputs([options.report])  # before anything is measured
     with ends_in_order():  # the engines that it has started end with it
         num_failed = run_sweep_part(options) if options.part == "sweep" else run_interference_part(options)
     if options.report is not None:

@@ -47,6 +47,7 @@ from blinkimp.lab.interference import CellPlan, Grid, measure
 from blinkimp.lab.room import Room
 from blinkimp.lab.store import Store, write_json
 from blinkimp.lab.sweep import Point
+from blinkimp.outputs import make_folder
 
 IDLE_S: Final = 2.0
 WARM_UP_S: Final = 4.0  # of load on a new engine, not counted: lazily made parts of it, and clocks
@@ -328,7 +329,7 @@ def run_evidence(
     progress: Progress = lambda *_: None,
 ) -> tuple[int, Sequence[EvidenceCell]]:
     """One call. Returns how many failed, and what is missing still."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_grid(folder, setup.grid)
     end_leftover(folder, say)
     call = Call(setup, folder, budget_s, say, progress)

@@ -39,7 +39,7 @@ from blinkimp.lab.evidence_plan import RAMP_SHARE, EvidenceCell, EvidenceGrid, c
 from blinkimp.lab.evidence_state import folders_of, read_grid
 from blinkimp.lab.evidence_summary import beside, noise, not_run, summary
 from blinkimp.lab.evidence_traces import traced
-from blinkimp.lab.pages import TABLE_MARK, Section, html_of, write_markdown
+from blinkimp.lab.pages import TABLE_MARK, Section, write_page
 from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.store import Store
 from blinkimp.lab.sweep import pareto_frontier
@@ -363,7 +363,8 @@ def failures(folders: Sequence[Path]) -> list[Section]:
 
 
 def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> int:
-    """Returns how many cells are in it. Raises LoadError where there is no run in the folder."""
+    """Returns how many cells are in it. Raises LoadError where there is no run in the folder, OutputError where it cannot be
+    written."""
     folders = folders_of(folder)
     grid = read_grid(folders)
     cells = load_cells(folders, grid)
@@ -380,8 +381,5 @@ def write_evidence_report(folder: Path, path: Path, title: str = "Evidence") -> 
         *traced(grid, cells),
     ]
     sections += [*not_run(grid, cells), *failures(folders)]
-    if path.suffix == ".md":
-        write_markdown(title, sections, path)
-    else:
-        path.write_text(html_of(title, sections))
+    write_page(title, sections, path)
     return len(cells)

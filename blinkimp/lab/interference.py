@@ -165,6 +165,7 @@ def run_interference(
         for kind, num_threads in grid.disturbances(placement)
         for load in grid.loads
     ]
+    store.prepare()
     missing = []
     for plan in plans:
         if (before := store.get(plan.key)) is None:

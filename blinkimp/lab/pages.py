@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.lab.plots import Plot
+from blinkimp.outputs import make_folder, replacing
 
 STYLE: Final = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -74,24 +75,39 @@ def _html_section(section: Section) -> str:
     return f"<h2>{html.escape(section.title)}</h2>{words}{plots}{table}"
 
 
-# ---- Markdown --------------------------------------------------------------------------------------------------------
+# ---- The file --------------------------------------------------------------------------------------------------------
+def write_page(title: str, sections: Sequence[Section], path: Path) -> None:
+    """Markdown by the name's end, else HTML. Raises OutputError."""
+    if path.suffix == ".md":
+        write_markdown(title, sections, path)
+    else:
+        with replacing(path) as temporary:
+            temporary.write_text(html_of(title, sections))
+
+
 def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
     """The page, and its plots as SVG files in a folder of its name; those that an earlier page had there are removed."""
     folder = path.with_suffix("")
-    for old in folder.glob("[0-9][0-9]-*.svg"):
-        old.unlink()
+    written: set[str] = set()
     lines = [f"# {title}"]
     for number, section in enumerate(sections, 1):
         lines += ["", f"## {section.title}", ""]
         for paragraph in section.words:
             lines += [paragraph, ""]
         for plot in section.plots:
-            folder.mkdir(exist_ok=True)
+            if not written:
+                make_folder(folder)
             name = f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', plot.title.lower()).strip('-')}.svg"
-            (folder / name).write_text(plot.svg + "\n")
+            with replacing(folder / name) as temporary:
+                temporary.write_text(plot.svg + "\n")
+            written.add(name)
             lines.append(f"![{plot.title}]({folder.name}/{name})")
         if not section.headings:
             continue
         rows = [section.headings, ["---"] * len(section.headings), *section.rows]
         lines += ["", *("| " + " | ".join(text_of(value).replace("|", "\\|") for value in row) + " |" for row in rows)]
-    path.write_text("\n".join(lines) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    for old in folder.glob("[0-9][0-9]-*.svg"):
+        if old.name not in written:
+            old.unlink()

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
 from blinkimp.lab.interference_report import interference_sections
-from blinkimp.lab.pages import Section, by, html_of, write_markdown
+from blinkimp.lab.pages import Section, by, write_page
 from blinkimp.lab.plots import Line, Plot, line_plot
 from blinkimp.lab.store import Store
 from blinkimp.lab.sweep import pareto_frontier
@@ -99,7 +99,7 @@ def sections_of(cells: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def write_report(stores: Sequence[Store], path: Path, title: str = "blinkimp lab") -> int:
-    """Returns how many cells are in it. Raises LoadError where there is none."""
+    """Returns how many cells are in it. Raises LoadError where there is none, OutputError where it cannot be written."""
     cells = [cell for store in stores for cell in store]
     if not cells:
         folders = ", ".join(str(store.folder) for store in stores)
@@ -107,8 +107,5 @@ def write_report(stores: Sequence[Store], path: Path, title: str = "blinkimp lab
             f"report: no cells in {folders}; expected results of `blinkimp lab sweep` or `lab interference`; check the folder"
         )
     sections = sections_of(cells)
-    if path.suffix == ".md":
-        write_markdown(title, sections, path)
-    else:
-        path.write_text(html_of(title, sections))
+    write_page(title, sections, path)
     return len(cells)

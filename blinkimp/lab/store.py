@@ -8,13 +8,13 @@ A file is written whole or not at all. Called by the other modules of blinkimp/l
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.bench.errors import LoadError
+from blinkimp.outputs import OutputError, make_folder, replacing
 
 SUFFIX: Final = ".cell.json"
 
@@ -33,9 +33,18 @@ class Store:
         cell = read_cell(path)
         return None if "error" in cell else cell
 
+    def prepare(self) -> None:
+        """Before anything is measured. Raises OutputError where no cell could be written."""
+        make_folder(self.folder)
+
     def put(self, key: str, cell: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path(key), cell)
+        """Raises OutputError; the cell is printed then, in place of the file: it took minutes."""
+        try:
+            make_folder(self.folder)
+            write_json(self._path(key), cell)
+        except OutputError:
+            print(json.dumps({"key": key, **cell}))
+            raise
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Every cell that is there, by key."""
@@ -58,10 +67,9 @@ def difference_of(cell: Mapping[str, Any], load: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    """Whole or not at all. Raises OutputError."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def key_of(*words: object) -> str:

@@ -144,6 +144,7 @@ def run_sweep(
     num_failed = 0
     deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
     keys = [key_of("sweep", target.label or "engine", point.scenario.name, point.name) for point in points]
+    store.prepare()
     check_targets(store, keys, target)
     for number, (point, key) in enumerate(zip(points, keys, strict=True)):
         progress("cells", number, len(points))
@@ -175,15 +176,16 @@ def run_sweep(
                 raise LoadError(
                     f"none of {figures['failed']} requests completed: {next(iter(figures['error_counts']), 'no words')}"
                 )
-            say(
-                f"{point.scenario.name}, {point.name}: {figures['output_throughput']:.1f} output tokens/s, "
-                f"TTFT p99 {figures['p99_ttft_ms']:.1f} ms, TPOT p99 {figures['p99_tpot_ms']:.2f} ms, {figures['failed']} failed"
+            line = (
+                f"{figures['output_throughput']:.1f} output tokens/s, TTFT p99 {figures['p99_ttft_ms']:.1f} ms, "
+                f"TPOT p99 {figures['p99_tpot_ms']:.2f} ms, {figures['failed']} failed"
             )
         except LoadError as error:
             num_failed += 1
             cell["error"] = str(error)
-            say(f"{point.scenario.name}, {point.name}: failed: {error}")
-        store.put(key, cell)
+            line = f"failed: {error}"
+        store.put(key, cell)  # first: a terminal that is gone does not cost a cell
+        say(f"{point.scenario.name}, {point.name}: {line}")
     return num_failed
 
 

@@ -15,8 +15,10 @@ I2  is_complete is written last, after a flush: a file that says so is whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -99,6 +101,8 @@ class TraceFileWriter:
         self._header["event_bytes"], self._header["events_offset"] = abi.TRACE_EVENT.itemsize, EVENTS_OFFSET
         self._header["num_ops"], self._header["num_workers"] = num_ops, num_workers
         self._header["begin_ns"] = begin_ns
+        if path.exists() and not path.is_file():  # it is mapped when it is finished, and read again
+            raise TraceError(f"{path} cannot be written: it is no file, expected one, or a new name; choose another -o")
         try:
             self._file = path.open("wb")
             # Op samples are kept aside until it is known where the events end.
@@ -108,20 +112,43 @@ class TraceFileWriter:
                 f"{path} cannot be written: {error.strerror}; expected a folder that exists and may be written to; choose another -o"
             ) from error
         os.fchmod(self._file.fileno(), 0o600)  # tokens are what somebody was told
-        self._file.write(self._header.tobytes())
-        self._file.seek(EVENTS_OFFSET)
+        try:
+            with self._told():
+                self._file.write(self._header.tobytes())
+                self._file.seek(EVENTS_OFFSET)
+        except TraceError:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises TraceError where the file system refuses."""
+        try:
+            yield
+        except OSError as error:
+            raise TraceError(
+                f"{self.path}: cannot be written ({error.strerror}) after {self.num_events} events; those that reached it can be read; "
+                "make room, or choose another -o"
+            ) from error
 
     def append(self, events: NDArray[np.void]) -> None:
         assert events.dtype == abi.TRACE_EVENT, events.dtype
-        self._file.write(np.ascontiguousarray(events).data.cast("B"))
+        with self._told():
+            self._file.write(np.ascontiguousarray(events).data.cast("B"))
         self.num_events += len(events)
 
     def append_op_sample(self, step: int, time_ns: int, times: NDArray[np.uint64]) -> None:
-        self._op_samples.write(np.array([step, time_ns], np.uint64).tobytes() + times.tobytes())
+        with self._told():
+            self._op_samples.write(np.array([step, time_ns], np.uint64).tobytes() + times.tobytes())
         self.num_op_samples += 1
 
     def finish(self, metadata: Metadata, end_ns: int) -> None:
         """The clock is aligned from the events, unless metadata has one already."""
+        with self._told():
+            self._finish(metadata, end_ns)
+        self.close()
+
+    def _finish(self, metadata: Metadata, end_ns: int) -> None:
         header = self._header
         self._file.seek(0, os.SEEK_END)
         self._file.truncate(max(self._file.tell(), EVENTS_OFFSET))
@@ -144,11 +171,13 @@ class TraceFileWriter:
             self._file.write(header.tobytes())
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.close()
 
     def close(self) -> None:
-        self._file.close()
-        self._op_samples.close()
+        for file in (self._file, self._op_samples):
+            with contextlib.suppress(
+                OSError
+            ):  # of what is buffered still: finish() has left nothing, and a failure before was told
+                file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -35,7 +35,6 @@ from blinkimp.host.trace_reader import TraceReader
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairError, QueuePairPort
 from blinkimp.ring_abi import EngineState, TraceKind
 from blinkimp.trace.clock import PING_BIT
-from blinkimp.trace.errors import TraceError
 from blinkimp.trace.file import Lost, Metadata, TraceFileWriter, make_events
 
 READ_PERIOD_S: Final = 0.002  # 100,000 events a second fill a ring of 65,536 in 0.6 s
@@ -191,12 +190,7 @@ class Recorder:
             sample_period_s=SAMPLE_PERIOD_S,
             ended_by=ended_by,
         )
-        try:
-            self.writer.finish(metadata, time.monotonic_ns())
-        except OSError as error:
-            raise TraceError(
-                f"{self.writer.path}: cannot be written ({error.strerror}) after {self.writer.num_events} events; make room, or choose another -o"
-            ) from error
+        self.writer.finish(metadata, time.monotonic_ns())
         return metadata
 
     def _read(self) -> None:

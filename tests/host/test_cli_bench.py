@@ -84,6 +84,16 @@ def test_a_load_that_cannot_be_is_explained(flags: list[str], words: str, capsys
     assert words in capsys.readouterr().err
 
 
+def test_figures_that_cannot_be_written_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full says so at the end only: as a disk does that fills meanwhile."""
+    flags = ["--concurrency", "1", "--num-requests", "2", "--input-len", "4", "--output-len", "2", "--out", "/dev/full"]
+    with scripted_server("zmq", Script()) as address:
+        assert main(["bench", "--connect", address, *flags]) == 1
+    told = capsys.readouterr()
+    assert "/dev/full: cannot be written (No space left on device)" in told.err
+    assert "2 requests completed" in told.out and json.loads(told.out.splitlines()[-1])["completed"] == 2
+
+
 def test_load_of_which_all_failed_shows_why_and_no_latencies(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_lines({"id 17 is wrong": 2, "id 99 is wrong": 3, "lost": 1}) == [
         "failed 5 times: id 17 is wrong",

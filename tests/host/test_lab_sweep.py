@@ -16,7 +16,7 @@ import pytest
 
 from blinkimp.cli import main
 from tests.scripted_server import Script, scripted_server
-from tests.support import PATIENCE_S, python_path
+from tests.support import PATIENCE_S, files_of_at_most, python_path
 
 NUM_TRIES = 5
 FLAGS = ["--scenarios", "8x3,16x2", "--concurrency", "1,2", "--rates", "20", "--duration", "0.5", "--warmup", "0.1"]
@@ -129,6 +129,41 @@ def test_a_sweep_whose_server_refuses_fails_and_says_so(tmp_path: Path, capsys: 
     assert "failed: none of 10 requests completed: busy" in capsys.readouterr().out
     assert main(["lab", "report", "--folder", str(folder), "--out", str(out)]) == 0
     assert "none of 10 requests completed" in out.read_text()
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    script = Script()
+    with scripted_server("zmq", script) as address:
+        sweep = ["lab", "sweep", "--connect", address, "--scenarios", "8x2", "--concurrency", "1"]
+        assert main([*sweep, "--folder", str(tmp_path / "file")]) == 1
+        assert "file: cannot be written to (File exists); expected a folder" in capsys.readouterr().err
+        for report in ("none/x.html", "file/x.md", ""):
+            flags = ["--folder", str(tmp_path / "cells"), "--report", str(tmp_path / report)]
+            assert main([*sweep, *flags]) == 1
+            assert "cannot be written" in capsys.readouterr().err
+    assert not script.prompts and not (tmp_path / "cells").exists()
+    assert (
+        main(["lab", "evidence", "--resume", str(tmp_path / "file"), "--engines", "persistent", "--model", "embedded"])
+        == 1
+    )
+    assert "expected a folder" in capsys.readouterr().err
+    assert main(["lab", "report", "--folder", str(tmp_path), "--out", str(tmp_path / "none" / "x.md")]) == 1
+    assert "none/x.md: cannot be written" in capsys.readouterr().err
+
+
+def test_a_cell_that_a_full_disk_refuses_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "cells"
+    with scripted_server("zmq", Script(gap_ms=1)) as address, files_of_at_most(1000):
+        sweep = ["lab", "sweep", "--connect", address, "--scenarios", "8x2", "--concurrency", "1,2"]
+        assert main([*sweep, "--folder", str(folder)]) == 1
+    told = capsys.readouterr()
+    assert "cell.json: cannot be written" in told.err and "make room" in told.err
+    (cell,) = (json.loads(line) for line in told.out.splitlines())
+    assert cell["report"]["completed"] == 10 and cell["key"].endswith("concurrency-1"), "no other is measured in vain"
+    assert list(folder.iterdir()) == [], "no half of it either"
 
 
 def test_a_sweep_on_no_gpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from blinkimp.lab.pages import html_of
 from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
 from blinkimp.lab.report import sections_of, write_report
 from blinkimp.lab.store import Store
+from blinkimp.outputs import OutputError
+from tests.support import files_of_at_most
 
 MS = 1_000_000
 
@@ -201,6 +203,19 @@ def test_markdown_has_the_same_tables_and_its_plots_beside_it(tmp_path: Path) ->
     assert {f"page/{path.name}" for path in (tmp_path / "page").iterdir()} == set(links)
     widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == len(sections_of(list(store)))  # one a table
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cells")
+    store.put("c", swept("a", 4, 5))
+    for name in ("page.md", "page.html"):
+        out = tmp_path / name
+        write_report([store], out, "the old one")
+        before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        with files_of_at_most(100), pytest.raises(OutputError, match=r"cannot be written.*make room"):
+            write_report([store], out, "the new one")
+        assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,26 @@ def test_an_export_over_its_own_trace_does_not_pull_the_mapping_away(tmp_path: P
     check_format(exported(path))
 
 
+@pytest.mark.parametrize(
+    "command", [["trace", "stats"], ["trace", "stats", "--json"], ["trace", "timeline", "--slowest", "1"]]
+)
+def test_an_output_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, command: list[str]) -> None:
+    """Whatever command it is of: blinkimp/cli/__init__.py."""
+    make_file(path := tmp_path / "a.trace")
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    told = [sys.executable, "-m", "blinkimp", *command, str(path)]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(told, env=environment, check=False, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert found.returncode == 1
+    assert found.stderr.startswith("blinkimp trace: stdout: cannot be written (No space left on device)")
+    assert found.stderr.count("\n") == 1
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as `| head` that has seen enough
+    found = subprocess.run(told, env=environment, check=False, text=True, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert found.returncode in (1, 141) and found.stderr == ""  # 1: where rich has printed it
+
+
 def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     trace, path = make_file(tmp_path / "a.trace"), tmp_path / "out.json"
     path.write_text("old")

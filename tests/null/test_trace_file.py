@@ -11,6 +11,7 @@ from blinkimp import ring_abi as abi
 from blinkimp.ring_abi import TraceKind
 from blinkimp.trace.errors import TraceError
 from blinkimp.trace.file import EVENTS_OFFSET, FILE_HEADER, Metadata, TraceFile, TraceFileWriter, make_events
+from tests.support import files_of_at_most
 
 
 def written(path: Path, num_events: int = 1000, metadata: Metadata | None = None) -> TraceFile:
@@ -53,6 +54,23 @@ def test_metadata_that_does_not_fit_goes_to_the_end(tmp_path: Path) -> None:
 
 def test_an_empty_trace_is_one(tmp_path: Path) -> None:
     assert len(written(tmp_path / "a.trace", 0).events) == 0
+
+
+def test_a_disk_that_fills_is_told_and_leaves_what_reached_it(tmp_path: Path) -> None:
+    path, events = tmp_path / "a.trace", make_events([(i, int(TraceKind.TOKEN), 0, i, i, i) for i in range(1000)])
+    with (
+        files_of_at_most(EVENTS_OFFSET + 50_000),
+        pytest.raises(TraceError, match=r"a\.trace: cannot be written \(.*after \d+ events; .*make room"),
+        TraceFileWriter(path) as writer,
+    ):
+        for _ in range(100):
+            writer.append(events)
+    trace = TraceFile(path)
+    assert not trace.is_complete and 1000 <= len(trace.events) <= 50_000 // events.itemsize
+    with files_of_at_most(100), pytest.raises(TraceError, match="cannot be written"):
+        TraceFileWriter(tmp_path / "b.trace")
+    with pytest.raises(TraceError, match="/dev/full cannot be written: it is no file"):
+        TraceFileWriter(Path("/dev/full"))
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
