@@ -54,9 +54,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp trace")
     record = new_part(parts, "record", "copy what a running engine traces into a file", EXAMPLES["record"])
-    record.add_argument(
-        "--engine-name", default="blinkimp", metavar="NAME", help="of the engine, as configured (default %(default)s)"
-    )
+    record.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
     record.add_argument(
         "--seconds",
         type=float,
@@ -133,19 +131,19 @@ def run_record(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from blinkimp.cli.terminal import stderr_console
+    from blinkimp.config import load_config
     from blinkimp.trace.errors import TraceError
     from blinkimp.trace.file import Lost
     from blinkimp.trace.recorder import Recorder
 
     if options.seconds <= 0:
         raise TraceError(f"--seconds is {options.seconds:g}, expected more than 0; give a time such as 10")
+    name = load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
     stopping: list[int] = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with (
         Progress(*columns, console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar,
-        Recorder(
-            options.engine_name, options.out, pings=not options.no_pings, from_start=options.from_start
-        ) as recorder,
+        Recorder(name, options.out, pings=not options.no_pings, from_start=options.from_start) as recorder,
     ):
         if not recorder.has_pings and not options.no_pings:
             print(

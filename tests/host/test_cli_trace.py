@@ -127,6 +127,22 @@ def test_a_trace_does_not_differ_from_itself(recorded: Path, capsys: pytest.Capt
     assert "the same, request by request" in capsys.readouterr().out
 
 
+def test_record_takes_the_engine_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As top and tune do: the flag, else the environment, else the file. Nobody is called so; the error says who was looked for."""
+    record = ["trace", "record", "-o", str(tmp_path / "a.trace")]
+    (tmp_path / "settings.toml").write_text('engine_name = "of-the-file"\n')
+    monkeypatch.setenv("BLINKIMP_CONFIG", str(tmp_path / "settings.toml"))
+    assert main(record) == 1
+    assert "of-the-file" in capsys.readouterr().err
+    monkeypatch.setenv("BLINKIMP_ENGINE_NAME", "of-the-environment")
+    assert main(record) == 1
+    assert "of-the-environment" in capsys.readouterr().err
+    assert main([*record, "--engine-name", "of-the-flag"]) == 1
+    assert "of-the-flag" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "stats", str(tmp_path / "none")]) == 1
     assert "check the name" in capsys.readouterr().err
