@@ -8,6 +8,7 @@ Called by blinkimp/bench/load_plan.py. Test: pytest tests/null/test_bench_plan.p
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from blinkimp.bench.errors import LoadError
 
 BLOCK: int = 4096  # intervals drawn at a time
+LEAST_BURSTINESS: Final = 0.001  # below, next to all intervals are 0, and the others never come
 
 
 def arrival_times(
@@ -27,10 +29,10 @@ def arrival_times(
     duration_s: float | None = None,
 ) -> NDArray[np.float64]:
     """Seconds from the start, ascending: num_requests of them, or all before duration_s."""
-    if rate <= 0 or not burstiness > 0 or ramp_s < 0 or (num_requests is None) == (duration_s is None):
+    if rate <= 0 or not burstiness >= LEAST_BURSTINESS or ramp_s < 0 or (num_requests is None) == (duration_s is None):
         raise LoadError(
             f"arrivals: got rate {rate}, burstiness {burstiness}, ramp {ramp_s} s, {num_requests} requests, {duration_s} s; expected "
-            "a positive rate and burstiness, a ramp of at least 0, and either a number of requests or a duration"
+            f"a positive rate, a burstiness of at least {LEAST_BURSTINESS}, a ramp of at least 0, and either a number of requests or a duration"
         )
     # Arrivals of a steady process with mean interval 1, then each moved to where the ramped process has had as many.
     pieces: list[NDArray[np.float64]] = []

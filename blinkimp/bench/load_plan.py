@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from blinkimp.bench import lengths
 from blinkimp.bench.arrivals import arrival_times
 from blinkimp.bench.errors import LoadError
+from blinkimp.bench.limits import MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS
 from blinkimp.outputs import replacing
 from blinkimp.trace.arrivals import Arrival
 
@@ -87,6 +88,7 @@ class LoadOptions:
             "warmup_s": 0,
             "ramp_s": 0,
             "time_scale": 0,
+            "duration_s": 0,
         }
         for name, bound in least.items():
             value = getattr(self, name)
@@ -96,6 +98,18 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise LoadError(f"{name}: got {value}, expected a finite number")
+        most: dict[str, float] = {
+            **dict.fromkeys(("input_len", "output_len", "max_total_len"), MOST_TOKENS),
+            **dict.fromkeys(("num_requests", "concurrency"), MOST_REQUESTS),
+            **dict.fromkeys(("duration_s", "warmup_s", "ramp_s"), MOST_SECONDS),
+        }
+        for name, limit in most.items():
+            if (value := getattr(self, name)) is not None and value > limit:
+                raise LoadError(f"{name}: got {value}, expected at most {limit:g}")
+        if self.rate is not None and self.duration_s is not None and self.rate * self.duration_s > MOST_REQUESTS:
+            raise LoadError(
+                f"load: got {self.rate:g} requests/s for {self.duration_s:g} s, expected at most {MOST_REQUESTS} requests; lower --rate or --duration"
+            )
         self._fill_lengths()
 
     def _refuse_unused(self) -> None:
@@ -178,8 +192,8 @@ class LoadOptions:
 
 
 class TraceLine(msgspec.Struct, forbid_unknown_fields=True):
-    input_tokens: int
-    output_tokens: int
+    input_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
     at_s: float | None = None
 
 
@@ -245,7 +259,7 @@ def write_trace(path: Path, plan: LoadPlan) -> None:
 def num_of_closed(options: LoadOptions) -> int:
     """A closed loop by duration draws on more requests than it can use up: they cost nothing until they are sent."""
     assert options.duration_s is not None
-    return max(4096, math.ceil(options.duration_s * (options.concurrency or 1) * 100))
+    return min(MOST_REQUESTS, max(4096, math.ceil(options.duration_s * (options.concurrency or 1) * 100)))
 
 
 def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:
@@ -281,7 +295,16 @@ def make_plan(options: LoadOptions, vocab_size: int) -> LoadPlan:
         )
     if options.is_closed:
         intended = None
+    if intended is not None:
+        check_times(intended)
     return LoadPlan(options, intended, inputs, outputs, options.seed, vocab_size)
+
+
+def check_times(intended_s: NDArray[np.float64]) -> None:
+    if not (latest := float(intended_s.max())) <= MOST_SECONDS:
+        raise LoadError(
+            f"load: a request would be sent after {latest:g} s, expected at most {MOST_SECONDS:g}; look at the rate, or at the file's times"
+        )
 
 
 def _drawn(random: np.random.Generator, num_requests: int, options: LoadOptions) -> lengths.Lengths:

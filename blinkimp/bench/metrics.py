@@ -132,7 +132,7 @@ def parse_slos(texts: Sequence[str]) -> dict[str, float]:
             slos[name] = float(value)
         except ValueError:
             slos[name] = -1.0
-        if name not in SLO_METRICS or slos[name] <= 0:
+        if name not in SLO_METRICS or not slos[name] > 0:
             raise LoadError(
                 f"goodput: got {text!r}, expected NAME:MILLISECONDS with a name out of {', '.join(SLO_METRICS)}, such as ttft:500"
             )

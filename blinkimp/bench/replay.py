@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from blinkimp.bench.errors import LoadError
-from blinkimp.bench.load_plan import LoadOptions, LoadPlan
+from blinkimp.bench.limits import MOST_TOKENS
+from blinkimp.bench.load_plan import LoadOptions, LoadPlan, check_times
 from blinkimp.bench.record import Record
 from blinkimp.protocol import Sampling, Submit
 from blinkimp.trace.arrivals import CUT_OFF, REPEATABLE, Arrival, output_digest, read_arrivals
@@ -52,9 +53,17 @@ def make_replay_plan(options: LoadOptions, vocab_size: int) -> ReplayPlan:
     if options.num_requests is not None:
         arrivals = arrivals[: options.num_requests]
     arrivals = [repeatable(arrival) for arrival in arrivals]
+    for number, arrival in enumerate(arrivals, 1):
+        if arrival.num_prompt_tokens > MOST_TOKENS:
+            raise LoadError(
+                f"{options.replay}, line {number}: got {arrival.num_prompt_tokens} prompt tokens, expected at most {MOST_TOKENS}; make it anew "
+                "with `blinkimp trace arrivals`"
+            )
+    intended_s = np.array([arrival.at_ns for arrival in arrivals], np.float64) / 1e9 * options.time_scale
+    check_times(intended_s)
     return ReplayPlan(
         options,
-        np.array([arrival.at_ns for arrival in arrivals], np.float64) / 1e9 * options.time_scale,
+        intended_s,
         np.array([arrival.num_prompt_tokens for arrival in arrivals], np.int64),
         np.array([arrival.sampling.max_tokens for arrival in arrivals], np.int64),
         options.seed,

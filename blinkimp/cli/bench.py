@@ -12,6 +12,7 @@ from typing import Any
 
 from blinkimp.cli.client_keys import add_key_flags, security_of
 from blinkimp.cli.options import new_parser
+from blinkimp.cli.ranges import amount, count, duration
 
 EPILOG = """\
 examples:
@@ -82,7 +83,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
         metavar="S",
         help="from nothing to the full load in S seconds; not with times of a file",
     )
-    load.add_argument("--drain", type=float, default=120.0, metavar="S", help="how long to wait for the last answers")
+    load.add_argument(
+        "--drain", type=duration(), default=120.0, metavar="S", help="how long to wait for the last answers"
+    )
     load.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed gives the same load; not with --replay"
     )
@@ -119,7 +122,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--chat", action="store_true", help="chat completions in place of completions, for --url")
     target.add_argument(
         "--vocab-size",
-        type=int,
+        type=count(1),
         metavar="N",
         help="prompts are of ids below it (default: what the server says, else 32000)",
     )
@@ -132,7 +135,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     )
     target.add_argument(
         "--idle-w",
-        type=float,
+        type=amount(),
         metavar="W",
         help="an idle GPU's power, to be subtracted (default: what it draws right before the load)",
     )

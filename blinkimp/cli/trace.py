@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.cli.options import new_parser, new_part
+from blinkimp.cli.ranges import duration
 
 EPILOG = """\
 examples:
@@ -57,7 +58,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
     record.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
     record.add_argument(
         "--seconds",
-        type=float,
+        type=duration(above=True),
         default=10.0,
         metavar="S",
         help="how long (default %(default)s); Ctrl-C ends it earlier",
@@ -132,12 +133,9 @@ def run_record(options: argparse.Namespace) -> int:
 
     from blinkimp.cli.terminal import stderr_console
     from blinkimp.config import load_config
-    from blinkimp.trace.errors import TraceError
     from blinkimp.trace.file import Lost
     from blinkimp.trace.recorder import Recorder
 
-    if options.seconds <= 0:
-        raise TraceError(f"--seconds is {options.seconds:g}, expected more than 0; give a time such as 10")
     name = load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
     stopping: list[int] = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()

@@ -148,5 +148,7 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "check the name" in capsys.readouterr().err
     assert main(["trace", "record", "--engine-name", "nobody-is-called-so", "-o", str(tmp_path / "a")]) == 1
     assert "--trace-events" in capsys.readouterr().err
-    assert main(["trace", "record", "--seconds", "0", "-o", str(tmp_path / "a")]) == 1
-    assert "more than 0" in capsys.readouterr().err
+    for seconds in ("0", "-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["trace", "record", "--seconds", seconds, "-o", str(tmp_path / "a")])
+        assert f"got '{seconds}', expected seconds above 0" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import pytest
 from blinkimp.bench import lengths
 from blinkimp.bench.arrivals import arrival_times
 from blinkimp.bench.errors import LoadError
+from blinkimp.bench.limits import MOST_REQUESTS
 from blinkimp.bench.load_plan import LoadOptions, make_plan, read_trace, write_trace
 
 
@@ -125,6 +126,46 @@ def test_a_load_that_would_not_end_is_refused(name: str, value: float) -> None:
     given: dict[str, Any] = {"rate": 1.0, "duration_s": 5.0} | {name: value}
     with pytest.raises(LoadError, match=f"{name}: got {value}, expected a finite number"):
         LoadOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_requests": 10**10}, "num_requests: got 10000000000, expected at most 1e\\+07"),
+        ({"num_requests": 1, "input_len": 10**30}, "input_len: got 1.*, expected at most"),
+        ({"num_requests": 1, "output_len": 10**9}, "output_len: got 1000000000, expected at most"),
+        ({"num_requests": 1, "rate": None, "concurrency": 10**9}, "concurrency: got 1000000000, expected at most"),
+        ({"duration_s": 1e12}, "duration_s: got 10+.0, expected at most"),
+        ({"duration_s": -1.0, "rate": None, "concurrency": 1}, "duration_s: got -1.0, expected at least 0"),
+        ({"duration_s": 1e6, "rate": 1e6}, "requests/s for 1e.06 s, expected at most 10000000 requests"),
+        ({"num_requests": 1, "rate": 1e-300}, "would be sent after .* s, expected at most 1e.08"),
+        ({"num_requests": 1, "burstiness": 1e-300}, "expected a positive rate, a burstiness of at least 0.001"),
+    ],
+)
+def test_a_load_beyond_all_bounds_is_refused(options: dict[str, Any], words: str) -> None:
+    """In place of a MemoryError, or no end."""
+    with pytest.raises(LoadError, match=words):
+        make_plan(LoadOptions(**{"rate": 1.0, **options}), vocab_size=9)
+
+
+def test_a_closed_loop_of_a_day_is_not_refused() -> None:
+    """It has as many requests as there may be at most, and draws no prompt before it is sent."""
+    assert len(make_plan(LoadOptions(concurrency=256, duration_s=86400), vocab_size=9)) == MOST_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"at_s": 1e308, "input_tokens": 1, "output_tokens": 1}', "would be sent after 1e.308 s"),
+        ('{"at_s": 0, "input_tokens": 1, "output_tokens": 99999999999999999999}', "line 1: .*output_tokens"),
+        ('{"at_s": 0, "input_tokens": 9000000000000000000, "output_tokens": 1}', "line 1: .*input_tokens"),
+        ('{"at_s": 0, "input_tokens": -4, "output_tokens": 1}', "line 1: .*input_tokens"),
+    ],
+)
+def test_a_trace_beyond_all_bounds_is_refused(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "trace.jsonl").write_text(line)
+    with pytest.raises(LoadError, match=words):
+        make_plan(LoadOptions(trace=tmp_path / "trace.jsonl"), vocab_size=9)
 
 
 def test_arrivals_without_bursts_are_json() -> None:

@@ -151,5 +151,9 @@ def test_what_is_no_list_of_arrivals_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"".join(msgspec.json.encode(arrival(at, [1])) + b"\n" for at in (5, 3)))
     with pytest.raises(TraceError, match="backwards"):
         read_arrivals(path)
+    with pytest.raises(LoadError, match=r"line 1: got .* prompt tokens, expected at most"):
+        plan_of(path, [Arrival(0, 1 << 40, Sampling(max_tokens=1))])
+    with pytest.raises(LoadError, match="would be sent after"):
+        plan_of(path, [arrival(0, [1]), arrival(1 << 60, [1])])
     with pytest.raises(LoadError, match="expected it alone"):
         LoadOptions(replay=path, rate=3)
