@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.cli.options import HelpFormatter
+from blinkimp.cli.ranges import amount, count, duration, listed
 
 SHAPE: Final = "llama-3-8b"  # --model: made up by the lab, with weights made up by each engine
 START_S: Final = {"persistent": 30.0, "cpu": 30.0, "cpu-ahead": 30.0, "vllm": 110.0}  # until measured; with the warm-up
 EMULATED_START_S: Final = 8.0
 CONTEXT: Final = 4096
+MOST_THREADS: Final = 100_000  # of interference
 EPILOG: Final = """\
 examples:
   blinkimp lab evidence --resume evidence --plan                                   what is measured in which order, with estimates
@@ -36,7 +38,7 @@ All serve the Llama-3-8B shape with made-up weights, greedily, without a prefix 
 """
 
 
-def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any) -> None:
+def add_evidence_parser(parts: Any, words: Any) -> None:
     parser = parts.add_parser(
         "evidence",
         help="engines x interference x loads in resumable calls, and the page of results",
@@ -46,7 +48,11 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     )
     parser.add_argument("--resume", type=Path, required=True, metavar="DIR", help="where the state and the results are")
     parser.add_argument(
-        "--budget-s", type=float, default=540.0, metavar="S", help="a call's length (default %(default)s)"
+        "--budget-s",
+        type=duration(above=True),
+        default=540.0,
+        metavar="S",
+        help="a call's length (default %(default)s)",
     )
     parser.add_argument(
         "--room", type=Path, metavar="FILE", help="in common with processes that measure other engines at the same time"
@@ -70,23 +76,35 @@ def add_evidence_parser(parts: Any, numbers: Any, whole_numbers: Any, words: Any
     )
     engines.add_argument("--transports", type=words, default="http,zmq", metavar="LIST", help="of our engines")
     grid = parser.add_argument_group("what is varied")
-    grid.add_argument("--rates", type=numbers, default="2,4,8,16,32", metavar="LIST", help="requests/s of open loops")
+    grid.add_argument(
+        "--rates",
+        type=listed(amount(above=True)),
+        default="2,4,8,16,32",
+        metavar="LIST",
+        help="requests/s of open loops",
+    )
     grid.add_argument("--open-lengths", default="512x128", metavar="L", help="their prompt and output tokens")
-    grid.add_argument("--users", type=whole_numbers, default="4,16,64,128", metavar="LIST", help="of closed loops")
+    grid.add_argument("--users", type=listed(count(1)), default="4,16,64,128", metavar="LIST", help="of closed loops")
     grid.add_argument("--closed-lengths", default="1k1k", metavar="L", help="their prompt and output tokens")
-    grid.add_argument("--threads", type=whole_numbers, default="0,16,32,64", metavar="LIST", help="interfering ones")
+    grid.add_argument(
+        "--threads", type=listed(count(0, MOST_THREADS)), default="0,16,32,64", metavar="LIST", help="interfering ones"
+    )
     grid.add_argument("--interference", default="stream+bz2", metavar="KIND", help="a kind, or a mixture of kinds")
     grid.add_argument(
         "--placements", type=words, default="reserved,sharing", metavar="LIST", help="who has which CPUs; LAB.md"
     )
     grid.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress")
     grid.add_argument(
-        "--seconds", type=float, default=20.0, metavar="S", help="of counted sending in a cell (default %(default)s)"
+        "--seconds",
+        type=duration(above=True),
+        default=20.0,
+        metavar="S",
+        help="of counted sending in a cell (default %(default)s)",
     )
-    grid.add_argument("--warmup", type=float, default=2.0, metavar="S", help="of sending before, not counted")
-    grid.add_argument("--seed", type=int, default=0, metavar="N", help="of arrivals, lengths and prompts")
+    grid.add_argument("--warmup", type=duration(), default=2.0, metavar="S", help="of sending before, not counted")
+    grid.add_argument("--seed", type=count(), default=0, metavar="N", help="of arrivals, lengths and prompts")
     parser.add_argument(
-        "--cpus", type=int, metavar="N", help="--plan: of the machine that it is for (default: this one's)"
+        "--cpus", type=count(1), metavar="N", help="--plan: of the machine that it is for (default: this one's)"
     )
     parser.add_argument("--commit", default="", metavar="TEXT", help="what is measured, where there is no git to ask")
 
@@ -121,6 +139,7 @@ def serve_command(options: argparse.Namespace, engine: str, load_format: str) ->
 def grid_of(options: argparse.Namespace) -> Any:
     from blinkimp.bench.errors import LoadError
     from blinkimp.lab.burner import is_kind
+    from blinkimp.lab.engines import words_of_command
     from blinkimp.lab.evidence_plan import EngineFacts, EvidenceGrid
     from blinkimp.lab.sweep import parse_scenario
 
@@ -131,6 +150,11 @@ def grid_of(options: argparse.Namespace) -> Any:
     ):
         if not given or not set(given) <= set(known):
             raise LoadError(f"--{name}: got {','.join(given)!r}, expected some of {', '.join(known)}")
+    for flags, values in (("--rates and --users", options.rates + options.users), ("--threads", options.threads)):
+        if not values:
+            raise LoadError(f"{flags}: got none, expected at least one, such as 4")
+    for flag, text in (("--vllm-command", options.vllm_command or ""), ("--serve-flags", options.serve_flags)):
+        words_of_command(flag, text)
     if not is_kind(options.interference):
         raise LoadError(
             f"--interference: got {options.interference!r}; see `blinkimp lab interference --help` for kinds"
@@ -166,13 +190,19 @@ def grid_of(options: argparse.Namespace) -> Any:
 def run_evidence_part(options: argparse.Namespace) -> int:
     from blinkimp.bench.errors import LoadError
     from blinkimp.lab.evidence_report import write_evidence_report
+    from blinkimp.lab.plots import check_plots
     from blinkimp.outputs import check_outputs
 
     if options.report is not None:
         check_outputs([options.report])
+        check_plots()
         print(f"wrote {options.report}: {write_evidence_report(options.resume, options.report)} cells")
         return 0
     grid = grid_of(options)
+    if options.resume.exists() and not options.resume.is_dir():
+        raise LoadError(
+            f"--resume: got {options.resume}, which is a file; expected a folder, or a new name; choose another"
+        )
     if options.plan:
         print_plan(grid, options)
         return 0

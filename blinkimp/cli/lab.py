@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.cli.bench import add_target_flags, target_of
-from blinkimp.cli.evidence import add_evidence_parser, run_evidence_part
+from blinkimp.cli.evidence import MOST_THREADS, add_evidence_parser, run_evidence_part
 from blinkimp.cli.options import new_parser, new_part
+from blinkimp.cli.ranges import amount, count, duration, listed
 
 IDLE_S: Final = 2.0  # how long an idle GPU's power is looked at
 EPILOG = """\
@@ -33,18 +34,10 @@ How to read the figures: blinkimp/lab/LAB.md.
 """
 
 
-def numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers such as 2,4.5") from None
-
-
-def whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers such as 4,16") from None
+rates = listed(amount(above=True))
+intensities = listed(amount())
+positive_counts = listed(count(1))
+thread_counts = listed(count(0, MOST_THREADS))
 
 
 def words(text: str) -> list[str]:
@@ -80,20 +73,24 @@ def add_parser(subparsers: Any, summary: str) -> None:
     )
     sweep.add_argument(
         "--concurrency",
-        type=whole_numbers,
+        type=positive_counts,
         default="4,8,16,32,64,128,256",
         metavar="LIST",
         help="users of closed loops",
     )
     sweep.add_argument(
-        "--rates", type=numbers, default="", metavar="LIST", help="requests/s of open loops; none by default"
+        "--rates", type=rates, default="", metavar="LIST", help="requests/s of open loops; none by default"
     )
     sweep.add_argument("--range-ratio", type=float, default=0.8, metavar="R", help="lengths are uniform in [R * L, L]")
     sweep.add_argument(
-        "--requests-per-user", type=int, default=10, metavar="N", help="requests of a closed loop for each of its users"
+        "--requests-per-user",
+        type=count(1),
+        default=10,
+        metavar="N",
+        help="requests of a closed loop for each of its users",
     )
-    sweep.add_argument("--duration", type=float, default=60.0, metavar="S", help="of each open loop")
-    sweep.add_argument("--warmup", type=float, default=5.0, metavar="S", help="of each open loop, not counted")
+    sweep.add_argument("--duration", type=duration(above=True), default=60.0, metavar="S", help="of each open loop")
+    sweep.add_argument("--warmup", type=duration(), default=5.0, metavar="S", help="of each open loop, not counted")
     noise = new_part(parts, "interference", "engines beside interference on the host's CPU", INTERFERENCE_EXAMPLES)
     noise.add_argument(
         *("--engine", "--engines"), nargs="+", action="append", required=True, metavar="WORD",
@@ -109,22 +106,24 @@ def add_parser(subparsers: Any, summary: str) -> None:
     )  # fmt: skip
     noise.add_argument(
         "--intensities",
-        type=numbers,
+        type=intensities,
         metavar="LIST",
         help="threads per contested CPU (default 0.5,1,2; none with --threads)",
     )
-    noise.add_argument("--threads", type=whole_numbers, default="", metavar="LIST", help="threads outright")
+    noise.add_argument("--threads", type=thread_counts, default="", metavar="LIST", help="threads outright")
     noise.add_argument(
         "--placements", type=words, default="reserved,sharing", metavar="LIST", help="reserved, sharing, or both"
     )
     noise.add_argument("--reserved-cpus", type=int, default=2, metavar="N", help="for client and ingress")
-    noise.add_argument("--duration", type=float, default=30.0, metavar="S", help="of each load")
-    noise.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each load, not counted")
-    noise.add_argument("--start-timeout", type=float, default=600.0, metavar="S", help="until an engine must answer")
+    noise.add_argument("--duration", type=duration(above=True), default=30.0, metavar="S", help="of each load")
+    noise.add_argument("--warmup", type=duration(), default=3.0, metavar="S", help="of each load, not counted")
+    noise.add_argument(
+        "--start-timeout", type=duration(), default=600.0, metavar="S", help="until an engine must answer"
+    )
     noise.add_argument(
         "--room", type=Path, metavar="FILE", help="in common with processes that measure other engines at the same time"
     )
-    add_evidence_parser(parts, numbers, whole_numbers, words)
+    add_evidence_parser(parts, words)
     report = new_part(parts, "report", "tables and plots of what was measured", REPORT_EXAMPLES)
     for part in (sweep, noise):
         part.add_argument(
@@ -134,9 +133,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
             metavar="DIR",
             help="where cells are kept; measured ones are not measured again",
         )
-        part.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same loads")
+        part.add_argument("--seed", type=count(), default=0, metavar="N", help="the same seed gives the same loads")
         part.add_argument(
-            "--stop-after", type=float, metavar="S", help="begin no cell later; the same command goes on there"
+            "--stop-after", type=duration(), metavar="S", help="begin no cell later; the same command goes on there"
         )
         part.add_argument("--report", type=Path, metavar="FILE", help="write the report of the folder too")
     report.add_argument("--folder", type=Path, nargs="+", required=True, metavar="DIR", help="folders of cells")
@@ -152,6 +151,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from blinkimp.cli.terminal import ends_in_order, set_up_logging
+    from blinkimp.lab.plots import check_plots
     from blinkimp.outputs import check_outputs
 
     set_up_logging("warning")
@@ -164,10 +164,13 @@ def run(options: argparse.Namespace) -> int:
         from blinkimp.lab.store import Store
 
         check_outputs([options.out])
+        check_plots()
         num_cells = write_report([Store(folder) for folder in options.folder], options.out, options.title)
         print(f"wrote {options.out}: {num_cells} cells")
         return 0
     check_outputs([options.report])  # before anything is measured
+    if options.report is not None:
+        check_plots()
     with ends_in_order():  # the engines that it has started end with it
         num_failed = run_sweep_part(options) if options.part == "sweep" else run_interference_part(options)
     if options.report is not None:

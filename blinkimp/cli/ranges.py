@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from blinkimp.bench.limits import MOST_SECONDS
 
-MOST: Final = 1 << 31  # of a count that has no bound of its own
+MOST: Final = 1_000_000_000  # of a count that has no bound of its own
 Value = TypeVar("Value", int, float)
 Read = Callable[[str], Value]
 

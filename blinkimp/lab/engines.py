@@ -57,6 +57,16 @@ def placement_of(name: PlacementName, num_reserved: int, cpus: set[int]) -> Plac
     return Placement(name, frozenset(ordered[:num_reserved]), frozenset(ordered[num_reserved:]))
 
 
+def words_of_command(whose: str, command: str) -> list[str]:
+    """As a shell splits it. Raises LoadError."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise LoadError(
+            f"{whose}: got the command {command!r} ({error}); expected one that a shell could read; close its quotes"
+        ) from error
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """An engine by name: where it answers, and the command that starts it (None: it runs already)."""
@@ -73,7 +83,10 @@ class EngineSpec:
                 f"engine: got {list(words)}, expected NAME ADDRESS [COMMAND], such as persistent tcp://127.0.0.1:5601 "
                 "'blinkimp serve --bind tcp://127.0.0.1:5601'"
             )
-        return cls(words[0], words[1], words[2] if len(words) == 3 else None)
+        command = words[2] if len(words) == 3 else None
+        if command is not None:
+            words_of_command(f"engine {words[0]}", command)
+        return cls(words[0], words[1], command)
 
     def target(self, *, num_gpus: int = 1, vocab_size: int | None = None) -> Target:
         is_http = self.address.startswith("http")
@@ -99,7 +112,10 @@ class RunningEngine:
                 output = None if self._log is None else stack.enter_context(self._log.open("ab"))
                 try:
                     self._process = subprocess.Popen(
-                        shlex.split(self.spec.command), start_new_session=True, stdout=output, stderr=output
+                        words_of_command(f"engine {self.spec.name}", self.spec.command),
+                        start_new_session=True,
+                        stdout=output,
+                        stderr=output,
                     )
                 except OSError as error:
                     raise LoadError(

@@ -33,11 +33,18 @@ class Line:
     is_dashed: bool = False
 
 
-def _figure() -> Any:
+def check_plots() -> None:
+    """Before the work that they are made of. Raises LoadError."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise LoadError(f"plots need matplotlib: {error}; install it: pip install 'blinkimp[lab]'") from error
+
+
+def _figure() -> Any:
+    check_plots()
+    import matplotlib
+
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "blinkimp"  # the same figures give the same file

@@ -86,4 +86,8 @@ def read_cell(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(cell, dict):
         raise LoadError(f"{path}: got {type(cell).__name__}, expected a map; remove the file, and run the lab again")
+    if "kind" not in cell or not cell.keys() & {"report", "error"}:
+        raise LoadError(
+            f"{path}: got a map of {', '.join(cell) or 'nothing'}, expected a kind and a report or an error; remove the file, and run the lab again"
+        )
     return cell

@@ -134,7 +134,7 @@ def test_wrong_usage_names_the_command(capsys: pytest.CaptureFixture[str]) -> No
         ),
         (
             ["lab", "sweep", "--folder", "x", "--rates", "a"],
-            "argument --rates: got 'a', expected numbers such as 2,4.5",
+            "argument --rates: got 'a', expected a number above 0",
         ),
         (["trace", "timeline", "x", "--request", "z"], "argument --request: got 'z', expected a number such as 0x1f3a"),
         (["compile", "--num-workers", "-4"], "argument --num-workers: got '-4', expected a whole number of at least 1"),

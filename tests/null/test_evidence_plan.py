@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def test_interference_makes_cells_longer_where_a_cpu_is_on_the_path() -> None:
 # ---- The command's own part ------------------------------------------------------------------------------------------
 def options_of(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    cli.add_evidence_parser(parser.add_subparsers(), lab.numbers, lab.whole_numbers, lab.words)
+    cli.add_evidence_parser(parser.add_subparsers(), lab.words)
     return parser.parse_args(["evidence", "--resume", "x", *words])
 
 
@@ -276,6 +277,49 @@ def test_what_cannot_be_run_is_explained(
     assert main(["lab", "evidence", "--resume", str(tmp_path / "x"), "--reserved-cpus", "1", *flags]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seconds", "nan"],
+        ["--seconds", "-1"],
+        ["--warmup", "inf"],
+        ["--budget-s", "nan"],
+        ["--rates", "nan"],
+        ["--rates", "2,0"],
+        ["--users", "0"],
+        ["--threads", "-1"],
+    ],
+)
+def test_a_plan_of_no_times_is_wrong_usage(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["lab", "evidence", "--resume", str(tmp_path), "--plan", "--cpus", "8", *flags])
+    assert f"argument {flags[0]}: got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--threads", ""], "--threads: got none, expected at least one"),
+        (["--rates", "", "--users", ""], "--rates and --users: got none"),
+        (["--vllm-command", 'serve "{model}'], "--vllm-command: got the command .*No closing quotation"),
+        (["--serve-flags", "'"], "--serve-flags: got the command"),
+    ],
+)
+def test_a_plan_of_nothing_is_refused(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lab", "evidence", "--resume", str(tmp_path), "--plan", "--cpus", "8", *flags]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_plan_for_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["lab", "evidence", "--resume", str(tmp_path / "file"), "--plan", "--cpus", "8"]) == 1
+    assert "file, which is a file; expected a folder" in capsys.readouterr().err
 
 
 def test_the_made_up_model_streams_a_word_for_every_id(tmp_path: Path) -> None:

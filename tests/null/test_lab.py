@@ -45,6 +45,11 @@ def test_a_damaged_cell_is_explained(tmp_path: Path) -> None:
     (tmp_path / "x.cell.json").write_text("{")
     with pytest.raises(LoadError, match="remove the file"):
         list(Store(tmp_path))
+    for content in ("[]", "{}", '{"kind": "sweep"}', '{"report": {}}'):
+        (tmp_path / "x.cell.json").write_text(content)
+        for look in (lambda: list(Store(tmp_path)), lambda: Store(tmp_path).get("x")):
+            with pytest.raises(LoadError, match=r"x\.cell\.json: got .*expected a .*remove the file"):
+                look()
 
 
 def test_keys_are_file_names_and_tell_loads_apart() -> None:
@@ -146,6 +151,13 @@ def test_kinds_without_their_program_are_named_and_left_out(monkeypatch: pytest.
 def test_an_engine_that_is_none_is_refused(words: list[str]) -> None:
     with pytest.raises(LoadError, match="NAME ADDRESS"):
         EngineSpec.of(words)
+
+
+def test_a_command_that_no_shell_could_read_is_refused() -> None:
+    with pytest.raises(
+        LoadError, match=r"engine a: got the command 'blinkimp serve \"unbalanced' \(No closing quotation\)"
+    ):
+        EngineSpec.of(["a", "tcp://127.0.0.1:1", 'blinkimp serve "unbalanced'])
 
 
 # ---- The host's figures ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from blinkimp.bench.errors import LoadError
 from blinkimp.bench.metrics import Window, figures_of, inferencex_keys
 from blinkimp.bench.record import Record
+from blinkimp.cli import main
 from blinkimp.lab.interference_report import compared, interference_sections
 from blinkimp.lab.pages import html_of
 from blinkimp.lab.plots import Line, Plot, bar_plot, line_plot
@@ -218,7 +219,15 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LoadError, match=r"pip install 'blinkimp\[lab\]'"):
         line_plot("t", "x", "y", [Line("a", [(0, 1)])])
+    # A command says so first: there is no cell to be read, nor a server to be measured.
+    folder, out = ["--folder", str(tmp_path / "none")], str(tmp_path / "x.html")
+    for command in (["report", "--out", out], ["sweep", "--connect", "tcp://127.0.0.1:1", "--report", out]):
+        assert main(["lab", *command, *folder]) == 1
+        assert "plots need matplotlib" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
