@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blinkimp.cli.options import new_parser, new_part
-from blinkimp.cli.ranges import duration
+from blinkimp.cli.ranges import count, duration
 
 EPILOG = """\
 examples:
@@ -83,7 +83,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
     timeline.add_argument("file", type=Path, help="a trace")
     which = timeline.add_mutually_exclusive_group(required=True)
     which.add_argument("--request", type=request_id, metavar="ID", help="its id on the ring, such as 0x1f3a")
-    which.add_argument("--slowest", type=int, metavar="N", help="the N requests that took longest")
+    which.add_argument("--slowest", type=count(1), metavar="N", help="the N requests that took longest")
     timeline.add_argument("--tokens", action="store_true", help="every token, not only the first and the last")
     timeline.set_defaults(run=run_timeline)
     export = new_part(parts, "export", "for ui.perfetto.dev, or as a table", EXAMPLES["export"])
@@ -99,7 +99,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
     )
     export.add_argument(
         "--max-events",
-        type=int,
+        type=count(1),
         default=MAX_PERFETTO_EVENTS,
         metavar="N",
         help="--perfetto: at most (default %(default)s)",
@@ -203,6 +203,7 @@ def run_stats(options: argparse.Namespace) -> int:
 
 
 def run_timeline(options: argparse.Namespace) -> int:
+    from blinkimp.trace.errors import TraceError
     from blinkimp.trace.file import TraceFile
     from blinkimp.trace.tables import timeline_table
     from blinkimp.trace.timeline import longest, timeline
@@ -210,10 +211,14 @@ def run_timeline(options: argparse.Namespace) -> int:
     trace = TraceFile(options.file)
     console = output_console()
     request_ids = [options.request] if options.request is not None else longest(trace, options.slowest)
+    if not request_ids:
+        raise TraceError(
+            f"{options.file}: has no request from its begin to its end, expected one; `blinkimp trace stats` tells what it has"
+        )
     for request_id in request_ids:
         table = timeline_table(request_id, timeline(trace, request_id), every_token=options.tokens)
         console.print(table, "", highlight=False, markup=False)
-    return 0 if request_ids else 1
+    return 0
 
 
 def run_export(options: argparse.Namespace) -> int:

@@ -236,7 +236,11 @@ class TraceFile:
         self.clock = Clock(self.metadata.clock)
 
     def _checked(self, head: bytes) -> np.void:
-        if len(head) < FILE_HEADER.itemsize or int.from_bytes(head[:8], "little") != FILE_MAGIC:
+        if int.from_bytes(head[:8], "little") == FILE_MAGIC and len(head) < FILE_HEADER.itemsize:
+            raise TraceError(
+                f"{self.path}: has {len(head)} bytes, expected at least the {FILE_HEADER.itemsize} of a header; it was cut short: copy it again"
+            )
+        if int.from_bytes(head[:8], "little") != FILE_MAGIC:
             raise TraceError(
                 f"{self.path}: begins with {head[:8]!r}, expected {FILE_MAGIC.to_bytes(8, 'little')!r}; it is not a trace of "
                 "`blinkimp trace record`"

@@ -22,6 +22,7 @@ from blinkimp.cli import main
 from blinkimp.outputs import OutputError
 from blinkimp.ring_abi import TraceKind
 from blinkimp.trace.errors import TraceError
+from blinkimp.trace.file import Metadata, TraceFileWriter
 from blinkimp.trace.parquet import export_parquet
 from blinkimp.trace.perfetto import PROCESS_NAMES, Window, export_perfetto
 from blinkimp.trace.synthetic import OFFSET_NS
@@ -115,6 +116,23 @@ def test_a_window_and_a_limit_bound_the_file(tmp_path: Path) -> None:
     assert few == 100 and not is_whole and len(exported(tmp_path / "few.json")["traceEvents"]) == 100
     with pytest.raises(TraceError, match="expected 0 <= from < to"):
         Window(3, 1)
+
+
+@pytest.mark.parametrize(
+    "flags", [["timeline", "--slowest", "0"], ["timeline", "--slowest", "-3"], ["export", "--max-events", "-1"]]
+)
+def test_none_of_something_is_wrong_usage(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    make_file(path := tmp_path / "a.trace")
+    with pytest.raises(SystemExit, match="2"):
+        main(["trace", *flags, str(path)])
+    assert f"argument {flags[1]}: got '{flags[2]}', expected a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_trace_without_requests_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TraceFileWriter(tmp_path / "a.trace") as writer:
+        writer.finish(Metadata(), 1)
+    assert main(["trace", "timeline", str(tmp_path / "a.trace"), "--slowest", "3"]) == 1
+    assert "has no request from its begin to its end" in capsys.readouterr().err
 
 
 def test_an_export_never_costs_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

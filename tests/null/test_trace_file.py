@@ -73,6 +73,13 @@ def test_a_disk_that_fills_is_told_and_leaves_what_reached_it(tmp_path: Path) ->
         TraceFileWriter(Path("/dev/full"))
 
 
+def test_a_trace_that_ends_in_its_header_was_cut_short(tmp_path: Path) -> None:
+    written(path := tmp_path / "a.trace")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(TraceError, match=r"has 40 bytes, expected at least the \d+ of a header; it was cut short"):
+        TraceFile(path)
+
+
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.trace"
     for other in (b"", b"x" * 5000):
