@@ -96,7 +96,7 @@ class OpenAiBackend:
             status, body = await asyncio.wait_for(self._get(f"{self._base}/models"), timeout_s)
         except (OSError, TimeoutError, HttpError) as error:
             raise LoadError(
-                f"{self._url}: {error or 'no answer'}; expected an OpenAI-compatible server; check that it runs and the address"
+                f"{self._url}: {str(error) or 'no answer in HTTP'}; expected an OpenAI-compatible server; check that it runs and the address"
             ) from error
         if status != 200:
             raise LoadError(

@@ -97,8 +97,13 @@ def test_stress_ng_is_half_cpu_and_half_memory_and_ends_with_its_owner(
         pid = burner._process.pid
         wait_for(asked.exists, PATIENCE_S, "it is started")
         assert asked.read_text().startswith("--cpu 3 --vm 3 --vm-bytes 128M ")
-        tree = tree_of(pid)
-        assert any("sleep 600" in command for command in tree.values())
+        tree: dict[int, str] = {}
+
+        def sleeps() -> bool:
+            tree.update(tree_of(pid))
+            return any("sleep 600" in command for command in tree.values())
+
+        wait_for(sleeps, PATIENCE_S, "it has become what it starts")
     wait_for(lambda: not any(Path(f"/proc/{one}").exists() for one in tree), PATIENCE_S, "all of it is gone")
     assert burner.units_per_s == {"stress-ng": 0.0}, "no run of it has ended"
 
