@@ -40,7 +40,7 @@ class Work:
         encode, decode, decode_batch = Tokenizer.encode, Tokenizer.decode, Tokenizer.decode_batch
 
         def counted_encode(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
-            self.num_encoded += 1
+            self.num_encoded += len(text) > CONTEXT_TOKENS
             return encode(tokenizer, text, **options)
 
         def counted_decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
