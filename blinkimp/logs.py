@@ -87,6 +87,14 @@ class JsonFormatter(logging.Formatter):
             return self._encoder.encode(safe).decode()
 
 
+class ForegroundHandler(logging.StreamHandler[Any]):
+    """Lines go to stderr as it is when they come: while bars are shown (blinkimp/cli/terminal.py) that is a place above them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 class BackgroundHandler(logging.Handler):
     """Lines go to stderr from a thread of its own: whoever reads them and stands still (a pager, a full pipe) must not stop a stream.
 
@@ -151,7 +159,7 @@ def set_up_logging(
     in_background: bool = False,
 ) -> None:
     """From now on everything that is logged goes to stderr; with JSON, warnings and uncaught exceptions too."""
-    handler = BackgroundHandler() if in_background else logging.StreamHandler(sys.stderr)
+    handler = BackgroundHandler() if in_background else ForegroundHandler()
     text = TextFormatter(text_format or TEXT_FORMAT.format(process=process), datefmt)
     handler.setFormatter(JsonFormatter(process) if log_format == "json" else text)
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)

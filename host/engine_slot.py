@@ -1,6 +1,6 @@
 """The supervisor's engine process: starts it, hears what it says, and starts the next one when it has ended by a fault.
 
-    slot = EngineSlot(config, lock, progress)
+    slot = EngineSlot(config, lock, bars)
     slot.look()                     several times a second
     slot.phase                      LOADING -> RUNNING -> (BACKOFF -> LOADING -> RUNNING ...) -> ENDED or FAILED
 
@@ -16,14 +16,13 @@ import logging
 import signal
 import time
 from collections import deque
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from blinkimp import ring_abi as abi
 from blinkimp.config import Config, cache_folder, model_folder
 from blinkimp.host.child_process import ChildProcess
-from blinkimp.host.device_protocol import Progress
 from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
 from blinkimp.host.engine_process import EXIT_STOPPED, Event, Order
 from blinkimp.host.fault_report import ADVICE, make_fault_report, write_fault_report
@@ -65,10 +64,19 @@ class RestartBudget:
         return BACKOFFS_S[min(len(self._restarts), len(BACKOFFS_S)) - 1]
 
 
+class Bars(Protocol):
+    """What shows how far an engine has loaded (LoadingBars of blinkimp/cli/terminal.py)."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def clear(self) -> None:
+        """It is loaded, or never will be: nothing of it stays on the terminal."""
+
+
 class EngineLife:
     """One engine process and what it has said. Written by the child's thread, a word at a time; read by the supervisor."""
 
-    def __init__(self, order: Order, progress: Progress | None) -> None:
+    def __init__(self, order: Order, bars: Bars | None) -> None:
         self.is_running = False
         self.not_started = ""
         self.fault = ""
@@ -77,7 +85,7 @@ class EngineLife:
         self.is_asked_to_end = False
         self.is_last = False  # however it ends, nothing is left to be done for anybody
         self.ends_since: float | None = None  # from then on its end is a matter of seconds
-        self._progress = progress
+        self._bars = bars
         self.child = ChildProcess(
             "engine",
             "blinkimp.host.engine_process",
@@ -94,15 +102,20 @@ class EngineLife:
         if event.kind == "log":
             extra = {"event": event.event, "fields": event.fields} if event.event else None
             logging.getLogger(event.name).log(event.level, "%s", event.text, extra=extra)
-        elif event.kind == "progress" and self._progress is not None:
-            self._progress(event.name, event.done, event.total)
+        elif event.kind == "progress" and self._bars is not None:
+            self._bars(event.name, event.done, event.total)
         elif event.kind == "running":
+            self.clear_bars()  # first: whoever sees that it runs may write to the terminal
             self.is_running = True
         elif event.kind == "not_started":
             self.not_started = event.text
         elif event.kind == "fault":
             self.fault_file, self.symptom = event.name, event.symptom
             self.fault = event.text  # last: whoever sees it sees the others
+
+    def clear_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.clear()
 
     def problem(self) -> str:
         """Of a process that has ended: why, in one line."""
@@ -112,11 +125,11 @@ class EngineLife:
 class EngineSlot:
     """One place for an engine process."""
 
-    def __init__(self, config: Config, lock: EngineLock, progress: Progress | None = None) -> None:
+    def __init__(self, config: Config, lock: EngineLock, bars: Bars | None = None) -> None:
         self.num_restarts = 0
         self._config = config
         self._lock = lock
-        self._progress = progress
+        self._bars = bars
         self._budget = RestartBudget(config.max_restarts)
         self._tuning: dict[str, int] = {}
         self._has_run = False
@@ -127,7 +140,7 @@ class EngineSlot:
     def _start(self) -> EngineLife:
         self.phase = Phase.LOADING
         order = Order(self._config, self._lock.fd, self.num_restarts, self._tuning)
-        return EngineLife(order, self._progress if not self._has_run else None)
+        return EngineLife(order, self._bars)
 
     @property
     def is_recovering(self) -> bool:
@@ -191,6 +204,7 @@ class EngineSlot:
 
     def _on_end(self, now: float) -> None:
         life = self._life
+        life.clear_bars()  # it may have died while it loaded
         if life.is_last or (life.is_asked_to_end and life.child.returncode() == EXIT_STOPPED):
             self.phase = Phase.ENDED
             return

@@ -29,9 +29,8 @@ from typing import Final
 
 from blinkimp.config import Config, ConfigError, load_config, model_folder
 from blinkimp.host.child_process import EXIT_MISCONFIGURED, ChildProcess
-from blinkimp.host.device_protocol import Progress
 from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
-from blinkimp.host.engine_slot import EngineSlot, Phase
+from blinkimp.host.engine_slot import Bars, EngineSlot, Phase
 from blinkimp.host.shared_memory import discard_regions, remove_dead_engines
 from blinkimp.logs import log_event, set_up_logging
 
@@ -117,9 +116,9 @@ class IngressSlot(ProcessSlot):
 class Supervisor:
     """Runs one server until a signal, or faults that no restart helps against."""
 
-    def __init__(self, config: Config, progress: Progress | None = None) -> None:
+    def __init__(self, config: Config, bars: Bars | None = None) -> None:
         self._config = config
-        self._progress = progress
+        self._bars = bars
         self._num_signals = 0
         self._drain_until = 0.0  # monotonic; no drain yet
         self._is_misconfigured = False
@@ -135,7 +134,7 @@ class Supervisor:
             return 1
         remove_dead_engines()
         try:
-            engine = EngineSlot(self._config, lock, self._progress)
+            engine = EngineSlot(self._config, lock, self._bars)
         except OSError as error:  # no process could be made
             _log.error("the engine could not start: %s", error)
             lock.release()
@@ -251,9 +250,9 @@ def endpoint_of(bind: str, idx: int) -> str:
     return f"{bind}.{idx}"
 
 
-def serve(config: Config, progress: Progress | None = None) -> int:
+def serve(config: Config, bars: Bars | None = None) -> int:
     """Runs the server in this process's main thread. Returns the exit status."""
-    return Supervisor(config, progress).run()
+    return Supervisor(config, bars).run()
 
 
 def main() -> int:

@@ -1,11 +1,13 @@
 """What the terminal shows besides a command's own output, log lines and progress bars on stderr; and what a closed terminal means.
 
-Called by the subcommands. Test: pytest tests/host/test_cli.py
+Called by the subcommands. Test: pytest tests/host/test_progress_bars.py tests/host/test_cli.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -46,33 +48,56 @@ def ends_in_order() -> Iterator[None]:
 
 
 class LoadingBars:
-    """A bar per stage of starting (weights, compile, ...) while inside `with`; nothing where stderr is no terminal, or not for people.
+    """A bar per stage of what takes long (weights, compile, ...) while inside `with`; nothing where stderr is no terminal, or not for people.
 
-    Calling it with (stage, done, total) moves that stage's bar; total 0 is a stage of unknown length.
+    Calling it with (stage, done, total) moves that stage's bar; total 0 is a stage of unknown length. clear() takes the bars off the
+    terminal: what it shows then is the caller's alone. A later call draws anew, where the terminal is this process's own: a server that
+    another command or a shell's `&` has started would draw over what that one writes meanwhile.
     """
 
     def __init__(self, *, is_shown: bool = True) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            console=stderr_console,
-            transient=True,
-            disable=not (is_shown and stderr_console.is_terminal),
-        )
+        self._is_shown = is_shown and stderr_console.is_terminal
+        self._was_cleared = False
+        self._progress: Progress | None = None  # while bars are shown
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._is_shown or (self._was_cleared and self._progress is None and not has_terminal()):
+            return
+        if self._progress is None:
+            for handler in logging.getLogger().handlers:  # what was said before stands above the bars
+                handler.flush()
+            self._progress = Progress(
+                TextColumn("{task.description:<20}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                console=stderr_console,
+                transient=True,
+            )
+            self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=None)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
+    def clear(self) -> None:
+        """Returns when nothing of the bars is left on the terminal, and nothing more will come."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress, self._tasks, self._was_cleared = None, {}, True
+
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self.clear()
+
+
+def has_terminal() -> bool:
+    """Whether stderr is this process's terminal and it is in the foreground there."""
+    try:
+        return os.tcgetpgrp(2) == os.getpgrp()
+    except OSError:  # no terminal, or another session's
+        return False

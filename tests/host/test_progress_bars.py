@@ -1,20 +1,28 @@
 """Bars of commands that people wait for: on a terminal they move, elsewhere nothing of them is written (blinkimp/cli/terminal.py).
+When an engine is loaded they go, and neither erase nor precede what is written then.
 
 Run: pytest tests/host/test_progress_bars.py
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import termios
 import threading
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.host.engine_support import wait_for
+from tests.host.server_support import tree_of
 from tests.scripted_server import Script, scripted_server
 from tests.support import PATIENCE_S, python_path
 
@@ -27,36 +35,115 @@ BARS = {
 }
 
 
-def on_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status, and what came to a terminal that is the command's stderr."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
-    os.close(theirs)
-    said = bytearray()
+class Terminal:
+    """A command on a terminal of its own, and all that came to it."""
 
-    def read() -> None:
+    def __init__(self, command: list[str], *, with_stdout: bool = False, **more: str) -> None:
+        self._ours, theirs = pty.openpty()
+        environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "xterm", "COLUMNS": "200", **more}
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs if with_stdout else subprocess.DEVNULL,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),  # the session's, as a login shell has it
+        )
+        os.close(theirs)
+        self._said = bytearray()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
         try:
-            while part := os.read(ours, 4096):
-                said.extend(part)
+            while part := os.read(self._ours, 4096):
+                self._said.extend(part)
         except OSError:  # EIO: nobody has the other end any more
             pass
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    status = process.wait(PATIENCE_S)
-    reader.join(PATIENCE_S)
-    os.close(ours)
-    return status, said.decode(errors="replace")
+    @property
+    def said(self) -> str:
+        return self._said.decode(errors="replace")
+
+    def wait_for(self, is_there: Callable[[str], bool], what: str) -> None:
+        wait_for(lambda: is_there(self.said) or self.process.poll() is not None, PATIENCE_S, what)
+        assert is_there(self.said), self.said
+
+    def end(self) -> tuple[int, str]:
+        """Exit status, and all that it said."""
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        os.close(self._ours)
+        return status, self.said
+
+
+def screen_of(said: str) -> list[str]:
+    """The lines that a terminal shows, of one as high as need be: the sequences that rich writes, and no others."""
+    lines, row, column = [""], 0, 0
+    for text, code, kind in re.findall(r"([^\x1b]+)|\x1b\[([?\d;]*)([A-Za-z])", said):
+        if kind == "A":
+            row -= int(code or 1)
+        elif kind == "K":
+            assert code == "2", "of the whole line"
+            lines[row] = ""
+        else:
+            assert kind in ("", "m", "h", "l"), (code, kind)
+        for character in text:
+            if character == "\r":
+                column = 0
+            elif character == "\n":
+                row, lines = row + 1, [*lines, ""] if row + 1 == len(lines) else lines
+            else:
+                lines[row] = lines[row].ljust(column)[:column] + character + lines[row][column + 1 :]
+                column += 1
+    return lines
+
+
+def serve_command(engine_name: str, folder: Path) -> list[str]:
+    flags = ["--device", "emulated", "--num-threads", "2", "--engine-name", engine_name, "--bind", f"ipc://{folder}/a"]
+    return [sys.executable, "-m", "blinkimp", "serve", *flags]
+
+
+def test_the_bar_of_an_own_server_is_gone_before_the_first_word() -> None:
+    flags = ["--device", "emulated", "--num-threads", "2", "--max-tokens", "400", "--ignore-eos"]
+    prompt = "def read_file(path):"
+    terminal = Terminal([sys.executable, "-m", "blinkimp", "generate", *flags, prompt], with_stdout=True)
+    status, said = terminal.end()
+    assert status == 0 and "weights" in said, said
+    # The bar's cursor is up or in its line; not one such sequence comes after it.
+    assert not re.search(r"weights|\x1b\[\d*[AK]", said[said.index(prompt) :]), said
+    screen = screen_of(said)
+    assert screen[0].startswith(prompt) and not any("weights" in line for line in screen), screen
+
+
+def test_log_lines_stand_alone_and_the_bar_of_an_engine_loaded_anew_goes_too(tmp_path: Path) -> None:
+    terminal = Terminal(serve_command(f"bars-{uuid.uuid4().hex[:8]}", tmp_path))
+    try:
+        terminal.wait_for(lambda said: "serves on" in said, "it serves")
+        num_drawn = terminal.said.count("weights")
+        assert num_drawn
+        (engine,) = (pid for pid, line in tree_of(terminal.process.pid).items() if "host.engine_process" in line)
+        os.kill(engine, signal.SIGKILL)
+        terminal.wait_for(lambda said: "is back" in said, "the next engine runs")
+        assert "weights" in terminal.said[terminal.said.index("is started again") :], "drawn anew"
+    finally:
+        terminal.process.terminate()
+        status, said = terminal.end()
+    assert status == 0, said
+    lines = [line for line in screen_of(said) if line.strip()]
+    assert all(re.match(r"\d{4}-\d\d-\d\d |  \S", line) for line in lines), "\n".join(lines)  # or of the plan's table
+    assert not any("weights" in line and "%" in line for line in lines), "\n".join(lines)
 
 
 @pytest.mark.parametrize("name", BARS)
 def test_a_bar_moves_on_a_terminal_and_is_silent_elsewhere(name: str, tmp_path: Path) -> None:
     flags, stage = BARS[name]
-    environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     with scripted_server("http", Script(first_ms=150)) as address:  # rich draws ten times a second
         command = [sys.executable, "-m", "blinkimp", *flags, "--url", address]
         folder = ["--folder", str(tmp_path / "cells")] if name == "lab sweep" else []
-        status, said = on_a_terminal([*command, *folder], environment)
+        status, said = Terminal([*command, *folder]).end()
         assert status == 0, said
         shares = {int(share) for share in re.findall(rf"{stage}\b.*?(\d+) %", said)}
         assert len(shares) >= 2 and shares <= set(range(101)), said

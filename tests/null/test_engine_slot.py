@@ -64,6 +64,19 @@ class FakeChild:
         return True
 
 
+class FakeBars:
+    """What is drawn now."""
+
+    def __init__(self) -> None:
+        self.drawn: set[str] = set()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.drawn.add(stage)
+
+    def clear(self) -> None:
+        self.drawn = set()
+
+
 class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, lock: EngineLock, **changes: Any) -> None:
         self.now = 1000.0
@@ -72,7 +85,8 @@ class Bench:
         monkeypatch.setattr(engine_slot.time, "monotonic", lambda: self.now)
         self.folder, self.lock = folder, lock
         config = Config(engine_name=lock.engine_name, cache_dir=str(folder), **changes)
-        self.slot = EngineSlot(config, lock)
+        self.bars = FakeBars()
+        self.slot = EngineSlot(config, lock, self.bars)
 
     @property
     def child(self) -> FakeChild:
@@ -130,6 +144,24 @@ def test_engine_that_cannot_start_is_not_tried_again(bench: Bench, caplog: pytes
     bench.child.ends(EXIT_NOT_STARTED)
     assert bench.look(0.1) == Phase.FAILED
     assert "could not start: num_pages is 7" in caplog.text and bench.reports() == []
+
+
+@pytest.mark.parametrize("last_words", [Event("running"), Event("not_started", "no"), None])
+def test_bars_are_gone_once_an_engine_is_loaded_or_never_will_be(bench: Bench, last_words: Event | None) -> None:
+    bench.child.says(Event("progress", name="weights", done=1, total=2))
+    assert bench.bars.drawn == {"weights"}
+    if last_words is not None:
+        bench.child.says(last_words)
+    if last_words != Event("running"):
+        bench.child.ends(EXIT_NOT_STARTED)
+        assert bench.look(0.1) == Phase.FAILED
+    assert not bench.bars.drawn
+    if last_words == Event("running"):  # of the next engine too, and not before the supervisor looks
+        assert bench.fault() == Phase.BACKOFF and bench.look(BACKOFFS_S[0]) == Phase.LOADING
+        bench.child.says(Event("progress", name="weights", done=1, total=2))
+        assert bench.bars.drawn == {"weights"}
+        bench.child.says(Event("running"))
+        assert not bench.bars.drawn
 
 
 def test_faulted_engine_is_started_again_after_a_pause(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
