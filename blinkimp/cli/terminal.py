@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
@@ -74,6 +75,8 @@ class LoadingBars:
                 TimeElapsedColumn(),
                 console=stderr_console,
                 transient=True,
+                # What is printed meanwhile goes above the bars where it would go among them; out of a pipe or a file rich would take it.
+                redirect_stdout=sys.stdout.isatty(),
             )
             self._progress.start()
         if stage not in self._tasks:

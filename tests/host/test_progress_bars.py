@@ -36,20 +36,21 @@ BARS = {
 
 
 class Terminal:
-    """A command on a terminal of its own, and all that came to it."""
+    """A command on a terminal of its own, and all that came to it. Its stdout goes there `with_stdout`, else to a file."""
 
-    def __init__(self, command: list[str], *, with_stdout: bool = False, **more: str) -> None:
+    def __init__(self, command: list[str], *, stdout: Path | None = None, with_stdout: bool = False) -> None:
         self._ours, theirs = pty.openpty()
-        environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "xterm", "COLUMNS": "200", **more}
-        self.process = subprocess.Popen(
-            command,
-            stdin=theirs,
-            stdout=theirs if with_stdout else subprocess.DEVNULL,
-            stderr=theirs,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),  # the session's, as a login shell has it
-        )
+        environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "xterm", "COLUMNS": "200"}
+        with (stdout or Path(os.devnull)).open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdin=theirs,
+                stdout=theirs if with_stdout else file,
+                stderr=theirs,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),  # the session's, as a login shell has it
+            )
         os.close(theirs)
         self._said = bytearray()
         self._reader = threading.Thread(target=self._read)
@@ -143,10 +144,13 @@ def test_a_bar_moves_on_a_terminal_and_is_silent_elsewhere(name: str, tmp_path: 
     with scripted_server("http", Script(first_ms=150)) as address:  # rich draws ten times a second
         command = [sys.executable, "-m", "blinkimp", *flags, "--url", address]
         folder = ["--folder", str(tmp_path / "cells")] if name == "lab sweep" else []
-        status, said = Terminal([*command, *folder]).end()
+        output = tmp_path / "output"
+        status, said = Terminal([*command, *folder], stdout=output).end()
         assert status == 0, said
         shares = {int(share) for share in re.findall(rf"{stage}\b.*?(\d+) %", said)}
         assert len(shares) >= 2 and shares <= set(range(101)), said
         folder = ["--folder", str(tmp_path / "others")] if name == "lab sweep" else []
         quiet = subprocess.run([*command, *folder], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
         assert quiet.returncode == 0 and "%" not in quiet.stderr and "\x1b" not in quiet.stderr
+        # What goes to a file goes there, bars or no bars: the same lines, whatever was measured.
+        assert len(output.read_text().splitlines()) == len(quiet.stdout.splitlines()) > 0
