@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import re
+import select
 import sys
 import threading
 from collections import deque
@@ -28,6 +30,8 @@ TEXT_FORMAT: Final = "%(asctime)s %(levelname)s {process}: %(message)s"
 MAX_WAITING_LINES: Final = 10_000
 LINES_PER_WRITE: Final = 64
 FLUSH_TIMEOUT_S: Final = 2.0
+# Held while log lines are written, and while bars come and go: half of each would be a bar that stays.
+stderr_lock: Final = threading.Lock()
 _PLAIN: Final = re.compile(r"[\w.,:;/+@%\-]+")
 
 
@@ -91,12 +95,37 @@ class ForegroundHandler(logging.StreamHandler[Any]):
     """Lines go to stderr as it is when they come: while bars are shown (blinkimp/cli/terminal.py) that is a place above them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+        with stderr_lock:
+            self.stream = sys.stderr
+            super().emit(record)
+
+
+def write_to_stderr(text: str) -> None:
+    """All of it, however long that takes."""
+    with stderr_lock:
+        _write_to_stderr(text)
+
+
+def _write_to_stderr(text: str) -> None:
+    # Bars are shown (blinkimp/cli/terminal.py), or a test listens.
+    if sys.stderr is not sys.__stderr__:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        return
+    # Not by the file object: a thread that stands in a write holds its lock, and the interpreter aborts when it cannot flush it at exit.
+    if sys.__stderr__ is None:  # it was closed when this process began
+        return
+    fd, left = sys.__stderr__.fileno(), text.encode(errors="backslashreplace")
+    while left:
+        try:
+            left = left[os.write(fd, left) :]
+        except BlockingIOError:  # whoever has the other end has set it so
+            select.select([], [fd], [])
 
 
 class BackgroundHandler(logging.Handler):
-    """Lines go to stderr from a thread of its own: whoever reads them and stands still (a pager, a full pipe) must not stop a stream.
+    """Lines go to stderr from a thread of its own: whoever reads them and stands still (a pager, a full pipe) must not stop a stream,
+    and not the supervisor, which reaps and restarts.
 
     What waits is bounded; what finds no place is dropped and counted, and the count is logged when there is place again."""
 
@@ -129,8 +158,7 @@ class BackgroundHandler(logging.Handler):
             self._has_lines.clear()
             while lines := self._take():
                 with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                    sys.stderr.write("\n".join([*lines, ""]))
-                    sys.stderr.flush()
+                    write_to_stderr("\n".join([*lines, ""]))
 
     def _take(self) -> list[str]:
         """The next lines to write; none when all are written."""
@@ -189,11 +217,13 @@ def _log_uncaught_of_thread(arguments: threading.ExceptHookArgs) -> None:
 
 
 def fail_start(program: str, error: object, log_format: LogFormat) -> None:
-    """Why a process could not start: a log line in JSON, plain words for a person."""
+    """Why a process could not start: a log line in JSON, plain words for a person. Ends soon, read or not: so must the process."""
     if log_format == "json":
         log_event(logging.getLogger("blinkimp"), logging.CRITICAL, "start_failed", str(error), program=program)
     else:
-        print(f"{program}: {error}", file=sys.stderr)
+        writer = threading.Thread(target=write_to_stderr, args=(f"{program}: {error}\n",), daemon=True)
+        writer.start()
+        writer.join(FLUSH_TIMEOUT_S)
 
 
 def add_log_flags(parser: argparse.ArgumentParser) -> None:

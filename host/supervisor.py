@@ -264,7 +264,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"blinkimp: {error}", file=sys.stderr)
         return 1
-    set_up_logging(config.log_level, config.log_format, "host")
+    set_up_logging(config.log_level, config.log_format, "host", in_background=True)
     return serve(config)
 
 

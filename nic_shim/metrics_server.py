@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    set_up_logging(arguments.log_level, arguments.log_format, "metrics")
+    set_up_logging(arguments.log_level, arguments.log_format, "metrics", in_background=True)
     metrics = Metrics(arguments.engine, prefix=arguments.metrics_prefix, model_name=arguments.model_name)
     try:
         look(arguments.engine)

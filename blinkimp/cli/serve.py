@@ -43,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.host.supervisor import serve
 
     config = config_of(options)
-    set_up_logging(config.log_level, config.log_format, "host")
+    set_up_logging(config.log_level, config.log_format, "host", in_background=True)
     with LoadingBars(is_shown=config.log_format == "text") as bars:
         return serve(config, bars)

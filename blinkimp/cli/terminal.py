@@ -6,7 +6,6 @@ Called by the subcommands. Test: pytest tests/host/test_progress_bars.py tests/h
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -66,8 +65,6 @@ class LoadingBars:
         if not self._is_shown or (self._was_cleared and self._progress is None and not has_terminal()):
             return
         if self._progress is None:
-            for handler in logging.getLogger().handlers:  # what was said before stands above the bars
-                handler.flush()
             self._progress = Progress(
                 TextColumn("{task.description:<20}"),
                 BarColumn(),
@@ -78,7 +75,8 @@ class LoadingBars:
                 # What is printed meanwhile goes above the bars where it would go among them; out of a pipe or a file rich would take it.
                 redirect_stdout=sys.stdout.isatty(),
             )
-            self._progress.start()
+            with logs.stderr_lock:
+                self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=None)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
@@ -86,7 +84,8 @@ class LoadingBars:
     def clear(self) -> None:
         """Returns when nothing of the bars is left on the terminal, and nothing more will come."""
         if self._progress is not None:
-            self._progress.stop()
+            with logs.stderr_lock:
+                self._progress.stop()
             self._progress, self._tasks, self._was_cleared = None, {}, True
 
     def __enter__(self) -> Self:
