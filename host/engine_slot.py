@@ -162,8 +162,9 @@ class EngineSlot:
             life.ends_since, life.is_last = now, True
         else:
             life.ends_since = now + self._config.drain_timeout_s
+        # Two that are alike and come at once are one to whoever gets them.
+        life.child.send_signal(signal.SIGINT if life.is_asked_to_end else signal.SIGTERM)
         life.is_asked_to_end = True
-        life.child.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends it now, whatever it does. Returns when it has ended."""

@@ -10,7 +10,8 @@
 
 After a fault the ingresses live on: they submit what is unfinished again to the next engine, with the tokens that clients have already.
 SIGTERM or SIGINT drains: new requests are rejected, running ones finish (drain_timeout_s at most, through a fault and a restart if need be),
-ingresses flush, exit 0. A second signal stops at once. SIGSTOP stops only this process: engine, device and ingresses go on. If this
+ingresses flush, exit 0. A second signal stops at once. SIGHUP of a terminal that is closed drains too, however often it comes, unless it was
+ignored at the start (nohup); SIGQUIT stops at once. SIGSTOP stops only this process: engine, device and ingresses go on. If this
 process dies, the others die with it. Exit status: 0 drained, 1 the engine or an ingress could not start (a port in use, say), or the engine
 has faulted too often (max_restarts).
 Called by blinkimp/cli and tests. Test: pytest tests/null/test_supervisor.py tests/host/test_server.py tests/host/test_recovery.py
@@ -125,8 +126,9 @@ class Supervisor:
         self._ingresses: list[ProcessSlot] = []  # and the metrics
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         try:
             lock = EngineLock(self._config.engine_name)
         except SharedMemoryError as error:
@@ -210,7 +212,10 @@ class Supervisor:
                     break
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._num_signals += 1
+        if number == signal.SIGHUP:  # the kernel sends it to whom the dying shell has sent it
+            self._num_signals = max(self._num_signals, 1)
+        else:
+            self._num_signals += 2 if number == signal.SIGQUIT else 1
 
 
 def ingress_slots(config: Config) -> list[IngressSlot]:

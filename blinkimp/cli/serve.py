@@ -25,6 +25,7 @@ GPU: the emulated device starts), and --num-ingress processes listen for clients
 one more serves HTTP where --http says so. Only this machine can reach them unless you
 give another address; then give --api-key-file too (one key a line, `chmod 600`).
 From then on this process only watches. SIGTERM or Ctrl-C drains: running requests finish, new ones are refused; a second one stops at once.
+A closed terminal drains it too; with nohup it lives on.
 
 where next:
   curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 16}'      with --http; nic_shim/HTTP.md

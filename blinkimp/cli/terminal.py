@@ -75,7 +75,7 @@ class LoadingBars:
                 # What is printed meanwhile goes above the bars where it would go among them; out of a pipe or a file rich would take it.
                 redirect_stdout=sys.stdout.isatty(),
             )
-            with logs.stderr_lock:
+            with logs.stderr_lock, contextlib.suppress(OSError):  # the terminal was closed
                 self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=None)
@@ -84,7 +84,7 @@ class LoadingBars:
     def clear(self) -> None:
         """Returns when nothing of the bars is left on the terminal, and nothing more will come."""
         if self._progress is not None:
-            with logs.stderr_lock:
+            with logs.stderr_lock, contextlib.suppress(OSError):
                 self._progress.stop()
             self._progress, self._tasks, self._was_cleared = None, {}, True
 

@@ -10,6 +10,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from pathlib import Path
 
 import pytest
 
+from blinkimp.host.shared_memory import SHM_DIR
 from tests.host.engine_support import wait_for
 from tests.host.server_support import tree_of
 from tests.scripted_server import Script, scripted_server
-from tests.support import PATIENCE_S, python_path
+from tests.support import PATIENCE_S, hear_signals, python_path
 
 BARS = {
     "bench": (
@@ -33,6 +35,12 @@ BARS = {
     ),
     "lab sweep": (["lab", "sweep", "--scenarios", "4x2", "--concurrency", "1,2", "--idle-w", "0"], "cells"),
 }
+
+
+def be_a_login_shell() -> None:
+    """The leader of a session, with a terminal."""
+    fcntl.ioctl(2, termios.TIOCSCTTY, 0)
+    hear_signals()
 
 
 class Terminal:
@@ -49,19 +57,22 @@ class Terminal:
                 stderr=theirs,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),  # the session's, as a login shell has it
+                preexec_fn=be_a_login_shell,
             )
         os.close(theirs)
         self._said = bytearray()
+        self._is_closing = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
         try:
-            while part := os.read(self._ours, 4096):
-                self._said.extend(part)
+            while not self._is_closing.is_set():
+                if select.select([self._ours], [], [], 0.05)[0]:
+                    self._said.extend(os.read(self._ours, 4096))
         except OSError:  # EIO: nobody has the other end any more
             pass
+        os.close(self._ours)
 
     @property
     def said(self) -> str:
@@ -75,8 +86,12 @@ class Terminal:
         """Exit status, and all that it said."""
         status = self.process.wait(PATIENCE_S)
         self._reader.join(PATIENCE_S)
-        os.close(self._ours)
         return status, self.said
+
+    def close(self) -> None:
+        """As when its window is closed: whoever writes to it gets EIO, the session's leader SIGHUP."""
+        self._is_closing.set()
+        self._reader.join(PATIENCE_S)
 
 
 def screen_of(said: str) -> list[str]:
@@ -135,6 +150,15 @@ def test_log_lines_stand_alone_and_the_bar_of_an_engine_loaded_anew_goes_too(tmp
     lines = [line for line in screen_of(said) if line.strip()]
     assert all(re.match(r"\d{4}-\d\d-\d\d |  \S", line) for line in lines), "\n".join(lines)  # or of the plan's table
     assert not any("weights" in line and "%" in line for line in lines), "\n".join(lines)
+
+
+def test_a_server_whose_terminal_is_closed_ends_in_order(tmp_path: Path) -> None:
+    name = f"bars-{uuid.uuid4().hex[:8]}"
+    terminal = Terminal(serve_command(name, tmp_path))
+    terminal.wait_for(lambda said: "weights" in said, "it loads, or serves already")
+    terminal.close()
+    assert terminal.process.wait(PATIENCE_S) == 0
+    assert not list(SHM_DIR.glob(f"blinkimp.{name}.*"))
 
 
 @pytest.mark.parametrize("name", BARS)

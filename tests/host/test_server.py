@@ -77,6 +77,47 @@ def test_second_signal_ends_a_drain_at_once(tmp_path: Path) -> None:
         assert [reason for _, reason in streams.join()] == ["draining"] * 16
 
 
+def server_that_inherits(action: signal.Handlers, folder: Path) -> ServerProcess:
+    """What SIGHUP does to it at its start; this process may be under nohup itself."""
+    before = signal.signal(signal.SIGHUP, action)
+    try:
+        return ServerProcess(folder)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_closed_terminal_drains_however_often_it_says_so(tmp_path: Path) -> None:
+    with server_that_inherits(signal.SIG_DFL, tmp_path) as server:
+        with streams_held(server, (server.endpoints[0], 4, 300)) as (streams,):
+            for _ in range(3):
+                server.process.send_signal(signal.SIGHUP)
+                time.sleep(0.1)
+            server.wait_for_log("another signal stops at once")
+        assert server.wait(PATIENCE_S) == 0
+        assert [reason for _, reason in streams.join()] == ["length"] * 4
+        assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))
+
+
+def test_sigquit_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server:
+        with streams_held(server, (server.endpoints[0], 4, 1500)) as (streams,):
+            server.process.send_signal(signal.SIGQUIT)
+            wait_for(lambda: command_of(server) == EngineCommand.STOP, PATIENCE_S, "the device is told to stop")
+        assert server.wait(PATIENCE_S) == 0
+        assert [reason for _, reason in streams.join()] == ["draining"] * 4
+        assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*"))
+
+
+def test_sighup_that_was_ignored_at_the_start_stays_so(tmp_path: Path) -> None:
+    with server_that_inherits(signal.SIG_IGN, tmp_path) as server:  # as nohup does
+        server.process.send_signal(signal.SIGHUP)
+        with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
+            assert client.generate(PROMPT, max_tokens=4, **GREEDY).num_output_tokens == 4
+        assert "draining" not in "".join(server.log)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+
+
 def test_signal_during_loading_ends_the_server_at_once(tmp_path: Path) -> None:
     # Large enough to load for many seconds; its weights are made up.
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16}

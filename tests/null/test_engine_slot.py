@@ -282,7 +282,9 @@ def test_engine_that_dies_when_it_is_to_stop_at_once_is_not_started_again(bench:
     bench.run()
     bench.slot.ask_to_end()
     bench.slot.ask_to_end()
-    assert bench.child.signals == [signal.SIGTERM, signal.SIGTERM]
+    assert bench.child.signals == [signal.SIGTERM, signal.SIGINT], (
+        "of another kind: it may come before the first was seen"
+    )
     assert bench.fault() == Phase.ENDED
 
 
