@@ -17,7 +17,7 @@ from typing import Final
 
 from blinkimp.cli.client_keys import add_key_flags
 from blinkimp.cli.options import add_config_flags, config_of
-from blinkimp.cli.terminal import ends_in_order
+from blinkimp.cli.terminal import ends_in_order, undisturbed
 from blinkimp.config import keys
 from blinkimp.host.child_process import ChildProcess
 
@@ -53,14 +53,20 @@ def server_for(options: argparse.Namespace) -> Iterator[str]:
         yield options.connect
         return
     # A folder of mode 0700: nobody else can connect.
-    with ends_in_order(), tempfile.TemporaryDirectory(prefix="blinkimp-") as folder:
-        socket_path = Path(folder) / "ingress"
-        child = ChildProcess("the local server", "blinkimp", ["serve", *serve_arguments(options, socket_path)])
+    with ends_in_order():
+        folder = tempfile.TemporaryDirectory(prefix="blinkimp-")
+        child: ChildProcess | None = None
         try:
+            socket_path = Path(folder.name) / "ingress"
+            child = ChildProcess("the local server", "blinkimp", ["serve", *serve_arguments(options, socket_path)])
             wait_until_bound(child, socket_path)
             yield f"ipc://{socket_path}"
         finally:
-            child.end(END_TIMEOUT_S)
+            # A child that this process leaves behind is killed, and its shared memory stays.
+            with undisturbed():
+                if child is not None:
+                    child.end(END_TIMEOUT_S)
+                folder.cleanup()
 
 
 def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]:

@@ -47,6 +47,25 @@ def ends_in_order() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While what was made is removed: whoever presses Ctrl-C again, or closes the terminal then, must not stop that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        while number not in before:
+            # One that came just before is raised here: the command ends already.
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class LoadingBars:
     """A bar per stage of what takes long (weights, compile, ...) while inside `with`; nothing where stderr is no terminal, or not for people.
 

@@ -106,8 +106,9 @@ def test_generate_starts_its_own_server_and_ends_it() -> None:
     assert left_by_own_servers() <= left_before
 
 
+@pytest.mark.parametrize("num_times", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals, num_times: int) -> None:
     process = subprocess.Popen(
         command("generate", *EMULATED, "--load-format", "null", "--max-tokens", "1900", "--ignore-eos", PROMPT),
         stdout=subprocess.PIPE,
@@ -118,7 +119,9 @@ def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Si
     try:
         assert process.stdout is not None
         assert os.read(process.stdout.fileno(), 1), "it generates"
-        process.send_signal(number)
+        for _ in range(num_times):  # by an impatient hand; the server takes longer to end
+            process.send_signal(number)
+            time.sleep(0.03)
         _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
