@@ -2,7 +2,10 @@
 
     with server_for(options) as endpoint: ...      endpoint of --connect, or of a child that ends with the block
 
-Called by blinkimp/cli/generate.py and chat.py. Test: pytest tests/host/test_cli.py
+Model, device and memory are those of the environment and the configuration file. What a server is to the world (addresses, keys, captures,
+queue pairs) is not: those are for a server that stays, and its own client would have no key, or its port another server.
+
+Called by blinkimp/cli/generate.py and chat.py. Test: pytest tests/null/test_cli_arguments.py tests/host/test_cli.py
 """
 
 from __future__ import annotations
@@ -23,6 +26,17 @@ from blinkimp.host.child_process import ChildProcess
 
 END_TIMEOUT_S: Final = 15.0  # from SIGTERM to the child's end; it has nothing left to drain
 POLL_S: Final = 0.02
+# Whatever the environment and the file say. Beside these bind and engine_name, which are other ones each time.
+OWN_SETTINGS: Final = {
+    "http": "",
+    "metrics": "",
+    "curve_key": "",
+    "curve_clients": "",
+    "api_key_file": "",
+    "capture_arrivals": "",
+    "num_ingress": 1,
+    "num_queue_pairs": 1,
+}
 
 
 class LocalServerError(RuntimeError):
@@ -43,7 +57,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long the server may be silent (default %(default)g)",
     )
-    add_config_flags(parser, without=("bind", "http", "engine_name", "num_ingress"))
+    add_config_flags(parser, without=("bind", "engine_name", *OWN_SETTINGS))
 
 
 @contextlib.contextmanager
@@ -71,11 +85,11 @@ def server_for(options: argparse.Namespace) -> Iterator[str]:
 
 def serve_arguments(options: argparse.Namespace, socket_path: Path) -> list[str]:
     """Flags of `blinkimp serve` for the same settings; nothing is logged below warnings unless --log-level asks for it."""
-    config_of(options)  # a bad value is reported here, by this command
+    config_of(options, **OWN_SETTINGS)  # a bad value is reported here, by this command
     given = {name: value for name, value in vars(options).items() if name in keys()}
     if "log_level" not in given and "BLINKIMP_LOG_LEVEL" not in os.environ:
         given["log_level"] = "warning"
-    given |= {"engine_name": f"local-{os.getpid()}", "bind": f"ipc://{socket_path}", "http": "", "num_ingress": 1}
+    given |= {"engine_name": f"local-{os.getpid()}", "bind": f"ipc://{socket_path}", **OWN_SETTINGS}
     arguments = [f"{keys()[name].flag}={value}" for name, value in given.items()]
     return arguments if options.config is None else ["--config", str(options.config), *arguments]
 

@@ -7,6 +7,7 @@ Run: pytest tests/null/test_cli_arguments.py
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,41 @@ def test_a_local_server_gets_the_same_settings_and_is_quiet(tmp_path: Path) -> N
     assert config.bind == f"ipc://{tmp_path}/socket"
     louder = serve_arguments(parse("generate", "--log-level", "debug", "x"), tmp_path / "socket")
     assert config_of(parse("serve", *louder)).log_level == "debug"
+
+
+SERVER_SETTINGS = {  # of a server that stays
+    "http": "0.0.0.0:8000",
+    "metrics": "0.0.0.0:9090",
+    "curve_key": "/etc/blinkimp/server.key",
+    "curve_clients": "/etc/blinkimp/clients",
+    "api_key_file": "/etc/blinkimp/keys",
+    "capture_arrivals": "/var/captures",
+    "num_ingress": 2,
+    "num_queue_pairs": 8,
+    "engine_name": "prod",
+    "bind": "tcp://0.0.0.0:5555",
+}
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+@pytest.mark.parametrize("settings", [SERVER_SETTINGS, {"num_ingress": 8}])
+def test_a_local_server_has_settings_of_its_own_for_what_a_server_is_to_the_world(
+    settings: dict[str, str | int], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**settings, "max_batch": 7}
+    flags = ["generate", "x"]
+    if source == "environment":
+        for name, value in settings.items():
+            monkeypatch.setenv(keys()[name].variable, str(value))
+    else:
+        (tmp_path / "engine.toml").write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+        flags += ["--config", str(tmp_path / "engine.toml")]
+    config = config_of(parse("serve", *serve_arguments(parse(*flags), tmp_path / "socket")))
+    assert config.max_batch == 7, "of the model and the memory it is theirs"
+    assert (config.bind, config.engine_name) == (f"ipc://{tmp_path}/socket", f"local-{os.getpid()}")
+    assert (config.http, config.metrics, config.curve_key, config.curve_clients) == ("", "", "", "")
+    assert (config.api_key_file, config.capture_arrivals) == ("", "")
+    assert (config.num_ingress, config.num_queue_pairs) == (1, 1)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
