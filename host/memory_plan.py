@@ -30,6 +30,8 @@ DEFAULT_STEP_TOKENS: Final[dict[DeviceKind, int]] = {"gpu": 2048, "emulated": 12
 # kMaxBatch of device/director_state.cuh: its running list has so many places.
 MAX_BATCH: Final[dict[DeviceKind, int]] = {"gpu": 256, "emulated": 512}
 MAX_REQUESTS: Final = 0xFFFF  # and its counters are packed into 16 bits (director.cuh)
+MIN_CONTEXT: Final = 2  # a token of the prompt and one of the output (director_init)
+MAX_PAGES: Final = 0xFFFFFF  # and the terms of its page count into 24 (director_integrity.cuh)
 PAGE_TABLE_BYTES: Final = 4 + 4  # of free_pages and page_owners, for each page
 # Of device/prefix_layout.cuh: sizeof(CachedPage), kPrefixWays, kMinPrefixSets, kLruPagesPerPage, sizeof(PrefixLink)
 CACHED_PAGE_BYTES, PREFIX_WAYS, MIN_PREFIX_SETS, LRU_PAGES_PER_PAGE, PREFIX_LINK_BYTES = 320, 8, 16, 3, 16
@@ -97,12 +99,18 @@ class MemoryPlan:
 
 def resolve_max_context(config: Config, model: ModelConfig) -> int:
     """Tokens of one request, prompt and output together."""
+    max_context = config.max_context or min(model.max_positions, MAX_CONTEXT_CAP)
+    if max_context < MIN_CONTEXT:
+        raise MemoryPlanError(
+            f"max_context is {max_context}; expected at least {MIN_CONTEXT}: a token of the prompt and one of the output; raise it, leave it 0 "
+            "for automatic, or use a model with more positions"
+        )
     if config.max_context > model.max_positions:
         raise MemoryPlanError(
             f"max_context is {config.max_context}, but the model has {model.max_positions} positions; "
             f"set max_context to at most {model.max_positions}, or 0 for automatic"
         )
-    return config.max_context or min(model.max_positions, MAX_CONTEXT_CAP)
+    return max_context
 
 
 def page_bytes_of(model: ModelConfig, kv_dtype: DType) -> int:
@@ -166,6 +174,11 @@ def plan_memory(
         # Automatic context: one request must be able to run to its end, so the context shrinks to the pages that fit.
         sizes = _with_context(sizes, num_fitting * abi.PAGE_TOKENS)
         num_fitting = left_for_pages(sizes)
+    if config.num_pages > MAX_PAGES:
+        raise MemoryPlanError(
+            f"num_pages is {config.num_pages}; expected at most {MAX_PAGES}, the director's limit; lower it, or leave it 0 for automatic"
+        )
+    num_fitting = min(num_fitting, MAX_PAGES)
     num_pages = config.num_pages or min(num_fitting, _most_useful_pages(sizes, kind))
     if num_pages > num_fitting or num_pages < sizes.max_pages_per_request:
         raise MemoryPlanError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blinkimp import ring_abi as abi
-from blinkimp.config import Config
+from blinkimp.config import Config, ConfigError, load_config
 from blinkimp.host.memory_plan import (
+    MAX_BATCH,
     DeviceKind,
     EngineSizes,
     MemoryPlan,
@@ -23,6 +27,7 @@ from blinkimp.host.memory_plan import (
 from blinkimp.host.model_config import ModelConfig, parse_config
 from blinkimp.lab.shapes import LLAMA_3_8B
 from blinkimp.ring_abi import DType
+from tests.support import ROOT
 
 GIB = 1 << 30
 
@@ -103,6 +108,8 @@ def test_model_larger_than_memory_is_refused() -> None:
         ({"max_step_tokens": 64, "max_batch": 8, "prefill_chunk_tokens": 65}, "prefill_chunk_tokens"),
         ({"num_requests": 2, "num_queue_pairs": 4}, "num_requests"),
         ({"max_context": 200_000}, "max_context"),
+        ({"max_context": 1}, "max_context is 1; expected at least 2"),
+        ({"num_pages": 0x1000000}, "num_pages is 16777216; expected at most 16777215"),
         ({"num_pages": 1_000_000}, "KV pages"),
         ({"num_pages": 511}, "511 KV pages"),
     ],
@@ -116,6 +123,57 @@ def test_the_emulated_device_takes_larger_batches_than_a_gpu() -> None:
     assert plan(Config(max_batch=512), llama(), 139 * GIB, kind="emulated").sizes.max_batch == 512
     with pytest.raises(MemoryPlanError, match="max_batch is 513; expected 1 to 512"):
         plan(Config(max_batch=513), llama(), 139 * GIB, kind="emulated")
+
+
+def director_refuses(sizes: EngineSizes, model: ModelConfig, kind: DeviceKind) -> int:
+    """What wrong_param() of device/director.cuh returns, by its own source: 0, or the number of the condition that is broken."""
+    source = (ROOT / "device" / "director.cuh").read_text()
+    body = source[source.index("u32 wrong_param(") : source.index("void director_init(")]
+    conditions = re.findall(r"^  if \((.*)\) return (\d+);", body, flags=re.MULTILINE)
+    assert len(conditions) == body.count(" return ") - 1 == 9, "each line was read"
+    dims = SimpleNamespace(vocab=model.vocab, num_eos_ids=0)
+    names = {
+        "params": SimpleNamespace(**dataclasses.asdict(sizes), dims=dims),
+        "kMaxQueuePairs": abi.MAX_QUEUE_PAIRS,
+        "kMaxBatch": MAX_BATCH[kind],
+        "kMaxStepTokens": abi.MAX_STEP_TOKENS,
+        "kMaxEosIds": abi.MAX_EOS_IDS,
+        "pages_for_tokens": lambda num_tokens: -(-num_tokens // abi.PAGE_TOKENS),
+    }
+    return next((int(number) for text, number in conditions if eval(text.replace("||", " or "), names)), 0)
+
+
+def around(*bounds: int) -> st.SearchStrategy[int]:
+    return st.sampled_from(sorted({max(bound + step, 0) for bound in bounds for step in (-1, 0, 1)}))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    changes=st.fixed_dictionaries(
+        {},
+        optional={
+            "max_context": around(1, 2, 64, 32768, 131072),
+            "num_pages": around(1, 512, 0xFFFFFF),
+            "num_requests": around(1, 4, 256, 0xFFFF),
+            "num_queue_pairs": around(1, 4, abi.MAX_QUEUE_PAIRS),
+            "max_batch": around(1, 256, 512),
+            "max_step_tokens": around(1, 256, 512, abi.MAX_STEP_TOKENS),
+            "prefill_chunk_tokens": around(1, 256, abi.MAX_STEP_TOKENS),
+        },
+    ),
+    max_positions=st.sampled_from([1, 2, 3, 63, 64, 65, 131072]),
+    available=st.sampled_from([1 << 34, 1 << 38, 1 << 52]),
+    kind=st.sampled_from(["gpu", "emulated"]),
+)
+def test_the_director_refuses_nothing_that_was_planned(
+    changes: dict[str, int], max_positions: int, available: int, kind: DeviceKind
+) -> None:
+    model = llama(max_position_embeddings=max_positions)
+    try:
+        sizes = plan(load_config(changes, environ={}), model, available, kind, weights=1 << 20).sizes
+    except (ConfigError, MemoryPlanError):
+        return
+    assert director_refuses(sizes, model, kind) == 0, sizes
 
 
 @settings(max_examples=200, deadline=None)
