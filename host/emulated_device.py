@@ -11,13 +11,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.available_memory import host_memory_available_bytes
 from blinkimp.host.child_process import ChildProcess
 from blinkimp.host.cpu_orchestrator import (
     END_STOPPED,
@@ -173,22 +173,3 @@ class EmulatedDevice:
             channel.top_logprobs_address,
         )
         self._thread = channel.start_loop(params, ahead=self._orchestrator == "cpu-ahead")
-
-
-def host_memory_available_bytes() -> int:
-    """What the kernel says can be had without swapping, or what the control group leaves, if that is less."""
-    available = _meminfo_bytes("MemAvailable")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        current = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available  # no limit that we can see (control groups of version 1, or none)
-    return available if limit == "max" else max(0, min(available, int(limit) - current))
-
-
-def _meminfo_bytes(field: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise DeviceError(f"/proc/meminfo has no {field}; expected Linux 3.14 or newer")

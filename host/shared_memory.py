@@ -9,6 +9,8 @@ Invariants
 I1  A region is complete (sized, zeroed, header filled) before its final name exists: it is made under a temporary name and
     renamed. The engine page appears last, so whoever can open it finds every queue pair.
 I2  Regions are created and removed only under the engine's lock (host/engine_lock.py).
+I3  Nothing is created unless all of it fits: /dev/shm may be larger than the memory behind it, and filling that ends in the kernel's
+    out-of-memory killer, not in an error.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.host.available_memory import host_memory_available_bytes
 from blinkimp.host.engine_lock import (
     SHM_DIR,
     EngineAlreadyRunningError,
@@ -167,6 +170,7 @@ def create_engine_regions(
     try:
         _remove_regions(engine_name)
         remove_dead_engines()
+        _check_room(engine_name, num_queue_pairs, geometry, trace)
         for queue_pair_idx in range(num_queue_pairs):
             header = np.zeros(1, dtype=abi.QUEUE_PAIR_HEADER)
             _fill_queue_pair_header(header, geometry, regions.engine_id, queue_pair_idx, max_context, vocab_size)
@@ -198,6 +202,29 @@ def create_engine_regions(
         regions.unlink()
         raise
     return regions
+
+
+def _check_room(
+    engine_name: str, num_queue_pairs: int, geometry: QueuePairGeometry, trace: TraceGeometry | None
+) -> None:
+    """I3"""
+    trace_bytes = 0 if trace is None else trace.region_bytes + num_queue_pairs * INGRESS_TRACE.region_bytes
+    fixed_bytes = MetricsGeometry(num_queue_pairs).region_bytes + abi.ENGINE_PAGE.itemsize
+    needed_bytes = num_queue_pairs * geometry.region_bytes + trace_bytes + fixed_bytes
+    folder = os.statvfs(SHM_DIR)
+    free_bytes, memory_bytes = folder.f_bavail * folder.f_frsize, host_memory_available_bytes()
+    if needed_bytes <= min(free_bytes, memory_bytes):
+        return
+    scarce = (
+        f"{SHM_DIR} has {free_bytes} bytes free"
+        if free_bytes < memory_bytes
+        else f"{memory_bytes} bytes of memory are available"
+    )
+    raise SharedMemoryError(
+        f"engine {engine_name} needs {needed_bytes} bytes of shared memory ({num_queue_pairs} queue pairs of {geometry.region_bytes}, trace "
+        f"{trace_bytes}), but {scarce}; lower num_queue_pairs, arena_bytes, num_completions or trace_events, or give the container more "
+        "(--shm-size, --memory)"
+    )
 
 
 def open_queue_pair(engine_name: str, queue_pair_idx: int, *, writable: bool = True) -> Region:

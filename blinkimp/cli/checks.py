@@ -157,6 +157,7 @@ def check_locked_memory(config: Config) -> Finding:
 
 
 def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Finding:
+    from blinkimp.host.available_memory import host_memory_available_bytes
     from blinkimp.host.shared_memory import QueuePairGeometry
 
     what = "shared memory"
@@ -172,6 +173,11 @@ def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Find
         return Finding(what, Verdict.FAIL, f"{folder} cannot be written: {error.strerror}", remedy)
     free_bytes = shutil.disk_usage(folder).free
     found = f"{folder}: {free_bytes / 2**20:.0f} MiB free; queue pairs take {needed_bytes / 2**20:.0f} MiB"
+    memory_bytes = host_memory_available_bytes()
+    if memory_bytes < needed_bytes:
+        found += f", but {memory_bytes / 2**20:.0f} MiB of memory are available"
+        remedy = "lower num_queue_pairs or arena_bytes, end what takes the memory, or raise the container's limit (docker run --memory)"
+        return Finding(what, Verdict.FAIL, found, remedy)
     if free_bytes < needed_bytes:
         remedy = "mount -o remount,size=1G /dev/shm (docker run --shm-size 1g), or lower num_queue_pairs or arena_bytes"
         return Finding(what, Verdict.FAIL, found, remedy)

@@ -17,6 +17,7 @@ from blinkimp import native
 from blinkimp.cli import checks
 from blinkimp.cli.checks import Verdict
 from blinkimp.config import Config
+from blinkimp.host import available_memory
 
 
 def test_packages_are_found_and_missing_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +37,13 @@ def test_shared_memory_that_is_missing_or_too_small(tmp_path: Path, monkeypatch:
     assert finding.verdict is Verdict.FAIL
     assert "1 MiB free" in finding.found
     assert "--shm-size" in finding.remedy
+
+
+def test_shared_memory_larger_than_the_memory_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available_memory, "host_memory_available_bytes", lambda: 1 << 20)
+    finding = checks.check_shared_memory(Config(), tmp_path)
+    assert finding.verdict is Verdict.FAIL
+    assert "1 MiB of memory are available" in finding.found and "--memory" in finding.remedy
 
 
 def test_shared_memory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

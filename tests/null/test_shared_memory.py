@@ -39,6 +39,21 @@ def create(name: str, num_queue_pairs: int = 2, geometry: shm.QueuePairGeometry 
     )
 
 
+@pytest.mark.parametrize("scarce", ["memory", "/dev/shm"])
+def test_nothing_is_created_unless_all_of_it_fits(
+    engine_name: str, scarce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I3. What there is is made up, and a byte short of two queue pairs."""
+    have = {"memory": 1 << 60, "/dev/shm": 1 << 60} | {scarce: 2 * SMALL.region_bytes - 1}
+    created: list[str] = []
+    monkeypatch.setattr(shm, "host_memory_available_bytes", lambda: have["memory"])
+    monkeypatch.setattr(shm.os, "statvfs", lambda _: SimpleNamespace(f_bavail=have["/dev/shm"], f_frsize=1))
+    monkeypatch.setattr(shm, "create_region", lambda name, *_: created.append(name))
+    with pytest.raises(shm.SharedMemoryError, match=f"needs .*2 queue pairs .*{scarce}.*lower num_queue_pairs"):
+        create(engine_name)
+    assert not created
+
+
 def test_header_says_what_the_geometry_is(engine_name: str) -> None:
     regions = create(engine_name)
     with shm.open_queue_pair(engine_name, 1) as region:
@@ -235,7 +250,11 @@ def test_one_of_many_starters_wins(engine_name: str) -> None:
     winners[0].unlink()
 
 
-def test_full_memory_is_an_error_with_a_remedy_not_a_bus_error(engine_name: str) -> None:
+def test_full_memory_is_an_error_with_a_remedy_not_a_bus_error(
+    engine_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever took it since it was looked at."""
+    monkeypatch.setattr(shm, "_check_room", lambda *_: None)
     too_much = shm.QueuePairGeometry(num_submissions=16, num_completions=64, arena_bytes=1 << 50)
     with pytest.raises((shm.SharedMemoryError, OSError)) as caught:
         create(engine_name, geometry=too_much)
