@@ -121,10 +121,28 @@ def _publish(folder: Path, cubin: bytes, entry: Entry) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises OSError where _publish() would."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+
+
+def _not_written(folder: Path, error: OSError) -> CompileError:
+    return CompileError(
+        f"compile cache: {folder} cannot be written ({error}); expected a folder of this user's with free space; choose another cache_dir"
+    )
+
+
 def get_kernel(
-    source: str | Path, cache_dir: Path, arch: str = DEFAULT_ARCH, defines: Mapping[str, str | int] | None = None
+    source: str | Path,
+    cache_dir: Path,
+    arch: str = DEFAULT_ARCH,
+    defines: Mapping[str, str | int] | None = None,
+    *,
+    must_keep: bool = False,
 ) -> CompiledKernel:
-    """The cubin of a source (a name under device/, or a path), from the cache or compiled now. Raises CompileError."""
+    """The cubin of a source (a name under device/, or a path), from the cache or compiled now. Raises CompileError. must_keep: what is not in
+    the cache must come into it, or nothing is compiled; otherwise a cache that cannot be written is a warning."""
     start_ns = time.perf_counter_ns()
     path = compiler.DEVICE_DIR / source  # an absolute path stays itself
     defines = defines or {}
@@ -141,6 +159,11 @@ def get_kernel(
                 f"{path.name} for {arch} is not in the compile cache (expected {folder}), and BLINKIMP_EXPECT_CACHED=1 forbids to "
                 "compile it; run `blinkimp compile` with the same cache_dir first"
             )
+        if must_keep:
+            try:
+                _check_writable(folder)
+            except OSError as error:
+                raise _not_written(folder, error) from error
         compile_start_ns = time.perf_counter_ns()
         cubin, functions = compiler.compile_cubin(path, arch, defines)
         compile_ns = time.perf_counter_ns() - compile_start_ns
@@ -148,6 +171,8 @@ def get_kernel(
         try:
             _publish(folder, cubin, entry)
         except OSError as error:
+            if must_keep:
+                raise _not_written(folder, error) from error
             logger.warning("compile cache: cannot write %s (%s); every start will compile", folder, error)
     else:
         cubin, entry = found

@@ -87,7 +87,8 @@ def compile_all(config: Config, arch: str, num_workers: int) -> dict[str, tuple[
     folder, kernels = cache_folder(config), {}
     for source, defines in sources.items():
         with stderr_console.status(f"{source} for {arch}"):
-            kernels[source] = (get_kernel(source, folder, arch, defines), get_kernel(source, folder, arch, defines))
+            first = get_kernel(source, folder, arch, defines, must_keep=True)
+            kernels[source] = (first, get_kernel(source, folder, arch, defines, must_keep=True))
     return kernels
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from blinkimp.host import compile as compiler
+from blinkimp.host import compile_cache
 from blinkimp.host.compile import CompileError, compile_cubin, nvrtc_version, parse_report
 from blinkimp.host.compile_cache import cubin_key, get_kernel
 
@@ -151,6 +152,18 @@ def test_an_unwritable_cache_compiles_with_a_warning(
     (tmp_path / "file").write_text("")  # a file where the folder should be: fails for root too
     assert not get_kernel("probe.cu", tmp_path / "file", defines=DEFINES).from_cache
     assert "every start will compile" in caplog.text
+
+
+def test_a_kernel_that_must_be_kept_and_is_not_is_an_error(
+    device_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compile_cache, "_publish", publish)
+    with pytest.raises(CompileError, match=r"cannot be written .*No space left"):
+        get_kernel("probe.cu", cache_dir, defines=DEFINES, must_keep=True)
+    assert [path.name for path in (cache_dir / "kernels").iterdir()] == [], "nothing is left of the attempt"
 
 
 def test_two_processes_may_compile_the_same_kernel_at_once(device_dir: Path, cache_dir: Path) -> None:

@@ -195,9 +195,12 @@ def test_compile_prints_times_registers_and_spills(
     """tests/compile/test_kernels.py compiles the persistent kernel, in a minute; here a small one stands in for it."""
     asked: list[tuple[str, str, dict[str, str]]] = []
 
-    def get_small_kernel(source: str, folder: Path, arch: str, defines: dict[str, str]) -> CompiledKernel:
+    def get_small_kernel(
+        source: str, folder: Path, arch: str, defines: dict[str, str], *, must_keep: bool
+    ) -> CompiledKernel:
         asked.append((source, arch, defines))
-        return get_kernel(PACK_SOURCE, folder, arch, {**defines, f"STANDS_FOR_{Path(source).stem}": "1"})
+        stands_for = {**defines, f"STANDS_FOR_{Path(source).stem}": "1"}
+        return get_kernel(PACK_SOURCE, folder, arch, stands_for, must_keep=must_keep)
 
     monkeypatch.setattr("blinkimp.cli.compile.get_kernel", get_small_kernel)
     arguments = ["compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path)]
@@ -217,6 +220,21 @@ def test_compile_prints_times_registers_and_spills(
     assert "was in the cache" in again and "compiled now" not in again
     assert main([*arguments[:-1], str(tmp_path / "empty")]) == 1
     assert "forbids" in capsys.readouterr().err
+
+
+def test_compile_refuses_a_cache_that_cannot_be_written_before_it_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[str] = []
+
+    def compile_nothing(source: Path, *_: object) -> None:
+        compiled.append(source.name)
+        raise AssertionError("it compiles")
+
+    monkeypatch.setattr("blinkimp.host.compile_cache.compiler.compile_cubin", compile_nothing)
+    (tmp_path / "file").write_text("")  # a file where the folder should be: fails for root too
+    assert main(["compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err and not compiled
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> None:
