@@ -246,10 +246,10 @@ def metrics_slots(config: Config) -> list[ProcessSlot]:
 
 
 def endpoint_of(bind: str, idx: int) -> str:
-    """Where ingress idx listens: the first at `bind`, the others at the next ports, or at numbered paths."""
-    if idx == 0 or bind.endswith(":*"):  # any free port
-        return bind
+    """Where ingress idx listens: the first at `bind`, the others at the next ports, or at numbered paths; all at any free port, if it is so."""
     base, colon, port = bind.rpartition(":")
+    if idx == 0 or (bind.startswith("tcp://") and port in ("*", "0")):
+        return bind
     if bind.startswith("tcp://") and port.isdecimal():
         return f"{base}{colon}{int(port) + idx}"
     return f"{bind}.{idx}"

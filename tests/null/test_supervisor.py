@@ -90,6 +90,7 @@ def seconds_to_restart(slot: IngressSlot, clock: list[float]) -> float:
         ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5557"),
         ("tcp://[::1]:5555", "tcp://[::1]:5557"),
         ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
+        ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0"),
         ("ipc:///run/blinkimp", "ipc:///run/blinkimp.2"),
     ],
 )
