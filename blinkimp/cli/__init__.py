@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     try:
+        if (
+            signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        ):  # as it was while modules were loaded (blinkimp/__main__.py)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status: int = importlib.import_module(f"blinkimp.cli.{options.command}").run(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # what cannot be written is told here; when Python ends, it would be a traceback

@@ -129,6 +129,30 @@ def test_generate_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Si
     assert not list(tmp_path.iterdir()) and not regions_of(f"local-{process.pid}")
 
 
+@pytest.mark.parametrize("module", ["blinkimp.cli", "blinkimp.cli.options", "blinkimp.cli.generate", "blinkimp.client"])
+def test_ctrl_c_while_modules_are_loaded_ends_the_command_without_a_word(module: str) -> None:
+    program = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: print('loads', flush=True); time.sleep({PATIENCE_S})\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from blinkimp.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "generate", "x"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), preexec_fn=hear_signals
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"loads\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and errors == b"", errors
+
+
 def test_generate_says_when_the_emulated_device_stands_in() -> None:
     result = run("generate", "--max-tokens", "2", PROMPT, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
