@@ -18,22 +18,15 @@ from typing import Any
 import zmq
 
 from blinkimp.client import DEFAULT_TIMEOUT_S, configure_socket, connect_socket
-from blinkimp.client_core import (
-    CallState,
-    Chunk,
-    ClientCore,
-    ClientError,
-    Completion,
-    RequestRefusedError,
-    RequestState,
-    ServerTimeoutError,
-)
+from blinkimp.client_core import CallState, Chunk, ClientCore, Completion, RequestState
+from blinkimp.client_errors import BadRequestError, ClientError, RequestRefusedError, ServerTimeoutError
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
 from blinkimp.transport import Security
 
 __all__ = [
     "AsyncClient",
     "AsyncTokenStream",
+    "BadRequestError",
     "Chunk",
     "ClientError",
     "Completion",

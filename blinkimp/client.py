@@ -22,16 +22,12 @@ from typing import Any
 
 import zmq
 
-from blinkimp.client_core import (
+from blinkimp.client_core import CallState, Chunk, ClientCore, Completion, RequestState
+from blinkimp.client_errors import (
     BadRequestError,
-    CallState,
-    Chunk,
-    ClientCore,
     ClientError,
-    Completion,
     EndpointError,
     RequestRefusedError,
-    RequestState,
     ServerTimeoutError,
 )
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats

@@ -10,10 +10,12 @@ a new id: whatever still arrives for the old one is ignored.
 Invariants
 I1  A request's chunks hold each output token once, in order, over any number of connections.
 I2  A request ends once: with a Finish, or with an exception.
+I3  What goes wrong with one request or one message ends that request: the rest of a frame is handled, nobody else hears of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from typing import Any
 
 import msgspec
 
+from blinkimp.client_errors import ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.client_request import submit_of
 from blinkimp.protocol import (
     Alive,
     AliveReply,
@@ -31,7 +35,6 @@ from blinkimp.protocol import (
     GetHealth,
     GetStats,
     Health,
-    Sampling,
     ServerMessage,
     Stats,
     Submit,
@@ -41,37 +44,6 @@ from blinkimp.protocol import (
 )
 
 ALIVE_PERIOD_S = 1.0
-REQUEST_FIELDS = (
-    "priority",
-    "timeout_s",
-    "cache_salt",
-    "prefix_cache",
-)  # of Submit, that callers give beside the sampling
-
-
-class ClientError(RuntimeError):
-    """Something went wrong between this client and the server; the message says what, got, expected, remedy."""
-
-
-class RequestRefusedError(ClientError):
-    """The server refused or gave up a request. `error` holds its words, `error.code` is for programs."""
-
-    def __init__(self, error: Error) -> None:
-        super().__init__(f"{error.what}: got {error.got}, expected {error.expected}; {error.remedy} [{error.code}]")
-        self.error = error
-        self.code = error.code
-
-
-class EndpointError(ClientError, ValueError):
-    """An address that cannot be one of a server."""
-
-
-class BadRequestError(ClientError, ValueError):
-    """A field that the protocol does not have, or not with this value; nothing was sent."""
-
-
-class ServerTimeoutError(ClientError, TimeoutError):
-    """The server was silent for too long."""
 
 
 @dataclass(frozen=True)
@@ -163,29 +135,12 @@ class ClientCore:
     def submit(
         self, prompt: str | Sequence[int], sampling: dict[str, Any], now: float, *, stream: bool, detokenize: bool
     ) -> RequestState:
-        """Raises BadRequestError for a field of Sampling, or one of REQUEST_FIELDS, that does not exist or cannot be."""
-        try:
-            options = {name: value for name, value in sampling.items() if name in REQUEST_FIELDS}
-            checked = msgspec.convert(
-                {name: value for name, value in sampling.items() if name not in REQUEST_FIELDS}, Sampling
-            )
-            msgspec.convert({"type": "submit", "id": 0, "prompt": "", **options}, Submit)
-        except msgspec.ValidationError as error:
-            expected, _, path = str(error).partition(" - at `$.")
-            name = path.rstrip("`")
-            if name:
-                value = sampling.get(name.partition("[")[0])
-                words = expected[0].lower() + expected[1:].replace("`", "")
-                raise BadRequestError(f"{name}: got {value!r}, {words}; correct it") from None
-            fields = ", ".join((*Sampling.__struct_fields__, *REQUEST_FIELDS))
-            raise BadRequestError(
-                f"sampling: got {', '.join(sampling)}; {error}; expected fields out of {fields}; correct it"
-            ) from None
-        ids = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-        state = RequestState(Submit(self._take_id(), ids, checked, stream=stream, detokenize=detokenize, **options))
+        """Raises BadRequestError (submit_of()); then nothing is registered."""
+        submit, frame = submit_of(self._take_id(), prompt, sampling, stream=stream, detokenize=detokenize)
+        state = RequestState(submit)
         self._begin(now)
-        self.requests[state.submit.id] = state
-        self._send_submit(state)
+        self.requests[submit.id] = state
+        self._send_submit(state, frame)
         return state
 
     def cancel(self, state: RequestState) -> None:
@@ -219,8 +174,8 @@ class ClientCore:
             self._heard_at = now
             self._next_tick = now + ALIVE_PERIOD_S
 
-    def _send_submit(self, state: RequestState) -> None:
-        if self._send(encode_client_message(state.submit)):
+    def _send_submit(self, state: RequestState, frame: bytes) -> None:
+        if self._send(frame):
             self._unsent.pop(state.submit.id, None)
         else:
             self._unsent[state.submit.id] = state
@@ -255,7 +210,7 @@ class ClientCore:
             )
             return
         for state in list(self._unsent.values()):
-            self._send_submit(state)
+            self._send_submit(state, encode_client_message(state.submit))
         self._flush_cancels()
         self._send_message(Alive(ids=[key for key in self.requests if key not in self._unsent]))
         for call in self.calls.values():
@@ -276,33 +231,51 @@ class ClientCore:
 
     # ---- Messages --------------------------------------------------------------------------------------------------
     def handle(self, payload: bytes, now: float) -> None:
-        """One frame from the server."""
+        """One frame from the server (I3)."""
         self._heard_at = now
         try:
             messages = decode_server_messages(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ClientError(
                 f"{self.endpoint} sent something that is no message of this protocol: {error}; expected a blinkimp server of "
                 "the same version; check the address and the versions"
             ) from None
         for message in messages:
-            self._handle_message(message)
+            for item_id in message.unknown_ids if isinstance(message, AliveReply) else (message.id,):
+                item = None if item_id is None else self.requests.get(item_id) or self.calls.get(item_id)
+                if item is None:  # of a request that the caller gave up, or of a lost connection
+                    continue
+                try:
+                    self._handle_message(item, message)
+                except Exception as error:
+                    self._fail(item, error)
 
-    def _handle_message(self, message: ServerMessage) -> None:
-        if isinstance(message, AliveReply):
-            for request_id in message.unknown_ids:
-                self._resume(request_id)
-        elif isinstance(message, Stats | Health):
-            call = self.calls.pop(message.id, None)
-            if call is not None:
-                call.reply = message
-                call.wake()
-        elif isinstance(message, Error):
-            self._handle_error(message)
-        else:
-            state = self.requests.get(message.id)
-            if state is not None:  # else of a request that the caller gave up, or of a lost connection
-                self._handle_output(state, message)
+    def _handle_message(self, item: RequestState | CallState, message: ServerMessage) -> None:
+        if isinstance(message, Error):
+            self._handle_error(item, message)
+        elif isinstance(item, CallState):
+            if isinstance(message, Stats | Health):
+                del self.calls[message.id]
+                item.reply = message
+                item.wake()
+        elif isinstance(message, AliveReply):
+            self._resume(item)
+        elif isinstance(message, Tokens | Finish):
+            self._handle_output(item, message)
+
+    def _fail(self, item: RequestState | CallState, error: Exception) -> None:
+        """What was raised while a message of one was handled is its end, and nobody else's."""
+        item.failure = ClientError(
+            f"a message of {self.endpoint} could not be handled: got {error!r}, expected none; submit again, and report this: it is a "
+            "defect of the client"
+        )
+        item.failure.__cause__ = error
+        tables: tuple[dict[int, Any], ...] = (self.requests, self._unsent, self.calls)
+        for table in tables:
+            for key in [key for key, waiting in table.items() if waiting is item]:
+                del table[key]
+        with contextlib.suppress(Exception):  # it may be what raised
+            item.wake()
 
     def _handle_output(self, state: RequestState, message: Tokens | Finish) -> None:
         if isinstance(message, Finish):
@@ -318,13 +291,13 @@ class ClientCore:
             state.chunks.append(Chunk(message.index, message.token_ids, message.logprobs, message.text, message.top))
             state.wake()
 
-    def _handle_error(self, error: Error) -> None:
-        if error.id in self.calls:
-            call = self.calls.pop(error.id)
-            call.failure = RequestRefusedError(error)
-            call.wake()
-        elif error.final and error.id in self.requests:
-            self._end(self.requests[error.id], failure=RequestRefusedError(error))
+    def _handle_error(self, item: RequestState | CallState, error: Error) -> None:
+        if isinstance(item, CallState):
+            del self.calls[item.message.id]
+            item.failure = RequestRefusedError(error)
+            item.wake()
+        elif error.final:
+            self._end(item, failure=RequestRefusedError(error))
 
     def _end(self, state: RequestState, *, finish: Finish | None = None, failure: ClientError | None = None) -> None:
         state.finish, state.failure = finish, failure
@@ -332,19 +305,18 @@ class ClientCore:
         self._cancels.pop(state.submit.id, None)
         state.wake()
 
-    def _resume(self, request_id: int) -> None:
+    def _resume(self, state: RequestState) -> None:
         """The server does not know a request that we wait for: the connection was lost, or the server is a new one."""
-        state = self.requests.get(request_id)
-        if state is None or request_id in self._unsent:
+        if state.submit.id in self._unsent:
             return
         if state.is_cancelled:
             self._end(state, finish=_cancelled(state))
             return
-        del self.requests[request_id]
+        del self.requests[state.submit.id]
         state.submit.id = self._take_id()
         state.submit.delivered_ids = list(state.output_ids)
         self.requests[state.submit.id] = state
-        self._send_submit(state)
+        self._send_submit(state, encode_client_message(state.submit))
 
 
 def _cancelled(state: RequestState) -> Finish:

@@ -16,7 +16,14 @@ import pytest
 import zmq
 
 from blinkimp.async_client import AsyncClient, AsyncTokenStream
-from blinkimp.client import Client, ClientError, RequestRefusedError, ServerTimeoutError, configure_socket
+from blinkimp.client import (
+    BadRequestError,
+    Client,
+    ClientError,
+    RequestRefusedError,
+    ServerTimeoutError,
+    configure_socket,
+)
 from blinkimp.nic_shim import sessions
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import Tokens, decode_server_messages
@@ -167,6 +174,18 @@ def test_text_outlives_connections_lost_between_full_frames(
             assert completion.finish_reason == ("length" if shown == whole else "stop")
 
 
+def test_prompt_that_cannot_be_sent_harms_no_other_stream(tmp_path: Path) -> None:
+    with serve(tmp_path) as served, Client(served.endpoint, timeout_s=PATIENCE_S) as client:
+        (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=400, temperature=0)])
+        for prompt in ("a\ud800", [2**70], b"abc", [1.0], None):
+            with pytest.raises(BadRequestError, match=r"^prompt"):
+                client.generate(prompt, max_tokens=2)  # type: ignore[arg-type]
+        client._core.tick(client._core.seconds_to_tick(0.0))  # the client says which requests it believes to run
+        client.health()  # and has read the answer
+        served.director.paused = False
+        assert stream.result().token_ids == expected_ids(served, 1, 400)
+
+
 # ---- Async -----------------------------------------------------------------------------------------------------------
 def test_async_streams_run_together(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
@@ -224,6 +243,27 @@ def test_async_task_cancellation_leaves_the_client_good(tmp_path: Path) -> None:
             assert (await client.generate("x", max_tokens=2)).num_output_tokens == 2
 
         with_async_client(served, use)
+
+
+def test_async_prompt_that_cannot_be_sent_harms_no_other_stream(tmp_path: Path) -> None:
+    with serve(tmp_path) as served:
+        served.director.paused = True
+        complaints: list[object] = []  # of the event loop: exceptions in callbacks
+
+        async def use(client: AsyncClient) -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+            stream = client.submit("x", max_tokens=400, temperature=0)
+            await first_tokens(served, [stream])
+            for prompt in ("a\ud800", [2**70], b"abc"):
+                with pytest.raises(BadRequestError, match=r"^prompt"):
+                    await client.generate(prompt, max_tokens=2)  # type: ignore[arg-type]
+            client._core.tick(client._core.seconds_to_tick(0.0))
+            await client.health()
+            served.director.paused = False
+            assert (await stream.result()).token_ids == expected_ids(served, 1, 400)
+
+        with_async_client(served, use)
+        assert not complaints
 
 
 def test_async_streams_outlive_a_restarted_server(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from blinkimp.async_client import AsyncClient
 from blinkimp.bench.zmq_backend import ZmqBackend
 from blinkimp.client import Client
-from blinkimp.client_core import (
+from blinkimp.client_core import ClientCore
+from blinkimp.client_errors import (
     BadRequestError,
-    ClientCore,
     ClientError,
     EndpointError,
     RequestRefusedError,
@@ -224,3 +224,41 @@ def test_fields_of_the_request_go_beside_the_sampling() -> None:
     }
     with pytest.raises(ValueError, match="timeout_s"):
         core.submit("a", {"timeout_s": 0}, 0.0, stream=True, detokenize=True)
+
+
+def test_what_one_message_raises_ends_its_request_and_no_other(wire: Wire) -> None:
+    bad, good = (wire.core.submit("a", {"max_tokens": 2}, 0.0, stream=True, detokenize=True) for _ in range(2))
+    first, second = (message.id for message in wire.take() if isinstance(message, Submit))
+
+    def wake() -> None:
+        raise OSError("no room")
+
+    bad.wake = wake
+    wire.receive(Tokens(first, 0, [5], [-1.0], "a"), Tokens(second, 0, [6], [-1.0], "b"), finish(second, 1))
+    assert isinstance(bad.failure, ClientError) and "OSError('no room')" in str(bad.failure)
+    assert good.finish is not None and good.output_ids == [6], "I3"
+    assert not wire.core.is_busy
+
+
+def test_request_that_cannot_be_resumed_does_not_keep_the_next_from_it(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = (wire.core.submit("a", {"max_tokens": 2}, 0.0, stream=True, detokenize=True) for _ in range(2))
+    first, second = (message.id for message in wire.take() if isinstance(message, Submit))
+    send = wire.core._send
+
+    def send_one(frame: bytes) -> bool:
+        monkeypatch.setattr(wire.core, "_send", send)
+        raise OSError("no room")
+
+    monkeypatch.setattr(wire.core, "_send", send_one)
+    wire.receive(AliveReply([first, second]))
+    (resumed,) = wire.take()
+    assert isinstance(resumed, Submit) and wire.core.requests == {resumed.id: good}
+    assert isinstance(bad.failure, ClientError)
+
+
+def test_reply_that_is_not_utf8_is_no_message_of_the_protocol(wire: Wire) -> None:
+    frame = encode_server_messages([Tokens(1, 0, [], [], "text")]).replace(b"text", b"te\xfft")
+    with pytest.raises(ClientError, match="no message of this protocol"):
+        wire.core.handle(frame, 0.0)
