@@ -19,7 +19,8 @@ import zmq
 
 from blinkimp.client import DEFAULT_TIMEOUT_S, configure_socket, connect_socket
 from blinkimp.client_core import CallState, Chunk, ClientCore, Completion, RequestState
-from blinkimp.client_errors import BadRequestError, ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.client_errors import BadRequestError, ClientError, ClosedError, RequestRefusedError, ServerTimeoutError
+from blinkimp.client_request import deadline_of, timeout_of
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
 from blinkimp.transport import Security
 
@@ -29,6 +30,7 @@ __all__ = [
     "BadRequestError",
     "Chunk",
     "ClientError",
+    "ClosedError",
     "Completion",
     "RequestRefusedError",
     "ServerTimeoutError",
@@ -43,6 +45,7 @@ class AsyncClient:
     def __init__(
         self, endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, security: Security | None = None
     ) -> None:
+        timeout_s = timeout_of(timeout_s)
         # A plain socket and the event loop's add_reader: several times faster than zmq.asyncio, and sends need no await.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -61,15 +64,14 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancels what runs and disconnects."""
+        """Cancels what runs and disconnects; a stream that had not ended raises ClosedError."""
         if self._socket.closed:
             return
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
         if self._ticker is not None:
             self._ticker.cancel()
-        for state in list(self._core.requests.values()):
-            self._core.cancel(state)
+        self._core.close()
         self._socket.setsockopt(zmq.LINGER, 200)  # for the cancels
         self._socket.close()
         self._context.term()
@@ -87,8 +89,9 @@ class AsyncClient:
         """Starts a request; see blinkimp.client.Client.submit. To be called in the running event loop."""
         self._start()
         now = time.monotonic()
+        deadline = deadline_of(deadline_s, now)
         state = self._core.submit(prompt, sampling, now, stream=stream, detokenize=detokenize)
-        return AsyncTokenStream(self, state, None if deadline_s is None else now + deadline_s)
+        return AsyncTokenStream(self, state, deadline)
 
     async def generate(
         self,
@@ -141,6 +144,7 @@ class AsyncClient:
         return True
 
     def _start(self) -> None:
+        self._core.check_open()
         if self._failure is not None:
             raise self._failure
         if self._loop is None:

@@ -26,10 +26,12 @@ from blinkimp.client_core import CallState, Chunk, ClientCore, Completion, Reque
 from blinkimp.client_errors import (
     BadRequestError,
     ClientError,
+    ClosedError,
     EndpointError,
     RequestRefusedError,
     ServerTimeoutError,
 )
+from blinkimp.client_request import deadline_of, timeout_of
 from blinkimp.protocol import Finish, GetHealth, GetStats, Health, Stats
 from blinkimp.transport import Security, detect_lost_hosts
 
@@ -38,6 +40,7 @@ __all__ = [
     "Chunk",
     "Client",
     "ClientError",
+    "ClosedError",
     "Completion",
     "EndpointError",
     "RequestRefusedError",
@@ -61,15 +64,16 @@ def configure_socket(socket: zmq.Socket[Any], security: Security | None) -> None
 
 def connect_socket(socket: zmq.Socket[Any], endpoint: str, context: zmq.Context[Any]) -> None:
     """Raises EndpointError, and ends the context, which has no other socket yet: an open one would keep the process from ending."""
-    port = endpoint.rpartition(":")[2]
     try:
+        port = endpoint.rpartition(":")[2]
         if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > MAX_PORT:
             raise zmq.ZMQError(errno.EINVAL)  # libzmq would connect to another port, without a word
         socket.connect(endpoint)
-    except zmq.ZMQError as error:
+    except (zmq.ZMQError, AttributeError, TypeError, UnicodeEncodeError) as error:  # the latter of what is no text
         context.destroy()
+        reason = zmq.strerror(error.errno or 0) if isinstance(error, zmq.ZMQError) else "no text that is UTF-8"
         raise EndpointError(
-            f"endpoint: got {endpoint!r} ({zmq.strerror(error.errno or 0)}), expected a server's, such as "
+            f"endpoint: got {endpoint!r} ({reason}), expected a server's, such as "
             "tcp://127.0.0.1:5555 or ipc:///run/blinkimp; correct it"
         ) from None
 
@@ -80,6 +84,7 @@ class Client:
     def __init__(
         self, endpoint: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, security: Security | None = None
     ) -> None:
+        timeout_s = timeout_of(timeout_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         configure_socket(self._socket, security)
@@ -87,11 +92,10 @@ class Client:
         self._core = ClientCore(endpoint, self._send, timeout_s=timeout_s, now=time.monotonic())
 
     def close(self) -> None:
-        """Cancels what runs and disconnects."""
+        """Cancels what runs and disconnects; a stream that had not ended raises ClosedError."""
         if self._socket.closed:
             return
-        for state in list(self._core.requests.values()):
-            self._core.cancel(state)
+        self._core.close()
         self._socket.setsockopt(zmq.LINGER, 200)  # for the cancels
         self._socket.close()
         self._context.term()
@@ -115,11 +119,13 @@ class Client:
         """Starts a request with text or token ids; iterate over the result.
 
         sampling: fields of blinkimp.protocol.Sampling (temperature, top_k, top_p, min_p, seed, max_tokens, stop_token_ids,
-        ignore_eos). deadline_s: time for the whole request; then it is cancelled and ServerTimeoutError raised.
+        ignore_eos). deadline_s: time for the whole request; then it is cancelled and ServerTimeoutError raised. Raises BadRequestError
+        for what cannot be sent.
         """
         now = time.monotonic()
+        deadline = deadline_of(deadline_s, now)
         state = self._core.submit(prompt, sampling, now, stream=stream, detokenize=detokenize)
-        return TokenStream(self, state, None if deadline_s is None else now + deadline_s)
+        return TokenStream(self, state, deadline)
 
     def generate(
         self,

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from blinkimp.client_errors import ClientError, RequestRefusedError, ServerTimeoutError
+from blinkimp.client_errors import ClientError, ClosedError, RequestRefusedError, ServerTimeoutError
 from blinkimp.client_request import submit_of
 from blinkimp.protocol import (
     Alive,
@@ -128,14 +128,27 @@ class ClientCore:
         self._next_id = 1
         self._unsent: dict[int, RequestState] = {}  # submits that found no connection
         self._cancels: dict[int, None] = {}
+        self._is_closed = False
         self._heard_at = now
         self._next_tick = now
+
+    def check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError(self.endpoint)
+
+    def close(self) -> None:
+        """Cancels what runs, and ends it: from here on nothing is sent. The socket is to be closed after it."""
+        for state in list(self.requests.values()):
+            self.cancel(state)
+        self._is_closed = True
+        self.fail_all(ClosedError(self.endpoint))
 
     # ---- Start things ----------------------------------------------------------------------------------------------
     def submit(
         self, prompt: str | Sequence[int], sampling: dict[str, Any], now: float, *, stream: bool, detokenize: bool
     ) -> RequestState:
         """Raises BadRequestError (submit_of()); then nothing is registered."""
+        self.check_open()
         submit, frame = submit_of(self._take_id(), prompt, sampling, stream=stream, detokenize=detokenize)
         state = RequestState(submit)
         self._begin(now)
@@ -150,6 +163,7 @@ class ClientCore:
             self._flush_cancels()
 
     def ask(self, kind: type[GetStats] | type[GetHealth], now: float) -> CallState:
+        self.check_open()
         call = CallState(kind(self._take_id()))
         self._begin(now)
         self.calls[call.message.id] = call

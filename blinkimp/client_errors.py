@@ -26,6 +26,13 @@ class EndpointError(ClientError, ValueError):
     """An address that cannot be one of a server."""
 
 
+class ClosedError(ClientError):
+    """The client was closed."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(f"the client of {endpoint} is closed: got a use of it, expected an open one; make another")
+
+
 class BadRequestError(ClientError, ValueError):
     """A field that the protocol does not have, or not with this value; nothing was sent."""
 

@@ -8,6 +8,8 @@ R1  A Submit that submit_of() returns can be encoded, now and again when it is r
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Final
@@ -80,6 +82,26 @@ def prompt_of(prompt: str | Sequence[int]) -> str | list[int]:
             raise BadRequestError(f"prompt[{position}]: got {quote(token)}, {expected}; correct it")
         ids.append(token_id)
     return ids
+
+
+def deadline_of(deadline_s: float | None, now: float) -> float | None:
+    """When a request must have ended; None: whenever it does. Negative seconds, left over from a budget of the caller, are over."""
+    return None if deadline_s is None else now + _seconds("deadline_s", deadline_s, -math.inf)
+
+
+def timeout_of(timeout_s: float) -> float:
+    return _seconds("timeout_s", timeout_s, 0.0)
+
+
+def _seconds(name: str, value: Any, least: float) -> float:
+    try:
+        seconds = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        seconds = math.nan
+    if not seconds >= least:
+        kind = "a number" if least < 0 else f"a number of at least {least:g}"
+        raise BadRequestError(f"{name}: got {quote(value)}, expected {kind}, of seconds; correct it")
+    return seconds
 
 
 def _refusal(error: msgspec.ValidationError, given: Mapping[str, Any]) -> BadRequestError:

@@ -6,6 +6,7 @@ Run: pytest tests/null/test_client_core.py
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from blinkimp.client_core import ClientCore
 from blinkimp.client_errors import (
     BadRequestError,
     ClientError,
+    ClosedError,
     EndpointError,
     RequestRefusedError,
     ServerTimeoutError,
@@ -35,6 +37,7 @@ from blinkimp.protocol import (
     decode_client_message,
     encode_server_messages,
 )
+from tests.support import PATIENCE_S
 
 
 class Wire:
@@ -91,6 +94,66 @@ def test_endpoint_that_cannot_be_is_refused_and_nothing_stays_open(endpoint: str
     for attempt in (connect_async, open_backend):
         with pytest.raises(EndpointError):
             asyncio.run(attempt())
+
+
+@pytest.mark.parametrize("endpoint", [None, 5, b"tcp://127.0.0.1:5555", "tcp://a\ud800:1"])
+def test_endpoint_that_is_no_text_is_refused(endpoint: Any) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(EndpointError, match=r"^endpoint: got .*\(no text that is UTF-8\), expected a server's"):
+            make(endpoint)
+
+
+@pytest.mark.parametrize("value", ["5", float("nan"), -1, None, 10**400])
+def test_timeout_that_is_no_time_is_refused(value: Any) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(
+            BadRequestError, match=r"^timeout_s: got .*, expected a number of at least 0, of seconds; correct it$"
+        ):
+            make("tcp://127.0.0.1:1", timeout_s=value)
+
+
+@pytest.mark.parametrize("value", ["5", float("nan"), [1]])
+def test_deadline_that_is_no_time_is_refused(value: Any) -> None:
+    words = r"^deadline_s: got .*, expected a number, of seconds; correct it$"
+    with Client("tcp://127.0.0.1:1") as client, pytest.raises(BadRequestError, match=words):
+        client.submit("x", deadline_s=value)
+    assert not client._core.requests
+
+    async def submit() -> None:
+        async with AsyncClient("tcp://127.0.0.1:1") as client:
+            with pytest.raises(BadRequestError, match=words):
+                client.submit("x", deadline_s=value)
+            assert not client._core.requests
+
+    asyncio.run(submit())
+
+
+def test_use_after_close_says_so() -> None:
+    words = r"^the client of tcp://127.0.0.1:1 is closed: got a use of it, expected an open one; make another$"
+    with Client("tcp://127.0.0.1:1") as client:
+        stream = client.submit("x")
+    for use in (lambda: client.submit("x"), lambda: client.generate("x"), client.health, client.stats, stream.result):
+        with pytest.raises(ClosedError, match=words):
+            use()
+    stream.cancel()  # of no consequence, but no error either: a `with` block may end after its client
+    with stream:
+        pass
+
+
+def test_close_ends_who_waits() -> None:
+    async def run() -> None:
+        client = AsyncClient("tcp://127.0.0.1:1")
+        waiting = [asyncio.ensure_future(use) for use in (client.generate("x"), client.health())]
+        await asyncio.sleep(0)  # they have begun
+        await client.close()
+        for ended in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), PATIENCE_S):
+            assert isinstance(ended, ClosedError)
+        with pytest.raises(ClosedError):
+            client.submit("x")
+        with pytest.raises(ClosedError):
+            await client.stats()
+
+    asyncio.run(run())
 
 
 def test_submit_stream_finish(wire: Wire) -> None:
