@@ -13,12 +13,9 @@ blocks: not on a client that does not read, not on a full ring, not on a long pr
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import logging
-import os
 import signal
-import socket as os_socket
 import sys
 import threading
 import time
@@ -35,6 +32,7 @@ from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
 from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
+from blinkimp.nic_shim.ipc_path import check_free, file_id
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.memory_limit import MemoryLimit
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
@@ -138,8 +136,10 @@ class ZmqIngress:
             self._curve.secure(socket)
         self._closings = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            if somebody_listens(self._bind):  # libzmq would take the path away from them
-                raise zmq.ZMQError(errno.EADDRINUSE)
+            check_free(self._bind)  # libzmq would take the path away from whoever has it
+        except OSError as error:
+            raise OSError(f"cannot bind {self._bind}: {error}") from None
+        try:
             socket.bind(self._bind)
         except zmq.ZMQError as error:
             raise OSError(
@@ -275,30 +275,6 @@ class ZmqIngress:
         self.handler.close()
         self.link.close()
         self._memory.close()
-
-
-def file_id(bind: str) -> tuple[int, int] | None:
-    """Device and inode of the file of an ipc endpoint; None where there is none."""
-    try:
-        found = os.lstat(bind.removeprefix("ipc://")) if bind.startswith("ipc://") else None
-    except OSError:
-        return None
-    return None if found is None else (found.st_dev, found.st_ino)
-
-
-def somebody_listens(bind: str) -> bool:
-    """On the path of an ipc endpoint; a file that a dead process left behind is nobody."""
-    if not bind.startswith("ipc://"):
-        return False
-    with os_socket.socket(os_socket.AF_UNIX, os_socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(bind.removeprefix("ipc://"))
-        except BlockingIOError:  # its backlog is full
-            return True
-        except OSError:
-            return False
-    return True
 
 
 # ---- The process -----------------------------------------------------------------------------------------------------

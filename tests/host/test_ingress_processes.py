@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.host.child_process import EXIT_MISCONFIGURED
+from blinkimp.nic_shim.ipc_path import MAX_PATH_BYTES
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from tests.fake_director import FakeDirector
@@ -92,6 +94,14 @@ def test_two_ingress_processes_one_is_killed_the_other_drains(tmp_path: Path) ->
                 end_process(process)
 
 
+def run_process(engine: str, tokenizer: Path, bind: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """To its end."""
+    command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", engine]
+    command += ["--tokenizer", str(tokenizer), "--bind", bind, *flags]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -105,10 +115,7 @@ def test_process_says_what_is_wrong(tmp_path: Path, flags: list[str], complaint:
     expected = 1 if flags[0] in ("--engine", "--queue-pair") else EXIT_MISCONFIGURED
     tokenizer = write_byte_tokenizer(tmp_path)
     with FakeDirector(engine_name(), vocab_size=258) as director:
-        command = [sys.executable, "-m", "blinkimp.nic_shim.zmq_ingress", "--engine", director.regions.engine_name]
-        command += ["--tokenizer", str(tokenizer), "--bind", "tcp://127.0.0.1:*", *flags]
-        environment = {**os.environ, "PYTHONPATH": python_path()}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
+        done = run_process(director.regions.engine_name, tokenizer, "tcp://127.0.0.1:*", *flags)
     assert done.returncode == expected and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -138,6 +145,53 @@ def test_a_path_that_somebody_listens_on_is_not_taken_away(tmp_path: Path) -> No
         finally:
             ingress.stop()
             assert ingress.join(PATIENCE_S)
+
+
+def make_something(kind: str, path: Path) -> None:
+    if kind == "an ordinary file":
+        path.write_text("precious")
+    elif kind == "a directory":
+        path.mkdir()
+    else:
+        (path.parent / "target").write_text("precious")
+        path.symlink_to("target")
+
+
+@pytest.mark.parametrize("kind", ["an ordinary file", "a directory", "a symbolic link"])
+def test_a_path_that_is_no_socket_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
+    path, tokenizer = tmp_path / "notes", write_byte_tokenizer(tmp_path)
+    make_something(kind, path)
+    before = path.lstat().st_ino
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        done = run_process(director.regions.engine_name, tokenizer, f"ipc://{path}")
+    assert done.returncode == EXIT_MISCONFIGURED and "Traceback" not in done.stderr, done.stderr
+    assert f"cannot bind ipc://{path}: {path} is not a socket but {kind}; expected a free path" in done.stderr
+    assert path.lstat().st_ino == before and (kind == "a directory" or path.read_text() == "precious")
+
+
+def test_a_path_longer_than_sockets_have_is_refused(tmp_path: Path) -> None:
+    longest = tmp_path / ("x" * (MAX_PATH_BYTES - len(os.fsencode(tmp_path)) - 1))
+    tokenizer = Tokenizer(write_byte_tokenizer(tmp_path))
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        ingress = ZmqIngress(director.regions.engine_name, 0, f"ipc://{longest}x", tokenizer)
+        with pytest.raises(OSError, match=r"x has 108 bytes; expected a path of at most 107, as sockets have"):
+            ingress.start()
+        ingress = ZmqIngress(director.regions.engine_name, 0, f"ipc://{longest}", tokenizer)
+        ingress.start()
+        assert longest.is_socket()
+        ingress.stop()
+        assert ingress.join(PATIENCE_S) and not longest.exists()
+
+
+def test_a_socket_that_a_dead_process_left_is_nobodys(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "ingress", Tokenizer(write_byte_tokenizer(tmp_path))
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        ingress = ZmqIngress(director.regions.engine_name, 0, f"ipc://{path}", tokenizer)
+        ingress.start()
+        ingress.stop()
+        assert ingress.join(PATIENCE_S) and not path.exists()
 
 
 @pytest.mark.parametrize("is_successors", [False, True])
