@@ -9,6 +9,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, config_of, new_parser, sampling_of
@@ -26,7 +28,8 @@ examples:
   blinkimp chat --model ~/models/Qwen3-4B --connect tcp://127.0.0.1:5555
 
 what happens: the conversation is written in the checkpoint's own chat template and sent as token ids; the reply streams back. With
---connect, --model must be the folder that the server serves. The oldest exchanges are forgotten when the context is full.
+--connect, --model must be the folder that the server serves. The oldest exchanges are forgotten when the context is full; a message that
+does not fit even then, or that the server refuses, is dropped, and the conversation goes on.
 Ctrl-C stops a reply, Ctrl-D ends. The embedded model completes code; it was not trained to converse.
 """
 
@@ -39,8 +42,8 @@ def add_parser(subparsers: Any, summary: str) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from blinkimp.cli.chat_template import Conversation
-    from blinkimp.client import Client
+    from blinkimp.cli.chat_template import ChatTemplateError, Conversation, MessageTooLongError
+    from blinkimp.client import Client, RequestRefusedError
     from blinkimp.nic_shim.tokenizer import USER_SPEAKS
 
     folder = model_folder(config_of(options))
@@ -59,10 +62,23 @@ def run(options: argparse.Namespace) -> int:
             if not line.strip():
                 continue
             conversation.add("user", line)
-            if num_forgotten := conversation.fit(max_context - options.max_tokens):
-                stderr_console.print(f"[dim]the context is full: the oldest {num_forgotten} messages are forgotten[/]")
-            conversation.add("assistant", stream_reply(client, conversation, sampling))
+            try:
+                if num_forgotten := conversation.fit(max_context - options.max_tokens):
+                    stderr_console.print(
+                        f"[dim]the context is full: the oldest {num_forgotten} messages are forgotten[/]"
+                    )
+                reply = stream_reply(client, conversation, sampling)
+            except (MessageTooLongError, ChatTemplateError, RequestRefusedError) as error:
+                conversation.drop_last()
+                say_dropped(error)
+                continue
+            conversation.add("assistant", reply)
     return 0
+
+
+def say_dropped(reason: Exception) -> None:
+    """The conversation goes on as if the message had not been."""
+    stderr_console.print(Text(f"{reason}. The message was dropped", style="yellow"), soft_wrap=True)
 
 
 class WrongModelError(RuntimeError):

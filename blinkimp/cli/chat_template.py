@@ -10,9 +10,13 @@ from pathlib import Path
 from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
 from blinkimp.nic_shim.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplateError", "Conversation"]
+__all__ = ["ChatTemplateError", "Conversation", "MessageTooLongError"]
 
 Message = dict[str, str]  # role: system, user or assistant; content
+
+
+class MessageTooLongError(RuntimeError):
+    """It cannot be answered, whatever is forgotten."""
 
 
 class Conversation:
@@ -36,10 +40,25 @@ class Conversation:
         return self._template.prompt_ids(self.tokenizer, self.messages)
 
     def fit(self, max_prompt_tokens: int) -> int:
-        """Forgets the oldest exchanges until the prompt fits; returns how many messages were forgotten."""
+        """Forgets the oldest exchanges until the prompt fits; returns how many messages were forgotten. Raises MessageTooLongError, and
+        forgets nothing, where the last message does not even fit alone."""
         num_forgotten = 0
         first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
-        while len(self.messages) > first + 1 and len(self.prompt_ids()) > max_prompt_tokens:
-            del self.messages[first : first + 2]
+        while (num_tokens := len(self._ids_without(first, num_forgotten))) > max_prompt_tokens:
             num_forgotten += 2
+            if first + num_forgotten >= len(self.messages):
+                raise MessageTooLongError(
+                    f"the message is too long: got a prompt of {num_tokens} tokens even without the exchanges before it, expected at "
+                    f"most {max(0, max_prompt_tokens)}; shorten it, or lower --max-tokens"
+                )
+        del self.messages[first : first + num_forgotten]
         return num_forgotten
+
+    def drop_last(self) -> None:
+        """The message that was added last could not be answered."""
+        self.messages.pop()
+
+    def _ids_without(self, first: int, num_forgotten: int) -> list[int]:
+        return self._template.prompt_ids(
+            self.tokenizer, [*self.messages[:first], *self.messages[first + num_forgotten :]]
+        )

@@ -198,6 +198,17 @@ def test_chat_answers_each_line(server: tuple[str, subprocess.Popen[str]]) -> No
     assert result.stdout.count("\n") >= 2
 
 
+def test_chat_goes_on_after_a_message_that_is_too_long(server: tuple[str, subprocess.Popen[str]]) -> None:
+    endpoint, _ = server
+    lines, too_long = ["def f(x):", "import os"], "many words " * 5000
+    expected = run("chat", "--connect", endpoint, "--max-tokens", "16", stdin="\n".join(lines))
+    result = run("chat", "--connect", endpoint, "--max-tokens", "16", stdin="\n".join([lines[0], too_long, lines[1]]))
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"the message is too long: got a prompt of \d+ tokens .*The message was dropped", result.stderr)
+    assert "forgotten" not in result.stderr
+    assert result.stdout == expected.stdout, "greedy replies: the conversation is the same"
+
+
 def test_doctor_measures_a_round_trip() -> None:
     result = run("doctor", "--json", *EMULATED)
     findings = {finding["what"]: finding for finding in json.loads(result.stdout)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blinkimp.cli.chat_template import ChatTemplateError, Conversation
+from blinkimp.cli.chat_template import ChatTemplateError, Conversation, MessageTooLongError
 from blinkimp.config import Config, model_folder
 from blinkimp.nic_shim.chat_template import ChatTemplate
 
@@ -75,10 +75,25 @@ def test_the_oldest_exchanges_are_forgotten_first_and_the_system_message_never(t
     assert conversation.fit(100) == 0
 
 
-def test_the_last_message_stays_even_where_it_does_not_fit(tmp_path: Path) -> None:
-    conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE))
+@pytest.mark.parametrize("system", ["", "S"])
+@pytest.mark.parametrize("num_turns", [0, 1, 3])
+def test_nothing_is_forgotten_for_a_message_that_does_not_fit_anyway(
+    tmp_path: Path, system: str, num_turns: int
+) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE), system)
+    for turn_idx in range(num_turns):
+        conversation.add("user", f"question {turn_idx}")
+        conversation.add("assistant", "answer")
+    before = list(conversation.messages)
     conversation.add("user", "many words " * 50)
-    assert conversation.fit(5) == 0  # the server's refusal says what is wrong
+    with pytest.raises(
+        MessageTooLongError, match=r"too long: got a prompt of \d+ tokens .*, expected at most 40; shorten it"
+    ):
+        conversation.fit(40)
+    conversation.drop_last()
+    assert conversation.messages == before
+    conversation.add("user", "few")
+    assert conversation.fit(10**6) == 0
 
 
 def test_a_template_that_refuses_is_an_error_for_the_user(tmp_path: Path) -> None:
