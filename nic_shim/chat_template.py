@@ -99,7 +99,12 @@ class ChatTemplate:
         """Token ids that end where the assistant's reply begins."""
         text = self.text(messages, **variables)
         # A template writes the special tokens itself. encode_batch releases the GIL.
-        encoding = tokenizer.hf.encode_batch([text], add_special_tokens=self.is_plain)[0]
+        try:
+            encoding = tokenizer.hf.encode_batch([text], add_special_tokens=self.is_plain)[0]
+        except TypeError:  # so says the binding of half a surrogate pair
+            raise ChatTemplateError(
+                "the conversation as text holds half a surrogate pair; expected UTF-8; correct the messages, or the template"
+            ) from None
         return list(encoding.ids)
 
 

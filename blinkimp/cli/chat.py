@@ -15,6 +15,7 @@ from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, config_of, new_parser, sampling_of
 from blinkimp.cli.terminal import stderr_console
+from blinkimp.cli.user_text import NotUtf8Error, checked, hide_bad_bytes
 from blinkimp.config import model_folder
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.client import Client, RequestRefusedError
     from blinkimp.nic_shim.tokenizer import USER_SPEAKS
 
+    hide_bad_bytes()
+    try:
+        checked("--system", options.system)
+    except NotUtf8Error as error:
+        print(f"blinkimp chat: {error}", file=sys.stderr)
+        return 2
     folder = model_folder(config_of(options))
     conversation = Conversation(folder, options.system)
     if conversation.is_plain:
@@ -63,12 +70,13 @@ def run(options: argparse.Namespace) -> int:
                 continue
             conversation.add("user", line)
             try:
+                checked("the message", line)
                 if num_forgotten := conversation.fit(max_context - options.max_tokens):
                     stderr_console.print(
                         f"[dim]the context is full: the oldest {num_forgotten} messages are forgotten[/]"
                     )
                 reply = stream_reply(client, conversation, sampling)
-            except (MessageTooLongError, ChatTemplateError, RequestRefusedError) as error:
+            except (NotUtf8Error, MessageTooLongError, ChatTemplateError, RequestRefusedError) as error:
                 conversation.drop_last()
                 say_dropped(error)
                 continue

@@ -209,6 +209,37 @@ def test_chat_goes_on_after_a_message_that_is_too_long(server: tuple[str, subpro
     assert result.stdout == expected.stdout, "greedy replies: the conversation is the same"
 
 
+def test_prompt_that_is_not_utf8_is_wrong_usage() -> None:
+    words = b"got b'def \\xff', whose character 4 is not UTF-8; expected UTF-8 text"
+    for arguments, stdin in (
+        (["generate", "-"], b"def \xff"),
+        (["generate", b"def \xff"], b""),
+        (["chat", "--system", b"def \xff"], b""),
+    ):
+        done = subprocess.run(
+            [*command(), *arguments], input=stdin, capture_output=True, timeout=300, check=False, env=environment()
+        )
+        assert done.returncode == 2 and words in done.stderr and b"Traceback" not in done.stderr, done.stderr
+
+
+def test_chat_goes_on_after_a_message_that_is_not_utf8(server: tuple[str, subprocess.Popen[str]]) -> None:
+    endpoint, _ = server
+    expected, result = (
+        subprocess.run(
+            command("chat", "--connect", endpoint, "--max-tokens", "16"),
+            input=stdin,
+            capture_output=True,
+            timeout=300,
+            check=False,
+            env=environment(),
+        )
+        for stdin in (b"def f(x):\nimport os\n", b"def f(x):\ndef \xff\nimport os\n")
+    )
+    assert result.returncode == 0 and result.stdout == expected.stdout, result.stderr
+    assert b"the message: got b'def \\xff', whose character 4 is not UTF-8;" in result.stderr
+    assert result.stderr.count(b"The message was dropped") == 1
+
+
 def test_doctor_measures_a_round_trip() -> None:
     result = run("doctor", "--json", *EMULATED)
     findings = {finding["what"]: finding for finding in json.loads(result.stdout)}

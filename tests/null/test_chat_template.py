@@ -102,6 +102,13 @@ def test_a_template_that_refuses_is_an_error_for_the_user(tmp_path: Path) -> Non
         conversation.prompt_ids()
 
 
+def test_a_conversation_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE))
+    conversation.add("user", "a\ud800")
+    with pytest.raises(ChatTemplateError, match="half a surrogate pair; expected UTF-8"):
+        conversation.prompt_ids()
+
+
 def test_a_broken_template_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ChatTemplateError, match="expected a Jinja template"):
         Conversation(checkpoint(tmp_path, jinja="{% for %}"))
