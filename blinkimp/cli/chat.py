@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     conversation = Conversation(folder, options.system)
     if conversation.is_plain:
         stderr_console.print(
-            f"[yellow]{folder} has no chat template: plain `User:` and `Assistant:` paragraphs are used[/]"
+            Text(f"{folder} has no chat template: plain `User:` and `Assistant:` paragraphs are used", style="yellow"),
+            soft_wrap=True,
         )
     security = security_of(options)
     with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout, security=security) as client:

@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+from rich.markup import escape
+
 from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, new_parser, sampling_of
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             speed = f", then {rate:.0f} tokens/s" if finish.num_output_tokens > 1 else ""
             stderr_console.print(
                 f"[dim]{finish.num_output_tokens} tokens; the first after {(first_s - start_s) * 1e3:.0f} ms{speed}; "
-                f"finished: {finish.reason}; seed {finish.seed}[/]",
+                f"finished: {escape(finish.reason)}; seed {finish.seed}[/]",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,15 @@ def test_chat_goes_on_after_a_message_that_is_too_long(server: tuple[str, subpro
     assert re.search(r"the message is too long: got a prompt of \d+ tokens .*The message was dropped", result.stderr)
     assert "forgotten" not in result.stderr
     assert result.stdout == expected.stdout, "greedy replies: the conversation is the same"
+
+
+def test_a_folder_named_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "q[" / "y]"  # as markup: an end without a beginning
+    shutil.copytree(model_folder(Config()), folder)
+    endpoint = f"ipc://{tmp_path}/nobody"
+    result = run("chat", "--model", str(folder), "--connect", endpoint, "--timeout", "0.5")
+    assert f"{folder} has no chat template: plain `User:`" in result.stderr, result.stderr
+    assert result.returncode == 1 and "no word from" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_prompt_that_is_not_utf8_is_wrong_usage() -> None:
