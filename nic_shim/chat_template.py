@@ -22,6 +22,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from blinkimp.complaints import quote
 from blinkimp.nic_shim.tokenizer import Tokenizer, chat_prompt
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
@@ -249,19 +250,40 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ChatTemplateError(f"{path} cannot be read: {error}; expected JSON; fetch the file again") from error
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        raise ChatTemplateError(f"{path}: got {quote(settings)}, expected a JSON object; fetch the file again")
+    return settings
 
 
 def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text()
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    """None: the checkpoint has none. What is there and cannot be one is an error: without it the model would be asked in other words."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ChatTemplateError(
+                f"{path} cannot be read: {error}; expected a Jinja template in UTF-8; fetch the file again"
+            ) from error
+    given = template = settings.get("chat_template")
+    if isinstance(given, list):  # several by name
+        named = {str(entry.get("name")): entry.get("template") for entry in given if isinstance(entry, dict)}
         template = named.get("default")
-    return template if isinstance(template, str) else None
+    if given is not None and not isinstance(template, str):
+        raise ChatTemplateError(
+            f"{folder / 'tokenizer_config.json'}: chat_template: got {_described(given)}, expected a template as text, or a list of named "
+            "ones with `default` among them; correct the file, or put the template into chat_template.jinja beside it"
+        )
+    return template
+
+
+def _described(given: Any) -> str:
+    if not isinstance(given, list):
+        return quote(given)
+    names = ", ".join(quote(entry.get("name") if isinstance(entry, dict) else entry) for entry in given)
+    return f"a list of {len(given)} ({names}), whose `default` is none"
 
 
 def _content(token: Any) -> str:

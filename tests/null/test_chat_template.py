@@ -102,6 +102,40 @@ def test_a_template_that_refuses_is_an_error_for_the_user(tmp_path: Path) -> Non
         conversation.prompt_ids()
 
 
+@pytest.mark.parametrize(
+    ("template", "got"),
+    [
+        (5, "got 5, expected a template as text"),
+        ({"default": TEMPLATE}, r"got \{'default': .*, expected a template as text"),
+        ([{"name": "tools", "template": TEMPLATE}], r"got a list of 1 \('tools'\), whose `default` is none, expected"),
+        ([{"name": "default", "template": 5}], r"got a list of 1 \('default'\), whose `default` is none, expected"),
+        ([{"name": "default", "template": None}], "got a list of 1"),
+        ([TEMPLATE], "got a list of 1"),
+        ([], "got a list of 0"),
+    ],
+)
+def test_a_template_that_cannot_be_one_is_an_error(tmp_path: Path, template: object, got: str) -> None:
+    with pytest.raises(ChatTemplateError, match=rf"{tmp_path}/tokenizer_config.json: chat_template: {got}"):
+        ChatTemplate(checkpoint(tmp_path, {"chat_template": template}))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_file_that_is_not_utf8_is_told_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ChatTemplateError, match=rf"{tmp_path}/{name} cannot be read: .*; fetch the file again"):
+        ChatTemplate(tmp_path)
+
+
+def test_settings_that_are_no_object_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config.json: got \[1\], expected a JSON object"):
+        ChatTemplate(tmp_path)
+
+
+def test_no_template_at_all_is_plain(tmp_path: Path) -> None:
+    assert ChatTemplate(checkpoint(tmp_path, {"chat_template": None})).is_plain
+
+
 def test_a_conversation_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     conversation = Conversation(checkpoint(tmp_path, jinja=TEMPLATE))
     conversation.add("user", "a\ud800")
