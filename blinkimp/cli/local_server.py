@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from blinkimp.cli import ranges
 from blinkimp.cli.client_keys import add_key_flags
 from blinkimp.cli.options import add_config_flags, config_of
 from blinkimp.cli.terminal import ends_in_order, undisturbed
@@ -52,7 +53,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_key_flags(parser)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=ranges.duration(above=True),
         default=30.0,
         metavar="S",
         help="how long the server may be silent (default %(default)g)",

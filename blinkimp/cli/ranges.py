@@ -2,7 +2,7 @@
 
     parser.add_argument("--drain", type=duration(), ...)      "argument --drain: got 'nan', expected seconds from 0 to 1e+08"
 
-Called by the subcommands trace, bench and lab. Test: pytest tests/null/test_cli_ranges.py
+Called by the subcommands. Test: pytest tests/null/test_cli_ranges.py
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from typing import Any, Final
 
 from blinkimp.cli.options import new_parser
+from blinkimp.cli.ranges import bounded
 
 EPILOG: Final = """\
 examples:
@@ -37,17 +38,16 @@ where next:
 """
 
 
-def interval(text: str) -> float:
-    value = float(text)
-    if not 0.05 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"got {text}, expected 0.05 to 3600 seconds")
-    return value
-
-
 def add_parser(subparsers: Any, summary: str) -> None:
     parser = new_parser(subparsers, "top", summary, EPILOG, usage="[options]")
     parser.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
-    parser.add_argument("--interval", type=interval, default=0.5, metavar="S", help="between two looks (default 0.5)")
+    parser.add_argument(
+        "--interval",
+        type=bounded(float, "seconds", 0.05, 3600.0),
+        default=0.5,
+        metavar="S",
+        help="between two looks (default 0.5)",
+    )
     parser.add_argument("--once", action="store_true", help="one look; also where stdout is not a terminal")
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from blinkimp.cli.options import new_parser
+from blinkimp.cli.ranges import duration
 
 EPILOG = """\
 examples:
@@ -45,7 +46,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
     parser.add_argument(
         "--aging-ms", type=aging, metavar="MS", help="waiting that is worth one priority level, or never"
     )
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="how long the director may take (5)")
+    parser.add_argument(
+        "--timeout", type=duration(), default=5.0, metavar="S", help="how long the director may take (5)"
+    )
     parser.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,28 @@ def test_wrong_usage_names_the_command(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit):
             main(arguments)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "x", "--timeout"],
+        ["chat", "--timeout"],
+        ["top", "--interval"],
+        ["tune", "--timeout"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e9", "soon"])
+def test_a_time_that_is_none_or_has_no_end_is_wrong_usage(
+    arguments: list[str], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments[:-1], f"{arguments[-1]}={value}")
+    assert ended.value.code == 2
+    assert re.search(
+        rf"argument {arguments[-1]}: got '{value}', expected seconds (from|above) \S+ to", capsys.readouterr().err
+    )
 
 
 def test_no_command_prints_help_and_counts_as_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
