@@ -48,7 +48,9 @@ def add_parser(subparsers: Any, summary: str) -> None:
         metavar="S",
         help="between two looks (default 0.5)",
     )
-    parser.add_argument("--once", action="store_true", help="one look; also where stdout is not a terminal")
+    parser.add_argument(
+        "--once", action="store_true", help="one look; also where stdout is not a terminal, or a dumb one"
+    )
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
 
 
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     try:
         watcher = Watcher(name)
-        if options.once or not console.is_terminal:
+        if options.once or not console.is_terminal or console.is_dumb_terminal:  # one that cannot move its cursor
             return _look_once(console, watcher, options)
         return _live(console, watcher, options.interval)
     except SharedMemoryError as error:

@@ -5,11 +5,14 @@ Run: pytest tests/host/test_top.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,30 @@ def test_all_of_it_fits_a_terminal_of_24_lines(columns: int) -> None:
     assert "http 4194304" in row and "1,024" not in row and "0/8192" in row and "41,234" in row
     (row,) = (line for line in lines if line.startswith("1 "))
     assert "gone 4194304" in row
+
+
+def test_a_dumb_terminal_gets_one_look() -> None:
+    ours, its = pty.openpty()
+    with FakeDirector(engine_name(), vocab_size=258) as director:
+        command = [sys.executable, "-m", "blinkimp", "top", "--interval", "0.1", "--engine-name"]
+        environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "dumb", "COLUMNS": "110"}
+        process = subprocess.Popen(
+            [*command, director.regions.engine_name], stdin=its, stdout=its, stderr=its, cwd=ROOT, env=environment
+        )
+        os.close(its)
+        shown_text, patience = b"", threading.Timer(PATIENCE_S, process.kill)
+        patience.start()
+        try:
+            with contextlib.suppress(OSError):  # EIO: it has ended, nobody has the terminal any more
+                while piece := os.read(ours, 65536):
+                    shown_text += piece
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            patience.cancel()
+            process.kill()
+            process.wait()
+            os.close(ours)
+    assert "─ batch ─" in shown_text.decode() and b"\x1b[" not in shown_text
 
 
 def test_a_fault_and_a_silent_engine_are_seen() -> None:
