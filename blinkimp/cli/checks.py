@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from blinkimp import __version__, native
-from blinkimp.config import Config, cache_folder
+from blinkimp.config import Config, cache_folder, model_folder
 
 NUM_PINGS = 500
 PING_TIMEOUT_S = 5.0
@@ -205,6 +205,27 @@ def check_cache(config: Config) -> Finding:
     return Finding("compile cache", Verdict.OK, f"{folder}: {num_kernels} kernels")
 
 
+def check_model(config: Config) -> Finding:
+    """What the engine reads before it reads weights."""
+    from blinkimp.host.checkpoint import read_eos_ids, read_model_config
+    from blinkimp.host.model_config import UnsupportedModelError
+    from blinkimp.nic_shim.chat_template import ChatTemplate, ChatTemplateError
+    from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
+
+    folder = model_folder(config)
+    try:
+        model = read_model_config(folder)
+        read_eos_ids(folder, model.vocab)
+        Tokenizer(folder)
+    except (UnsupportedModelError, TokenizerError, OSError) as error:
+        return Finding("model", Verdict.FAIL, str(error), "give --model a folder with a checkpoint that can be served")
+    try:
+        ChatTemplate(folder)
+    except ChatTemplateError as error:
+        return Finding("model", Verdict.WARN, str(error), "neither --http nor `blinkimp chat` works with it")
+    return Finding("model", Verdict.OK, f"{folder}: {model.num_layers} layers, {model.vocab} tokens")
+
+
 def check_round_trip(config: Config) -> Finding:
     """A whole engine, and pings through a queue pair of it: shared memory, director and both ports work, and how fast."""
     from blinkimp.host.engine import Engine
@@ -218,7 +239,11 @@ def check_round_trip(config: Config) -> Finding:
             port.start_heartbeat()
             round_trips_us = [ping_us(port, request_id) for request_id in range(NUM_PINGS)]
             description = engine.device.describe()
-    except RuntimeError as error:
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # ValueError: settings that do not go together, a model that is none
         return Finding(what, Verdict.FAIL, f"{type(error).__name__}: {error}", "look at the findings above first")
     p50, p99 = np.percentile(round_trips_us, [50, 99])
     return Finding(what, Verdict.OK, f"p50 {p50:.1f} us, p99 {p99:.1f} us over {NUM_PINGS} pings ({description})")
@@ -254,5 +279,6 @@ def all_checks(config: Config) -> list[tuple[str, Callable[[], Finding]]]:
         ("shared memory", lambda: check_shared_memory(config)),
         ("CPU cores", check_cores),
         ("compile cache", lambda: check_cache(config)),
+        ("model", lambda: check_model(config)),
         ("ring round trip", lambda: check_round_trip(config)),
     ]

@@ -6,6 +6,7 @@ Called by blinkimp/cli/__init__.py; the checks themselves are in blinkimp/cli/ch
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from rich.markup import escape
 from blinkimp.cli.checks import Finding, Verdict, all_checks
 from blinkimp.cli.options import add_config_flags, config_of, new_parser
 from blinkimp.cli.terminal import set_up_logging, stderr_console
+from blinkimp.config import ConfigError
 
 EPILOG = """\
 examples:
@@ -42,11 +44,20 @@ def show(console: Console, finding: Finding) -> None:
         console.print(f"{'':<23} -> {escape(finding.remedy)}", soft_wrap=True)
 
 
-def run(options: argparse.Namespace) -> int:
-    config = config_of(options)
+def checks_of(options: argparse.Namespace) -> list[tuple[str, Callable[[], Finding]]]:
+    """All of them; where the settings are none, one that says so: the others would look at another engine than was asked for."""
+    try:
+        config = config_of(options)
+    except ConfigError as error:
+        wrong = Finding("settings", Verdict.FAIL, str(error), "correct it; everything else is looked at then")
+        return [("settings", lambda: wrong)]
     set_up_logging("error" if "log_level" not in vars(options) else config.log_level)
+    return all_checks(config)
+
+
+def run(options: argparse.Namespace) -> int:
     console, findings = Console(highlight=False), []
-    for what, check in all_checks(config):
+    for what, check in checks_of(options):
         with stderr_console.status(what):
             finding = check()
         findings.append(finding)

@@ -258,6 +258,22 @@ def test_doctor_measures_a_round_trip() -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "what", "found"),
+    [
+        (["--model", "/nowhere"], "model", "/nowhere/config.json: got no such file"),
+        (["--num-pages", "1"], "ring round trip", "MemoryPlanError: 1 KV pages cannot be"),
+        (["--max-context", "99999999"], "ring round trip", "max_context is 99999999, but the model has 2048"),
+        (["--num-pages=-3"], "settings", "num_pages (flag --num-pages): got '-3'"),
+    ],
+)
+def test_doctor_fails_where_a_setting_cannot_work(flags: list[str], what: str, found: str) -> None:
+    result = run("doctor", "--json", *EMULATED, *flags)
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert findings[what]["verdict"] == "fail" and found in findings[what]["found"] and findings[what]["remedy"]
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+
+
 def test_doctor_fails_where_a_gpu_is_asked_for_and_none_is_there() -> None:
     result = run("doctor", "--device", "gpu", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1

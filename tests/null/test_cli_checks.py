@@ -16,7 +16,7 @@ import pytest
 from blinkimp import native
 from blinkimp.cli import checks
 from blinkimp.cli.checks import Verdict
-from blinkimp.config import Config
+from blinkimp.config import Config, model_folder
 from blinkimp.host import available_memory
 
 
@@ -63,6 +63,20 @@ def test_a_small_limit_of_locked_memory_is_a_warning(monkeypatch: pytest.MonkeyP
     assert "ulimit -l" in finding.remedy
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert checks.check_locked_memory(Config()).verdict is Verdict.OK
+
+
+def test_a_model_is_looked_at(tmp_path: Path) -> None:
+    assert checks.check_model(Config()).verdict is Verdict.OK
+    missing = checks.check_model(Config(model=str(tmp_path)))
+    assert missing.verdict is Verdict.FAIL and f"{tmp_path}/config.json" in missing.found
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder(Config()), folder)
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    broken = checks.check_model(Config(model=str(folder)))
+    assert broken.verdict is Verdict.WARN and "expected a Jinja template" in broken.found
+    (folder / "generation_config.json").write_text('{"eos_token_id": 99999}')
+    outside = checks.check_model(Config(model=str(folder)))
+    assert outside.verdict is Verdict.FAIL and "eos_token_id: got 99999" in outside.found
 
 
 def test_one_core_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
