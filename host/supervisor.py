@@ -129,6 +129,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
+        for text in ignored_settings(self._config):
+            _log.warning("%s", text)
         try:
             lock = EngineLock(self._config.engine_name)
         except SharedMemoryError as error:
@@ -243,6 +245,18 @@ def metrics_slots(config: Config) -> list[ProcessSlot]:
         return []
     arguments = ["--bind", config.metrics, "--metrics-prefix", config.metrics_prefix]
     return [ProcessSlot("metrics", config, "blinkimp.nic_shim.metrics_server", arguments)]
+
+
+def ignored_settings(config: Config) -> list[str]:
+    """What was set and changes nothing, in words."""
+    texts = []
+    if config.api_key_file and not config.http:
+        texts.append(
+            "api_key_file is ignored: it is of the HTTP ingress, and there is none; give http too (--http HOST:PORT)"
+        )
+    if config.trace_op_period and not config.trace_events:
+        texts.append("trace_op_period is ignored: there is no trace; give trace_events too (--trace-events 1048576)")
+    return texts
 
 
 def endpoint_of(bind: str, idx: int) -> str:

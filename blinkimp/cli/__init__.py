@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from blinkimp import __version__
-from blinkimp.cli.options import HelpFormatter
+from blinkimp.cli.options import HelpFormatter, Parser
 
 COMMANDS = {
     "serve": "load a model and serve it to clients",
@@ -49,10 +49,22 @@ where to start:
 """
 
 
+# What `serve` calls that which other servers, vLLM first, have under another name.
+OUR_NAMES = {
+    "--port": "--http HOST:PORT",
+    "--host": "--http HOST:PORT",
+    "--api-key": "--api-key-file FILE, or BLINKIMP_API_KEY",
+    "--max-model-len": "--max-context N",
+    "--max-num-seqs": "--max-batch N",
+    "--max-num-batched-tokens": "--max-step-tokens N",
+    "--gpu-memory-utilization": "--kv-memory-fraction F",
+}
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser. The options of the subcommand `only` are filled in, of the others just the names (None: of all)."""
     listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="blinkimp",
         description=DESCRIPTION + listing,
         epilog=EPILOG,
@@ -70,6 +82,24 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def complaint(command: str | None, unknown: Sequence[str]) -> str:
+    """About arguments that nobody knows, without the values of flags: one may be a secret."""
+    shown, remedies, is_value = [], [], False
+    for argument in unknown:
+        flag = argument.partition("=")[0]
+        if argument.startswith("-"):
+            shown.append(flag)
+            if command == "serve" and flag in OUR_NAMES:
+                remedies.append(f"instead of {flag}: {OUR_NAMES[flag]}")
+        elif not is_value:
+            shown.append(argument)
+            if command == "serve":
+                remedies.append(f"a model is given as --model {argument}")
+        is_value = argument.startswith("-") and "=" not in argument
+    text = f"unrecognized arguments: {' '.join(shown)}"
+    return "; ".join([text, *remedies, f"see `blinkimp {command or ''} --help`".replace("  ", " ")])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -78,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(complaint(options.command, unknown))
     if options.command is None:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
     try:

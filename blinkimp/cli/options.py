@@ -24,6 +24,14 @@ METAVARS = {
 COMMON_KEYS = ("model", "device", "bind", "http", "engine_name", "max_batch", "max_context", "log_level")
 
 
+class Parser(argparse.ArgumentParser):
+    """Of the command, its subcommands and their parts: a flag counts only as it is written out. The start of another one, such as vLLM's
+    --api-key KEY, would be taken for --api-key-file, and the key for a file's name."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Paragraphs are as wide as the terminal, lines that begin with a space stay as they are; an option's default stands beside it."""
 

@@ -204,6 +204,27 @@ def test_a_time_that_is_none_or_has_no_end_is_wrong_usage(
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "Qwen/Qwen3-4B"], ["unrecognized arguments: Qwen/Qwen3-4B;", "--model Qwen/Qwen3-4B"]),
+        (["serve", "--port", "8000", "--host=0.0.0.0"], ["unrecognized arguments: --port --host;", "--http HOST:PORT"]),
+        (["serve", "--api-key", "sk-123"], ["--api-key;", "--api-key-file FILE", "BLINKIMP_API_KEY"]),
+        (["serve", "--max-model-len", "4096", "--api-key=sk-123"], ["--max-context", "--api-key-file"]),
+        (["generate", "x", "--max-tok", "5"], ["unrecognized arguments: --max-tok;", "blinkimp generate --help"]),
+        (["trace", "record", "--out", "x", "--sec", "5"], ["unrecognized arguments: --sec;"]),
+    ],
+)
+def test_unknown_arguments_are_named_with_ours_and_never_with_a_secret(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "sk-123" not in said
+    assert all(word in said for word in words), said
+
+
 def test_no_command_prints_help_and_counts_as_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "where to start:" in capsys.readouterr().out

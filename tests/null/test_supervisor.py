@@ -23,6 +23,7 @@ from blinkimp.host.supervisor import (
     IngressSlot,
     Supervisor,
     endpoint_of,
+    ignored_settings,
     ingress_slots,
     metrics_slots,
 )
@@ -194,3 +195,10 @@ def test_ingresses_have_the_drains_time_to_deliver(
     assert (signal.SIGKILL in child.signals) == (killed_after_s is not None)
     ended_after_s = ends_after_s if killed_after_s is None else killed_after_s
     assert clock[0] - began == pytest.approx(ended_after_s, abs=2 * WATCH_PERIOD_S)
+
+
+def test_settings_that_change_nothing_are_named() -> None:
+    assert ignored_settings(Config()) == []
+    assert ignored_settings(Config(api_key_file="/keys", http=":8000", trace_op_period=8, trace_events=1 << 20)) == []
+    texts = ignored_settings(Config(api_key_file="/keys", trace_op_period=8))
+    assert ["--http" in texts[0], "--trace-events" in texts[1]] == [True, True] and len(texts) == 2
