@@ -31,6 +31,11 @@ OTHER_VARIABLES = {
 }
 
 
+# Keys that are paths: `~` is the home folder wherever they come from. A shell expands it in `--key ~/x`, not in `--key=~/x`, nor in a file.
+# Those of `model` and `cache_dir` are model_folder() and cache_folder().
+PATH_KEYS = ("api_key_file", "curve_key", "curve_clients", "capture_arrivals")
+
+
 class ConfigError(ValueError):
     """A configuration value is wrong; the message is meant for the person who set it."""
 
@@ -293,7 +298,17 @@ def _parse(key: Key, raw: object, source: str) -> object:
         if key.choices and (close := difflib.get_close_matches(str(raw), key.choices, n=1)):
             remedy = f"did you mean {close[0]}?"
         raise ConfigError(f"{key.name} ({source}): got {raw!r}, expected {key.expected}; {remedy}")
+    if key.name in PATH_KEYS and value:
+        return str(_expand(value, f"{key.name} ({source})"))
     return value
+
+
+def _expand(path: str | Path, what: str) -> Path:
+    """With the home folder in place of `~`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{what}: got {str(path)!r}, whose home folder is unknown; give the whole path") from error
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -318,6 +333,7 @@ def load_config(
     environ = os.environ if environ is None else environ
     if path is None and environ.get("BLINKIMP_CONFIG"):
         path = Path(environ["BLINKIMP_CONFIG"])
+    path = path and _expand(path, "config file")
     known = keys()
     variables = {key.variable: key for key in known.values()}
     values: dict[str, object] = {}

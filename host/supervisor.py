@@ -110,7 +110,7 @@ class IngressSlot(ProcessSlot):
         own = ["--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
         own += ["--loss-timeout-s", str(config.recovery_timeout_s), *arguments]
         if config.capture_arrivals:
-            own += ["--capture-arrivals", str(Path(config.capture_arrivals).expanduser())]
+            own += ["--capture-arrivals", config.capture_arrivals]
         super().__init__(f"ingress {idx}", config, module, own)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blinkimp.config import OTHER_VARIABLES, Config, ConfigError, cache_folder, keys, load_config
+from blinkimp.config import OTHER_VARIABLES, Config, ConfigError, cache_folder, keys, load_config, model_folder
 from tests.support import ROOT, load_tool
 
 
@@ -83,6 +83,34 @@ def test_a_bad_value_is_an_error_that_helps(
         return
     with pytest.raises(ConfigError, match=complaint):
         load_config(flags, environ, path)
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key_file", "curve_key", "curve_clients", "capture_arrivals", "cache_dir", "model"]
+)
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_home_is_expanded_in_every_path_from_every_source(
+    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    both = dict.fromkeys(("curve_key", "curve_clients"), "~/x") if name.startswith("curve") else {name: "~/x"}
+    (tmp_path / "engine.toml").write_text("".join(f"{key} = {value!r}\n" for key, value in both.items()))
+    if source == "flag":
+        config = load_config(both, environ={})
+    elif source == "environment":
+        config = load_config(environ={keys()[key].variable: value for key, value in both.items()})
+    else:
+        config = load_config(environ={"BLINKIMP_CONFIG": "~/engine.toml"})
+        assert config == load_config(environ={}, path=Path("~/engine.toml")), "and in --config=~/engine.toml"
+    folders = {"cache_dir": str(cache_folder(config)), "model": str(model_folder(config))}
+    assert folders.get(name, getattr(config, name)) == f"{tmp_path}/x"
+
+
+def test_a_home_that_is_nobodys_is_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"api_key_file \(flag --api-key-file\): got '~nobody-here/x'.*give the whole path"
+    ):
+        load_config({"api_key_file": "~nobody-here/x"}, environ={})
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
