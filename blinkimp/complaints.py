@@ -2,7 +2,8 @@
 
     complaint_of(error, content, lambda path: known_at(Submit, path))
 
-Used by blinkimp/protocol.py (messages over ZeroMQ) and nic_shim/http_fields.py (bodies over HTTP). Test: pytest tests/null/test_protocol.py
+Used by blinkimp/protocol.py (messages over ZeroMQ), nic_shim/http_fields.py (bodies over HTTP), blinkimp/client_request.py and whoever quotes.
+Test: pytest tests/null/test_protocol.py
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def cache_folder(config: Config) -> Path:
     """The folder that config.cache_dir names, or the default one. It may not exist yet."""
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
+        return _expand(config.cache_dir, "cache_dir")
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "blinkimp"
 
@@ -222,7 +222,7 @@ def model_folder(config: Config) -> Path:
     """The checkpoint folder that config.model names."""
     if config.model == "embedded":
         return Path(__file__).resolve().parent / "models" / "embedded"
-    return Path(config.model).expanduser()
+    return _expand(config.model, "model")
 
 
 class Key(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 Files are memory-mapped; a tensor is read row by row when a weight target asks for it, so a model never stands in host memory
 twice. What is wrong with a folder is refused with a reason: damaged files at once, missing and unexpected tensors while building.
-Called by host/program.py and nic_shim/tokenizer.py. Test: pytest tests/null/test_checkpoint.py
+Called by host/program.py, nic_shim/tokenizer.py and blinkimp/cli/checks.py. Test: pytest tests/null/test_checkpoint.py
 """
 
 from __future__ import annotations

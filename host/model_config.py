@@ -184,7 +184,8 @@ def _mistral_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
 
 def _qwen_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     layer_types = raw.get("layer_types")
-    window = _window(raw) if _flag(raw, "use_sliding_window") else 0
+    uses_window = _flag(raw, "use_sliding_window")
+    window = _window(raw) if uses_window else 0
     first = raw.get("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int):
         raise refusal("config.json max_window_layers", "null" if first is None else repr(first), "an integer")
@@ -196,7 +197,7 @@ def _qwen_window(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
         if name not in ("full_attention", "sliding_attention"):
             raise refusal("config.json layer_types", name, "full_attention or sliding_attention")
         if name == "sliding_attention" and not window:
-            got = "sliding_window null" if _flag(raw, "use_sliding_window") else "use_sliding_window false"
+            got = "sliding_window null" if uses_window else "use_sliding_window false"
             raise refusal("layer_types with sliding_attention", got, "use_sliding_window true and a sliding_window")
     return tuple(window if name == "sliding_attention" else 0 for name in layer_types)
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from blinkimp.complaints import quote
 from blinkimp.protocol import Error, Sampling, Submit
 
+PromptIds = npt.NDArray[np.uint32]
+
 
 class ModelLimits(Protocol):
     """What the checks need of a queue pair (nic_shim/queue_pair.py)."""

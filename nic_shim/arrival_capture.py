@@ -46,11 +46,10 @@ class ArrivalCapture:
         self._live: dict[LiveRequest, tuple[int, int]] = {}  # its number, and how many output tokens it had before
         self._next_number = 0
         self._look_at = 0.0
-        self._has_failed = False
 
     def arrived(self, request: LiveRequest) -> None:
         """Before it goes to the ring."""
-        if self._has_failed:
+        if self._file.closed:  # it failed
             return
         number, self._next_number = self._next_number, self._next_number + 1
         delivered = request.output_ids.tolist()
@@ -74,7 +73,7 @@ class ArrivalCapture:
 
     def look(self, now: float) -> None:
         """Each turn of the loop: every LOOK_PERIOD_S it writes what has ended."""
-        if self._has_failed or now < self._look_at:
+        if self._file.closed or now < self._look_at:
             return
         self._look_at = now + LOOK_PERIOD_S
         with self._ends_where_it_cannot_write():
@@ -106,7 +105,6 @@ class ArrivalCapture:
         try:
             yield
         except OSError as error:
-            self._has_failed = True
             self._live.clear()
             with contextlib.suppress(OSError):  # it tries once more to write what is left, and closes in any case
                 self._file.close()

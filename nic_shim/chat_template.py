@@ -1,6 +1,6 @@
 """A conversation as a prompt: by the checkpoint's own chat template, or as plain tagged paragraphs where it has none.
 
-Called by nic_shim/http_generate.py and blinkimp/cli/chat_template.py. Test: pytest tests/null/test_chat_template.py
+Called by nic_shim/http_app.py and blinkimp/cli/chat_template.py. Test: pytest tests/null/test_chat_template.py
 
 Hazard: templates come with the weights, from anyone, and run for each request. So they get Jinja's immutable sandbox, which keeps them
 from Python's objects, and three limits: a deadline that every turn of a loop and every macro call looks at, a bound on every text that

@@ -21,7 +21,6 @@ from blinkimp.nic_shim.byte_automaton import DEAD, PatternError, byte_automaton
 from blinkimp.nic_shim.constraint_table import ConstraintError, ConstraintTable, ConstraintTooLargeError
 from blinkimp.nic_shim.json_schema_regex import SchemaError, escaped, schema_regex
 from blinkimp.nic_shim.token_automaton import TokenTrie, deepest_json_object, token_table
-from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.protocol import Constraint
 
@@ -43,7 +42,7 @@ class Compiler:
     """Constraints of one model."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int], max_bytes: int) -> None:
-        names = TokenBytes(tokenizer)
+        names = tokenizer.token_bytes
         self._trie = TokenTrie({token: text for token in range(vocab_size) if (text := names.of(token))})
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids

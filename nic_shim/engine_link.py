@@ -1,7 +1,7 @@
 """An ingress's tie to the engine: puts requests on the ring, routes completions back, and survives the engine's absences.
 
 Called by nic_shim/message_handler.py and nic_shim/zmq_ingress.py, or by nic_shim/engine_thread.py, all from one thread.
-Test: pytest tests/host/test_zmq_ingress.py tests/host/test_recovery_link.py
+Test: pytest tests/host/test_engine_link.py tests/host/test_zmq_ingress.py tests/host/test_recovery_link.py
 Longer than 400 lines because all that moves a request from one place to another (I1) stands together.
 
 Problem   The director drops an ingress that it takes for dead, and an engine may be started anew. Clients should see a pause.
@@ -334,9 +334,6 @@ class EngineLink:
         self._no_engine_comes, self._was_orphaned = is_orphaned and self._was_orphaned, is_orphaned
         return overdue + self._look_for_new_engine()
 
-    def _unfinished(self) -> list[LiveRequest]:
-        return [*self._ring.live.values(), *self._waiting, *self._suspects]
-
     def _stops_waiting(self, request: LiveRequest) -> bool:
         """Takes it from wherever it waits."""
         return self._waiting.remove(request) or self._suspects.remove(request)
@@ -412,7 +409,7 @@ class EngineLink:
 
     def _give_up(self, lost_s: float) -> list[LiveRequest]:
         """Nobody is waited for any longer. An engine that only stood still has them yet: it hears of their end if it goes on."""
-        ended = self._unfinished()
+        ended = [*self._ring.live.values(), *self._waiting, *self._suspects]
         for request in list(self._ring.live.values()):
             self._ring.abandon(request)
         self._waiting.clear()

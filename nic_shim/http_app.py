@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from blinkimp import __version__
 from blinkimp import ring_abi as abi
+from blinkimp.nic_shim.admission import PromptIds
 from blinkimp.nic_shim.chat_template import ChatTemplateError
 from blinkimp.nic_shim.http_chat import ChatShape, template_messages
 from blinkimp.nic_shim.http_completions import CompletionShape
@@ -43,7 +44,6 @@ from blinkimp.nic_shim.http_generate import (
     MAX_INLINE_BYTES,
     MAX_INLINE_CHARS,
     Context,
-    PromptIds,
     encode_prompts,
     make_requests,
     new_exchange,
@@ -128,7 +128,7 @@ class Api:
                 _request_id(request),
                 body.model or self.context.model_names[0],
                 body,
-                self.context.token_bytes,
+                self.context.tokenizer.token_bytes,
                 echoes=await texts_of(self.context, prompts) if body.echo else [""] * len(prompts),
                 prompt_ids=[ids.tolist() for ids in prompt_ids] if shows_ids else [],
             )
@@ -170,7 +170,7 @@ class Api:
                 _request_id(request),
                 body.model or self.context.model_names[0],
                 body,
-                self.context.token_bytes,
+                self.context.tokenizer.token_bytes,
                 echo=_chat_echo(body),
                 prompt_ids=prompt_ids.tolist() if body.return_token_ids else [],
             )
@@ -275,7 +275,7 @@ class Api:
             ids = await self._chat_prompt(body.messages, add_generation_prompt=body.add_generation_prompt, variables={})
         else:
             (ids,) = await encode_prompts(self.context, [body.prompt or ""], add_special_tokens=body.add_special_tokens)
-        tokens, is_long, text = ids.tolist(), len(ids) > MAX_INLINE_CHARS, self.context.token_bytes.text
+        tokens, is_long, text = ids.tolist(), len(ids) > MAX_INLINE_CHARS, self.context.tokenizer.token_bytes.text
         names = (
             await off_loop_if(is_long, self.context, lambda: list(map(text, tokens)))
             if body.return_token_strs

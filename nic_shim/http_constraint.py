@@ -13,6 +13,7 @@ from starlette.types import Receive
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.http_errors import HttpError, http_error_of
+from blinkimp.nic_shim.http_exchange import disconnected
 from blinkimp.nic_shim.http_request_log import CLOSED_STATUS
 from blinkimp.protocol import Constraint, Error
 
@@ -45,7 +46,7 @@ async def compile_constraint(
 
 async def _answer(queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[Answer], receive: Receive) -> Answer:
     """Gives the place in the queue up where the client goes."""
-    gone = asyncio.get_running_loop().create_task(_disconnected(receive))
+    gone = asyncio.get_running_loop().create_task(disconnected(receive))
     try:
         await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -58,8 +59,3 @@ async def _answer(queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[
             code="client_gone",
         )
     return answered.result()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -20,6 +20,12 @@ class ClientGoneError(Exception):
     """The client has closed the connection; nobody is there to answer."""
 
 
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class Exchange:
     """`choices[i]` has client_id i. on_end runs once, when every choice has ended, and everything else that the exchange waits for:
     then it is out of the engine, and lets go of the choices, whose `session` it is: what it was goes without the collector.
@@ -50,8 +56,7 @@ class Exchange:
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         self.is_gone = True
         self.cancel()
         self._wake()

@@ -1,6 +1,6 @@
 """From a body of the HTTP API to the sampling fields that the engine knows: defaults, names, what does not go together.
 
-Called by nic_shim/http_generate.py. Test: pytest tests/null/test_http_types.py
+Called by nic_shim/http_app.py and http_ingress.py. Test: pytest tests/null/test_http_types.py
 """
 
 from __future__ import annotations

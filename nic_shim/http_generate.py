@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.admission import PromptIds, prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.chat_template import ChatTemplate
 from blinkimp.nic_shim.compile_queue import CompileQueue
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
@@ -26,7 +25,6 @@ from blinkimp.nic_shim.http_fields import GenerationDefaults, Prompt
 from blinkimp.nic_shim.http_types import GenerationFields
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.request_metrics import Siblings
-from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import IncrementalDetokenizer, Tokenizer
 from blinkimp.protocol import Sampling, Submit
 
@@ -34,7 +32,6 @@ from blinkimp.protocol import Sampling, Submit
 MAX_INLINE_CHARS = 4096  # of text to tokenise; token ids
 MAX_INLINE_BYTES = 1 << 16  # of a body
 
-PromptIds = npt.NDArray[np.uint32]
 Result = TypeVar("Result")
 
 
@@ -44,7 +41,6 @@ class Context:
 
     engine: EngineThread
     tokenizer: Tokenizer
-    token_bytes: TokenBytes
     template: ChatTemplate
     defaults: GenerationDefaults
     model_names: tuple[str, ...]

@@ -47,7 +47,6 @@ from blinkimp.nic_shim.http_protocol import timed_protocol
 from blinkimp.nic_shim.http_request_log import RequestLog
 from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, parse_bind
 from blinkimp.nic_shim.queue_pair import QueuePairError
-from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
 from blinkimp.transport import is_loopback
 
@@ -162,7 +161,6 @@ class HttpIngress:
         self._context = Context(
             engine,
             self._tokenizer,
-            TokenBytes(self._tokenizer),
             self._template,
             self._defaults,
             self._model_names,

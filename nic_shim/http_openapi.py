@@ -36,8 +36,9 @@ _STATUSES: Final = {
     400: "a field is unknown, wrong, or does not fit this model",
     401: "the API key is missing or wrong",
     404: "no such model",
+    408: "no byte of the request came for too long; the connection is closed",
     413: "the body is too large",
-    422: "the constraint is too large for this server",
+    422: "the constraint is too large for this server, or there is no room for a prompt's log-probabilities",
     429: "too many requests; see Retry-After",
     503: "the server is draining, or its engine is down; see Retry-After",
 }

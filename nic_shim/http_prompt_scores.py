@@ -18,9 +18,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
+from blinkimp.nic_shim.admission import PromptIds
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
 from blinkimp.nic_shim.constraint_table import ConstraintTooLargeError, build_constraint_table
 from blinkimp.nic_shim.engine_thread import EngineThread
@@ -32,8 +30,6 @@ from blinkimp.protocol import Error, Finish, Sampling, Submit, Tokens
 
 PIECE_TOKENS: Final = 128  # a longer one takes more steps, a shorter one more slots
 PIECES_AT_ONCE: Final = 4  # of the 8 slots that a queue pair has by default
-
-PromptIds = npt.NDArray[np.uint32]
 
 
 class _Piece:

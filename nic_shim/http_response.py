@@ -22,6 +22,7 @@ from blinkimp.nic_shim.engine_thread import EngineThread
 from blinkimp.nic_shim.http_errors import HttpError, http_error_of
 from blinkimp.nic_shim.http_exchange import ClientGoneError, Exchange
 from blinkimp.nic_shim.http_prompt_scores import score_prompt
+from blinkimp.nic_shim.http_request_log import CLOSED_STATUS
 from blinkimp.nic_shim.http_types import ChatReply, CompletionReply, GenerationFields, PromptTokensDetails, Usage
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.request_log import log_request
@@ -29,7 +30,6 @@ from blinkimp.protocol import Error, Finish, Tokens
 
 log = logging.getLogger("blinkimp.http")
 
-CLOSED_STATUS = 499  # for the log: the client has gone
 PART_BYTES = 1 << 18  # what is made and sent at once, and a choice more
 MAX_INLINE_TOKENS = 4096  # of output: a whole reply with more is made on a thread
 

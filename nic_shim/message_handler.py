@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from blinkimp import ring_abi as abi
-from blinkimp.nic_shim.admission import prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.admission import PromptIds, prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
@@ -43,8 +42,6 @@ from blinkimp.protocol import (
 )
 
 log = logging.getLogger("blinkimp.ingress")
-
-PromptIds = npt.NDArray[np.uint32]
 
 MAX_INLINE_PROMPT_BYTES = (
     4096  # longer prompts are tokenised on a thread of their own, so that streams do not wait for them

@@ -33,11 +33,12 @@ from blinkimp.protocol import (
     decode_server_messages,
     encode_client_message,
 )
-from blinkimp.trace.arrivals import Arrival
+from blinkimp.trace.arrivals import REPEATABLE, Arrival
 from blinkimp.transport import Security
 
 ALIVE_PERIOD_S: Final = 1.0
-COMPLETE: Final = frozenset({"eos", "stop_id", "stop", "length"})  # ends of a whole output; others cut it
+# Ends of a whole output; others cut it, an automaton without a way on too.
+COMPLETE: Final = REPEATABLE - {"constraint"}
 REQUESTS_A_SOCKET: Final = 128  # half of what an ingress grants a client
 
 

@@ -95,6 +95,16 @@ def config_of(options: argparse.Namespace, **overrides: object) -> Config:
     return load_config({**given, **overrides}, path=options.config)
 
 
+def add_engine_name_flag(parser: argparse.ArgumentParser) -> None:
+    """Of commands that look at an engine that runs."""
+    parser.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
+
+
+def engine_name_of(options: argparse.Namespace) -> str:
+    """The flag, else what the environment and the configuration file say."""
+    return load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, Final
 
-from blinkimp.cli.options import new_parser
+from blinkimp.cli.options import add_engine_name_flag, engine_name_of, new_parser
 from blinkimp.cli.ranges import bounded
 
 EPILOG: Final = """\
@@ -40,7 +40,7 @@ where next:
 
 def add_parser(subparsers: Any, summary: str) -> None:
     parser = new_parser(subparsers, "top", summary, EPILOG, usage="[options]")
-    parser.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
+    add_engine_name_flag(parser)
     parser.add_argument(
         "--interval",
         type=bounded(float, "seconds", 0.05, 3600.0),
@@ -58,13 +58,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from blinkimp.cli.top_snapshot import Watcher
-    from blinkimp.config import load_config
     from blinkimp.host.shared_memory import SharedMemoryError
 
     if options.json and not options.once:
         print("blinkimp top: --json is for one look: got it alone, expected --once --json; add --once", file=sys.stderr)
         return 2
-    name = load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
+    name = engine_name_of(options)
     console = Console()
     try:
         watcher = Watcher(name)

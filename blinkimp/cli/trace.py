@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from blinkimp.cli.options import new_parser, new_part
+from blinkimp.cli.options import add_engine_name_flag, engine_name_of, new_parser, new_part
 from blinkimp.cli.ranges import count, duration
 
 EPILOG = """\
@@ -55,7 +55,7 @@ def add_parser(subparsers: Any, summary: str) -> None:
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, prog="blinkimp trace")
     record = new_part(parts, "record", "copy what a running engine traces into a file", EXAMPLES["record"])
-    record.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
+    add_engine_name_flag(record)
     record.add_argument(
         "--seconds",
         type=duration(above=True),
@@ -132,11 +132,10 @@ def run_record(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from blinkimp.cli.terminal import stderr_console
-    from blinkimp.config import load_config
     from blinkimp.trace.file import Lost
     from blinkimp.trace.recorder import Recorder
 
-    name = load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
+    name = engine_name_of(options)
     stopping: list[int] = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with (

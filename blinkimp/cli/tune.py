@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from blinkimp.cli.options import new_parser
+from blinkimp.cli.options import add_engine_name_flag, engine_name_of, new_parser
 from blinkimp.cli.ranges import duration
 
 EPILOG = """\
@@ -49,18 +49,17 @@ def add_parser(subparsers: Any, summary: str) -> None:
     parser.add_argument(
         "--timeout", type=duration(), default=5.0, metavar="S", help="how long the director may take (5)"
     )
-    parser.add_argument("--engine-name", metavar="NAME", help="of the engine, as configured (blinkimp)")
+    add_engine_name_flag(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from blinkimp import ring_abi as abi
-    from blinkimp.config import load_config
     from blinkimp.host.shared_memory import SharedMemoryError, open_engine_page
     from blinkimp.host.tuning import NEVER, WORDS, TuningError, write_tuning
 
     words = {name: getattr(options, name) for name in WORDS}
     try:
-        name = load_config({"engine_name": options.engine_name} if options.engine_name else {}).engine_name
+        name = engine_name_of(options)
         with open_engine_page(name, writable=True) as region:
             obeyed = write_tuning(region.view(abi.ENGINE_PAGE), options.timeout, **words)
     except (SharedMemoryError, TuningError) as error:

@@ -1,6 +1,6 @@
 """Plots of lab runs as SVG text. matplotlib comes with the extra `lab`.
 
-Called by blinkimp/lab/report.py. Test: pytest tests/null/test_lab_report.py
+Called by the reports of blinkimp/lab; check_plots() by blinkimp/cli/lab.py and evidence.py. Test: pytest tests/null/test_lab_report.py
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from blinkimp.nic_shim.http_request_log import RequestLog
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
-from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.protocol import Cancel, Sampling, Submit, encode_client_message
 from tests.ingress_support import write_byte_tokenizer
@@ -114,7 +113,7 @@ def http_api(folder: Path) -> Iterator[Any]:
     queue = CompileQueue(ConstraintCompiler(tokenizer.path, 258, (1,), engine.port.constraint_slot_bytes))
     with ThreadPoolExecutor(1) as pool:
         context = Context(
-            engine, tokenizer, TokenBytes(tokenizer), ChatTemplate(folder), GenerationDefaults(), ("model",), 1 << 20, pool, queue,
+            engine, tokenizer, ChatTemplate(folder), GenerationDefaults(), ("model",), 1 << 20, pool, queue,
         )  # fmt: skip
         api = Api(context, Gate((), GateLimits(max_requests_per_s=1e9)), 1 << 20, lambda _: (b"", ""), "")
         slot = [0.0] * 4096
