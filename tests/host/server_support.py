@@ -90,19 +90,11 @@ class ServerProcess:
 
     def pid_of(self, module: str) -> int:
         """The process that runs blinkimp.<module>; 0 where there is none."""
-        return next((pid for pid, command in self.pids.items() if f"blinkimp.{module}" in command), 0)
+        return pid_below(self.process.pid, module)
 
     def wait_for_pid_of(self, module: str) -> int:
-        """Of a process that must be there: a look at a tree that changes may miss a part of it."""
-        pid = 0
-
-        def is_there() -> bool:
-            nonlocal pid
-            pid = self.pid_of(module)
-            return pid != 0
-
-        wait_for(is_there, PATIENCE_S, f"blinkimp.{module} runs")
-        return pid
+        """Of a process that must be there."""
+        return wait_for_pid_below(self.process.pid, module)
 
     def kill(self, module: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Sends a signal to the process that runs blinkimp.<module>; its id."""
@@ -140,6 +132,24 @@ class ServerProcess:
         self.process.stderr.close()
         for path in SHM_DIR.glob(f"blinkimp.{self.config.engine_name}.*"):
             path.unlink()  # of a server that was killed
+
+
+def pid_below(root_pid: int, module: str) -> int:
+    """The descendant that runs blinkimp.<module>; 0 where there is none."""
+    return next((pid for pid, command in tree_of(root_pid).items() if f"blinkimp.{module}" in command), 0)
+
+
+def wait_for_pid_below(root_pid: int, module: str) -> int:
+    """Of a process that must be there: a look at a tree that changes may miss a part of it."""
+    pid = 0
+
+    def is_there() -> bool:
+        nonlocal pid
+        pid = pid_below(root_pid, module)
+        return pid != 0
+
+    wait_for(is_there, PATIENCE_S, f"blinkimp.{module} runs")
+    return pid
 
 
 def tree_of(pid: int) -> dict[int, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, load_tool, undisturbed
+from tests.support import PATIENCE_S, ROOT, load_tool, undisturbed
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -74,7 +74,7 @@ def test_a_row_that_times_out_leaves_the_others_figures(
 
     def without_time(client: Client, what: str, waves: list[Wave]) -> list[Times]:
         is_late = waves[0].batch == 16
-        monkeypatch.setattr(client, "_timeout_s", 0.0 if is_late else 60.0)
+        monkeypatch.setattr(client, "_timeout_s", 0.0 if is_late else PATIENCE_S)
         return run(client, what, waves)
 
     monkeypatch.setattr(Client, "run", without_time)
@@ -90,7 +90,7 @@ def test_a_run_does_not_count_completions_of_the_run_before() -> None:
     with bench_step.EngineBench("embedded", "emulated", 512, {"max_batch": 4}, 0.0, None) as bench:
         with pytest.raises(BenchError, match="raise --timeout"):
             bench.client.run("given up", [Wave(3, 32, 200)])
-        bench.client._timeout_s = 60.0
+        bench.client._timeout_s = PATIENCE_S
         # The prompt tokens of both runs come to one sum, which is not what this is about.
         bench.client._expect_undisturbed = lambda *_: None  # type: ignore[method-assign]
         (times,) = bench.client.run("beside it", [Wave(1, 16, 300)])

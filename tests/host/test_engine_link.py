@@ -212,8 +212,12 @@ def test_engine_that_comes_back_is_told_of_what_was_given_up() -> None:
         assert it.on_ring() == [0]
         it.link.loss_timeout_s = 0.0
         with it.stalled():
-            while given_up.end is None:
+
+            def is_given_up() -> bool:
                 it.link.keep_attached()
+                return given_up.end is not None
+
+            wait_until(is_given_up, "it is given up")
             assert how_it_ended(given_up) == "engine_lost" and it.link.num_live == 0
             assert not it.link.has_work, "an ingress that drains does not wait for it"
         (other,) = it.submit(1, constraint="b")

@@ -24,7 +24,7 @@ import pytest
 
 from blinkimp.host.shared_memory import SHM_DIR
 from tests.host.engine_support import wait_for
-from tests.host.server_support import tree_of
+from tests.host.server_support import wait_for_pid_below
 from tests.scripted_server import Script, scripted_server
 from tests.support import PATIENCE_S, hear_signals, python_path
 
@@ -62,7 +62,7 @@ class Terminal:
         os.close(theirs)
         self._said = bytearray()
         self._is_closing = threading.Event()
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -84,7 +84,10 @@ class Terminal:
 
     def end(self) -> tuple[int, str]:
         """Exit status, and all that it said."""
-        status = self.process.wait(PATIENCE_S)
+        try:
+            status = self.process.wait(PATIENCE_S)
+        finally:
+            self.process.kill()  # nothing, where it has ended
         self._reader.join(PATIENCE_S)
         return status, self.said
 
@@ -139,8 +142,7 @@ def test_log_lines_stand_alone_and_the_bar_of_an_engine_loaded_anew_goes_too(tmp
         terminal.wait_for(lambda said: "serves on" in said, "it serves")
         num_drawn = terminal.said.count("weights")
         assert num_drawn
-        (engine,) = (pid for pid, line in tree_of(terminal.process.pid).items() if "host.engine_process" in line)
-        os.kill(engine, signal.SIGKILL)
+        os.kill(wait_for_pid_below(terminal.process.pid, "host.engine_process"), signal.SIGKILL)
         terminal.wait_for(lambda said: "is back" in said, "the next engine runs")
         assert "weights" in terminal.said[terminal.said.index("is started again") :], "drawn anew"
     finally:
@@ -155,9 +157,13 @@ def test_log_lines_stand_alone_and_the_bar_of_an_engine_loaded_anew_goes_too(tmp
 def test_a_server_whose_terminal_is_closed_ends_in_order(tmp_path: Path) -> None:
     name = f"bars-{uuid.uuid4().hex[:8]}"
     terminal = Terminal(serve_command(name, tmp_path))
-    terminal.wait_for(lambda said: "weights" in said, "it loads, or serves already")
-    terminal.close()
-    assert terminal.process.wait(PATIENCE_S) == 0
+    try:
+        terminal.wait_for(lambda said: "weights" in said, "it loads, or serves already")
+        terminal.close()
+        assert terminal.process.wait(PATIENCE_S) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
     assert not list(SHM_DIR.glob(f"blinkimp.{name}.*"))
 
 

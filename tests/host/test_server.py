@@ -110,6 +110,9 @@ def test_sigquit_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_sighup_that_was_ignored_at_the_start_stays_so(tmp_path: Path) -> None:
     with server_that_inherits(signal.SIG_IGN, tmp_path) as server:  # as nohup does
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        (ignored,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:"))
+        assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
         server.process.send_signal(signal.SIGHUP)
         with Client(server.endpoints[0], timeout_s=PATIENCE_S) as client:
             assert client.generate(PROMPT, max_tokens=4, **GREEDY).num_output_tokens == 4

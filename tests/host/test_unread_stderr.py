@@ -20,7 +20,7 @@ import pytest
 from blinkimp.client import Client
 from blinkimp.host.shared_memory import SHM_DIR
 from tests.host.engine_support import wait_for
-from tests.host.server_support import tree_of
+from tests.host.server_support import pid_below, wait_for_pid_below
 from tests.support import PATIENCE_S, hear_signals, python_path
 
 
@@ -42,14 +42,11 @@ class UnreadServer:
         )
         os.close(theirs)
 
-    def pid_of(self, module: str) -> int:
-        return next((pid for pid, line in tree_of(self.process.pid).items() if module in line), 0)
-
     def kill(self, module: str) -> None:
         """And waits until the next one is there."""
-        killed = self.pid_of(module)
+        killed = wait_for_pid_below(self.process.pid, module)
         os.kill(killed, signal.SIGKILL)
-        wait_for(lambda: self.pid_of(module) not in (0, killed), PATIENCE_S, f"another {module} runs")
+        wait_for(lambda: pid_below(self.process.pid, module) not in (0, killed), PATIENCE_S, f"another {module} runs")
 
     def serves(self) -> None:
         wait_for(self.socket.exists, PATIENCE_S, "it listens")

@@ -10,31 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blinkimp.client_core import ClientCore
 from blinkimp.client_errors import BadRequestError
 from blinkimp.client_request import submit_of
-from blinkimp.protocol import ClientMessage, Constraint, decode_client_message
+from blinkimp.protocol import Constraint, decode_client_message
+from tests.null.test_client_core import Wire
 
 HALF_A_PAIR = "a\ud800"  # a lone surrogate: no UTF-8
 
 
-class Sent:
-    """A core, and what it sent."""
-
-    def __init__(self) -> None:
-        self.messages: list[ClientMessage] = []
-        self.core = ClientCore("test", self.send, timeout_s=10, now=0.0)
-
-    def send(self, frame: bytes) -> bool:
-        self.messages.append(decode_client_message(frame))
-        return True
-
-
 def refuse(words: str, prompt: Any, **sampling: Any) -> None:
-    sent = Sent()
+    wire = Wire()
     with pytest.raises(BadRequestError, match=words):
-        sent.core.submit(prompt, sampling, 0.0, stream=True, detokenize=True)
-    assert not sent.core.is_busy and not sent.messages, "R1: nothing is registered, nothing is sent"
+        wire.core.submit(prompt, sampling, 0.0, stream=True, detokenize=True)
+    assert not wire.core.is_busy and not wire.sent, "R1: nothing is registered, nothing is sent"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from blinkimp.nic_shim import constraint_compiler
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler, ConstraintProblem
 from blinkimp.protocol import Constraint
 from tests.ingress_support import write_byte_tokenizer
+from tests.support import PATIENCE_S
 
 SLOT_BYTES = 1 << 20
 CONSTRAINT = Constraint("regex", "[a-z]{1,80}")
@@ -37,7 +38,7 @@ def test_a_machine_without_time_may_be_asked_again(
 ) -> None:
     """The worker's start, or the worker itself, gets no time at all (it does nothing); then as much as it wants."""
     with monkeypatch.context() as patch:
-        patch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+        patch.setattr(constraint_compiler, "START_TIMEOUT_S", PATIENCE_S)
         if limit == "MOST_WAIT_FACTOR":
             compiler.compile(Constraint("regex", "a"))  # the worker has started
             assert compiler._worker is not None
@@ -52,7 +53,7 @@ def test_a_machine_without_time_may_be_asked_again(
         with pytest.raises(ConstraintProblem, match="cannot be used") as caught:
             compiler.compile(CONSTRAINT)
     assert caught.value.error.code == "busy" and caught.value.error.remedy == "send it again"
-    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", PATIENCE_S)
     assert compiler.compile(CONSTRAINT).table.data
 
 
@@ -60,7 +61,7 @@ def test_a_constraint_that_computes_too_long_is_refused_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constraint_compiler, "LOOK_PERIOD_S", 0.0)
-    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", PATIENCE_S)
     write_byte_tokenizer(tmp_path)
     compiler = ConstraintCompiler(tmp_path / "tokenizer.json", 258, (257,), SLOT_BYTES, timeout_s=-1)
     try:
@@ -92,7 +93,7 @@ def many_descriptors() -> Iterator[None]:
 def test_a_worker_whose_pipes_have_high_descriptors_compiles(
     many_descriptors: None, compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", PATIENCE_S)
     assert compiler.compile(CONSTRAINT).table.data
     assert compiler._worker is not None and compiler._worker.stdout is not None
     assert compiler._worker.stdout.fileno() >= 1024
@@ -102,7 +103,7 @@ def test_a_worker_whose_answer_was_not_read_is_not_asked_again(
     compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I3, for what nobody has thought of: the next constraint must not get the answer to this one."""
-    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", 180)
+    monkeypatch.setattr(constraint_compiler, "START_TIMEOUT_S", PATIENCE_S)
     expected = compiler.compile(CONSTRAINT).table.data
     compiler._cache.clear()
     with monkeypatch.context() as patch:

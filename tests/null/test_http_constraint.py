@@ -24,22 +24,26 @@ NO_TABLE: Any = None
 COMPILED = LoadedConstraint(b"", NO_TABLE)
 
 
-class Queue:
+class FakeQueue:
     """Answers when the test says so."""
 
     def __init__(self) -> None:
         self.callers: list[bytes] = []
         self.asked = asyncio.Event()
-        self.answer: Callable[[Answer], None] | None = None
+        self._answer: Callable[[Answer], None] | None = None
         self.num_withdrawn = 0
         job: Any = None
         self.ticket = Ticket(job, lambda _: None)
 
     def ask(self, caller: bytes, _: Constraint, answer: Callable[[Answer], None]) -> Answer | Ticket:
         self.callers.append(caller)
-        self.answer = answer
+        self._answer = answer
         self.asked.set()
         return self.ticket
+
+    def answer(self, answer: Answer) -> None:
+        assert self._answer is not None, "nothing was asked for"
+        self._answer(answer)
 
     def withdraw(self, ticket: Ticket) -> bool:
         assert ticket is self.ticket
@@ -47,7 +51,7 @@ class Queue:
         return True
 
 
-def request_of(receive: Callable[[], Any], caller: bytes = b"") -> Any:
+def request_of(receive: Callable[[], Any], caller: bytes) -> Any:
     return SimpleNamespace(state=SimpleNamespace(caller=caller), client=("127.0.0.1", 4711), receive=receive)
 
 
@@ -56,11 +60,19 @@ async def compiled(queue: Any, request: Any) -> LoadedConstraint | None:
     return await asyncio.wait_for(compile_constraint(tested, request, CONSTRAINT), PATIENCE_S)
 
 
+async def begun(
+    key: bytes = b"",
+) -> tuple[FakeQueue, asyncio.Queue[dict[str, str]], asyncio.Task[LoadedConstraint | None]]:
+    """A request whose constraint has been asked for, and the messages of its client."""
+    queue, messages = FakeQueue(), asyncio.Queue[dict[str, str]]()
+    task = asyncio.create_task(compiled(queue, request_of(messages.get, key)))
+    await asyncio.wait_for(queue.asked.wait(), PATIENCE_S)
+    return queue, messages, task
+
+
 def test_a_client_that_goes_gives_its_place_up() -> None:
     async def scenario() -> None:
-        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
-        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
-        await queue.asked.wait()
+        queue, messages, task = await begun()
         assert not queue.num_withdrawn
         messages.put_nowait({"type": "http.request"})
         messages.put_nowait({"type": "http.disconnect"})
@@ -73,10 +85,7 @@ def test_a_client_that_goes_gives_its_place_up() -> None:
 
 def test_a_client_that_stays_has_its_answer_and_may_still_go() -> None:
     async def scenario() -> None:
-        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
-        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
-        await queue.asked.wait()
-        assert queue.answer is not None
+        queue, messages, task = await begun()
         await asyncio.to_thread(queue.answer, COMPILED)
         assert await task is COMPILED
         await asyncio.sleep(0)
@@ -89,10 +98,7 @@ def test_a_client_that_stays_has_its_answer_and_may_still_go() -> None:
 
 def test_an_error_is_the_reply_to_this_request() -> None:
     async def scenario() -> None:
-        queue, messages = Queue(), asyncio.Queue[dict[str, str]]()
-        task = asyncio.create_task(compiled(queue, request_of(messages.get)))
-        await queue.asked.wait()
-        assert queue.answer is not None
+        queue, _, task = await begun()
         queue.answer(ConstraintProblem("busy", "the machine has no time", CONSTRAINT).error)
         with pytest.raises(HttpError, match="no time") as caught:
             await task
@@ -104,11 +110,8 @@ def test_an_error_is_the_reply_to_this_request() -> None:
 @pytest.mark.parametrize(("key", "caller"), [(b"digest", b"digest"), (b"", b"('127.0.0.1', 4711)")])
 def test_a_caller_is_a_key_or_else_a_connection(key: bytes, caller: bytes) -> None:
     async def scenario() -> None:
-        queue = Queue()
-        task = asyncio.create_task(compiled(queue, request_of(asyncio.Queue[Any]().get, key)))
-        await queue.asked.wait()
+        queue, _, task = await begun(key)
         assert queue.callers == [caller]
-        assert queue.answer is not None
         queue.answer(COMPILED)
         await task
 
