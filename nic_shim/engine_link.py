@@ -130,6 +130,8 @@ class EngineLink:
         reason = request.reason_to_stop(self.eos_ids)
         if reason:
             request.finish(reason)
+        elif request.is_overdue():  # before its prompt and its constraint were ready
+            request.finish(abi.FINISH_TIMEOUT)
         else:
             self._waiting.add(request, has_place=self._has_room(len(self._waiting)))
 

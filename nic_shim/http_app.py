@@ -66,6 +66,7 @@ from blinkimp.nic_shim.http_types import (
     TokenizeReply,
     TokenizeRequest,
 )
+from blinkimp.nic_shim.live_request import deadline_ns_of
 from blinkimp.nic_shim.tokenizer import USER_SPEAKS
 from blinkimp.protocol import Sampling
 
@@ -216,7 +217,8 @@ class Api:
         shape: ReplyShape,
         exchange: Exchange,
     ) -> Response:
-        constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body))
+        deadline_ns = deadline_ns_of(request.state.arrived_ns, body.timeout)
+        constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body), deadline_ns)
         self._refuse_while_down()  # the drain may have begun meanwhile
         requests = await make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
         for one in requests:  # its time began before its prompt was tokenised

@@ -1,4 +1,4 @@
-"""An HTTP request's constraint: compiled in its turn, while the client is there.
+"""An HTTP request's constraint: compiled in its turn, while the client is there and the request has time.
 
 Called by nic_shim/http_app.py, on the event loop. Test: pytest tests/null/test_http_constraint.py
 """
@@ -6,6 +6,7 @@ Called by nic_shim/http_app.py, on the event loop. Test: pytest tests/null/test_
 from __future__ import annotations
 
 import asyncio
+import time
 
 from starlette.requests import Request
 from starlette.types import Receive
@@ -19,9 +20,9 @@ from blinkimp.protocol import Constraint, Error
 
 
 async def compile_constraint(
-    queue: CompileQueue, request: Request, constraint: Constraint | None
+    queue: CompileQueue, request: Request, constraint: Constraint | None, deadline_ns: int
 ) -> LoadedConstraint | None:
-    """Raises HttpError."""
+    """None where there is none, and behind the deadline (of LiveRequest): then the engine link runs nothing. Raises HttpError."""
     if constraint is None:
         return None
     loop = asyncio.get_running_loop()
@@ -38,24 +39,30 @@ async def compile_constraint(
     caller = request.state.caller or repr(request.client).encode()
     found = queue.ask(caller, constraint, hand_over)
     if isinstance(found, Ticket):
-        found = await _answer(queue, found, answered, request.receive)
+        if not await _is_answered(queue, found, answered, request.receive, deadline_ns):
+            return None
+        found = answered.result()
     if isinstance(found, Error):
         raise http_error_of(found)
     return found
 
 
-async def _answer(queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[Answer], receive: Receive) -> Answer:
-    """Gives the place in the queue up where the client goes."""
+async def _is_answered(
+    queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[Answer], receive: Receive, deadline_ns: int
+) -> bool:
+    """False: the deadline has passed. Gives the place in the queue up there, and where the client goes."""
     gone = asyncio.get_running_loop().create_task(disconnected(receive))
     try:
-        await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
+        while not answered.done() and not gone.done() and (left_ns := deadline_ns - time.monotonic_ns()) >= 0:
+            await asyncio.wait((answered, gone), timeout=left_ns / 1e9, return_when=asyncio.FIRST_COMPLETED)
+        is_gone = gone.done()
     finally:
         gone.cancel()
         queue.withdraw(ticket)
-    if not answered.done():
+    if is_gone and not answered.done():
         raise HttpError(
             CLOSED_STATUS,
             "the client has gone: got a closed connection while its constraint waited, expected somebody to answer; send it again",
             code="client_gone",
         )
-    return answered.result()
+    return answered.done()

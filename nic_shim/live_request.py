@@ -147,8 +147,7 @@ class LiveRequest:
 
     @property
     def deadline_ns(self) -> int:
-        """On this machine's clock, or NO_DEADLINE."""
-        return NO_DEADLINE if self.timeout_s is None else self.received_ns + int(self.timeout_s * 1e9)
+        return deadline_ns_of(self.received_ns, self.timeout_s)
 
     def remaining_ns(self) -> int:
         """Of its time, for the engine to watch over: at least 1 where there is a deadline, 0 where there is none."""
@@ -306,6 +305,11 @@ class LiveRequest:
         del self.unsent_text[:num_pieces]
         self.num_sent = last
         return message
+
+
+def deadline_ns_of(received_ns: int, timeout_s: float | None) -> int:
+    """On this machine's clock, or NO_DEADLINE."""
+    return NO_DEADLINE if timeout_s is None else received_ns + int(timeout_s * 1e9)
 
 
 def cache_salt_word(salt: str) -> int:

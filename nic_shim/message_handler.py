@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from blinkimp.nic_shim.admission import PromptIds, prompt_problem, submit_proble
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
-from blinkimp.nic_shim.live_request import LiveRequest
+from blinkimp.nic_shim.live_request import NO_DEADLINE, LiveRequest
 from blinkimp.nic_shim.quotas import RateLimiter
 from blinkimp.nic_shim.request_log import log_refusal
 from blinkimp.nic_shim.sessions import Session, SessionTable
@@ -99,6 +100,7 @@ class MessageHandler:
         self._tokenised: deque[tuple[LiveRequest, PromptIds | Error]] = deque()
         self._compiled: deque[tuple[LiveRequest, Answer]] = deque()
         self._compiling: dict[LiveRequest, tuple[Ticket, Submit]] = {}  # until the answer is taken, or nobody waits
+        self._earliest_deadline_ns = NO_DEADLINE  # of those, or of some that were among them
         self._num_tokenising = 0
         self._compile_queue = CompileQueue(
             ConstraintCompiler(
@@ -205,6 +207,7 @@ class MessageHandler:
         )
         if isinstance(answer, Ticket):
             self._compiling[request] = (answer, submit)
+            self._earliest_deadline_ns = min(self._earliest_deadline_ns, request.deadline_ns)
         else:
             self._take_constraint(request, submit, answer)
 
@@ -231,15 +234,32 @@ class MessageHandler:
             return untokenisable(submit.id, error)
 
     def take_prepared(self) -> None:
-        """Goes on with the requests whose constraints are compiled, starts those whose long prompts are tokenised."""
+        """Goes on with the requests whose constraints are compiled, or will not be in time; starts those whose long prompts are tokenised."""
         while self._compiled:
             request, answer = self._compiled.popleft()
             _, submit = self._compiling.pop(request)
             self._take_constraint(request, submit, answer)
+        self._end_overdue(time.monotonic_ns())
         while self._tokenised:
             request, prompt_ids = self._tokenised.popleft()
             self._num_tokenising -= 1
             self._start(request, prompt_ids)
+
+    def _end_overdue(self, now_ns: int) -> None:
+        """Of those whose constraint waits or is being compiled. Nearly free while no deadline has passed."""
+        if now_ns <= self._earliest_deadline_ns:
+            return
+        overdue = [request for request in self._compiling if now_ns > request.deadline_ns]
+        for request in overdue:
+            self._stop_compiling(request, abi.FINISH_TIMEOUT)
+        self._sessions.touch(overdue)
+        self._earliest_deadline_ns = min((request.deadline_ns for request in self._compiling), default=NO_DEADLINE)
+
+    def _stop_compiling(self, request: LiveRequest, reason: int) -> None:
+        """Ends it, unless its answer is there or about to be: its place in the queue is given up."""
+        if request in self._compiling and self._compile_queue.withdraw(self._compiling[request][0]):
+            del self._compiling[request]
+            request.finish(reason)
 
     def _start(self, request: LiveRequest, prompt_ids: PromptIds | Error) -> None:
         if request.cancelled:
@@ -334,11 +354,9 @@ class MessageHandler:
             self.cancel(request)
 
     def cancel(self, request: LiveRequest) -> None:
-        """Stops a request, wherever it is. One whose constraint waits ends now: its place in the queue is given up."""
+        """Stops a request, wherever it is. One whose constraint waits ends now."""
         self._link.cancel(request)
-        if request in self._compiling and self._compile_queue.withdraw(self._compiling[request][0]):
-            del self._compiling[request]
-            request.finish(abi.FINISH_CANCELLED)
+        self._stop_compiling(request, abi.FINISH_CANCELLED)
         if request.end is not None:
             self._sessions.touch([request])
 

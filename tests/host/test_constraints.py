@@ -138,6 +138,14 @@ def test_a_compilation_that_takes_too_long_holds_nobody_up(server: HttpServer) -
     assert outputs(server, 1, 1, guided_choice=["a", "b"]), "a new worker compiles"
 
 
+def test_a_request_whose_time_is_over_before_its_constraint_is_compiled_ends(server: HttpServer) -> None:
+    bomb = {"guided_regex": "([a-z]{1000}){500}", "timeout": 0.01, "n": 2}
+    choices = server.complete(PROMPT, **bomb)["choices"]
+    assert [(choice["finish_reason"], choice["text"]) for choice in choices] == [("timeout", "")] * 2
+    (event, *_) = server.post("/v1/completions", {"prompt": PROMPT, "stream": True, **bomb}).events
+    assert event["choices"][0]["finish_reason"] == "timeout"
+
+
 @dataclass
 class HeldIngress:
     """A ZeroMQ ingress whose compiler is at the constraint HELD until the test lets it go on. begun: what it has begun to compile."""
@@ -193,6 +201,20 @@ def test_slow_constraints_of_one_connection_hold_up_no_other(held: HeldIngress) 
         assert re.fullmatch("[a-c]{3}", new.result().text)
         assert [streams[idx].result().text for idx in (0, 2, 3)] == [HELD, "second", "third"]
     assert [held.begun.get_nowait() for _ in range(3)] == ["[a-c]{3}", "second", "third"]
+
+
+def test_a_request_whose_time_is_over_ends_while_its_constraint_waits(held: HeldIngress) -> None:
+    with Client(held.endpoint, timeout_s=PATIENCE_S) as client:
+        stream = client.submit(PROMPT, **regex(HELD))
+        assert held.begun.get(timeout=PATIENCE_S) == HELD
+        late = [client.submit(PROMPT, timeout_s=0.05, **regex(value)) for value in (HELD, "late")]
+        for done in (one.result() for one in late):
+            assert (done.finish_reason, done.num_output_tokens) == ("timeout", 0)
+        assert held.ingress.handler.num_preparing == 1, "the first has no deadline"
+        held.may_go_on.set()
+        assert stream.result().text == HELD
+        assert client.generate(PROMPT, timeout_s=PATIENCE_S, **regex("after")).text == "after"
+    assert held.begun.get_nowait() == "after" and held.begun.empty(), "nobody waited for the other"
 
 
 def test_a_client_that_has_gone_has_nothing_compiled(held: HeldIngress) -> None:

@@ -126,6 +126,14 @@ def test_no_more_is_on_the_ring_than_the_director_takes() -> None:
         assert it.link.wait(0, -1) == WaitEvent(0)
 
 
+def test_what_comes_behind_its_deadline_ends_at_once() -> None:
+    with linked() as it:
+        (late,) = it.submit(1, timeout_s=1e-9)
+        assert how_it_ended(late) == "timeout" and it.link.num_live == 0
+        it.turn()
+        assert it.on_ring() == []
+
+
 def test_lower_priorities_go_first_when_there_is_room_again() -> None:
     with linked(max_requests=1) as it:
         (first,) = it.submit(1, priority=5)

@@ -1,4 +1,4 @@
-"""nic_shim/http_constraint.py: a client that goes gives its place up, and one that stays has its answer.
+"""nic_shim/http_constraint.py: a client that goes or has no time left gives its place up, and one that stays has its answer.
 
 Run: pytest tests/null/test_http_constraint.py
 """
@@ -6,6 +6,7 @@ Run: pytest tests/null/test_http_constraint.py
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintProblem, LoadedConstraint
 from blinkimp.nic_shim.http_constraint import compile_constraint
 from blinkimp.nic_shim.http_errors import HttpError
+from blinkimp.nic_shim.live_request import NO_DEADLINE
 from blinkimp.protocol import Constraint
 from tests.support import PATIENCE_S
 
@@ -55,17 +57,17 @@ def request_of(receive: Callable[[], Any], caller: bytes) -> Any:
     return SimpleNamespace(state=SimpleNamespace(caller=caller), client=("127.0.0.1", 4711), receive=receive)
 
 
-async def compiled(queue: Any, request: Any) -> LoadedConstraint | None:
+async def compiled(queue: Any, request: Any, deadline_ns: int) -> LoadedConstraint | None:
     tested: CompileQueue = queue
-    return await asyncio.wait_for(compile_constraint(tested, request, CONSTRAINT), PATIENCE_S)
+    return await asyncio.wait_for(compile_constraint(tested, request, CONSTRAINT, deadline_ns), PATIENCE_S)
 
 
 async def begun(
-    key: bytes = b"",
+    key: bytes = b"", deadline_ns: int = NO_DEADLINE
 ) -> tuple[FakeQueue, asyncio.Queue[dict[str, str]], asyncio.Task[LoadedConstraint | None]]:
     """A request whose constraint has been asked for, and the messages of its client."""
     queue, messages = FakeQueue(), asyncio.Queue[dict[str, str]]()
-    task = asyncio.create_task(compiled(queue, request_of(messages.get, key)))
+    task = asyncio.create_task(compiled(queue, request_of(messages.get, key), deadline_ns))
     await asyncio.wait_for(queue.asked.wait(), PATIENCE_S)
     return queue, messages, task
 
@@ -79,6 +81,30 @@ def test_a_client_that_goes_gives_its_place_up() -> None:
         with pytest.raises(HttpError, match="the client has gone") as caught:
             await task
         assert (caught.value.status, queue.num_withdrawn) == (499, 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("time_s", [-1.0, 0.02])
+def test_a_request_without_time_gives_its_place_up(time_s: float) -> None:
+    async def scenario() -> None:
+        deadline_ns = time.monotonic_ns() + int(time_s * 1e9)
+        queue, messages, task = await begun(deadline_ns=deadline_ns)
+        assert await task is None and time.monotonic_ns() > deadline_ns, "not a moment before: it would run without"
+        assert queue.num_withdrawn == 1
+        await asyncio.sleep(0)
+        messages.put_nowait({"type": "http.disconnect"})
+        await asyncio.sleep(0)
+        assert messages.qsize() == 1, "whoever runs the request is the one to learn of it"
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_within_the_time_counts() -> None:
+    async def scenario() -> None:
+        queue, _, task = await begun(deadline_ns=time.monotonic_ns() + int(PATIENCE_S * 1e9))
+        queue.answer(COMPILED)
+        assert await task is COMPILED
 
     asyncio.run(scenario())
 
