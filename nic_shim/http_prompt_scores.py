@@ -47,18 +47,16 @@ class _Piece:
                 self.ended.set_result(message)
 
 
-async def score_prompt(
-    engine: EngineThread, exchange: Exchange, prompt_ids: PromptIds, num_top: int, body: GenerationFields
-) -> Tokens:
-    """The prompt's tokens from the second on, as if the model had said them. Raises HttpError, ClientGoneError."""
+async def score_prompt(engine: EngineThread, exchange: Exchange, choice: LiveRequest, body: GenerationFields) -> Tokens:
+    """The tokens of the choice's prompt from the second on, as if the model had said them. Raises HttpError, ClientGoneError."""
     places = asyncio.Semaphore(PIECES_AT_ONCE)
 
     async def one(begin: int) -> Tokens:
         async with places:
-            return await _score_piece(engine, exchange, prompt_ids, begin, num_top, body)
+            return await _score_piece(engine, exchange, choice, begin, body)
 
     scores = Tokens(0, 1, [], [], "")
-    jobs = deque(asyncio.ensure_future(one(begin)) for begin in range(1, len(prompt_ids), PIECE_TOKENS))
+    jobs = deque(asyncio.ensure_future(one(begin)) for begin in range(1, len(choice.prompt_ids), PIECE_TOKENS))
     try:
         while jobs:
             piece = await jobs.popleft()
@@ -78,8 +76,9 @@ async def _cancel(jobs: Collection[asyncio.Future[Tokens]]) -> None:
 
 
 async def _score_piece(
-    engine: EngineThread, exchange: Exchange, prompt_ids: PromptIds, begin: int, num_top: int, body: GenerationFields
+    engine: EngineThread, exchange: Exchange, choice: LiveRequest, begin: int, body: GenerationFields
 ) -> Tokens:
+    prompt_ids, num_top = choice.prompt_ids, choice.sampling.top_logprobs
     piece_ids = prompt_ids[begin : begin + PIECE_TOKENS]
     loop = asyncio.get_running_loop()
     constraint = await loop.run_in_executor(None, _chain, engine, piece_ids)
@@ -91,7 +90,7 @@ async def _score_piece(
         stream=False,
         detokenize=False,
         priority=body.priority or 0,
-        timeout_s=body.timeout,
+        timeout_s=choice.remaining_ns() / 1e9 or None,  # its own would begin anew
         cache_salt=body.cache_salt or "",
         prefix_cache=body.prefix_cache is not False,
     )

@@ -139,11 +139,7 @@ class GenerationResponse(Response):
         scores: list[Tokens] = []
         for choice, request in zip(self._choices, self._requests, strict=True):
             if choice.prompt_idx == len(scores):
-                scores.append(
-                    await score_prompt(
-                        self._engine, self._exchange, request.prompt_ids, request.sampling.top_logprobs, self._body
-                    )
-                )
+                scores.append(await score_prompt(self._engine, self._exchange, request, self._body))
         self._exchange.release()
         return scores
 

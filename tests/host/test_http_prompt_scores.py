@@ -5,15 +5,21 @@ Run: pytest tests/host/test_http_prompt_scores.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blinkimp.nic_shim import http_prompt_scores
+from blinkimp.nic_shim.http_types import CompletionRequest
+from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.tokenizer import Tokenizer
+from blinkimp.protocol import Finish, Sampling, Submit, Tokens
 from tests.http_support import EMBEDDED, HttpServer, embedded
 from tests.ingress_support import wait_until
 
@@ -102,6 +108,32 @@ def test_a_client_that_leaves_meanwhile_is_cancelled(server: HttpServer) -> None
 def test_where_its_own_time_is_over_before_it_is_504(server: HttpServer) -> None:
     reply = server.post("/v1/completions", {"prompt": LONG, "echo": True, "logprobs": 0, "timeout": 1e-9})
     assert (reply.status, reply.json["error"]["code"]) == (504, "timeout"), reply.body
+
+
+@pytest.mark.parametrize(("timeout_s", "left_s"), [(None, None), (1e6, 1e6 - 1000), (100.0, 1e-9)])
+def test_all_pieces_have_the_time_of_the_request(timeout_s: float | None, left_s: float | None) -> None:
+    """It came 1000 s ago. No piece's time begins when its turn comes: they would have more together, by as many as there are."""
+    choice = LiveRequest(Submit(0, "", Sampling(top_logprobs=1), timeout_s=timeout_s), None)
+    choice.prompt_ids = np.asarray(LONG, np.uint32)
+    choice.received_ns -= 1000 * 10**9
+    pieces: list[LiveRequest] = []
+
+    def run(piece: LiveRequest) -> None:
+        pieces.append(piece)
+        begin = len(piece.prompt_ids)
+        said = LONG[begin : begin + http_prompt_scores.PIECE_TOKENS]
+        finish = Finish(0, "length", begin, len(said), 0, 0, 0, 0, 0)
+        piece.session.push([Tokens(0, 0, said, [-1.0] * len(said), ""), finish])
+
+    port = SimpleNamespace(vocab_size=4096, constraint_slot_bytes=1 << 20)
+    engine: Any = SimpleNamespace(link=SimpleNamespace(port=port))
+    exchange: Any = SimpleNamespace(start_helper=run, end_helper=lambda _: None, is_gone=False)
+    body = CompletionRequest(prompt=LONG, timeout=timeout_s)
+    scores = asyncio.run(http_prompt_scores.score_prompt(engine, exchange, choice, body))
+    assert scores.token_ids == LONG[1:] and len(pieces) == 3
+    for piece in pieces:
+        assert piece.sampling.top_logprobs == 1
+        assert (piece.timeout_s is None) if left_s is None else (piece.timeout_s or 0) <= left_s
 
 
 def test_without_room_for_a_constraint_it_is_refused() -> None:
