@@ -1,7 +1,8 @@
 """What makes a request one that cannot be run, in the words that clients of both ingresses read.
 
 Ranges of single fields stand in blinkimp/protocol.py; here is what takes more than one field, or the engine, to see.
-Called by nic_shim/message_handler.py and nic_shim/http_generate.py. Test: pytest tests/host/test_http_errors.py
+Called by nic_shim/message_handler.py, http_generate.py, http_app.py and http_protocol.py.
+Test: pytest tests/host/test_http_errors.py tests/host/test_ingress_bad_messages.py
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ class ModelLimits(Protocol):
     vocab_size: int
 
 
-def submit_problem(submit: Submit, max_prompt_chars: int) -> Error | None:
-    """Why this request is refused before its prompt is tokenised, or None."""
+def larger_limit(module: str, limit_name: str) -> str:
+    """What to do about a limit of an ingress, the module of nic_shim/, which `blinkimp serve` runs with the default."""
+    flag = f"--{limit_name.replace('_', '-')}"
+    return f"run another ingress beside the server with a larger {flag} (python -m blinkimp.nic_shim.{module} --help)"
+
+
+def submit_problem(submit: Submit, max_prompt_chars: int, remedy: str) -> Error | None:
+    """Why this request is refused before its prompt is tokenised, or None. remedy: the larger_limit() of prompts."""
     sampling = submit.sampling
     num_chars = len(submit.prompt) if isinstance(submit.prompt, str) else 0
     if num_chars > max_prompt_chars:
@@ -36,7 +43,7 @@ def submit_problem(submit: Submit, max_prompt_chars: int) -> Error | None:
             "the prompt's text is too long",
             f"{num_chars} characters",
             f"at most {max_prompt_chars}",
-            "shorten the prompt, or start the ingress with a larger --max-prompt-bytes",
+            f"shorten the prompt, or {remedy}",
             final=True,
         )
     if len(submit.delivered_ids) > sampling.max_tokens:

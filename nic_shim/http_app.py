@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from blinkimp import __version__
 from blinkimp import ring_abi as abi
-from blinkimp.nic_shim.admission import PromptIds
+from blinkimp.nic_shim.admission import PromptIds, larger_limit
 from blinkimp.nic_shim.chat_template import ChatTemplateError
 from blinkimp.nic_shim.http_chat import ChatShape, template_messages
 from blinkimp.nic_shim.http_completions import CompletionShape
@@ -254,7 +254,7 @@ class Api:
             raise HttpError(
                 413,
                 f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_body_bytes}; send a shorter prompt, or "
-                "start the ingress (blinkimp.nic_shim.http_ingress) with a larger --max-body-bytes",
+                + larger_limit("http_ingress", "max_body_bytes"),
                 code="too_large",
             )
         request.state.arrived_ns = time.monotonic_ns()

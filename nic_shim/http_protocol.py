@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from blinkimp.nic_shim.admission import larger_limit
 from blinkimp.nic_shim.http_errors import HttpError
 
 _HEAD: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
@@ -66,8 +67,8 @@ class TimedProtocol(HttpToolsProtocol):
         if self._has_begun():
             error = HttpError(
                 408,
-                f"the request is not complete: got no byte for {self._read_timeout_s:g} s, expected the rest; send it again, or start the "
-                "ingress (blinkimp.nic_shim.http_ingress) with a larger --read-timeout-s",
+                f"the request is not complete: got no byte for {self._read_timeout_s:g} s, expected the rest; send it again, or "
+                + larger_limit("http_ingress", "read_timeout_s"),
                 code="request_timeout",
             )
             body = msgspec.json.encode(error.body())

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from blinkimp import ring_abi as abi
-from blinkimp.nic_shim.admission import PromptIds, prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.admission import PromptIds, larger_limit, prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
@@ -44,9 +44,8 @@ from blinkimp.protocol import (
 
 log = logging.getLogger("blinkimp.ingress")
 
-MAX_INLINE_PROMPT_BYTES = (
-    4096  # longer prompts are tokenised on a thread of their own, so that streams do not wait for them
-)
+MAX_INLINE_PROMPT_BYTES = 4096  # longer prompts are tokenised on a thread of their own: streams do not wait for them
+LONGER_PROMPTS = larger_limit("zmq_ingress", "max_prompt_bytes")
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class MessageHandler:
                 "the message is too large",
                 f"{len(frames[0])} bytes",
                 f"at most {self._limits.max_message_bytes} bytes",
-                "send a shorter prompt, or start the ingress with a larger --max-message-bytes",
+                f"send a shorter prompt, or {larger_limit('zmq_ingress', 'max_message_bytes')}",
             )
         return None
 
@@ -346,7 +345,7 @@ class MessageHandler:
                     f"wait for some to finish, or raise the ingress's --{limit_name.replace('_', '-')}",
                     final=True,
                 )
-        return submit_problem(submit, limits.max_prompt_bytes)
+        return submit_problem(submit, limits.max_prompt_bytes, LONGER_PROMPTS)
 
     def _cancel(self, session: Session, cancel: Cancel) -> None:
         request = session.requests.get(cancel.id)

@@ -7,7 +7,9 @@ Token ids of the tokenizer: 0 is `<s>`, 1 is `</s>`, then one token per byte, so
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -136,6 +138,15 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATI
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.005)
+
+
+def larger_limit_in(refusal: str) -> str:
+    """The flag that a refusal advises; the ingress that it names has that."""
+    advice = re.search(r"with a larger (--[a-z-]+) \(python -m (blinkimp\.nic_shim\.\w+) --help\)", refusal)
+    assert advice, refusal
+    flag, module = advice.groups()
+    assert f" {flag} " in importlib.import_module(module)._parser().format_help()
+    return flag
 
 
 def encoded(**fields: Any) -> bytes:

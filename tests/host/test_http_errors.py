@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.http_support import MODEL, Reply, Scripted, scripted
-from tests.ingress_support import wait_until
+from tests.ingress_support import larger_limit_in, wait_until
 from tests.support import PATIENCE_S
 
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -121,7 +121,10 @@ def test_statuses_beside_400(served: Scripted) -> None:
     refusal(http.get("/v1/nothing"), 404)
     not_allowed = http.get("/v1/completions")
     assert refusal(not_allowed, 405) and not_allowed.headers["allow"] == "POST"
-    assert "100000" in refusal(http.post("/v1/completions", {"prompt": "x" * 200_000}), 413)["message"]
+    too_large = refusal(http.post("/v1/completions", {"prompt": "x" * 200_000}), 413)["message"]
+    assert "100000" in too_large and larger_limit_in(too_large) == "--max-body-bytes"
+    too_long = refusal(http.post("/v1/completions", {"prompt": "x" * 60_000}), 400)["message"]
+    assert "at most 50000" in too_long and larger_limit_in(too_long) == "--max-prompt-chars"
     busy = http.post("/v1/completions", {"prompt": "x", "n": 9})
     assert refusal(busy, 429)["type"] == "rate_limit_error" and busy.headers["retry-after"] == "1"
     assert http.complete("x", model=MODEL, n=8)["choices"], "the refused ones are not counted"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.http_support import Scripted, scripted
-from tests.ingress_support import wait_until
+from tests.ingress_support import larger_limit_in, wait_until
 from tests.support import PATIENCE_S, undisturbed
 
 LIMIT_S = 1.0
@@ -97,6 +97,7 @@ def test_a_request_that_is_not_completed_is_closed(served: Scripted, what: str, 
     assert head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head
     error = json.loads(body)["error"]
     assert error["code"] == "request_timeout" and "expected the rest" in error["message"]
+    assert larger_limit_in(error["message"]) == "--read-timeout-s"
 
 
 @undisturbed

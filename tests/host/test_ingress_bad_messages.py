@@ -21,6 +21,7 @@ from tests.ingress_support import (
     Served,
     encoded,
     hold_after_first_tokens,
+    larger_limit_in,
     serve,
 )
 from tests.support import PATIENCE_S
@@ -77,6 +78,15 @@ def test_bad_message_gets_an_explanation_and_the_server_lives(served: Served, fr
         assert all((error.what, error.got, error.expected, error.remedy)) and len(error.got) < 300
         raw.send(encoded(id=2))
         assert isinstance(raw.receive_until(lambda message: isinstance(message, Finish))[-1], Finish)
+
+
+def test_what_is_too_large_is_told_the_limit_of_this_ingress(served: Served) -> None:
+    frames = {"--max-prompt-bytes": encoded(prompt="x" * 100_001), "--max-message-bytes": os.urandom(1 << 21)}
+    with RawClient(served.endpoint) as raw:
+        for flag, frame in frames.items():
+            raw.send(frame)
+            (error,) = raw.receive()
+            assert isinstance(error, Error) and larger_limit_in(error.remedy) == flag
 
 
 def test_ten_megabyte_blobs(tmp_path: Path) -> None:
