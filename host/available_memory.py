@@ -1,6 +1,6 @@
 """What memory this machine, and a container's limit, still have. Nothing is allocated to find out.
 
-Called by host/emulated_device.py (how many KV pages fit), host/shared_memory.py (whether the queue pairs fit) and blinkimp/cli/checks.py.
+Called by host/emulated_device.py (how many KV pages fit), host/shared_room.py (whether the queue pairs fit).
 Test: pytest tests/null/test_available_memory.py
 """
 

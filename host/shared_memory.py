@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from blinkimp import ring_abi as abi
-from blinkimp.host.available_memory import host_memory_available_bytes
 from blinkimp.host.engine_lock import (
     SHM_DIR,
     EngineAlreadyRunningError,
@@ -37,6 +36,7 @@ from blinkimp.host.engine_lock import (
 )
 from blinkimp.host.metrics_memory import HEADER_BYTES, LAYOUT, MAGIC, About, MetricsGeometry, header_words
 from blinkimp.host.shared_region import Region, create_region, open_region
+from blinkimp.host.shared_room import shared_room
 from blinkimp.host.trace_memory import INGRESS_TRACE, TraceGeometry
 
 __all__ = [
@@ -208,21 +208,17 @@ def _check_room(
     engine_name: str, num_queue_pairs: int, geometry: QueuePairGeometry, trace: TraceGeometry | None
 ) -> None:
     """I3"""
-    trace_bytes = 0 if trace is None else trace.region_bytes + num_queue_pairs * INGRESS_TRACE.region_bytes
-    fixed_bytes = MetricsGeometry(num_queue_pairs).region_bytes + abi.ENGINE_PAGE.itemsize
-    needed_bytes = num_queue_pairs * geometry.region_bytes + trace_bytes + fixed_bytes
-    folder = os.statvfs(SHM_DIR)
-    free_bytes, memory_bytes = folder.f_bavail * folder.f_frsize, host_memory_available_bytes()
-    if needed_bytes <= min(free_bytes, memory_bytes):
+    room = shared_room(num_queue_pairs, geometry.region_bytes, trace)
+    if room.is_enough:
         return
     scarce = (
-        f"{SHM_DIR} has {free_bytes} bytes free"
-        if free_bytes < memory_bytes
-        else f"{memory_bytes} bytes of memory are available"
+        f"{SHM_DIR} has {room.free_bytes} bytes free"
+        if room.free_bytes < room.memory_bytes
+        else f"{room.memory_bytes} bytes of memory are available"
     )
     raise SharedMemoryError(
-        f"engine {engine_name} needs {needed_bytes} bytes of shared memory ({num_queue_pairs} queue pairs of {geometry.region_bytes}, trace "
-        f"{trace_bytes}), but {scarce}; lower num_queue_pairs, arena_bytes, num_completions or trace_events, or give the container more "
+        f"engine {engine_name} needs {room.needed_bytes} bytes of shared memory ({num_queue_pairs} queue pairs of {geometry.region_bytes}, "
+        f"trace {room.trace_bytes}), but {scarce}; lower num_queue_pairs, arena_bytes, num_completions or trace_events, or give the container more "
         "(--shm-size, --memory)"
     )
 

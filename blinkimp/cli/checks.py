@@ -157,12 +157,12 @@ def check_locked_memory(config: Config) -> Finding:
 
 
 def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Finding:
-    from blinkimp.host.available_memory import host_memory_available_bytes
+    """Of all that an engine takes but the times of trace_op_period: how many they are depends on device and model."""
     from blinkimp.host.shared_memory import QueuePairGeometry
+    from blinkimp.host.shared_room import shared_room
+    from blinkimp.host.trace_memory import TraceGeometry
 
     what = "shared memory"
-    geometry = QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes)
-    needed_bytes = config.num_queue_pairs * geometry.region_bytes
     if not folder.is_dir():
         return Finding(what, Verdict.FAIL, f"{folder} does not exist", f"mount -t tmpfs tmpfs {folder}")
     try:
@@ -171,17 +171,22 @@ def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Find
     except OSError as error:
         remedy = f"expected mode 1777: chmod 1777 {folder}, and a mount that is not read-only"
         return Finding(what, Verdict.FAIL, f"{folder} cannot be written: {error.strerror}", remedy)
-    free_bytes = shutil.disk_usage(folder).free
-    found = f"{folder}: {free_bytes / 2**20:.0f} MiB free; queue pairs take {needed_bytes / 2**20:.0f} MiB"
-    memory_bytes = host_memory_available_bytes()
-    if memory_bytes < needed_bytes:
-        found += f", but {memory_bytes / 2**20:.0f} MiB of memory are available"
-        remedy = "lower num_queue_pairs or arena_bytes, end what takes the memory, or raise the container's limit (docker run --memory)"
+    geometry = QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes)
+    try:
+        trace = TraceGeometry(config.trace_events) if config.trace_events else None
+    except ValueError as error:
+        return Finding(what, Verdict.FAIL, str(error), "correct trace_events")
+    room = shared_room(config.num_queue_pairs, geometry.region_bytes, trace, folder)
+    found = f"{folder}: {room.free_bytes / 2**20:.0f} MiB free; an engine takes {room.needed_bytes / 2**20:.0f} MiB"
+    if room.is_enough:
+        return Finding(what, Verdict.OK, found)
+    lower = "lower num_queue_pairs, arena_bytes, num_completions or trace_events"
+    if room.memory_bytes < room.needed_bytes:
+        found += f", but {room.memory_bytes / 2**20:.0f} MiB of memory are available"
+        remedy = f"{lower}, end what takes the memory, or raise the container's limit (docker run --memory)"
         return Finding(what, Verdict.FAIL, found, remedy)
-    if free_bytes < needed_bytes:
-        remedy = "mount -o remount,size=1G /dev/shm (docker run --shm-size 1g), or lower num_queue_pairs or arena_bytes"
-        return Finding(what, Verdict.FAIL, found, remedy)
-    return Finding(what, Verdict.OK, found)
+    remedy = f"mount -o remount,size=1G /dev/shm (docker run --shm-size 1g), or {lower}"
+    return Finding(what, Verdict.FAIL, found, remedy)
 
 
 def check_cores() -> Finding:

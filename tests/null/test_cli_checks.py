@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -17,7 +19,8 @@ from blinkimp import native
 from blinkimp.cli import checks
 from blinkimp.cli.checks import Verdict
 from blinkimp.config import Config, model_folder
-from blinkimp.host import available_memory
+from blinkimp.host import shared_memory, shared_room
+from blinkimp.host.trace_memory import TraceGeometry
 
 
 def test_packages_are_found_and_missing_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +34,7 @@ def test_packages_are_found_and_missing_ones_named(monkeypatch: pytest.MonkeyPat
 def test_shared_memory_that_is_missing_or_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.check_shared_memory(Config(), tmp_path / "none").verdict is Verdict.FAIL
     assert checks.check_shared_memory(Config(num_queue_pairs=1, arena_bytes=4096), tmp_path).verdict is Verdict.OK
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=1 << 20))
     finding = checks.check_shared_memory(Config(), tmp_path)
     assert finding.verdict is Verdict.FAIL
     assert "1 MiB free" in finding.found
@@ -40,10 +42,45 @@ def test_shared_memory_that_is_missing_or_too_small(tmp_path: Path, monkeypatch:
 
 
 def test_shared_memory_larger_than_the_memory_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available_memory, "host_memory_available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(shared_room, "host_memory_available_bytes", lambda: 1 << 20)
     finding = checks.check_shared_memory(Config(), tmp_path)
     assert finding.verdict is Verdict.FAIL
     assert "1 MiB of memory are available" in finding.found and "--memory" in finding.remedy
+
+
+@pytest.mark.parametrize("trace_events", [0, 1 << 16])
+def test_shared_memory_is_enough_where_an_engine_starts(trace_events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, and with all that it creates."""
+    config = Config(
+        num_queue_pairs=2, num_submissions=16, num_completions=64, arena_bytes=4096, trace_events=trace_events
+    )
+    geometry = shared_memory.QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes)
+    trace = TraceGeometry(trace_events) if trace_events else None
+    name = f"test-{uuid.uuid4().hex[:12]}"
+
+    def start() -> int:
+        """Bytes of what an engine has created."""
+        regions = shared_memory.create_engine_regions(
+            name, num_queue_pairs=2, geometry=geometry, max_context=256, vocab_size=100, trace=trace
+        )
+        try:
+            paths = [path for path in shared_memory.SHM_DIR.glob(f"blinkimp.{name}.*") if path.suffix != ".lock"]
+            return sum(path.stat().st_size for path in paths)
+        finally:
+            regions.unlink()
+
+    num_bytes = start()
+    monkeypatch.setattr(shared_room, "host_memory_available_bytes", lambda: num_bytes)
+    assert start() == num_bytes and checks.check_shared_memory(config).verdict is Verdict.OK
+    monkeypatch.setattr(shared_room, "host_memory_available_bytes", lambda: num_bytes - 1)
+    with pytest.raises(shared_memory.SharedMemoryError, match="memory are available"):
+        start()
+    assert checks.check_shared_memory(config).verdict is Verdict.FAIL
+
+
+def test_shared_memory_for_a_trace_that_cannot_be() -> None:
+    finding = checks.check_shared_memory(Config(trace_events=65537))
+    assert finding.verdict is Verdict.FAIL and "power of two" in finding.found
 
 
 def test_shared_memory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from blinkimp import ring_abi as abi
-from blinkimp.host import engine_lock
+from blinkimp.host import engine_lock, shared_room
 from blinkimp.host import shared_memory as shm
 
 SMALL = shm.QueuePairGeometry(num_submissions=16, num_completions=64, arena_bytes=4096)
@@ -46,8 +46,8 @@ def test_nothing_is_created_unless_all_of_it_fits(
     """I3. What there is is made up, and a byte short of two queue pairs."""
     have = {"memory": 1 << 60, "/dev/shm": 1 << 60} | {scarce: 2 * SMALL.region_bytes - 1}
     created: list[str] = []
-    monkeypatch.setattr(shm, "host_memory_available_bytes", lambda: have["memory"])
-    monkeypatch.setattr(shm.os, "statvfs", lambda _: SimpleNamespace(f_bavail=have["/dev/shm"], f_frsize=1))
+    monkeypatch.setattr(shared_room, "host_memory_available_bytes", lambda: have["memory"])
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=have["/dev/shm"], f_frsize=1))
     monkeypatch.setattr(shm, "create_region", lambda name, *_: created.append(name))
     with pytest.raises(shm.SharedMemoryError, match=f"needs .*2 queue pairs .*{scarce}.*lower num_queue_pairs"):
         create(engine_name)
