@@ -7,7 +7,7 @@ Invariants
 I1  An output is none of the command's inputs, by whatever name: an input that is mapped would be gone under its reader.
 I2  A name has the old file or the whole new one. Pipes and devices are written to as they are.
 
-Used by blinkimp/trace, blinkimp/bench, blinkimp/lab and their commands. Test: pytest tests/null/test_outputs.py
+Used by blinkimp/trace, blinkimp/bench, blinkimp/lab, blinkimp/cli and host/compile_cache.py. Test: pytest tests/null/test_outputs.py
 """
 
 from __future__ import annotations

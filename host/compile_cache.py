@@ -24,6 +24,7 @@ import msgspec
 
 from blinkimp.host import compile as compiler
 from blinkimp.host.compile import DEFAULT_ARCH, CompileError, FunctionReport
+from blinkimp.outputs import OutputError, make_folder
 
 SCHEMA = 1  # of the entry's files and of the options that compile_cubin() fixes; raise it when either changes
 KEY_DIGITS = 32
@@ -121,12 +122,6 @@ def _publish(folder: Path, cubin: bytes, entry: Entry) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check_writable(folder: Path) -> None:
-    """Raises OSError where _publish() would."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-
-
 def _not_written(folder: Path, error: OSError) -> CompileError:
     return CompileError(
         f"compile cache: {folder} cannot be written ({error}); expected a folder of this user's with free space; choose another cache_dir"
@@ -161,9 +156,9 @@ def get_kernel(
             )
         if must_keep:
             try:
-                _check_writable(folder)
-            except OSError as error:
-                raise _not_written(folder, error) from error
+                make_folder(folder.parent)
+            except OutputError as error:
+                raise CompileError(f"compile cache: {error} (cache_dir)") from error
         compile_start_ns = time.perf_counter_ns()
         cubin, functions = compiler.compile_cubin(path, arch, defines)
         compile_ns = time.perf_counter_ns() - compile_start_ns

@@ -20,6 +20,7 @@ import numpy as np
 
 from blinkimp import __version__, native
 from blinkimp.config import Config, cache_folder, model_folder
+from blinkimp.outputs import OutputError, make_folder
 
 NUM_PINGS = 500
 PING_TIMEOUT_S = 5.0
@@ -200,12 +201,10 @@ def check_cores() -> Finding:
 def check_cache(config: Config) -> Finding:
     folder = cache_folder(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+        make_folder(folder)
+    except OutputError as error:
         remedy = "every start would compile: set cache_dir (BLINKIMP_CACHE_DIR) to a folder that can be written"
-        return Finding("compile cache", Verdict.WARN, f"{folder}: {error.strerror}", remedy)
+        return Finding("compile cache", Verdict.WARN, str(error), remedy)
     num_kernels = sum(1 for _ in folder.glob("kernels/*/kernel.cubin"))
     return Finding("compile cache", Verdict.OK, f"{folder}: {num_kernels} kernels")
 

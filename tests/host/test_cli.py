@@ -326,7 +326,9 @@ def test_compile_refuses_a_cache_that_cannot_be_written_before_it_compiles(
     monkeypatch.setattr("blinkimp.host.compile_cache.compiler.compile_cubin", compile_nothing)
     (tmp_path / "file").write_text("")  # a file where the folder should be: fails for root too
     assert main(["compile", "--arch", "sm_90a", "--num-workers", "131", "--cache-dir", str(tmp_path / "file")]) == 1
-    assert "cannot be written" in capsys.readouterr().err and not compiled
+    words = f"compile cache: {tmp_path}/file/kernels: cannot be written to (Not a directory)"
+    said = capsys.readouterr().err
+    assert words in said and "choose another (cache_dir)" in said and not compiled
 
 
 def test_a_folder_that_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> None:

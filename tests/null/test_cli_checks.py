@@ -142,7 +142,8 @@ def test_a_missing_native_library_fails(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert checks.check_cache(Config(cache_dir=str(tmp_path / "file" / "cache"))).verdict is Verdict.WARN
+    finding = checks.check_cache(Config(cache_dir=str(tmp_path / "file" / "cache")))
+    assert finding.verdict is Verdict.WARN and "Not a directory" in finding.found
     assert checks.check_cache(Config(cache_dir=str(tmp_path / "cache"))).verdict is Verdict.OK
 
 
