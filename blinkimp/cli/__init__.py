@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from blinkimp import __version__
 from blinkimp.cli.options import HelpFormatter, Parser
+from blinkimp.cli.user_text import NotUtf8Error
 
 COMMANDS = {
     "serve": "load a model and serve it to clients",
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not type(error).__module__.startswith("blinkimp."):
             raise
         print(f"blinkimp {options.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, NotUtf8Error) else 1
     return status
 
 

@@ -48,11 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.nic_shim.tokenizer import USER_SPEAKS
 
     hide_bad_bytes()
-    try:
-        checked("--system", options.system)
-    except NotUtf8Error as error:
-        print(f"blinkimp chat: {error}", file=sys.stderr)
-        return 2
+    checked("--system", options.system)
     folder = model_folder(config_of(options))
     conversation = Conversation(folder, options.system)
     if conversation.is_plain:

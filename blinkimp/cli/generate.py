@@ -16,7 +16,7 @@ from blinkimp.cli.client_keys import security_of
 from blinkimp.cli.local_server import add_server_flags, server_for
 from blinkimp.cli.options import add_sampling_flags, new_parser, sampling_of
 from blinkimp.cli.terminal import stderr_console
-from blinkimp.cli.user_text import NotUtf8Error, checked, hide_bad_bytes
+from blinkimp.cli.user_text import checked, hide_bad_bytes
 
 EPILOG = """\
 examples:
@@ -42,11 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from blinkimp.client import Client
 
     hide_bad_bytes()
-    try:
-        prompt = checked("the prompt", sys.stdin.read() if options.prompt == "-" else options.prompt)
-    except NotUtf8Error as error:
-        print(f"blinkimp generate: {error}", file=sys.stderr)
-        return 2
+    prompt = checked("the prompt", sys.stdin.read() if options.prompt == "-" else options.prompt)
     security = security_of(options)
     with server_for(options) as endpoint, Client(endpoint, timeout_s=options.timeout, security=security) as client:
         if sys.stdout.isatty():

@@ -2,7 +2,7 @@
 
 Python hides bytes of an argument that are not in half surrogate pairs, which nothing can send; on stdin it raises, and the rest of what was
 read is lost. So stdin hides them too, and each text is looked at before it is used.
-Called by blinkimp/cli/generate.py and chat.py. Test: pytest tests/host/test_cli.py
+Called by blinkimp/cli/generate.py and chat.py; blinkimp/cli/__init__.py has the exit status. Test: pytest tests/host/test_cli.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from blinkimp.complaints import quote
 
 
 class NotUtf8Error(ValueError):
-    """The message says what, got, expected, remedy."""
+    """Wrong usage where nobody catches it. The message says what, got, expected, remedy."""
 
 
 def hide_bad_bytes() -> None:

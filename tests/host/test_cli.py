@@ -230,6 +230,7 @@ def test_prompt_that_is_not_utf8_is_wrong_usage() -> None:
             [*command(), *arguments], input=stdin, capture_output=True, timeout=300, check=False, env=environment()
         )
         assert done.returncode == 2 and words in done.stderr and b"Traceback" not in done.stderr, done.stderr
+        assert done.stderr.startswith(f"blinkimp {arguments[0]}: ".encode())
 
 
 def test_chat_goes_on_after_a_message_that_is_not_utf8(server: tuple[str, subprocess.Popen[str]]) -> None:
