@@ -6,6 +6,9 @@ Run: pytest tests/host/test_cli_trace.py
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from blinkimp.cli import main
 from blinkimp.client import Client
 from blinkimp.ring_abi import LEAST_TRACE_EVENTS, TraceKind
 from blinkimp.trace.figures import PHASES
-from blinkimp.trace.file import TraceFile
+from blinkimp.trace.file import Metadata, TraceFile, TraceFileWriter
 from tests.host.engine_support import make_tiny_checkpoint, running_engine
 from tests.ingress_support import end_process, start_process, wait_until, write_byte_tokenizer
-from tests.support import PATIENCE_S
+from tests.null.test_trace_figures import make_file
+from tests.support import PATIENCE_S, python_path
 
 MAX_TOKENS = 16
 
@@ -152,3 +156,40 @@ def test_what_is_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit, match="2"):
             main(["trace", "record", "--seconds", seconds, "-o", str(tmp_path / "a")])
         assert f"got '{seconds}', expected seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["timeline", "--slowest", "0"], ["timeline", "--slowest", "-3"], ["export", "--max-events", "-1"]]
+)
+def test_none_of_something_is_wrong_usage(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    make_file(path := tmp_path / "a.trace")
+    with pytest.raises(SystemExit, match="2"):
+        main(["trace", *flags, str(path)])
+    assert f"argument {flags[1]}: got '{flags[2]}', expected a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_trace_without_requests_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TraceFileWriter(tmp_path / "a.trace") as writer:
+        writer.finish(Metadata(), 1)
+    assert main(["trace", "timeline", str(tmp_path / "a.trace"), "--slowest", "3"]) == 1
+    assert "has no request from its begin to its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["trace", "stats"], ["trace", "stats", "--json"], ["trace", "timeline", "--slowest", "1"]]
+)
+def test_an_output_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, command: list[str]) -> None:
+    """Whatever command it is of: blinkimp/cli/__init__.py."""
+    make_file(path := tmp_path / "a.trace")
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    told = [sys.executable, "-m", "blinkimp", *command, str(path)]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(told, env=environment, check=False, text=True, stdout=full, stderr=subprocess.PIPE)
+    assert found.returncode == 1
+    assert found.stderr.startswith("blinkimp trace: stdout: cannot be written (No space left on device)")
+    assert found.stderr.count("\n") == 1
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as `| head` that has seen enough
+    found = subprocess.run(told, env=environment, check=False, text=True, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert found.returncode in (1, 141) and found.stderr == ""  # 1: where rich has printed it

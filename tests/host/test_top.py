@@ -5,14 +5,11 @@ Run: pytest tests/host/test_top.py
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from blinkimp.host.shared_memory import SHM_DIR, SharedMemoryError
 from tests.fake_director import FakeDirector
 from tests.host.engine_support import process_state, wait_for
 from tests.host.server_support import GREEDY, ServerProcess
+from tests.host.terminal_support import Terminal
 from tests.ingress_support import engine_name
 from tests.support import PATIENCE_S, ROOT, python_path
 
@@ -186,27 +184,10 @@ def test_all_of_it_fits_a_terminal_of_24_lines(columns: int) -> None:
 
 
 def test_a_dumb_terminal_gets_one_look() -> None:
-    ours, its = pty.openpty()
     with FakeDirector(engine_name(), vocab_size=258) as director:
         command = [sys.executable, "-m", "blinkimp", "top", "--interval", "0.1", "--engine-name"]
-        environment = {**os.environ, "PYTHONPATH": python_path(), "TERM": "dumb", "COLUMNS": "110"}
-        process = subprocess.Popen(
-            [*command, director.regions.engine_name], stdin=its, stdout=its, stderr=its, cwd=ROOT, env=environment
-        )
-        os.close(its)
-        shown_text, patience = b"", threading.Timer(PATIENCE_S, process.kill)
-        patience.start()
-        try:
-            with contextlib.suppress(OSError):  # EIO: it has ended, nobody has the terminal any more
-                while piece := os.read(ours, 65536):
-                    shown_text += piece
-            assert process.wait(PATIENCE_S) == 0
-        finally:
-            patience.cancel()
-            process.kill()
-            process.wait()
-            os.close(ours)
-    assert "─ batch ─" in shown_text.decode() and b"\x1b[" not in shown_text
+        status, said = Terminal([*command, director.regions.engine_name], with_stdout=True, term="dumb").end()
+    assert status == 0 and "─ batch ─" in said and "\x1b[" not in said, said
 
 
 def test_a_fault_and_a_silent_engine_are_seen() -> None:

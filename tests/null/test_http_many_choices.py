@@ -23,7 +23,7 @@ from blinkimp.nic_shim.token_bytes import TokenBytes
 from blinkimp.nic_shim.tokenizer import CONTEXT_TOKENS, Tokenizer
 from blinkimp.protocol import Tokens
 from tests.ingress_support import write_byte_tokenizer
-from tests.null.test_request_cycles import ask, http_api
+from tests.null.test_request_cycles import ask, http_api, scope_of
 
 PROMPT_IDS = [99] * 1000
 MOST_BYTES = 32 << 20  # the body, decoded: 3 MB. One list of ids for each of its choices: 260 MB
@@ -145,11 +145,7 @@ async def parts_of(app: Any, body: dict[str, Any], *, num_read: int = 1 << 30) -
                 await asyncio.sleep(0)  # as a client that reads slowly: the others have their turn
                 await asyncio.sleep(0)
 
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "root_path": "", "query_string": b"", "headers": [], "http_version": "1.1",
-        "scheme": "http", "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    await app(scope, coming.get, send)
+    await app(scope_of("/v1/completions", payload), coming.get, send)
     return parts
 
 

@@ -122,6 +122,14 @@ def http_api(folder: Path) -> Iterator[Any]:
     assert not context.exchanges
 
 
+def scope_of(path: str, payload: bytes) -> dict[str, Any]:
+    """What uvicorn hands to the application with such a request."""
+    return {
+        "type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "headers": [(b"content-length", b"%d" % len(payload))],
+        "http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+
+
 async def ask(app: Any, path: str, payload: bytes) -> int:
     """The status; of a stream's client that goes away after the first chunk, too."""
     statuses: list[int] = []
@@ -134,11 +142,7 @@ async def ask(app: Any, path: str, payload: bytes) -> int:
         elif b'"priority":1' in payload:
             bodies.put_nowait({"type": "http.disconnect"})
 
-    scope = {
-        "type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "headers": [(b"content-length", b"%d" % len(payload))],
-        "http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
-    await app(scope, bodies.get, send)
+    await app(scope_of(path, payload), bodies.get, send)
     return statuses[0]
 
 

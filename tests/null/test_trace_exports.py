@@ -22,7 +22,6 @@ from blinkimp.cli import main
 from blinkimp.outputs import OutputError
 from blinkimp.ring_abi import TraceKind
 from blinkimp.trace.errors import TraceError
-from blinkimp.trace.file import Metadata, TraceFileWriter
 from blinkimp.trace.parquet import export_parquet
 from blinkimp.trace.perfetto import PROCESS_NAMES, Window, export_perfetto
 from blinkimp.trace.synthetic import OFFSET_NS
@@ -118,23 +117,6 @@ def test_a_window_and_a_limit_bound_the_file(tmp_path: Path) -> None:
         Window(3, 1)
 
 
-@pytest.mark.parametrize(
-    "flags", [["timeline", "--slowest", "0"], ["timeline", "--slowest", "-3"], ["export", "--max-events", "-1"]]
-)
-def test_none_of_something_is_wrong_usage(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    make_file(path := tmp_path / "a.trace")
-    with pytest.raises(SystemExit, match="2"):
-        main(["trace", *flags, str(path)])
-    assert f"argument {flags[1]}: got '{flags[2]}', expected a whole number from 1" in capsys.readouterr().err
-
-
-def test_a_trace_without_requests_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with TraceFileWriter(tmp_path / "a.trace") as writer:
-        writer.finish(Metadata(), 1)
-    assert main(["trace", "timeline", str(tmp_path / "a.trace"), "--slowest", "3"]) == 1
-    assert "has no request from its begin to its end" in capsys.readouterr().err
-
-
 def test_an_export_never_costs_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, link, other = tmp_path / "a.trace", tmp_path / "link.gz", tmp_path / "out.json"
     make_file(path)
@@ -161,26 +143,6 @@ def test_an_export_over_its_own_trace_does_not_pull_the_mapping_away(tmp_path: P
     environment = {**os.environ, "PYTHONPATH": python_path()}
     assert subprocess.run([sys.executable, "-c", program, path], env=environment, check=False).returncode == 0
     check_format(exported(path))
-
-
-@pytest.mark.parametrize(
-    "command", [["trace", "stats"], ["trace", "stats", "--json"], ["trace", "timeline", "--slowest", "1"]]
-)
-def test_an_output_that_cannot_be_written_is_told_in_a_line(tmp_path: Path, command: list[str]) -> None:
-    """Whatever command it is of: blinkimp/cli/__init__.py."""
-    make_file(path := tmp_path / "a.trace")
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    told = [sys.executable, "-m", "blinkimp", *command, str(path)]
-    with open("/dev/full", "w") as full:
-        found = subprocess.run(told, env=environment, check=False, text=True, stdout=full, stderr=subprocess.PIPE)
-    assert found.returncode == 1
-    assert found.stderr.startswith("blinkimp trace: stdout: cannot be written (No space left on device)")
-    assert found.stderr.count("\n") == 1
-    read_end, write_end = os.pipe()
-    os.close(read_end)  # as `| head` that has seen enough
-    found = subprocess.run(told, env=environment, check=False, text=True, stdout=write_end, stderr=subprocess.PIPE)
-    os.close(write_end)
-    assert found.returncode in (1, 141) and found.stderr == ""  # 1: where rich has printed it
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
