@@ -36,13 +36,13 @@ _STATUSES: Final = {
     400: "a field is unknown, wrong, or does not fit this model",
     401: "the API key is missing or wrong",
     404: "no such model",
-    408: "no byte of the request came for too long; the connection is closed",
     413: "the body is too large",
     422: "the constraint is too large for this server, or there is no room for a prompt's log-probabilities",
     429: "too many requests; see Retry-After",
     503: "the server is draining, or its engine is down; see Retry-After",
 }
 
+_UNREAD: Final = "no byte of the request came for too long; the connection is closed"
 _TIMED_OUT: Final = "the request's own timeout is over, and its prompt's log-probabilities (echo) are not complete"
 _TEXT: Final = {media: {"schema": {"type": "string"}} for media in ("text/plain", "application/openmetrics-text")}
 _REQUEST_ID: Final = {"X-Request-Id": {"required": True, "schema": {"type": "string"}}}
@@ -79,6 +79,8 @@ def openapi_document(*, vocab_size: int, max_context: int, model_names: tuple[st
                 )
         elif path == "/ready":
             operation["responses"]["503"] = _response("no request would be taken", _json_content(reply))
+        # Whatever is asked for: it is answered before that is known, and so has no id.
+        operation["responses"]["408"] = {"description": _UNREAD, "content": _json_content(types.ErrorReply)}
         paths.setdefault(path, {})[method] = operation
     document = {
         "openapi": "3.2.0",

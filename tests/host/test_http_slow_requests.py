@@ -95,6 +95,7 @@ def test_a_request_that_is_not_completed_is_closed(served: Scripted, what: str, 
         return
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head
+    assert b"x-request-id" not in head, "as http_openapi.py has it"
     error = json.loads(body)["error"]
     assert error["code"] == "request_timeout" and "expected the rest" in error["message"]
     assert larger_limit_in(error["message"]) == "--read-timeout-s"
