@@ -23,10 +23,6 @@ BK_INLINE constexpr bool has_pairs(u32 columns) { return columns == kPairColumns
 // Whether unit `idx` of an item has inputs in the weight ring.
 BK_INLINE bool borrows_stage(bool lone, u32 idx) { return !lone || idx % 2 == 0; }
 
-// Of both producers, at each unit of an item of 128 rows: without it they ask for a unit the moment that its stages are free, and down takes 10 % longer. Why was not shown; that SMs
-// which ask for a line at the same time get it at less cost (PERFORMANCE.md, sixth state), and in step they do, is the suspect.
-constexpr u32 kPairPauseClk = 400;
-
 // Stages of both rings by one number: weight stages come behind input stages, in memory and with their barriers.
 BK_INLINE RingCursor lent_place(RingCursor weights) { return RingCursor{kInputStages + weights.stage, weights.phase}; }
 
@@ -53,7 +49,6 @@ BK_INLINE void produce_pair_inputs(const EngineParams& params, const u8* source,
     const u32 num_slices = min(kPairSlices, num_item_slices - slice);
     const bool borrows = borrows_stage(lone, slice / kPairSlices);
     lent.advance(kWeightStages);  // the unit's weights
-    if (!lone) pause_clk(kPairPauseClk);
     if (!lone || !borrows) {
       fill_inputs(params, source, first_bytes, num_slices, memory, shared, inputs);
       inputs.advance(kInputStages);

@@ -157,16 +157,6 @@ BK_INLINE u32 pack_bf16x2(f32 low, f32 high) {
   return packed;
 }
 
-// Spins for so many clocks of the SM.
-BK_INLINE void pause_clk(u32 num_clk) {
-  u32 begin;
-  u32 now;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(begin));
-  do {
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
-  } while (now - begin < num_clk);
-}
-
 // Stops the kernel after a fault was recorded; the context is lost, the record in host memory stays.
 BK_INLINE void trap() { asm volatile("trap;"); }
 

@@ -107,7 +107,7 @@ BK_INLINE void take_row_scales(const EngineParams& params, u32 tag, u32 row_begi
   const u32 second = min(first + 32 * kScaleWarps, num_rows - 1);
   u64 start_ns = 0;
   for (;;) {
-    const u64 one = ld_relaxed_gpu(words + first);  // both on their way
+    const u64 one = ld_relaxed_gpu(words + first);  // both on their way; relaxed: a word has its own tag (writer: sum_own_rows() of scale_producer.cuh)
     const u64 other = ld_relaxed_gpu(words + second);
     row_scale[first] = __uint_as_float(static_cast<u32>(one));
     row_scale[second] = __uint_as_float(static_cast<u32>(other));

@@ -40,7 +40,7 @@ BK_INLINE void sum_own_rows(const EngineParams& params, WorkerShared& shared, co
   sum_row_scales(params, row_squares(params, op, plan), row_share(params, num_rows), scale_warp(), [&](u32 row, f32 scale) {
     const ProducerState& program = scale_state().program;
     if (is_wide(rows_of(producer_op(params, program).kind, *producer_plan(params, program)))) {
-      st_relaxed_gpu(row_scale_words(params) + row, static_cast<u64>(scale_tag(program)) << 32 | __float_as_uint(scale));
+      st_relaxed_gpu(row_scale_words(params) + row, static_cast<u64>(scale_tag(program)) << 32 | __float_as_uint(scale));  // reader: take_row_scales()
     } else {
       shared.row_scale[cursor.stage][row] = scale;
     }

@@ -180,6 +180,5 @@ BK_INLINE u32 bf16_bits(f32 value) {  // round to nearest even
 }
 BK_INLINE u32 pack_bf16x2(f32 low, f32 high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 BK_INLINE void trap() { simt::fail("trap", 1, 0); }
-BK_INLINE void pause_clk(u32) {}
 
 }  // namespace blinkimp
