@@ -126,6 +126,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="requests a second of one API key, CURVE key or plain ZeroMQ connection; twice as many may come at once",
         ),
     ] = 500
+    max_request_bytes: Annotated[
+        int, Meta(ge=1024, le=1 << 30, description="of an HTTP body or ZeroMQ message; larger ones are refused")
+    ] = 2 << 20
+    max_prompt_chars: Annotated[
+        int, Meta(ge=1, le=1 << 30, description="characters of a prompt given as text; longer ones are refused")
+    ] = 1 << 20
+    read_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="HTTP: without a byte of a request for so long, its connection is closed"),
+    ] = 30.0
     num_ingress: Annotated[int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="ingress processes")] = 1
     num_queue_pairs: Annotated[
         int, Meta(ge=1, le=ring_abi.MAX_QUEUE_PAIRS, description="queue pairs; each ingress process takes one")

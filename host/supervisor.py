@@ -223,18 +223,19 @@ class Supervisor:
 def ingress_slots(config: Config) -> list[IngressSlot]:
     """Starts the ingress processes: ZeroMQ on the first queue pairs, HTTP on the next."""
     folder = str(model_folder(config))
-    quotas = ["--max-outstanding", str(config.max_outstanding), "--max-requests-per-s", str(config.max_requests_per_s)]
-    quotas += ["--burst-requests", str(2 * config.max_requests_per_s)]
+    limits = ["--max-outstanding", str(config.max_outstanding), "--max-requests-per-s", str(config.max_requests_per_s)]
+    limits += ["--burst-requests", str(2 * config.max_requests_per_s)]
+    limits += ["--max-request-bytes", str(config.max_request_bytes), "--max-prompt-chars", str(config.max_prompt_chars)]
     slots = []
     for idx in range(config.num_ingress):
-        arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder, *quotas]
+        arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder, *limits]
         if config.curve_key:
             arguments += ["--curve-key", config.curve_key, "--curve-clients", config.curve_clients]
         slots.append(IngressSlot(config, idx, "blinkimp.nic_shim.zmq_ingress", arguments))
     if config.http:
-        arguments = ["--bind", config.http, "--model-folder", folder, *quotas]
+        arguments = ["--bind", config.http, "--model-folder", folder, *limits]
         arguments += ["--model-name", config.served_model_name or config.model, "--api-key-file", config.api_key_file]
-        arguments += ["--metrics-prefix", config.metrics_prefix]
+        arguments += ["--metrics-prefix", config.metrics_prefix, "--read-timeout-s", str(config.read_timeout_s)]
         slots.append(IngressSlot(config, config.num_ingress, "blinkimp.nic_shim.http_ingress", arguments))
     return slots
 

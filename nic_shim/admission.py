@@ -26,14 +26,13 @@ class ModelLimits(Protocol):
     vocab_size: int
 
 
-def larger_limit(module: str, limit_name: str) -> str:
-    """What to do about a limit of an ingress, the module of nic_shim/, which `blinkimp serve` runs with the default."""
-    flag = f"--{limit_name.replace('_', '-')}"
-    return f"run another ingress beside the server with a larger {flag} (python -m blinkimp.nic_shim.{module} --help)"
+def larger_limit(name: str) -> str:
+    """What to do about a limit: a configuration key of the server, and a flag of its ingress modules by the same name."""
+    return f"start the server with a larger --{name.replace('_', '-')}"
 
 
-def submit_problem(submit: Submit, max_prompt_chars: int, remedy: str) -> Error | None:
-    """Why this request is refused before its prompt is tokenised, or None. remedy: the larger_limit() of prompts."""
+def submit_problem(submit: Submit, max_prompt_chars: int) -> Error | None:
+    """Why this request is refused before its prompt is tokenised, or None."""
     sampling = submit.sampling
     num_chars = len(submit.prompt) if isinstance(submit.prompt, str) else 0
     if num_chars > max_prompt_chars:
@@ -43,7 +42,7 @@ def submit_problem(submit: Submit, max_prompt_chars: int, remedy: str) -> Error 
             "the prompt's text is too long",
             f"{num_chars} characters",
             f"at most {max_prompt_chars}",
-            f"shorten the prompt, or {remedy}",
+            f"shorten the prompt, or {larger_limit('max_prompt_chars')}",
             final=True,
         )
     if len(submit.delivered_ids) > sampling.max_tokens:

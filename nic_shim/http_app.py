@@ -81,7 +81,7 @@ class Api:
 
     context: Context
     gate: Gate
-    max_body_bytes: int
+    max_request_bytes: int
     render_metrics: Callable[[str | None], tuple[bytes, str]]
     model_root: str
     is_draining: bool = False
@@ -235,26 +235,26 @@ class Api:
             )
 
     async def _body_of(self, request: Request) -> bytes:
-        """The request's body, within max_body_bytes."""
+        """The request's body, within max_request_bytes."""
         declared = request.headers.get("content-length", "0")
         num_bytes, chunks = int(declared) if declared.isdecimal() else 0, []
-        if num_bytes <= self.max_body_bytes:
+        if num_bytes <= self.max_request_bytes:
             num_bytes = 0
             try:
                 async for chunk in request.stream():
                     num_bytes += len(chunk)
-                    if num_bytes > self.max_body_bytes:
+                    if num_bytes > self.max_request_bytes:
                         break
                     chunks.append(chunk)
             except ClientDisconnect:
                 raise HttpError(
                     400, "the body ended early: got a closed connection, expected the whole body; send it again"
                 ) from None
-        if num_bytes > self.max_body_bytes:
+        if num_bytes > self.max_request_bytes:
             raise HttpError(
                 413,
-                f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_body_bytes}; send a shorter prompt, or "
-                + larger_limit("http_ingress", "max_body_bytes"),
+                f"the body is too large: got {num_bytes} bytes or more, expected at most {self.max_request_bytes}; send a shorter prompt, or "
+                + larger_limit("max_request_bytes"),
                 code="too_large",
             )
         request.state.arrived_ns = time.monotonic_ns()

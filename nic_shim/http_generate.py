@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from blinkimp.nic_shim.admission import PromptIds, larger_limit, prompt_problem, submit_problem, untokenisable
+from blinkimp.nic_shim.admission import PromptIds, prompt_problem, submit_problem, untokenisable
 from blinkimp.nic_shim.chat_template import ChatTemplate
 from blinkimp.nic_shim.compile_queue import CompileQueue
 from blinkimp.nic_shim.constraint_compiler import LoadedConstraint
@@ -31,7 +31,6 @@ from blinkimp.protocol import Sampling, Submit
 # What is longer is worked on on a thread, so that streams do not wait for it.
 MAX_INLINE_CHARS = 4096  # of text to tokenise; token ids
 MAX_INLINE_BYTES = 1 << 16  # of a body
-LONGER_PROMPTS = larger_limit("http_ingress", "max_prompt_chars")
 
 Result = TypeVar("Result")
 
@@ -65,7 +64,7 @@ async def encode_prompts(
     num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     if num_chars > context.max_prompt_chars:
         submit = Submit(0, "".join(prompt for prompt in prompts if isinstance(prompt, str)))
-        problem = submit_problem(submit, context.max_prompt_chars, LONGER_PROMPTS)
+        problem = submit_problem(submit, context.max_prompt_chars)
         assert problem is not None
         raise http_error_of(problem)
 
@@ -123,8 +122,7 @@ async def make_requests(
                 prefix_cache=body.prefix_cache is not False,
             )
             limits = context.engine.link.port
-            problem = submit_problem(submit, context.max_prompt_chars, LONGER_PROMPTS)
-            problem = problem or prompt_problem(0, prompt_ids, seeded, limits)
+            problem = submit_problem(submit, context.max_prompt_chars) or prompt_problem(0, prompt_ids, seeded, limits)
             if problem is not None:
                 raise http_error_of(problem)
             request = LiveRequest(submit, exchange)

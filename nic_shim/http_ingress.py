@@ -63,7 +63,7 @@ BACKLOG: Final = 2048
 class HttpLimits:
     """What one HTTP ingress grants. All on by default; --help has the flags."""
 
-    max_body_bytes: int = 2 << 20
+    max_request_bytes: int = 2 << 20
     max_prompt_chars: int = 1 << 20  # of a prompt given as text
     max_memory_bytes: int = 4 << 30  # resident memory of the process
     max_connections: int = 4096
@@ -178,7 +178,7 @@ class HttpIngress:
         self._api = Api(
             self._context,
             self._gate,
-            limits.max_body_bytes,
+            limits.max_request_bytes,
             self._render_metrics,
             str(self._folder),
         )
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics-prefix", default=DEFAULT_PREFIX, help="of vLLM's names in /metrics (default %(default)s)"
     )
     texts = {
-        "max_body_bytes": "bytes of one request's body; larger ones get 413",
+        "max_request_bytes": "bytes of one request's body; larger ones get 413",
         "max_prompt_chars": "characters of a prompt given as text",
         "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
         "max_connections": "connections at once",

@@ -68,7 +68,7 @@ class TimedProtocol(HttpToolsProtocol):
             error = HttpError(
                 408,
                 f"the request is not complete: got no byte for {self._read_timeout_s:g} s, expected the rest; send it again, or "
-                + larger_limit("http_ingress", "read_timeout_s"),
+                + larger_limit("read_timeout_s"),
                 code="request_timeout",
             )
             body = msgspec.json.encode(error.body())

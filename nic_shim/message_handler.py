@@ -6,7 +6,6 @@ Called by nic_shim/zmq_ingress.py, from one thread. Test: pytest tests/host/test
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from blinkimp.nic_shim.admission import PromptIds, larger_limit, prompt_problem,
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
+from blinkimp.nic_shim.ingress_limits import REMEDIES, IngressLimits
 from blinkimp.nic_shim.live_request import NO_DEADLINE, LiveRequest
 from blinkimp.nic_shim.quotas import RateLimiter
 from blinkimp.nic_shim.request_log import log_refusal
@@ -45,32 +45,6 @@ from blinkimp.protocol import (
 log = logging.getLogger("blinkimp.ingress")
 
 MAX_INLINE_PROMPT_BYTES = 4096  # longer prompts are tokenised on a thread of their own: streams do not wait for them
-LONGER_PROMPTS = larger_limit("zmq_ingress", "max_prompt_bytes")
-
-
-@dataclass(frozen=True)
-class IngressLimits:
-    """What one ingress grants. All on by default; `python -m blinkimp.nic_shim.zmq_ingress --help` has the flags.
-
-    A caller is a CURVE key, or a connection where the socket is plain."""
-
-    max_message_bytes: int = 1 << 20
-    max_prompt_bytes: int = 512 << 10  # of a prompt given as text
-    max_memory_bytes: int = 4 << 30  # resident memory of the ingress
-    max_clients: int = 1024  # that have requests or unread replies
-    max_requests_per_client: int = 256  # unfinished, or finished and not read
-    max_outstanding: int = 1024  # unfinished requests of one caller, over all its connections
-    max_requests_per_s: int = 500  # of one caller
-    burst_requests: int = 1000  # of one caller, at once
-    max_requests: int = 4096
-    stall_timeout_s: float = 60.0  # a client that reads nothing for longer is dropped
-    loss_timeout_s: float = 60.0  # without an engine for longer, its requests fail
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value <= 0:
-                raise ValueError(f"{field.name} is {value}; expected more than 0; correct the ingress's options")
 
 
 @dataclass
@@ -169,14 +143,14 @@ class MessageHandler:
                 "1 frame, one msgpack map",
                 "use a DEALER socket and send each message as one frame",
             )
-        if len(frames[0]) > self._limits.max_message_bytes:
+        if len(frames[0]) > self._limits.max_request_bytes:
             return _error(
                 None,
                 "too_large",
                 "the message is too large",
                 f"{len(frames[0])} bytes",
-                f"at most {self._limits.max_message_bytes} bytes",
-                f"send a shorter prompt, or {larger_limit('zmq_ingress', 'max_message_bytes')}",
+                f"at most {self._limits.max_request_bytes} bytes",
+                f"send a shorter prompt, or {larger_limit('max_request_bytes')}",
             )
         return None
 
@@ -318,10 +292,10 @@ class MessageHandler:
                 "too many requests a second",
                 f"more than {limits.max_requests_per_s} a second, beyond a burst of {limits.burst_requests}",
                 f"no request for {wait_s} s",
-                "slow down, or raise the ingress's --max-requests-per-s and --burst-requests",
+                f"slow down, or {larger_limit('max_requests_per_s')}",
                 final=True,
             )
-        num_of_caller = self._sessions.num_requests_of(session.caller)
+        sessions = self._sessions
         quotas: tuple[tuple[ErrorCode, str, int, str], ...] = (
             (
                 "too_many_requests",
@@ -329,9 +303,14 @@ class MessageHandler:
                 len(session.requests),
                 "max_requests_per_client",
             ),
-            ("too_many_requests", "unfinished requests of this key", num_of_caller, "max_outstanding"),
-            ("busy", "unfinished requests of the server", self._sessions.num_requests, "max_requests"),
-            ("busy", "clients with unfinished requests", len(self._sessions.sessions) - 1, "max_clients"),
+            (
+                "too_many_requests",
+                "unfinished requests of this key",
+                sessions.num_requests_of(session.caller),
+                "max_outstanding",
+            ),
+            ("busy", "unfinished requests of this ingress", sessions.num_requests, "max_requests"),
+            ("busy", "clients with unfinished requests", len(sessions.sessions) - 1, "max_clients"),
         )
         for code, what, num_unfinished, limit_name in quotas:
             limit = getattr(limits, limit_name)
@@ -342,10 +321,10 @@ class MessageHandler:
                     f"too many {what}",
                     str(num_unfinished),
                     f"fewer than {limit}",
-                    f"wait for some to finish, or raise the ingress's --{limit_name.replace('_', '-')}",
+                    f"wait for some to finish, or {REMEDIES[limit_name]}",
                     final=True,
                 )
-        return submit_problem(submit, limits.max_prompt_bytes, LONGER_PROMPTS)
+        return submit_problem(submit, limits.max_prompt_chars)
 
     def _cancel(self, session: Session, cancel: Cancel) -> None:
         request = session.requests.get(cancel.id)

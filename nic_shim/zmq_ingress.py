@@ -32,10 +32,11 @@ from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
 from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.nic_shim.ipc_path import check_free, file_id
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.memory_limit import MemoryLimit
-from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
+from blinkimp.nic_shim.message_handler import MessageHandler
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.request_log import log_zmq_request
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
@@ -45,7 +46,7 @@ from blinkimp.transport import Security, detect_lost_hosts, is_loopback
 log = logging.getLogger("blinkimp.ingress")
 
 SEND_HWM = 64  # frames that ZeroMQ holds for one client
-# A frame beyond max_message_bytes is refused with a reply; one beyond this factor of it closes the connection unread.
+# A frame beyond max_request_bytes is refused with a reply; one beyond this factor of it closes the connection unread.
 HARD_LIMIT_FACTOR = 16
 # Receive queues without a limit: a full one lets any client's ZMTP ping abort this process (see blinkimp/transport.py). The loop
 # reads faster than a client can send large messages, and max_memory_bytes is the bound.
@@ -126,7 +127,7 @@ class ZmqIngress:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.RCVHWM, RECV_HWM)
-        socket.setsockopt(zmq.MAXMSGSIZE, self._limits.max_message_bytes * HARD_LIMIT_FACTOR)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._limits.max_request_bytes * HARD_LIMIT_FACTOR)
         detect_lost_hosts(socket)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         if self._security is not None:
@@ -296,8 +297,8 @@ def _parser() -> argparse.ArgumentParser:
         "--curve-clients", type=Path, help="CURVE: public keys of the clients that may connect, one a line"
     )
     texts = {
-        "max_message_bytes": "bytes of one message; larger ones get an error reply",
-        "max_prompt_bytes": "characters of a prompt given as text",
+        "max_request_bytes": "bytes of one message; larger ones get an error reply",
+        "max_prompt_chars": "characters of a prompt given as text",
         "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
         "max_clients": "clients with requests at once",
         "max_requests_per_client": "unfinished requests of one connection",

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from fuzz_command import fuzz_parser, run_fuzzer  # noqa: E402  (the path above comes first)
 
 from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest  # noqa: E402  (the path above comes first)
-from blinkimp.nic_shim.message_handler import IngressLimits  # noqa: E402
+from blinkimp.nic_shim.ingress_limits import IngressLimits  # noqa: E402
 from blinkimp.nic_shim.tokenizer import Tokenizer  # noqa: E402
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress  # noqa: E402
 from blinkimp.protocol import Error, Sampling, ServerMessage, Submit  # noqa: E402

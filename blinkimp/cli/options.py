@@ -17,6 +17,7 @@ from blinkimp.config import Config, keys, load_config
 METAVARS = {
     "max_requests_per_s": "N",
     "max_outstanding": "N",
+    "max_prompt_chars": "N",
     "capture_arrivals": "DIR",
     "http": "HOST:PORT",
     "metrics": "HOST:PORT",

@@ -13,7 +13,7 @@ import pytest
 from blinkimp.cli import main
 from blinkimp.client import Client, ServerTimeoutError
 from blinkimp.nic_shim.curve import CurveError, CurveServer, client_security, make_keys
-from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import Error, Finish

@@ -25,7 +25,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
-    flags = ("--max-body-bytes", "100000", "--max-outstanding", "8", "--max-prompt-chars", "50000")
+    flags = ("--max-request-bytes", "100000", "--max-outstanding", "8", "--max-prompt-chars", "50000")
     with scripted(tmp_path_factory.mktemp("byte"), *flags) as server:
         yield server
 
@@ -122,7 +122,7 @@ def test_statuses_beside_400(served: Scripted) -> None:
     not_allowed = http.get("/v1/completions")
     assert refusal(not_allowed, 405) and not_allowed.headers["allow"] == "POST"
     too_large = refusal(http.post("/v1/completions", {"prompt": "x" * 200_000}), 413)["message"]
-    assert "100000" in too_large and larger_limit_in(too_large) == "--max-body-bytes"
+    assert "100000" in too_large and larger_limit_in(too_large) == "--max-request-bytes"
     too_long = refusal(http.post("/v1/completions", {"prompt": "x" * 60_000}), 400)["message"]
     assert "at most 50000" in too_long and larger_limit_in(too_long) == "--max-prompt-chars"
     busy = http.post("/v1/completions", {"prompt": "x", "n": 9})

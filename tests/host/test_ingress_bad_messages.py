@@ -14,7 +14,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
-from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.protocol import Error, Finish
 from tests.ingress_support import (
     RawClient,
@@ -26,7 +26,7 @@ from tests.ingress_support import (
 )
 from tests.support import PATIENCE_S
 
-LIMITS = IngressLimits(max_message_bytes=1 << 18, max_prompt_bytes=100_000, max_requests_per_client=8, max_requests=20)
+LIMITS = IngressLimits(max_request_bytes=1 << 18, max_prompt_chars=100_000, max_requests_per_client=8, max_requests=20)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_bad_message_gets_an_explanation_and_the_server_lives(served: Served, fr
 
 
 def test_what_is_too_large_is_told_the_limit_of_this_ingress(served: Served) -> None:
-    frames = {"--max-prompt-bytes": encoded(prompt="x" * 100_001), "--max-message-bytes": os.urandom(1 << 21)}
+    frames = {"--max-prompt-chars": encoded(prompt="x" * 100_001), "--max-request-bytes": os.urandom(1 << 21)}
     with RawClient(served.endpoint) as raw:
         for flag, frame in frames.items():
             raw.send(frame)

@@ -13,7 +13,7 @@ import zmq
 
 from blinkimp.client import Client
 from blinkimp.nic_shim import sessions
-from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.protocol import Error, Finish, Tokens
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+
+import pytest
 
 from blinkimp import ring_abi as abi
 from blinkimp.client import Client
 from blinkimp.host.shared_memory import SHM_DIR, engine_is_alive, open_engine_page
+from blinkimp.protocol import Error
 from blinkimp.ring_abi import EngineCommand
 from tests.host.engine_support import assert_all_pages_are_back, make_tiny_checkpoint, process_state, wait_for
 from tests.host.server_support import (
@@ -21,6 +27,7 @@ from tests.host.server_support import (
     streams_held,
     streams_through_an_ingress_finish_while_the_supervisor_is_stopped,
 )
+from tests.ingress_support import RawClient, encoded, larger_limit_in
 from tests.support import PATIENCE_S
 
 
@@ -152,6 +159,26 @@ def test_port_in_use_ends_the_server_with_what_is_wrong(tmp_path: Path) -> None:
             assert log.count(f"cannot bind {address}") == 1, "it is not tried again"
             assert "the server ends" in log and "Traceback" not in log
             assert not list(SHM_DIR.glob(f"blinkimp.{server.config.engine_name}.*.engine"))
+
+
+def test_every_ingress_has_the_limits_of_the_configuration(tmp_path: Path) -> None:
+    limits = {"max_request_bytes": 4096, "max_prompt_chars": 1000, "read_timeout_s": 0.5}
+    with ServerProcess(tmp_path, http="127.0.0.1:0", num_queue_pairs=2, **limits) as server:
+        address = ("127.0.0.1", server.http_port)
+        for num_chars, status, flag in ((1001, 400, "--max-prompt-chars"), (5000, 413, "--max-request-bytes")):
+            prompt = "x" * num_chars
+            with RawClient(server.endpoints[0]) as raw:
+                raw.send(encoded(prompt=prompt))
+                (error,) = raw.receive()
+            assert isinstance(error, Error) and larger_limit_in(error.remedy) == flag
+            body = json.dumps({"model": "embedded", "prompt": prompt}).encode()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"http://{address[0]}:{address[1]}/v1/completions", body, timeout=PATIENCE_S)
+            with refused.value as reply:
+                assert reply.code == status and larger_limit_in(reply.read().decode()) == flag
+        with socket.create_connection(address, timeout=PATIENCE_S) as connection:
+            connection.sendall(b"GET")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_killed_device_ends_a_server_without_restarts_with_a_clear_error(tmp_path: Path) -> None:

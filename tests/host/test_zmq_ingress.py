@@ -12,7 +12,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.host.shared_memory import QueuePairGeometry
-from blinkimp.nic_shim.message_handler import IngressLimits
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.protocol import Cancel, Finish, GetStats, Sampling, Stats, Submit, Tokens
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (

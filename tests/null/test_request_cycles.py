@@ -29,8 +29,9 @@ from blinkimp.nic_shim.http_fields import GenerationDefaults
 from blinkimp.nic_shim.http_gate import Gate, GateLimits
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_request_log import RequestLog
+from blinkimp.nic_shim.ingress_limits import IngressLimits
 from blinkimp.nic_shim.live_request import LiveRequest
-from blinkimp.nic_shim.message_handler import IngressLimits, MessageHandler
+from blinkimp.nic_shim.message_handler import MessageHandler
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.protocol import Cancel, Sampling, Submit, encode_client_message
