@@ -211,9 +211,8 @@ def check_step(run: RunStep, step: Step, num_ctas: int) -> Array:
     unwritten = int((output == POISON).sum())
     assert unwritten == 0, f"{unwritten} of {output.size} outputs were not written, or are NaN"
     error, allowed = errors(step, output)
-    worst = np.unravel_index(
-        (error - allowed).argmax(), error.shape
-    )  # no quotient: a value of zero allows nothing, and has no error
+    # No quotient: a value of zero allows nothing, and has no error.
+    worst = np.unravel_index((error - allowed).argmax(), error.shape)
     assert error[worst] <= allowed[worst], (
         f"error {error[worst]:.5f} > {allowed[worst]:.5f} at [row, head, dimension] {worst}"
     )
