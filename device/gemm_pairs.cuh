@@ -1,9 +1,10 @@
-// Items of 64 weight rows (O and down at 65 to 256 rows): units of two slices, and inputs in the ring of weights, too. GPU only.
+// Items with no more weight rows than tokens (O and down at 65 to 512 rows, QKV at 129 to 256): units of two slices, and inputs in the ring of weights, too. GPU only.
 //
-// Such an item needs as many bytes of inputs as of weights, or twice as many, and what bounds it is how many of them are on their way: 64 KB of an input ring
-// are four slices of 128 rows, where the weight ring is twenty deep. So the weight ring lends every other stage to inputs, or every third:
-//   128 rows   warpgroup 0's are in the input ring, warpgroup 1's in the weight ring, in the stage behind the unit's weights
-//   64 rows    those of an item's units 0, 2, .. are in the weight ring, likewise, those of units 1, 3, .. in the input ring
+// Such an item needs as many bytes of inputs as of weights, or up to twice as many, and what bounds it is how many of them are on their way: 64 KB of an input ring
+// are four slices of 128 rows, of which the products hold one or two, where the weight ring is ten or twenty deep. So the weight ring lends stages to inputs:
+//   128 rows   warpgroup 0's are in the input ring, warpgroup 1's in the weight ring, in the stage behind the unit's weights; those take one stage, if the
+//              item has 64 weight rows, else a stage a slice
+//   64 rows    (of 64 weight rows) those of an item's units 0, 2, .. are in the weight ring, likewise, those of units 1, 3, .. in the input ring
 // The weight producer leaves a lent stage out, the input producer fills it. That one knows the ring's place from the compute threads: behind the barrier of the
 // op before, ComputeState says where they begin.
 // I1 No wait is for a phase two ahead, which a parity would show as over: who passes a stage knows that those behind it were used up a lap before, because
@@ -14,11 +15,14 @@
 
 namespace blinkimp {
 
-constexpr u32 kPairColumns = 64;  // weight rows of such an item
-constexpr u32 kPairSlices = 2;    // of a unit: they fill a stage of weights, and one of 64 rows of inputs
+constexpr u32 kPairColumns = 64;       // weight rows of which two slices fill a stage
+constexpr u32 kMostPairColumns = 128;  // and one does
+constexpr u32 kPairSlices = 2;         // of a unit: they fill a stage of 64 rows of inputs
 static_assert(kPairSlices * kPairColumns * 128 == kWeightStageBytes && kPairSlices * kRowTileBytes == kInputStageBytes && kInputStageBytes == kWeightStageBytes, "whole stages");
 
-BK_INLINE constexpr bool has_pairs(u32 columns) { return columns == kPairColumns; }
+BK_INLINE constexpr bool has_pairs(u32 columns, bool lone) { return columns >= kPairColumns && columns <= (lone ? kPairColumns : kMostPairColumns); }
+// Weight stages of a unit, an item's last one too, which may have a slice less.
+BK_INLINE constexpr u32 pair_stages(u32 columns) { return columns == kPairColumns ? 1 : kPairSlices; }
 
 // Whether unit `idx` of an item has inputs in the weight ring.
 BK_INLINE bool borrows_stage(bool lone, u32 idx) { return !lone || idx % 2 == 0; }
@@ -42,13 +46,14 @@ BK_INLINE void fill_inputs(const EngineParams& params, const u8* source, u32 til
 }
 
 // Inputs of one item: first_bytes of its 64 rows, second_bytes of the 64 behind them if it has those. lent: the place in the weight ring.
+template <u32 kUnitStages>
 BK_INLINE void produce_pair_inputs(const EngineParams& params, const u8* source, u32 num_item_slices, bool lone, u32 first_bytes, u32 second_bytes, u8* memory, WorkerShared& shared,
                                    RingCursor& inputs, RingCursor& lent) {
 #pragma unroll 1
   for (u32 slice = 0; slice < num_item_slices; slice += kPairSlices) {
     const u32 num_slices = min(kPairSlices, num_item_slices - slice);
     const bool borrows = borrows_stage(lone, slice / kPairSlices);
-    lent.advance(kWeightStages);  // the unit's weights
+    for (u32 i = 0; i < kUnitStages; i++) lent.advance(kWeightStages);  // the unit's weights
     if (!lone || !borrows) {
       fill_inputs(params, source, first_bytes, num_slices, memory, shared, inputs);
       inputs.advance(kInputStages);
@@ -62,8 +67,10 @@ BK_INLINE void produce_pair_inputs(const EngineParams& params, const u8* source,
 }
 
 // ---- The compute warpgroups --------------------------------------------------------------------------------------
-// The main loop over K of one item, for one warpgroup: 64 rows x 64 weight rows. `d` starts at zero. Its rules are gemm.cuh's. Nor is there a branch around what moves
-// cursors on: behind one, addresses are no longer uniform(), and down at 256 rows takes 20 % longer.
+// The main loops over K of one item, for one warpgroup: 64 rows x the item's weight rows. `d` starts at zero. Their rules are gemm.cuh's. Nor is there a branch around what moves
+// cursors on: behind one, addresses are no longer uniform(), and down at 256 rows takes 20 % longer. Two loops, because what one warp executes for a unit of 64 x 64 is as
+// long as its products: written as one for all units it is longer, and steps of 128 rows take 0.9 % more (PERFORMANCE.md, twenty-first state).
+// 64 weight rows: a unit's weights are one stage.
 template <bool kLone>
 BK_INLINE void multiply_pairs(MainLoop& loop, u32 num_slices, f32 (&d)[kPairColumns / 2]) {
   constexpr u32 kSliceBytes = kPairColumns * 128;
@@ -136,6 +143,80 @@ BK_INLINE void multiply_pairs(MainLoop& loop, u32 num_slices, f32 (&d)[kPairColu
     wgmma_commit();
     wgmma_wait<0>();
     give(loop.weights.stage, inputs.stage, true);
+    next_unit();
+  }
+}
+
+// 65 to 128 weight rows, and 128 rows: a unit's weights are two stages, those of an item's last unit too, which may have one slice.
+template <int kColumns>
+BK_INLINE void multiply_pairs_of_stages(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
+  const bool borrows = uniform(thread_idx() / 128) != 0;  // this warpgroup
+  const u32 num_readers = loop.num_arrivals != 0 ? 2 : 0;  // of inputs: this warpgroup alone
+  struct Unit {
+    RingCursor first;   // weights
+    RingCursor second;
+    RingCursor inputs;  // of both rings
+  };
+  const auto find = [&] {
+    Unit unit{loop.weights, loop.weights, loop.inputs};
+    unit.second.advance(kWeightStages);
+    RingCursor behind = unit.second;
+    behind.advance(kWeightStages);
+    if (borrows) unit.inputs = lent_place(behind);
+    return unit;
+  };
+  const auto next_unit = [&] {
+    for (u32 i = 0; i < kPairSlices + 1; i++) loop.advance_weights();
+    loop.advance_inputs();
+  };
+  const auto sees = [&](const Unit& unit) {
+    const bool has_first = mbarrier_test_wait(&loop.shared.weights_full[unit.first.stage], unit.first.phase);
+    const bool has_second = mbarrier_test_wait(&loop.shared.weights_full[unit.second.stage], unit.second.phase);
+    const bool has_inputs = mbarrier_test_wait(full_barrier(loop.shared, unit.inputs.stage), unit.inputs.phase);
+    return __all_sync(0xffffffffu, has_first && has_second && has_inputs) != 0;
+  };
+  const auto wait = [&](const Unit& unit) {
+    wait_mbarrier_warp(&loop.shared.weights_full[unit.first.stage], unit.first.phase, kSiteWeightRing);
+    wait_mbarrier_warp(&loop.shared.weights_full[unit.second.stage], unit.second.phase, kSiteWeightRing);
+    wait_mbarrier_warp(full_barrier(loop.shared, unit.inputs.stage), unit.inputs.phase, kSiteInputRing);
+  };
+  const auto give = [&](const Unit& unit) {
+    loop.give_weights(unit.first.stage, true);
+    loop.give_weights(unit.second.stage, true);
+    mbarrier_arrive_count(empty_barrier(loop.shared, unit.inputs.stage), num_readers);
+  };
+  const auto a_of = [&](const Unit& unit) { return loop.a_base + uniform(unit.inputs.stage * kInputStageBytes >> 4); };
+  const auto b_of = [&](const RingCursor& weights) { return loop.b_base + uniform(weights.stage * kWeightStageBytes >> 4); };
+
+  Unit unit = find();
+  u64 a = a_of(unit);
+  u64 first_b = b_of(unit.first);
+  u64 second_b = b_of(unit.second);
+  bool is_there = false;  // the next operands were seen
+#pragma unroll 1
+  for (u32 slice = 0; slice + kPairSlices <= num_slices; slice += kPairSlices) {
+    if (!is_there) wait(unit);
+    wgmma_fence();
+    multiply_slice<kColumns>(d, a, first_b);
+    multiply_slice<kColumns>(d, a + (kRowTileBytes >> 4), second_b);
+    wgmma_commit();
+    const Unit used = unit;
+    next_unit();
+    unit = find();
+    is_there = sees(unit);
+    a = a_of(unit);
+    first_b = b_of(unit.first);
+    second_b = b_of(unit.second);
+    wgmma_wait<0>();
+    give(used);  // at once, as above
+  }
+  if (num_slices % kPairSlices) {
+    if (!is_there) wait(unit);
+    wgmma_fence();
+    multiply_slice<kColumns>(d, a, first_b);
+    wgmma_commit();
+    wgmma_wait<0>();
+    give(unit);
     next_unit();
   }
 }

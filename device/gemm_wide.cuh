@@ -8,7 +8,7 @@
 // wait for each other, so that one's epilogue can run beside the other's products, as far as the rings are deep.
 //
 // Rings: those of worker_memory.cuh. A weight unit is unit_slices() slices of N x 128 bytes in one 16 KB stage, or one slice in two (N > 128), which
-// then begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two. Items of 64 weight rows: gemm_pairs.cuh.
+// then begin at an even stage. An input stage holds 128 rows of one slice, or 64 rows of two. Items of few weight rows: gemm_pairs.cuh.
 // Called by device/worker.cuh. Test: pytest -m gpu tests/gpu/test_gemm_wide.py
 #pragma once
 #include <gemm_pairs.cuh>
@@ -48,16 +48,20 @@ struct WeightWalk {
   u32 num_left;      // slices
   u32 slice_bytes;   // of a packed tile
   u32 tile_bytes;
-  bool lends;        // the stage behind the next unit is the input producer's, where has_pairs()
-  bool is_lone;
+  bool lends;        // the stage behind the next unit's is the input producer's (gemm_pairs.cuh)
+  bool alternates;   // so is that behind every other unit
   RingCursor cursor;
+  BK_INLINE void leave_lent_stage() {
+    if (lends) cursor.advance(kWeightStages);
+    lends ^= alternates;
+  }
 };
 
 // Whole units of kTiles packed tiles x kSlices slices in kStages stages, to [slice][tile] of the stage. What one thread executes for a unit is a chain, and has to fit into the time of the unit's
 // products: counted at run time copies took 600 clk, here they take half of it (PERFORMANCE.md, eighteenth state).
-template <u32 kTiles, u32 kSlices, u32 kStages, bool kIsStreamed>
+// kLends: behind some of them is a lent stage.
+template <u32 kTiles, u32 kSlices, u32 kStages, bool kIsStreamed, bool kLends>
 BK_INLINE void produce_whole_units(const EngineParams& params, u8* ring, WorkerShared& shared, WeightWalk& walk) {
-  constexpr bool kPairs = kTiles == 2 && kSlices == 2;
   const u32 slice_bytes = walk.slice_bytes;
   const u32 tile_bytes = walk.tile_bytes;
 #pragma unroll 1
@@ -77,18 +81,18 @@ BK_INLINE void produce_whole_units(const EngineParams& params, u8* ring, WorkerS
     }
     walk.source += kSlices * slice_bytes;
     for (u32 i = 0; i < kStages; i++) walk.cursor.advance(kWeightStages);
-    if constexpr (kPairs) {
-      if (walk.lends) walk.cursor.advance(kWeightStages);
-      walk.lends = !walk.is_lone || !walk.lends;
-    }
+    if constexpr (kLends) walk.leave_lent_stage();
   }
 }
+
+// The last pair of an item has one slice, but its two stages: the second one goes through its phases empty.
+BK_INLINE bool lacks_slice(u32 columns, const WeightWalk& walk) { return columns > kPairColumns && walk.lends; }
 
 // Units of any shape, and the last one of an item, whole or not.
 BK_INLINE void produce_any_units(const EngineParams& params, const WideTiling& tiling, u32 num_tiles, u8* ring, WorkerShared& shared, WeightWalk& walk) {
   const u32 columns = tiling.stack * tiling.tile_rows;
 #pragma unroll 1
-  while (walk.num_left > 0) {
+  while (walk.num_left > 0 || lacks_slice(columns, walk)) {
     const u32 num_slices = min(unit_slices(columns), walk.num_left);
     u64* full = &shared.weights_full[walk.cursor.stage];
 #pragma unroll 1
@@ -103,10 +107,7 @@ BK_INLINE void produce_any_units(const EngineParams& params, const WideTiling& t
       walk.source += walk.slice_bytes;
     }
     for (u32 i = 0; i < unit_stages(columns); i++) walk.cursor.advance(kWeightStages);
-    if (has_pairs(columns)) {
-      if (walk.lends) walk.cursor.advance(kWeightStages);
-      walk.lends = !walk.is_lone || !walk.lends;
-    }
+    walk.leave_lent_stage();
     walk.num_left -= num_slices;
   }
 }
@@ -128,25 +129,28 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8
     const u32 slice_bytes = tiling.tile_rows * 128;
     const u32 first_tile = gemm_item(tiling, item).weight_item * stack;
     const u32 num_tiles = min(stack, tiling.num_tiles - first_tile);
+    const u32 columns = stack * tiling.tile_rows;
+    const bool lone = tiling.tokens == kRowTile;
     WeightWalk units{reinterpret_cast<const u8*>(item_op.weight) + static_cast<u64>(first_tile * tiling.num_slices) * slice_bytes,
-                     tiling.num_slices, slice_bytes, tiling.num_slices * slice_bytes, true, tiling.tokens == kRowTile, cursor};
-    // The shapes of the rule's items have code of their own, but for one: units of 128 x 64 items are left to the loop of any shape, whose longer chain fits into their 744 clk.
-    // Producers that are sooner take more of L2 than they gain (GEMM_WIDE.md).
-    const u32 shape = unit_shape(num_tiles, unit_slices(stack * tiling.tile_rows), unit_stages(stack * tiling.tile_rows));
+                     tiling.num_slices, slice_bytes, tiling.num_slices * slice_bytes, columns == kPairColumns, has_pairs(columns, lone) && (lone || columns > kPairColumns), cursor};
+    // The shapes of the rule's items have code of their own, but for one: units of 128 x 64 items are left to the loop of any shape, with which down at 256 rows took 5 % less and
+    // whole steps as long. Why was not found (PERFORMANCE.md, nineteenth state).
+    const u32 shape = unit_shape(num_tiles, unit_slices(columns), unit_stages(columns));
     if (is_streamed(item_op.kind, num_rows)) {
-      if (shape == unit_shape(2, 2, 1)) produce_whole_units<2, 2, 1, true>(params, ring, shared, units);
-      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, true>(params, ring, shared, units);
-      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, true>(params, ring, shared, units);
-      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, true>(params, ring, shared, units);
-      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, true>(params, ring, shared, units);
-      else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, true>(params, ring, shared, units);
+      if (shape == unit_shape(2, 2, 1)) produce_whole_units<2, 2, 1, true, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, true, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, true, false>(params, ring, shared, units);
+      else if (units.alternates) {}  // pairs of more than 64 weight rows in so few rows of tokens: the loop of any shape
+      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, true, false>(params, ring, shared, units);
+      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, true, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, true, false>(params, ring, shared, units);
     } else {
-      if (shape == unit_shape(8, 1, 2)) produce_whole_units<8, 1, 2, false>(params, ring, shared, units);
-      else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, false>(params, ring, shared, units);
-      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, false>(params, ring, shared, units);
-      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, false>(params, ring, shared, units);
-      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, false>(params, ring, shared, units);
-      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, false>(params, ring, shared, units);
+      if (shape == unit_shape(8, 1, 2)) produce_whole_units<8, 1, 2, false, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, false, false>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, false, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, false, false>(params, ring, shared, units);
+      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, false, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, false, true>(params, ring, shared, units);
     }
     produce_any_units(params, tiling, num_tiles, ring, shared, units);
     cursor = units.cursor;
@@ -170,12 +174,14 @@ BK_INLINE void produce_inputs_wide(const EngineParams& params, const u8* input, 
     const u8* source = input + static_cast<u64>(row_begin / kRowTile) * tiling.num_slices * kRowTileBytes;
     const u32 first_bytes = input_tile_bytes(num_rows, row_begin);
     const u32 next_tile_bytes = input_tile_bytes(num_rows, row_begin + kRowTile);
-    if (has_pairs(stack * tiling.tile_rows)) {
+    const u32 columns = stack * tiling.tile_rows;
+    if (has_pairs(columns, lone)) {
       if (item == walk.first) {
         gate.pass();
         lent = RingCursor{shared.compute.cursors.weights.stage, shared.compute.cursors.weights.phase ^ 1};  // before the op before ended, it was another
       }
-      produce_pair_inputs(params, source, tiling.num_slices, lone, first_bytes, next_tile_bytes, ring, shared, cursor, lent);
+      if (pair_stages(columns) == 1) produce_pair_inputs<1>(params, source, tiling.num_slices, lone, first_bytes, next_tile_bytes, ring, shared, cursor, lent);
+      else produce_pair_inputs<2>(params, source, tiling.num_slices, lone, first_bytes, next_tile_bytes, ring, shared, cursor, lent);
       continue;
     }
 #pragma unroll 1
@@ -212,7 +218,7 @@ template <int kColumns, bool kLone>
 BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
   constexpr u32 kUnitStages = unit_stages(kColumns);
   constexpr u32 kInputSlices = kLone ? 2 : 1;
-  static_assert(unit_slices(kColumns) == 1, "two slices at a time: multiply_pairs()");
+  static_assert(!has_pairs(kColumns, kLone), "two slices at a time: multiply_pairs()");
   bool is_there = false;  // the next operands were seen
   u64 a = loop.a_of(0);
   u64 b = loop.b_of(0);
@@ -263,7 +269,8 @@ BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, boo
   for (int i = 0; i < kColumns / 2; i++) d[i] = 0.0f;
   const f32* row_scale = shared.row_scale[0];  // of nobody's rows: whatever stands there, for nothing is stored
   if (!rehearses) {
-    if constexpr (has_pairs(kColumns)) multiply_pairs<kLone>(loop, uniform(tiling.num_slices), d);
+    if constexpr (has_pairs(kColumns, kLone) && kColumns > kPairColumns) multiply_pairs_of_stages<kColumns>(loop, uniform(tiling.num_slices), d);
+    else if constexpr (has_pairs(kColumns, kLone)) multiply_pairs<kLone>(loop, uniform(tiling.num_slices), d);
     else multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
     if constexpr (kScaled) row_scale = scales.wait(shared);
   }
@@ -276,7 +283,7 @@ BK_INLINE void run_wide_items(const EngineParams& params, const Op& op, u32 num_
   RingCursor weights{uniform(cursors.weights.stage), uniform(cursors.weights.phase)};
   align_consumer(unit_stages(kTileRows * kStack), weights);
   const u32 warpgroup = uniform(thread_idx() / 128);
-  const u32 input_offset = kLone || has_pairs(kTileRows * kStack) ? 0 : warpgroup * kRowTileBytes;
+  const u32 input_offset = kLone || has_pairs(kTileRows * kStack, kLone) ? 0 : warpgroup * kRowTileBytes;
   MainLoop loop{shared, weights, RingCursor{uniform(cursors.inputs.stage), uniform(cursors.inputs.phase)},
                 wgmma_descriptor(uniform(shared_address(shared_memory)) + kScratchOffset + input_offset, 1024), wgmma_descriptor(uniform(shared_address(shared_memory)) + kRingOffset, 1024),
                 thread_idx() % 128 == 0 ? (kLone ? 2u : 1u) : 0u};

@@ -20,11 +20,18 @@ from tests.support import ROOT
 NUM_WORKERS = 3
 
 
-@pytest.mark.parametrize(("tile_rows", "columns"), [(32, 192), (32, 1216), (112, 192)])
-def test_products_of_two_ops(tmp_path: Path, tile_rows: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("tile_rows", "columns", "stack"),
+    [(32, 192, 0), (32, 1216, 0), (112, 192, 0), (48, 1216, 2), (48, 1280, 2), (32, 1216, 4)],
+)
+def test_products_of_two_ops(tmp_path: Path, tile_rows: int, columns: int, stack: int) -> None:
     """Rows of one to three tiles; the second op has a ragged last item. 32: items of 64 rows, of which a warpgroup has nothing, among them, and
-    inputs in the weight ring. 1,216 columns are 19 slices: both rings go round, and an item's last unit is not full."""
-    library = build(SIMT90 / "gemm_wide_simt.cpp", tmp_path / "wide.so", {"TILE_ROWS": str(tile_rows)}, ROOT / "device")
+    inputs in the weight ring. 1,216 columns are 19 slices: both rings go round, and an item's last unit is not full. With a stack, items of 128 rows
+    and 96 or 128 weight rows: units of two stages, with a lent one behind."""
+    tiling = {"BK_WIDE_TOKENS": "128", "BK_WIDE_STACK": str(stack)} if stack else {}
+    library = build(
+        SIMT90 / "gemm_wide_simt.cpp", tmp_path / "wide.so", {"TILE_ROWS": str(tile_rows)} | tiling, ROOT / "device"
+    )
     rng = np.random.default_rng(tile_rows)
     weights = [random_bits(rng, tile_rows * 4, columns), random_bits(rng, tile_rows * 5 - 16, columns)]
     packed = [pack_tiles(bits, tile_rows) for bits in weights]

@@ -87,13 +87,14 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
     set_registers_down<56>();
     RingCursor cursor{0, 1};
     const u32 role = uniform(threadIdx.x / 32) - kComputeThreads / 32;
-    if (role == 0 && elect_one()) {
-      walk_program(params, shared, kWeightProducer, [&](const Op&, u32) { produce_weights_wide(params, num_rows, memory + kRingOffset, shared, cursor); });
-    }
-    if (role == 1 && elect_one()) {
-      walk_program(params, shared, kInputProducer, [&](const Op&, u32 op_idx) {  // as if the op before had made the input
-        produce_inputs_wide(params, input, num_rows, op_idx, memory + kScratchOffset, shared, cursor);
-      });
+    if (role < 2 && elect_one()) {
+      if (role == 0) {
+        walk_program(params, shared, kWeightProducer, [&](const Op&, u32) { produce_weights_wide(params, num_rows, memory + kRingOffset, shared, cursor); });
+      } else {
+        walk_program(params, shared, kInputProducer, [&](const Op&, u32 op_idx) {  // as if the op before had made the input
+          produce_inputs_wide(params, input, num_rows, op_idx, memory + kScratchOffset, shared, cursor);
+        });
+      }
     }
   } else {
     set_registers_up<224>();
