@@ -20,6 +20,7 @@ constexpr u32 kMostPairColumns = 128;  // and one does
 constexpr u32 kPairSlices = 2;         // of a unit: they fill a stage of 64 rows of inputs
 static_assert(kPairSlices * kPairColumns * 128 == kWeightStageBytes && kPairSlices * kRowTileBytes == kInputStageBytes && kInputStageBytes == kWeightStageBytes, "whole stages");
 
+// Whether an item of so many weight rows is cut into such units. lone: it has 64 rows.
 BK_INLINE constexpr bool has_pairs(u32 columns, bool lone) { return columns >= kPairColumns && columns <= (lone ? kPairColumns : kMostPairColumns); }
 // Weight stages of a unit, an item's last one too, which may have a slice less.
 BK_INLINE constexpr u32 pair_stages(u32 columns) { return columns == kPairColumns ? 1 : kPairSlices; }
@@ -68,8 +69,8 @@ BK_INLINE void produce_pair_inputs(const EngineParams& params, const u8* source,
 
 // ---- The compute warpgroups --------------------------------------------------------------------------------------
 // The main loops over K of one item, for one warpgroup: 64 rows x the item's weight rows. `d` starts at zero. Their rules are gemm.cuh's. Nor is there a branch around what moves
-// cursors on: behind one, addresses are no longer uniform(), and down at 256 rows takes 20 % longer. Two loops, because what one warp executes for a unit of 64 x 64 is as
-// long as its products: written as one for all units it is longer, and steps of 128 rows take 0.9 % more (PERFORMANCE.md, twenty-first state).
+// cursors on: behind one, addresses are no longer uniform(), and down at 256 rows takes 20 % longer. Two loops, because what a warp executes for a unit of
+// 64 x 64 sets the pace, 484 clk where its products take 255: one loop for all units has its instructions in another order, and steps of 128 rows take 0.9 % longer (PERFORMANCE.md, twenty-first state).
 // 64 weight rows: a unit's weights are one stage.
 template <bool kLone>
 BK_INLINE void multiply_pairs(MainLoop& loop, u32 num_slices, f32 (&d)[kPairColumns / 2]) {
