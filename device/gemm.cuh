@@ -141,8 +141,14 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, c
   bool is_there = false;    // the next group's operands were seen
   u64 a = loop.a_of(0);
   u64 b = loop.b_of(0);
+  // Ahead of a group of several slices; right in front of one slice's products: kept from one turn to the next, its addresses would be moved to uniform registers for each product anew.
+  const auto find_operands = [&] {
+    a = loop.a_of(in_stage * input_bytes);
+    b = loop.b_of(in_weight_stage * kSliceBytes);
+  };
 #pragma unroll 1
   for (u32 slice = 0; slice + kGroup <= num_slices; slice += kGroup) {
+    if constexpr (kGroup == 1) find_operands();
     if (!is_there) loop.wait(in_weight_stage == 0, in_stage == 0);
     wgmma_fence();
 #pragma unroll
@@ -165,8 +171,7 @@ BK_INLINE void multiply_narrow(MainLoop& loop, u32 num_slices, u32 input_rows, c
       in_stage = 0;
     }
     is_there = loop.sees(in_weight_stage == 0, in_stage == 0);
-    a = loop.a_of(in_stage * input_bytes);
-    b = loop.b_of(in_weight_stage * kSliceBytes);
+    if constexpr (kGroup > 1) find_operands();
     wgmma_wait<1>();  // the group before is done
     loop.give_weights(done_weights, done_weights != kNone);
     loop.give_inputs(done_inputs, done_inputs != kNone);

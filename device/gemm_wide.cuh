@@ -208,17 +208,45 @@ BK_INLINE void align_consumer(u32 num_unit_stages, RingCursor& cursor) {
   while (cursor.stage % num_unit_stages != 0) cursor.advance(kWeightStages);
 }
 
-BK_INLINE void give_unit(const MainLoop& loop, u32 stage, u32 num_stages, bool used) {
-  for (u32 i = 0; i < num_stages; i++) loop.give_weights(stage + i, used);
+// The main loops over K of one item, for one warpgroup: 64 rows x the item's kColumns weight rows. `d` starts at zero.
+// Their two rules are gemm.cuh's: addresses are uniform(), and no branch between wgmma_fence() and wgmma_commit(). Those of few weight rows: gemm_pairs.cuh.
+//
+// 128 rows, and more than 128 weight rows: a slice's products take so long that the next one's operands are waited for while they run. So there is no look ahead, and little else: at the
+// board's power an instruction of a warp costs 200 pJ, eight warps' 120 a slice were 5 % of its joules (PERFORMANCE.md, twenty-first state).
+template <int kColumns>
+BK_INLINE void multiply_slices(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
+  static_assert(unit_stages(kColumns) == 2, "one slice a unit, in two stages");
+  // Of the slice that is so many before the next one. Its stages follow from the cursors: kept in registers they would be two more, and spilled.
+  const auto give = [&](u32 num_slices_back, bool used) {
+    const u32 by = 2 * num_slices_back;
+    const u32 weights = loop.weights.stage + (loop.weights.stage < by ? kWeightStages : 0) - by;
+    const u32 inputs = (loop.inputs.stage + kInputStages - num_slices_back) % kInputStages;
+    const u32 num_arrivals = used ? loop.num_arrivals : 0;
+    for (u32 i = 0; i < 2; i++) mbarrier_arrive_count(&loop.shared.weights_empty[weights + i], num_arrivals);
+    mbarrier_arrive_count(&loop.shared.inputs_empty[inputs], num_arrivals);
+  };
+#pragma unroll 1
+  for (u32 slice = 0; slice < num_slices; slice++) {
+    const u64 a = loop.a_base + uniform(loop.inputs.stage * (kInputStageBytes >> 4));
+    const u64 b = loop.b_base + uniform(loop.weights.stage * (kWeightStageBytes >> 4));
+    loop.wait(true, true);
+    wgmma_fence();
+    multiply_slice<kColumns>(d, a, b);
+    wgmma_commit();
+    for (u32 i = 0; i < 2; i++) loop.advance_weights();
+    loop.advance_inputs();
+    wgmma_wait<1>();  // the slice before is done: the tensor cores run through
+    give(2, slice != 0);
+  }
+  wgmma_wait<0>();
+  give(1, true);
 }
 
-// The main loop over K of one item, for one warpgroup: 64 rows x the item's kColumns weight rows. `d` starts at zero.
-// Its two rules are gemm.cuh's: addresses are uniform(), and no branch between wgmma_fence() and wgmma_commit().
-template <int kColumns, bool kLone>
-BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
-  constexpr u32 kUnitStages = unit_stages(kColumns);
-  constexpr u32 kInputSlices = kLone ? 2 : 1;
-  static_assert(!has_pairs(kColumns, kLone), "two slices at a time: multiply_pairs()");
+// 64 rows: warpgroup 0 alone, and an input stage has two slices.
+template <int kColumns>
+BK_INLINE void multiply_lone_slices(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns / 2]) {
+  constexpr u32 kInputSlices = 2;
+  static_assert(unit_stages(kColumns) == 1 && !has_pairs(kColumns, true), "one slice a unit, in a stage");
   bool is_there = false;  // the next operands were seen
   u64 a = loop.a_of(0);
   u64 b = loop.b_of(0);
@@ -237,7 +265,7 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
     const u32 before_inputs = used_inputs;
     used_weights = loop.weights.stage;
     used_inputs = kNone;
-    for (u32 i = 0; i < kUnitStages; i++) loop.advance_weights();
+    loop.advance_weights();
     if (++in_input == kInputSlices || last) {
       used_inputs = loop.inputs.stage;
       in_input = 0;
@@ -247,11 +275,11 @@ BK_INLINE void multiply_item(MainLoop& loop, u32 num_slices, f32 (&d)[kColumns /
     a = loop.a_of(in_input * kRowTileBytes);
     b = loop.b_of(0);
     wgmma_wait<1>();  // the slice before is done: the tensor cores run through
-    give_unit(loop, before_weights, kUnitStages, before_weights != kNone);
+    loop.give_weights(before_weights, before_weights != kNone);
     loop.give_inputs(before_inputs, before_inputs != kNone);
   }
   wgmma_wait<0>();
-  give_unit(loop, used_weights, kUnitStages, used_weights != kNone);
+  loop.give_weights(used_weights, used_weights != kNone);
   loop.give_inputs(used_inputs, used_inputs != kNone);
 }
 
@@ -271,7 +299,8 @@ BK_INLINE void run_wide_item(const WideTiling& tiling, const GemmItem& item, boo
   if (!rehearses) {
     if constexpr (has_pairs(kColumns, kLone) && kColumns > kPairColumns) multiply_pairs_of_stages<kColumns>(loop, uniform(tiling.num_slices), d);
     else if constexpr (has_pairs(kColumns, kLone)) multiply_pairs<kLone>(loop, uniform(tiling.num_slices), d);
-    else multiply_item<kColumns, kLone>(loop, uniform(tiling.num_slices), d);
+    else if constexpr (kLone) multiply_lone_slices<kColumns>(loop, uniform(tiling.num_slices), d);
+    else multiply_slices<kColumns>(loop, uniform(tiling.num_slices), d);
     if constexpr (kScaled) row_scale = scales.wait(shared);
   }
   tail.finish(d, row_scale);
