@@ -34,6 +34,8 @@ from blinkimp.host.engine_lock import EngineLock, SharedMemoryError
 from blinkimp.host.engine_slot import Bars, EngineSlot, Phase
 from blinkimp.host.shared_memory import discard_regions, remove_dead_engines
 from blinkimp.logs import log_event, set_up_logging
+from blinkimp.nic_shim.ingress_flags import limit_arguments
+from blinkimp.nic_shim.ingress_limits import HttpLimits, ZmqLimits
 
 _log = logging.getLogger("blinkimp.host.supervisor")  # by this name also when run as a module
 
@@ -107,8 +109,7 @@ class IngressSlot(ProcessSlot):
         self.idx = idx
         # Longer than the engine's drain: what the engine ends at its deadline is still delivered.
         drain_s = config.drain_timeout_s + INGRESS_FLUSH_S
-        own = ["--queue-pair", str(idx), "--drain-timeout", str(drain_s)]
-        own += ["--loss-timeout-s", str(config.recovery_timeout_s), *arguments]
+        own = ["--queue-pair", str(idx), "--drain-timeout", str(drain_s), *arguments]
         if config.capture_arrivals:
             own += ["--capture-arrivals", config.capture_arrivals]
         super().__init__(f"ingress {idx}", config, module, own)
@@ -223,9 +224,7 @@ class Supervisor:
 def ingress_slots(config: Config) -> list[IngressSlot]:
     """Starts the ingress processes: ZeroMQ on the first queue pairs, HTTP on the next."""
     folder = str(model_folder(config))
-    limits = ["--max-outstanding", str(config.max_outstanding), "--max-requests-per-s", str(config.max_requests_per_s)]
-    limits += ["--burst-requests", str(2 * config.max_requests_per_s)]
-    limits += ["--max-request-bytes", str(config.max_request_bytes), "--max-prompt-chars", str(config.max_prompt_chars)]
+    limits = limit_arguments(ZmqLimits.of(config))
     slots = []
     for idx in range(config.num_ingress):
         arguments = ["--bind", endpoint_of(config.bind, idx), "--tokenizer", folder, *limits]
@@ -233,9 +232,9 @@ def ingress_slots(config: Config) -> list[IngressSlot]:
             arguments += ["--curve-key", config.curve_key, "--curve-clients", config.curve_clients]
         slots.append(IngressSlot(config, idx, "blinkimp.nic_shim.zmq_ingress", arguments))
     if config.http:
-        arguments = ["--bind", config.http, "--model-folder", folder, *limits]
+        arguments = ["--bind", config.http, "--model-folder", folder, *limit_arguments(HttpLimits.of(config))]
         arguments += ["--model-name", config.served_model_name or config.model, "--api-key-file", config.api_key_file]
-        arguments += ["--metrics-prefix", config.metrics_prefix, "--read-timeout-s", str(config.read_timeout_s)]
+        arguments += ["--metrics-prefix", config.metrics_prefix]
         slots.append(IngressSlot(config, config.num_ingress, "blinkimp.nic_shim.http_ingress", arguments))
     return slots
 

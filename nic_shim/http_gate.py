@@ -13,11 +13,11 @@ import hashlib
 import hmac
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from blinkimp.nic_shim.http_errors import HttpError
+from blinkimp.nic_shim.ingress_limits import HttpLimits
 from blinkimp.nic_shim.quotas import RateLimiter
 
 KEY_VARIABLE: Final = "BLINKIMP_API_KEY"
@@ -28,19 +28,10 @@ class ApiKeyError(ValueError):
     """The API keys cannot be read; the message says what, got, expected, remedy."""
 
 
-@dataclass(frozen=True)
-class GateLimits:
-    """Of each API key; of all callers together where there are no keys."""
-
-    max_outstanding: int = 1024  # choices that run at once
-    max_requests_per_s: float = 500.0
-    burst_requests: int = 1000  # that may come at once
-
-
 class Gate:
-    """Admits requests."""
+    """Admits requests. The limits are of each API key; of all callers together where there are no keys."""
 
-    def __init__(self, keys: Sequence[str], limits: GateLimits) -> None:
+    def __init__(self, keys: Sequence[str], limits: HttpLimits) -> None:
         self._digests = [_digest(key) for key in keys]
         self._limits = limits
         self._rate = RateLimiter(limits.max_requests_per_s, limits.burst_requests)

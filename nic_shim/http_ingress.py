@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -40,12 +39,13 @@ from blinkimp.nic_shim.garbage import calm_collector
 from blinkimp.nic_shim.http_app import Api
 from blinkimp.nic_shim.http_exchange import deliver
 from blinkimp.nic_shim.http_fields import read_generation_defaults
-from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, GateLimits, read_keys
+from blinkimp.nic_shim.http_gate import ApiKeyError, Gate, read_keys
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_metrics import DEFAULT_PREFIX, Metrics
 from blinkimp.nic_shim.http_protocol import timed_protocol
 from blinkimp.nic_shim.http_request_log import RequestLog
-from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, parse_bind
+from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, limits_of, parse_bind
+from blinkimp.nic_shim.ingress_limits import HttpLimits
 from blinkimp.nic_shim.queue_pair import QueuePairError
 from blinkimp.nic_shim.tokenizer import Tokenizer, TokenizerError
 from blinkimp.transport import is_loopback
@@ -57,26 +57,6 @@ DRAIN_POLL_S: Final = 0.05
 CANCEL_GRACE_S: Final = 1.0  # after a drain that timed out: for the engine's FINISH, and for clients to read it
 GIL_SWITCH_S: Final = 0.0005  # two threads share the interpreter: 5 ms, Python's default, would show in the latency
 BACKLOG: Final = 2048
-
-
-@dataclass(frozen=True)
-class HttpLimits:
-    """What one HTTP ingress grants. All on by default; --help has the flags."""
-
-    max_request_bytes: int = 2 << 20
-    max_prompt_chars: int = 1 << 20  # of a prompt given as text
-    max_memory_bytes: int = 4 << 30  # resident memory of the process
-    max_connections: int = 4096
-    read_timeout_s: float = 30.0  # without a byte of a request that is awaited for longer, its connection is closed
-    max_outstanding: int = 1024  # choices of one API key that run at once
-    max_requests_per_s: int = 500  # of one API key
-    burst_requests: int = 1000  # of one API key, at once
-    loss_timeout_s: float = 60.0  # without an engine for longer, its requests fail
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"{name} is {value}; expected more than 0; correct the ingress's options")
 
 
 class _Server(uvicorn.Server):
@@ -101,7 +81,7 @@ class HttpIngress:
         api_keys: Sequence[str] = (),
         eos_ids: Sequence[int] | None = None,
         limits: HttpLimits | None = None,
-        drain_timeout_s: float = 30.0,
+        drain_timeout_s: float,
         metrics_prefix: str = DEFAULT_PREFIX,
         capture_folder: Path | None = None,
     ) -> None:
@@ -113,10 +93,7 @@ class HttpIngress:
         self._tokenizer = Tokenizer(model_folder)
         self._template = ChatTemplate(model_folder)
         self._defaults = read_generation_defaults(model_folder)
-        gate_limits = GateLimits(
-            self._limits.max_outstanding, self._limits.max_requests_per_s, self._limits.burst_requests
-        )
-        self._gate = Gate(api_keys, gate_limits)
+        self._gate = Gate(api_keys, self._limits)
         self._link = EngineLink(
             engine_name,
             queue_pair_idx,
@@ -280,18 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics-prefix", default=DEFAULT_PREFIX, help="of vLLM's names in /metrics (default %(default)s)"
     )
-    texts = {
-        "max_request_bytes": "bytes of one request's body; larger ones get 413",
-        "max_prompt_chars": "characters of a prompt given as text",
-        "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
-        "max_connections": "connections at once",
-        "read_timeout_s": "without a byte of a request for so long, its connection is closed",
-        "max_outstanding": "choices of one API key that run at once",
-        "max_requests_per_s": "requests a second of one API key",
-        "burst_requests": "requests of one API key at once",
-        "loss_timeout_s": "without an engine for so long, requests fail",
-    }
-    add_limit_flags(parser, HttpLimits(), texts)
+    add_limit_flags(parser, HttpLimits)
     return parser
 
 
@@ -302,7 +268,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it says of its start and end, we say
     try:
-        limits = HttpLimits(**{name: getattr(arguments, name) for name in HttpLimits.__dataclass_fields__})
         return HttpIngress(
             arguments.engine,
             arguments.queue_pair,
@@ -311,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_names=arguments.model_name or [arguments.model_folder.name],
             api_keys=read_keys(arguments.api_key_file),
             eos_ids=eos_ids_of(arguments),
-            limits=limits,
+            limits=limits_of(arguments, HttpLimits),
             drain_timeout_s=arguments.drain_timeout,
             metrics_prefix=arguments.metrics_prefix,
             capture_folder=arguments.capture_arrivals,

@@ -8,10 +8,15 @@ metrics_server.py. Test: pytest tests/host/test_zmq_ingress.py tests/host/test_h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
+from blinkimp.config import Config
 from blinkimp.logs import add_log_flags
+from blinkimp.nic_shim.ingress_limits import IngressLimits
+
+Limits = TypeVar("Limits", bound=IngressLimits)
 
 
 def add_ingress_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +29,35 @@ def add_ingress_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="write down every request there, prompts and all, for a replay (nic_shim/arrival_capture.py)",
     )
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM")
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=Config().drain_timeout_s,
+        help="seconds for running requests after SIGTERM (default %(default)g)",
+    )
     add_log_flags(parser)
 
 
-def add_limit_flags(parser: argparse.ArgumentParser, defaults: object, texts: Mapping[str, str]) -> None:
-    """--max-clients and so on, of the members of `defaults` that `texts` explains."""
-    for name, text in texts.items():
-        default = getattr(defaults, name)
-        shown = f"{default:g}" if isinstance(default, float) else str(default)
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (default {shown})"
-        )
+def add_limit_flags(parser: argparse.ArgumentParser, kind: type[IngressLimits]) -> None:
+    """--max-outstanding and so on, one for each limit."""
+    for limit in dataclasses.fields(kind):
+        shown = f"{limit.default:g}" if isinstance(limit.default, float) else str(limit.default)
+        text = f"{limit.metadata['text']} (default {shown})"
+        parser.add_argument(_flag(limit.name), type=type(limit.default), default=limit.default, help=text)
+
+
+def limits_of(arguments: argparse.Namespace, kind: type[Limits]) -> Limits:
+    """As the flags say. Raises ValueError."""
+    return kind(**{limit.name: getattr(arguments, limit.name) for limit in dataclasses.fields(kind)})
+
+
+def limit_arguments(limits: IngressLimits) -> list[str]:
+    """The flags that say these limits."""
+    return [text for name, value in dataclasses.asdict(limits).items() for text in (_flag(name), str(value))]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def eos_ids_of(arguments: argparse.Namespace) -> list[int] | None:

@@ -20,7 +20,7 @@ from blinkimp.nic_shim.admission import PromptIds, larger_limit, prompt_problem,
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.engine_link import EngineLink
-from blinkimp.nic_shim.ingress_limits import REMEDIES, IngressLimits
+from blinkimp.nic_shim.ingress_limits import REMEDIES, ZmqLimits
 from blinkimp.nic_shim.live_request import NO_DEADLINE, LiveRequest
 from blinkimp.nic_shim.quotas import RateLimiter
 from blinkimp.nic_shim.request_log import log_refusal
@@ -60,7 +60,7 @@ class HandlerCounters:
 class MessageHandler:
     """Messages in, requests and replies out."""
 
-    def __init__(self, link: EngineLink, sessions: SessionTable, tokenizer: Tokenizer, limits: IngressLimits) -> None:
+    def __init__(self, link: EngineLink, sessions: SessionTable, tokenizer: Tokenizer, limits: ZmqLimits) -> None:
         self.counters = HandlerCounters()
         self.is_draining = False
         self._link = link

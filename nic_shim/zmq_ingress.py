@@ -31,8 +31,8 @@ from blinkimp.native import NativeLibraryError
 from blinkimp.nic_shim.curve import CurveServer
 from blinkimp.nic_shim.engine_link import EngineLink
 from blinkimp.nic_shim.garbage import Collector, calm_collector
-from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_flags import add_ingress_flags, add_limit_flags, eos_ids_of, limits_of
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.nic_shim.ipc_path import check_free, file_id
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.memory_limit import MemoryLimit
@@ -74,11 +74,11 @@ class ZmqIngress:
         tokenizer: Tokenizer,
         *,
         eos_ids: Sequence[int] | None = None,
-        limits: IngressLimits | None = None,
+        limits: ZmqLimits | None = None,
         security: Security | None = None,
         curve: CurveServer | None = None,
     ) -> None:
-        limits = limits or IngressLimits()
+        limits = limits or ZmqLimits()
         self.error: BaseException | None = None
         self.link = EngineLink(
             engine_name,
@@ -296,20 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--curve-clients", type=Path, help="CURVE: public keys of the clients that may connect, one a line"
     )
-    texts = {
-        "max_request_bytes": "bytes of one message; larger ones get an error reply",
-        "max_prompt_chars": "characters of a prompt given as text",
-        "max_memory_bytes": "resident memory of this process; beyond it, it ends with status 1",
-        "max_clients": "clients with requests at once",
-        "max_requests_per_client": "unfinished requests of one connection",
-        "max_outstanding": "unfinished requests of one CURVE key, over all its connections",
-        "max_requests_per_s": "requests a second of one CURVE key; without keys, of one connection",
-        "burst_requests": "requests of one such at once",
-        "max_requests": "unfinished requests of this ingress",
-        "stall_timeout_s": "a client that reads nothing for so long is dropped",
-        "loss_timeout_s": "without an engine for so long, requests fail",
-    }
-    add_limit_flags(parser, IngressLimits(), texts)
+    add_limit_flags(parser, ZmqLimits)
     return parser
 
 
@@ -317,9 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     set_up_logging(arguments.log_level, arguments.log_format, f"zmq ingress {arguments.queue_pair}", in_background=True)
     try:
-        limits = IngressLimits(
-            **{name: getattr(arguments, name) for name in IngressLimits.__dataclass_fields__},
-        )
+        limits = limits_of(arguments, ZmqLimits)
         if (arguments.curve_key is None) != (arguments.curve_clients is None):
             raise ValueError(
                 "--curve-key and --curve-clients go together: got one of them, expected both or neither; give both"

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from blinkimp import ring_abi as abi
 from blinkimp.config import keys
 from blinkimp.host.shared_memory import QueuePairGeometry
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.nic_shim.queue_pair import PortStatus, QueuePairPort
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
@@ -87,7 +87,7 @@ class Served:
 def serve(
     folder: Path,
     *,
-    limits: IngressLimits | None = None,
+    limits: ZmqLimits | None = None,
     bind: str = "tcp://127.0.0.1:*",
     eos_ids: Sequence[int] = (),
     send_buffer_bytes: int = -1,

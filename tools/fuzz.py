@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from fuzz_command import fuzz_parser, run_fuzzer  # noqa: E402  (the path above comes first)
 
 from blinkimp.nic_shim.http_types import ChatRequest, CompletionRequest  # noqa: E402  (the path above comes first)
-from blinkimp.nic_shim.ingress_limits import IngressLimits  # noqa: E402
+from blinkimp.nic_shim.ingress_limits import ZmqLimits  # noqa: E402
 from blinkimp.nic_shim.tokenizer import Tokenizer  # noqa: E402
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress  # noqa: E402
 from blinkimp.protocol import Error, Sampling, ServerMessage, Submit  # noqa: E402
@@ -173,7 +173,7 @@ def run(num_inputs: int, seed: int) -> dict[str, Any]:
             name = engine.config.engine_name
             with http_ingress(name, model, *limits) as server:
                 fuzz_http(server, num_inputs // 2, rng, counts)
-                unlimited = IngressLimits(max_requests_per_s=1_000_000, burst_requests=1_000_000)
+                unlimited = ZmqLimits(max_requests_per_s=1_000_000, burst_requests=1_000_000)
                 ingress = ZmqIngress(name, 1, "tcp://127.0.0.1:*", Tokenizer(model), limits=unlimited)
                 endpoint = ingress.start()
                 try:

@@ -13,7 +13,7 @@ import pytest
 from blinkimp.cli import main
 from blinkimp.client import Client, ServerTimeoutError
 from blinkimp.nic_shim.curve import CurveError, CurveServer, client_security, make_keys
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.nic_shim.tokenizer import Tokenizer
 from blinkimp.nic_shim.zmq_ingress import ZmqIngress
 from blinkimp.protocol import Error, Finish
@@ -57,7 +57,7 @@ def test_limits_are_a_keys_over_all_its_connections(tmp_path: Path) -> None:
     allowed.write_bytes(b"".join(keys[name][1].read_bytes() for name in names[1:]))
     security = {name: client_security(keys["server"][1], keys[name][0]) for name in names[1:]}
     tokenizer = Tokenizer(write_byte_tokenizer(tmp_path))
-    limits = IngressLimits(max_outstanding=6, max_requests_per_client=4, max_requests_per_s=1, burst_requests=9)
+    limits = ZmqLimits(max_outstanding=6, max_requests_per_client=4, max_requests_per_s=1, burst_requests=9)
     with FakeDirector(engine_name(), vocab_size=258) as director:
         director.paused = True
         curve = CurveServer(keys["server"][0], allowed)

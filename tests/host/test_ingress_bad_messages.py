@@ -14,7 +14,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.protocol import Error, Finish
 from tests.ingress_support import (
     RawClient,
@@ -26,7 +26,7 @@ from tests.ingress_support import (
 )
 from tests.support import PATIENCE_S
 
-LIMITS = IngressLimits(max_request_bytes=1 << 18, max_prompt_chars=100_000, max_requests_per_client=8, max_requests=20)
+LIMITS = ZmqLimits(max_request_bytes=1 << 18, max_prompt_chars=100_000, max_requests_per_client=8, max_requests=20)
 
 
 @pytest.fixture

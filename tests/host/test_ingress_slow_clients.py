@@ -13,7 +13,7 @@ import zmq
 
 from blinkimp.client import Client
 from blinkimp.nic_shim import sessions
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.protocol import Error, Finish, Tokens
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (
@@ -42,7 +42,7 @@ def small_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pipes")
 def test_client_that_stops_reading_loses_nothing_and_others_go_on(tmp_path: Path) -> None:
     num_requests, max_tokens = 64, 500
-    limits = IngressLimits(max_requests_per_client=num_requests, stall_timeout_s=3600)
+    limits = ZmqLimits(max_requests_per_client=num_requests, stall_timeout_s=3600)
     with (
         serve(tmp_path, limits=limits, step_s=0.0, send_buffer_bytes=8192) as served,
         RawClient(served.endpoint, **SMALL_BUFFERS) as slow,
@@ -85,7 +85,7 @@ def _collect(raw: RawClient, num_requests: int) -> tuple[dict[int, list[int]], l
 
 @pytest.mark.usefixtures("small_pipes")
 def test_client_that_never_reads_again_is_dropped(tmp_path: Path) -> None:
-    limits = IngressLimits(stall_timeout_s=0.3)
+    limits = ZmqLimits(stall_timeout_s=0.3)
     with (
         serve(tmp_path, limits=limits, step_s=0.0, send_buffer_bytes=8192, max_context=1 << 20) as served,
         RawClient(served.endpoint, **SMALL_BUFFERS) as slow,
@@ -101,7 +101,7 @@ def test_client_that_never_reads_again_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_pipes")
 def test_flood_of_bad_messages_without_reading_is_bounded(tmp_path: Path) -> None:
     with (
-        serve(tmp_path, limits=IngressLimits(stall_timeout_s=3600), send_buffer_bytes=8192) as served,
+        serve(tmp_path, limits=ZmqLimits(stall_timeout_s=3600), send_buffer_bytes=8192) as served,
         RawClient(served.endpoint, **SMALL_BUFFERS) as flood,
         Client(served.endpoint, timeout_s=PATIENCE_S) as other,
     ):

@@ -12,7 +12,7 @@ import pytest
 
 from blinkimp.client import Client, RequestRefusedError
 from blinkimp.host.shared_memory import QueuePairGeometry
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import ZmqLimits
 from blinkimp.protocol import Cancel, Finish, GetStats, Sampling, Stats, Submit, Tokens
 from tests.fake_director import FakeDirector
 from tests.ingress_support import (
@@ -226,7 +226,7 @@ def test_new_engine_of_the_same_name_takes_over(tmp_path: Path) -> None:
 
 def test_requests_fail_when_no_engine_comes_back(tmp_path: Path) -> None:
     with (
-        serve(tmp_path, limits=IngressLimits(loss_timeout_s=0.5)) as served,
+        serve(tmp_path, limits=ZmqLimits(loss_timeout_s=0.5)) as served,
         Client(served.endpoint, timeout_s=PATIENCE_S) as client,
     ):
         (stream,) = hold_after_first_tokens(served, lambda: [client.submit("x", max_tokens=2000)])

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from blinkimp.nic_shim.http_errors import HttpError
-from blinkimp.nic_shim.http_gate import ANYBODY, ApiKeyError, Gate, GateLimits, read_keys
+from blinkimp.nic_shim.http_gate import ANYBODY, ApiKeyError, Gate, read_keys
+from blinkimp.nic_shim.ingress_limits import HttpLimits
 from blinkimp.nic_shim.quotas import RateLimiter
 
 
 def test_without_keys_anybody_may_come() -> None:
-    gate = Gate([], GateLimits())
+    gate = Gate([], HttpLimits())
     assert gate.is_open and gate.caller_of(None) == ANYBODY == gate.caller_of("Bearer whatever")
 
 
 def test_keys_are_told_apart_and_others_refused() -> None:
-    gate = Gate(["first-key", "second-key"], GateLimits())
+    gate = Gate(["first-key", "second-key"], HttpLimits())
     assert gate.caller_of("Bearer first-key") != gate.caller_of("bearer  second-key")
     for header in (None, "", "Bearer", "Bearer first", "Basic first-key", "first-key", "Bearer \udcff"):
         with pytest.raises(HttpError) as caught:
@@ -30,7 +31,7 @@ def test_keys_are_told_apart_and_others_refused() -> None:
 def test_who_asks_too_often_is_told_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_clock = functools.partial(RateLimiter, clock=lambda: 1000.0)
     monkeypatch.setattr("blinkimp.nic_shim.http_gate.RateLimiter", stopped_clock)
-    gate = Gate([], GateLimits(max_requests_per_s=0.01, burst_requests=3))
+    gate = Gate([], HttpLimits(max_requests_per_s=0.01, burst_requests=3))
     for _ in range(3):
         gate.count_request(ANYBODY)
     with pytest.raises(HttpError, match="too many requests a second") as caught:
@@ -41,7 +42,7 @@ def test_who_asks_too_often_is_told_when_to_come_again(monkeypatch: pytest.Monke
 
 
 def test_outstanding_choices_come_back_to_zero() -> None:
-    gate = Gate([], GateLimits(max_outstanding=4))
+    gate = Gate([], HttpLimits(max_outstanding=4))
     gate.enter(ANYBODY, 3)
     with pytest.raises(HttpError, match="3 running and 2 new"):
         gate.enter(ANYBODY, 2)

@@ -26,10 +26,10 @@ from blinkimp.nic_shim.constraint_compiler import ConstraintCompiler
 from blinkimp.nic_shim.http_app import Api
 from blinkimp.nic_shim.http_exchange import deliver
 from blinkimp.nic_shim.http_fields import GenerationDefaults
-from blinkimp.nic_shim.http_gate import Gate, GateLimits
+from blinkimp.nic_shim.http_gate import Gate
 from blinkimp.nic_shim.http_generate import Context
 from blinkimp.nic_shim.http_request_log import RequestLog
-from blinkimp.nic_shim.ingress_limits import IngressLimits
+from blinkimp.nic_shim.ingress_limits import HttpLimits, ZmqLimits
 from blinkimp.nic_shim.live_request import LiveRequest
 from blinkimp.nic_shim.message_handler import MessageHandler
 from blinkimp.nic_shim.sessions import SendResult, SessionTable
@@ -116,7 +116,7 @@ def http_api(folder: Path) -> Iterator[Any]:
         context = Context(
             engine, tokenizer, ChatTemplate(folder), GenerationDefaults(), ("model",), 1 << 20, pool, queue,
         )  # fmt: skip
-        api = Api(context, Gate((), GateLimits(max_requests_per_s=1e9)), 1 << 20, lambda _: (b"", ""), "")
+        api = Api(context, Gate((), HttpLimits(max_requests_per_s=1e9)), 1 << 20, lambda _: (b"", ""), "")
         slot = [0.0] * 4096
         yield RequestLog(api.app(), lambda: slot)
     queue.close()
@@ -206,7 +206,7 @@ def test_zmq_requests_leave_no_cycles(tmp_path: Path) -> None:
         return SendResult.GONE if identity == b"gone" and len(frame) > 40 else SendResult.SENT
 
     sessions = SessionTable(send, engine.cancel, stall_timeout_s=60.0)
-    handler = MessageHandler(engine, sessions, Tokenizer(write_byte_tokenizer(tmp_path)), IngressLimits())
+    handler = MessageHandler(engine, sessions, Tokenizer(write_byte_tokenizer(tmp_path)), ZmqLimits())
     try:
 
         def message(identity: bytes, payload: bytes) -> None:
