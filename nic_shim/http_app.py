@@ -26,7 +26,7 @@ from blinkimp.nic_shim.admission import PromptIds, larger_limit
 from blinkimp.nic_shim.chat_template import ChatTemplateError
 from blinkimp.nic_shim.http_chat import ChatShape, template_messages
 from blinkimp.nic_shim.http_completions import CompletionShape
-from blinkimp.nic_shim.http_constraint import compile_constraint
+from blinkimp.nic_shim.http_constraint import OverdueError, compile_constraint
 from blinkimp.nic_shim.http_errors import HttpError, bad_field
 from blinkimp.nic_shim.http_exchange import Exchange
 from blinkimp.nic_shim.http_fields import (
@@ -218,7 +218,10 @@ class Api:
         exchange: Exchange,
     ) -> Response:
         deadline_ns = deadline_ns_of(request.state.arrived_ns, body.timeout)
-        constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body), deadline_ns)
+        try:
+            constraint = await compile_constraint(self.context.compile_queue, request, constraint_of(body), deadline_ns)
+        except OverdueError:
+            constraint = None  # the engine link ends the request as one that is overdue: it does not run without
         self._refuse_while_down()  # the drain may have begun meanwhile
         requests = await make_requests(self.context, body, prompt_ids, sampling, constraint, exchange)
         for one in requests:  # its time began before its prompt was tokenised

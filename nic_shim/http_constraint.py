@@ -19,10 +19,14 @@ from blinkimp.nic_shim.http_request_log import CLOSED_STATUS
 from blinkimp.protocol import Constraint, Error
 
 
+class OverdueError(Exception):
+    """The request's time was over before its constraint was compiled: it may not run."""
+
+
 async def compile_constraint(
     queue: CompileQueue, request: Request, constraint: Constraint | None, deadline_ns: int
 ) -> LoadedConstraint | None:
-    """None where there is none, and behind the deadline (of LiveRequest): then the engine link runs nothing. Raises HttpError."""
+    """None where there is none. Raises HttpError, and OverdueError behind the deadline (of LiveRequest)."""
     if constraint is None:
         return None
     loop = asyncio.get_running_loop()
@@ -39,18 +43,17 @@ async def compile_constraint(
     caller = request.state.caller or repr(request.client).encode()
     found = queue.ask(caller, constraint, hand_over)
     if isinstance(found, Ticket):
-        if not await _is_answered(queue, found, answered, request.receive, deadline_ns):
-            return None
+        await _wait_for(answered, queue, found, request.receive, deadline_ns)
         found = answered.result()
     if isinstance(found, Error):
         raise http_error_of(found)
     return found
 
 
-async def _is_answered(
-    queue: CompileQueue, ticket: Ticket, answered: asyncio.Future[Answer], receive: Receive, deadline_ns: int
-) -> bool:
-    """False: the deadline has passed. Gives the place in the queue up there, and where the client goes."""
+async def _wait_for(
+    answered: asyncio.Future[Answer], queue: CompileQueue, ticket: Ticket, receive: Receive, deadline_ns: int
+) -> None:
+    """Until there is an answer. Gives the place in the queue up where the client goes (HttpError) or the time does (OverdueError)."""
     gone = asyncio.get_running_loop().create_task(disconnected(receive))
     try:
         while not answered.done() and not gone.done() and (left_ns := deadline_ns - time.monotonic_ns()) >= 0:
@@ -59,10 +62,12 @@ async def _is_answered(
     finally:
         gone.cancel()
         queue.withdraw(ticket)
-    if is_gone and not answered.done():
+    if answered.done():
+        return
+    if is_gone:
         raise HttpError(
             CLOSED_STATUS,
             "the client has gone: got a closed connection while its constraint waited, expected somebody to answer; send it again",
             code="client_gone",
         )
-    return answered.done()
+    raise OverdueError

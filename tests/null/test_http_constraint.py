@@ -15,7 +15,7 @@ import pytest
 
 from blinkimp.nic_shim.compile_queue import Answer, CompileQueue, Ticket
 from blinkimp.nic_shim.constraint_compiler import ConstraintProblem, LoadedConstraint
-from blinkimp.nic_shim.http_constraint import compile_constraint
+from blinkimp.nic_shim.http_constraint import OverdueError, compile_constraint
 from blinkimp.nic_shim.http_errors import HttpError
 from blinkimp.nic_shim.live_request import NO_DEADLINE
 from blinkimp.protocol import Constraint
@@ -90,12 +90,25 @@ def test_a_request_without_time_gives_its_place_up(time_s: float) -> None:
     async def scenario() -> None:
         deadline_ns = time.monotonic_ns() + int(time_s * 1e9)
         queue, messages, task = await begun(deadline_ns=deadline_ns)
-        assert await task is None and time.monotonic_ns() > deadline_ns, "not a moment before: it would run without"
+        with pytest.raises(OverdueError):
+            await task
+        assert time.monotonic_ns() > deadline_ns, "not a moment before: it would run without"
         assert queue.num_withdrawn == 1
         await asyncio.sleep(0)
         messages.put_nowait({"type": "http.disconnect"})
         await asyncio.sleep(0)
         assert messages.qsize() == 1, "whoever runs the request is the one to learn of it"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("deadline_ns", [0, NO_DEADLINE])
+def test_none_means_that_there_is_no_constraint_however_late_it_is(deadline_ns: int) -> None:
+    async def scenario() -> None:
+        queue: Any = FakeQueue()
+        request = request_of(asyncio.Queue[dict[str, str]]().get, b"")
+        assert await compile_constraint(queue, request, None, deadline_ns) is None
+        assert not queue.callers, "nothing to ask for"
 
     asyncio.run(scenario())
 
