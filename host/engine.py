@@ -34,7 +34,7 @@ from blinkimp.host.parking import Doorbell, WakeThread
 from blinkimp.host.program import num_program_ops, num_weight_elements
 from blinkimp.host.shared_memory import EngineLock, EngineRegions, QueuePairGeometry, create_engine_regions
 from blinkimp.host.trace_info import engine_info
-from blinkimp.host.trace_memory import TraceGeometry
+from blinkimp.host.trace_memory import TraceGeometry, trace_geometry
 from blinkimp.host.tuning import write_tuning
 from blinkimp.host.watchdog import Symptom, Verdict, Watchdog
 from blinkimp.logs import log_event
@@ -46,7 +46,6 @@ _log = logging.getLogger(__name__)
 # emulated one shares its CPUs with whatever else runs there. The GPU's is longer than any wait inside a step, which ends in a fault record.
 STALL_TIMEOUT_S: Final = {"gpu": 2 * DEFAULT_SPIN_BUDGET_NS / 1e9, "emulated": 30.0}
 STOP_TIMEOUT_S: Final = 10.0  # from COMMAND_STOP to the device's end
-NUM_TRACED_STEPS: Final = 16  # steps whose op times the trace keeps
 ABANDON_TIMEOUT_S: Final = 1.0  # the same for a device that has not begun: it may be loading for minutes
 _POLL_S: Final = 0.002
 
@@ -80,6 +79,21 @@ def choose_device(config: Config) -> Device:
             ) from error
         _log.warning("no GPU can be used (%s): running on the emulated device, on the CPU", error)
         return EmulatedDevice(config.num_threads, config.orchestrator)
+
+
+def num_workers_of(config: Config) -> int:
+    """Of the device that choose_device() would choose; no context is made on a GPU."""
+    if config.device != "emulated" and config.load_format != "null":
+        try:
+            from blinkimp.host.gpu_driver import probe_gpu
+            from blinkimp.host.gpu_kernel import choose_kernel
+
+            gpu = probe_gpu()
+            choose_kernel(config.kernel, gpu.compute_capability, gpu.name)
+            return gpu.num_workers
+        except (ImportError, RuntimeError):  # as in choose_device()
+            pass
+    return choose_device(msgspec.structs.replace(config, device="emulated")).num_workers
 
 
 def resolve_compute(config: Config, folder: Path, device: Device) -> DType:
@@ -287,16 +301,7 @@ class Engine:
             return None
         num_ops = num_program_ops(self.model, config.load_format)
         info = engine_info(config, self.model, self.device.describe(), asdict(self.plan.sizes), num_ops)
-        if config.trace_op_period == 0:
-            return TraceGeometry(config.trace_events, info=info)
-        return TraceGeometry(
-            config.trace_events,
-            op_period=config.trace_op_period,
-            num_op_slots=NUM_TRACED_STEPS,
-            num_ops=num_ops,
-            num_workers=self.device.num_workers,
-            info=info,
-        )
+        return trace_geometry(config, num_ops, self.device.num_workers, info)
 
     def _plan(self) -> MemoryPlan:
         item_bytes = 2 if self.compute == DType.BF16 else 4

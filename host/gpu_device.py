@@ -77,8 +77,7 @@ class GpuDevice:
 
     @property
     def num_workers(self) -> int:
-        """Worker CTAs: every SM but the director's."""
-        return self._context.properties.num_multiprocessors - 1
+        return self._context.properties.num_workers
 
     def describe(self) -> str:
         properties = self._context.properties

@@ -49,6 +49,11 @@ class GpuProperties:
     driver_version: int
 
     @property
+    def num_workers(self) -> int:
+        """Worker CTAs: every SM but the director's."""
+        return self.num_multiprocessors - 1
+
+    @property
     def arch(self) -> str:
         major, minor = self.compute_capability
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")

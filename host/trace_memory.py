@@ -1,7 +1,7 @@
 """The trace's shared memory: `/dev/shm/blinkimp.<engine>.trace` and, for each ingress, `.trace.qp<i>`, made by the engine host where
 `trace_events` is not 0.
 
-The layout is that of device/trace_abi.h. Called by host/shared_memory.py, host/engine.py; fill_trace() by the devices.
+The layout is that of device/trace_abi.h. Called by host/shared_memory.py, host/engine.py, blinkimp/cli/checks.py; fill_trace() by the devices.
 Test: pytest tests/host/test_trace.py
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from blinkimp import ring_abi as abi
+from blinkimp.config import Config
+
+NUM_TRACED_STEPS: Final = 16  # steps whose op times the trace keeps
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,22 @@ class TraceGeometry:
         if self.info:
             header["info_offset"], header["info_bytes"] = self.info_offset, len(self.info)
         return header
+
+
+def trace_geometry(config: Config, num_ops: int, num_workers: int, info: bytes = b"") -> TraceGeometry | None:
+    """What the configuration asks for, of a program of num_ops on num_workers; None: no trace. Raises ValueError."""
+    if config.trace_events == 0:
+        return None
+    if config.trace_op_period == 0:
+        return TraceGeometry(config.trace_events, info=info)
+    return TraceGeometry(
+        config.trace_events,
+        op_period=config.trace_op_period,
+        num_op_slots=NUM_TRACED_STEPS,
+        num_ops=num_ops,
+        num_workers=num_workers,
+        info=info,
+    )
 
 
 INGRESS_TRACE = TraceGeometry(abi.LEAST_TRACE_EVENTS)  # some ten events a request: seconds of the busiest ingress

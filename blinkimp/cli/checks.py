@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -21,6 +22,9 @@ import numpy as np
 from blinkimp import __version__, native
 from blinkimp.config import Config, cache_folder, model_folder
 from blinkimp.outputs import OutputError, make_folder
+
+if TYPE_CHECKING:
+    from blinkimp.host.trace_memory import TraceGeometry
 
 NUM_PINGS = 500
 PING_TIMEOUT_S = 5.0
@@ -158,10 +162,9 @@ def check_locked_memory(config: Config) -> Finding:
 
 
 def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Finding:
-    """Of all that an engine takes but the times of trace_op_period: how many they are depends on device and model."""
+    """Of all that an engine takes, but some KB by which it describes itself in the trace: known only to one that starts."""
     from blinkimp.host.shared_memory import QueuePairGeometry
     from blinkimp.host.shared_room import shared_room
-    from blinkimp.host.trace_memory import TraceGeometry
 
     what = "shared memory"
     if not folder.is_dir():
@@ -174,7 +177,7 @@ def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Find
         return Finding(what, Verdict.FAIL, f"{folder} cannot be written: {error.strerror}", remedy)
     geometry = QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes)
     try:
-        trace = TraceGeometry(config.trace_events) if config.trace_events else None
+        trace = _trace_geometry(config)
     except ValueError as error:
         return Finding(what, Verdict.FAIL, str(error), "correct trace_events")
     room = shared_room(config.num_queue_pairs, geometry.region_bytes, trace, folder)
@@ -188,6 +191,22 @@ def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Find
         return Finding(what, Verdict.FAIL, found, remedy)
     remedy = f"mount -o remount,size=1G /dev/shm (docker run --shm-size 1g), or {lower}"
     return Finding(what, Verdict.FAIL, found, remedy)
+
+
+def _trace_geometry(config: Config) -> TraceGeometry | None:
+    """Without op times where there is no model to have any: check_model() says so. Raises ValueError."""
+    from blinkimp.host.checkpoint import read_model_config
+    from blinkimp.host.engine import num_workers_of
+    from blinkimp.host.program import num_program_ops
+    from blinkimp.host.trace_memory import trace_geometry
+
+    if not config.trace_events or not config.trace_op_period:
+        return trace_geometry(config, 0, 0)
+    try:
+        num_ops = num_program_ops(read_model_config(model_folder(config)), config.load_format)
+    except (ValueError, OSError):
+        return trace_geometry(msgspec.structs.replace(config, trace_op_period=0), 0, 0)
+    return trace_geometry(config, num_ops, num_workers_of(config))
 
 
 def check_cores() -> Finding:

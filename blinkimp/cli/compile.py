@@ -67,7 +67,7 @@ def target_of(options: argparse.Namespace) -> tuple[str, int]:
     if arch is None or num_workers is None:
         try:
             gpu = probe_gpu()
-            arch, num_workers = arch or gpu.arch, num_workers or gpu.num_multiprocessors - 1
+            arch, num_workers = arch or gpu.arch, num_workers or gpu.num_workers
         except GpuError:
             arch, num_workers = arch or DEFAULT_ARCH, num_workers or DEFAULT_NUM_WORKERS
             print(

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -19,8 +19,10 @@ from blinkimp import native
 from blinkimp.cli import checks
 from blinkimp.cli.checks import Verdict
 from blinkimp.config import Config, model_folder
-from blinkimp.host import shared_memory, shared_room
+from blinkimp.host import gpu_driver, shared_memory, shared_room
+from blinkimp.host.checkpoint import read_model_config
 from blinkimp.host.trace_memory import TraceGeometry
+from tests.checkpoint_support import CONFIG, write_config
 
 
 def test_packages_are_found_and_missing_ones_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,14 +50,19 @@ def test_shared_memory_larger_than_the_memory_behind_it(tmp_path: Path, monkeypa
     assert "1 MiB of memory are available" in finding.found and "--memory" in finding.remedy
 
 
-@pytest.mark.parametrize("trace_events", [0, 1 << 16])
-def test_shared_memory_is_enough_where_an_engine_starts(trace_events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("trace_events", "op_period"), [(0, 0), (0, 8), (1 << 16, 0), (1 << 16, 8)])
+def test_shared_memory_is_enough_where_an_engine_starts(
+    trace_events: int, op_period: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte, and with all that it creates."""
     config = Config(
-        num_queue_pairs=2, num_submissions=16, num_completions=64, arena_bytes=4096, trace_events=trace_events
-    )
+        num_queue_pairs=2, num_submissions=16, num_completions=64, arena_bytes=4096, trace_events=trace_events,
+        trace_op_period=op_period, device="emulated", num_threads=3,
+    )  # fmt: skip
+    num_ops = 5 * read_model_config(model_folder(config)).num_layers + 3
+    op_times = {"op_period": op_period, "num_op_slots": 16, "num_ops": num_ops, "num_workers": 3} if op_period else {}
     geometry = shared_memory.QueuePairGeometry(config.num_submissions, config.num_completions, config.arena_bytes)
-    trace = TraceGeometry(trace_events) if trace_events else None
+    trace = TraceGeometry(trace_events, **op_times) if trace_events else None
     name = f"test-{uuid.uuid4().hex[:12]}"
 
     def start() -> int:
@@ -76,6 +83,29 @@ def test_shared_memory_is_enough_where_an_engine_starts(trace_events: int, monke
     with pytest.raises(shared_memory.SharedMemoryError, match="memory are available"):
         start()
     assert checks.check_shared_memory(config).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ops", "num_workers"),
+    [({}, 163, 131), ({"device": "emulated"}, 163, 3), ({"kernel": "hopper"}, 163, 3), ({"load_format": "null"}, 1, 3)],
+    ids=["gpu", "emulated", "a gpu without its kernel", "null"],
+)
+def test_op_times_are_counted_as_the_device_and_the_model_have_them(
+    settings: dict[str, Any], num_ops: int, num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = (8, 0) if "kernel" in settings else (9, 0)
+    properties = gpu_driver.GpuProperties("NVIDIA H200", capability, 132, 141 << 30, 13000)
+    monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
+    write_config(tmp_path, {**CONFIG, "num_hidden_layers": 32})
+    options: dict[str, Any] = {"model": str(tmp_path), "num_threads": 3, **settings}
+    expected = TraceGeometry(1 << 16, op_period=8, num_op_slots=16, num_ops=num_ops, num_workers=num_workers)
+    assert checks._trace_geometry(Config(trace_events=1 << 16, trace_op_period=8, **options)) == expected
+
+
+def test_op_times_of_no_model_are_left_to_the_check_of_the_model(tmp_path: Path) -> None:
+    config = Config(model=str(tmp_path), trace_events=1 << 16, trace_op_period=8)
+    assert checks._trace_geometry(config) == TraceGeometry(1 << 16)
+    assert checks.check_model(config).verdict is Verdict.FAIL
 
 
 def test_shared_memory_for_a_trace_that_cannot_be() -> None:
@@ -148,8 +178,6 @@ def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_no_gpu_fails_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from blinkimp.host import gpu_driver
-
     def no_gpu(_: int = 0) -> None:
         raise gpu_driver.GpuError("cuInit: got no driver")
 
@@ -163,8 +191,6 @@ def test_no_gpu_fails_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("version", "verdict"), [(12090, Verdict.FAIL), (13000, Verdict.OK)])
 def test_an_old_driver_fails(monkeypatch: pytest.MonkeyPatch, version: int, verdict: Verdict) -> None:
-    from blinkimp.host import gpu_driver
-
     properties = gpu_driver.GpuProperties("NVIDIA H200", (9, 0), 132, 141 << 30, version)
     monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
     assert checks.check_driver(Config()).verdict is verdict
@@ -178,8 +204,6 @@ def test_an_old_driver_fails(monkeypatch: pytest.MonkeyPatch, version: int, verd
 def test_a_gpu_is_named_with_its_kernel(
     monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], kernel: str
 ) -> None:
-    from blinkimp.host import gpu_driver
-
     properties = gpu_driver.GpuProperties(name, capability, 108, 80 << 30, 13000)
     monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
     finding = checks.check_gpu(Config(device="gpu"))
@@ -191,8 +215,6 @@ def test_a_gpu_is_named_with_its_kernel(
 def test_a_gpu_without_its_kernel(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: Literal["auto", "hopper"]
 ) -> None:
-    from blinkimp.host import gpu_driver
-
     properties = gpu_driver.GpuProperties("NVIDIA T4", capability, 40, 16 << 30, 13000)
     monkeypatch.setattr(gpu_driver, "probe_gpu", lambda _=0: properties)
     assert checks.check_gpu(Config(kernel=kernel)).verdict is Verdict.WARN
