@@ -42,22 +42,44 @@ struct SwappedSoftmax {
   f32 maximum[2];  // of this thread's two heads
   f32 sum;         // first warp: this lane's part of head lane / 4
 
-  BK_INLINE void reset() {
-    maximum[0] = maximum[1] = minus_infinite_score();
+  // first_maximum: what the maxima begin with, [head]
+  BK_INLINE void reset(const f32 (&first_maximum)[2]) {
+    maximum[0] = first_maximum[0];
+    maximum[1] = first_maximum[1];
     sum = 0.0f;
   }
 };
 
+// The maximum of a head that the group lacks: no score reaches it, so its exponentials are zeros, and products with zeros cost less power.
+constexpr f32 kNobodysMaximum = 3e38f;
+
+// Where this thread's part of a page's softmax stands in the warpgroup's tile. Worked out once a run: for each page it was a fifth of the loop's instructions.
+struct SwappedPlaces {
+  float2* own_maxima;        // of the thread's warp; lanes 0 to 3 write
+  const float2* all_maxima;  // [warp], kSwappedHeads / 2 apart
+  f32* exponentials;         // of the first key and head
+  u8* weights[2][2];         // [half][head] of even pages
+  bool writes_maxima;
+
+  BK_INLINE explicit SwappedPlaces(u8* tile) {
+    const u32 thread = thread_idx() % kWarpgroupThreads;
+    const u32 lane = thread % 32u;
+    const u32 key = thread / 32u * 16u + lane / 4u;
+    const u32 head = lane % 4u * 2u;
+    all_maxima = reinterpret_cast<const float2*>(tile + kMaximaOffset) + lane % 4u;
+    own_maxima = reinterpret_cast<float2*>(tile + kMaximaOffset) + thread / 32u * (kSwappedHeads / 2) + lane % 4u;
+    exponentials = reinterpret_cast<f32*>(tile + kExponentialsOffset) + head * kExponentialStride + key;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) weights[half][i] = tile + kSwappedWeightsOffset + (head + i) * (kPageTokens * 2) + ((key / 8u + half) ^ (head + i)) * 16u + key % 8u * 2u;
+    }
+    writes_maxima = lane < 4;
+  }
+};
+
 // softmax_block() of a page; then the exponentials stand in shared memory, visible to wgmma. factors: of this thread's two heads.
-BK_INLINE void weigh_swapped(u8* tile, u32 page, f32 (&scores)[4], f32 scale, SwappedSoftmax& state, f32 (&factors)[2]) {
-  const u32 thread = thread_idx() % kWarpgroupThreads;
-  const u32 warp = thread / 32u;
-  const u32 lane = thread % 32u;
-  const u32 key = warp * 16u + lane / 4u;
-  const u32 head = lane % 4u * 2u;
-  f32* const maxima = reinterpret_cast<f32*>(tile + kMaximaOffset);
-  f32* const exponentials = reinterpret_cast<f32*>(tile + kExponentialsOffset);
-  u8* const weights = tile + kSwappedWeightsOffset + page % 2u * kNarrowQueryBytes;
+BK_INLINE void weigh_swapped(const SwappedPlaces& places, u32 page, f32 (&scores)[4], f32 scale, SwappedSoftmax& state, f32 (&factors)[2]) {
   f32 maximum[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
 #pragma unroll
   for (u32 distance = 4; distance <= 16; distance *= 2) {
@@ -65,13 +87,13 @@ BK_INLINE void weigh_swapped(u8* tile, u32 page, f32 (&scores)[4], f32 scale, Sw
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) maximum[i] = fmaxf(maximum[i], others[i]);
   }
-  if (lane < 4) *reinterpret_cast<float2*>(maxima + warp * kSwappedHeads + head) = make_float2(maximum[0], maximum[1]);
+  if (places.writes_maxima) *places.own_maxima = make_float2(maximum[0], maximum[1]);
   warpgroup_sync();  // all warps' maxima are written; hazard: the first warp has read the page before's exponentials
 #pragma unroll
   for (u32 i = 0; i < 2; ++i) maximum[i] = state.maximum[i];
 #pragma unroll
   for (u32 w = 0; w < 4; ++w) {
-    const float2 of_warp = *reinterpret_cast<const float2*>(maxima + w * kSwappedHeads + head);
+    const float2 of_warp = places.all_maxima[w * (kSwappedHeads / 2)];
     maximum[0] = fmaxf(maximum[0], of_warp.x);
     maximum[1] = fmaxf(maximum[1], of_warp.y);
   }
@@ -86,17 +108,15 @@ BK_INLINE void weigh_swapped(u8* tile, u32 page, f32 (&scores)[4], f32 scale, Sw
     for (u32 half = 0; half < 2; ++half) {
       f32& score = scores[half * 2 + i];
       score = exp2_approx(__fmaf_rn(score, scale, offset));
-      exponentials[(head + i) * kExponentialStride + key + half * 8] = score;
+      places.exponentials[i * kExponentialStride + half * 8] = score;
     }
   }
+  const u32 slot = page % 2u * kNarrowQueryBytes;
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
     const u32 words = pack_bf16x2(scores[half * 2], scores[half * 2 + 1]);
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-      const u32 chunk = (key / 8u + half) ^ (head + i);
-      *reinterpret_cast<u16*>(weights + (head + i) * (kPageTokens * 2) + chunk * 16 + key % 8u * 2) = static_cast<u16>(words >> (16 * i));
-    }
+    for (u32 i = 0; i < 2; ++i) *reinterpret_cast<u16*>(places.weights[half][i] + slot) = static_cast<u16>(words >> (16 * i));
   }
   fence_proxy_async_shared();  // written by ordinary stores, read by wgmma
   warpgroup_sync();            // the weights are whole before any warp's wgmma reads them, and the exponentials before the first warp adds them up
@@ -210,8 +230,11 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) outputs[block][i] = totals[block][i] = 0.0f;
   }
+  const SwappedPlaces places(tile);
+  const u32 first_head = thread_idx() % 4u * 2u;
+  const f32 first_maximum[2] = {first_head < run.group ? minus_infinite_score() : kNobodysMaximum, first_head + 1 < run.group ? minus_infinite_score() : kNobodysMaximum};
   SwappedSoftmax softmax;
-  softmax.reset();
+  softmax.reset(first_maximum);
   SwappedSoftmax total = softmax;
   const u32 num_arrivals = is_elected() ? 2 : 0;  // a narrow page has one reader
   const auto wait_page = [&](u32 page, bool is_plain) {
@@ -232,7 +255,7 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
         if (key < first_key || key > run.position_begin) scores[half * 2] = scores[half * 2 + 1] = minus_infinite_score();
       }
     }
-    weigh_swapped(tile, page, scores, scale, softmax, factors);
+    weigh_swapped(places, page, scores, scale, softmax, factors);
   };
   // The outputs of a split of maxima and sums `done`, whose last page is `page`, into the total.
   const auto end_split = [&](u32 page, const SwappedSoftmax& done) {
@@ -265,6 +288,8 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
   f32 factors[2] = {1.0f, 1.0f};
   u32 page = uniform(run.page_begin);
   const u32 last_page = uniform(run.page_end - 1);
+  const u32 plain_begin = uniform(run.plain_begin);
+  const u32 num_plain = uniform(run.num_plain);
   const u32 queries = uniform(memory + run.query_offset) + kScratchOffset;
   const u32 weights = uniform(memory + tile_offset) + kSwappedWeightsOffset;
   wait_page(page, false);
@@ -277,7 +302,7 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
   weigh(page, false, factors);
 #pragma unroll 1
   for (; page != last_page; page++) {
-    const bool is_plain = uniform(page - run.plain_begin < run.num_plain) != 0;
+    const bool is_plain = uniform(page - plain_begin < num_plain) != 0;
     const u32 values_stage = values_of<kHeadDim>(keys).stage;
     next_page<kHeadDim>(keys, others);
     wait_page(page + 1, is_plain);
@@ -293,7 +318,7 @@ BK_INLINE void compute_narrow_run(const EngineParams& params, const AttentionRun
     if (kPageStages<kHeadDim> == 2) release_stage(keys.stage);
     const bool ends_split = (page + 1) % kSplitPages == 0;
     const SwappedSoftmax done = softmax;
-    if (ends_split) softmax.reset();
+    if (ends_split) softmax.reset(first_maximum);
     weigh(page + 1, is_plain, factors);
     wgmma_wait<0>();
 #pragma unroll

@@ -22,13 +22,11 @@ BK_INLINE void advance_by(RingCursor& cursor, u32 num_stages) {
 // Past a page; `others`: pages of the other warpgroup still to come, one between each two of ours.
 template <int kHeadDim>
 BK_INLINE void next_page(RingCursor& keys, u32& others) {
-  const u32 num_pages = others ? 2 : 1;
-  if (others) others--;
-#pragma unroll
-  for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) keys.advance(kWeightStages);
-  if (num_pages == 2) {
-#pragma unroll
-    for (u32 i = 0; i < kPageStages<kHeadDim>; ++i) keys.advance(kWeightStages);
+  keys.stage += others ? 2 * kPageStages<kHeadDim> : kPageStages<kHeadDim>;
+  others -= others ? 1 : 0;
+  if (keys.stage >= kWeightStages) {
+    keys.stage -= kWeightStages;
+    keys.phase ^= 1;
   }
 }
 
