@@ -67,22 +67,23 @@ BK_INLINE MergeLane merge_factors(float2 softmax, f32 scale, f32& before) {
   return merge;
 }
 
-// Splits of a row that are on their way: a lane holds head_dim / 32 neighbouring columns of each.
+// A lane's columns of a row, side by side: one load.
+template <int kHeadDim>
+struct alignas(kHeadDim / 32 * sizeof(f32)) MergeColumns {
+  f32 values[kHeadDim / 32];  // [column]
+};
+
+// Splits of a row that are on their way.
 template <int kHeadDim>
 struct MergeGroup {
   static constexpr u32 kSplits = 8;
-  static constexpr u32 kPairs = kHeadDim / 64;
-  float2 outputs[kSplits * kPairs];  // [split][pair of columns]
+  using Columns = MergeColumns<kHeadDim>;
+  Columns outputs[kSplits];  // [split]
 
-  // The first num_left splits from `part` on, which are `step` pairs apart. Zeros for what is not there: to keep what was there would take its registers from everybody.
-  BK_INLINE void load(const float2* part, u32 step, u32 num_left) {
+  // The first num_left splits from `part` on, which are `step` columns of lanes apart. Zeros for what is not there: to keep what was there would take its registers from everybody.
+  BK_INLINE void load(const Columns* part, u32 step, u32 num_left) {
 #pragma unroll
-    for (u32 split = 0; split < kSplits; ++split, part += step) {
-#pragma unroll
-      for (u32 i = 0; i < kPairs; ++i) {
-        outputs[split * kPairs + i] = split < num_left ? part[i] : float2{0.0f, 0.0f};
-      }
-    }
+    for (u32 split = 0; split < kSplits; ++split, part += step) outputs[split] = split < num_left ? *part : Columns{};
   }
 };
 
@@ -103,16 +104,10 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
     const auto load_softmax = [&](u32 split) { return split < num_splits ? *part_softmax<kHeadDim>(params, item_begin + split, row) : make_float2(minus_infinite_score(), 0.0f); };
     float2 softmax = load_softmax(num_folded + lane);
     const float2 first_softmax = *part_softmax<kHeadDim>(params, item_begin, row);
-    f32 outputs[kColumns];
-    const float2* first = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin, row) + lane * kColumns);
-#pragma unroll
-    for (u32 i = 0; i < kColumns / 2; ++i) {
-      const float2 value = first[i];
-      outputs[i * 2] = value.x;
-      outputs[i * 2 + 1] = value.y;
-    }
-    const u32 step = group * (kHeadDim / 2);
-    const float2* part = reinterpret_cast<const float2*>(part_outputs<kHeadDim>(params, item_begin + num_folded, row) + lane * kColumns);
+    const auto columns_of = [&](u32 item) { return reinterpret_cast<const MergeColumns<kHeadDim>*>(part_outputs<kHeadDim>(params, item, row)) + lane; };
+    MergeColumns<kHeadDim> outputs = *columns_of(item_begin);
+    const u32 step = group * 32;
+    const MergeColumns<kHeadDim>* part = columns_of(item_begin + num_folded);
     Group groups[kGroupsAtOnce];
     u32 num_unsent = num_splits - num_folded;
     const auto send = [&](Group& to) {
@@ -138,11 +133,7 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
           const FoldFactors factors{__shfl_sync(0xffffffffu, merge.factors.total, in_warp + split), __shfl_sync(0xffffffffu, merge.factors.split, in_warp + split)};
           total.sum = fold_value(total.sum, __shfl_sync(0xffffffffu, merge.sum, in_warp + split), factors);
 #pragma unroll
-          for (u32 i = 0; i < kColumns / 2; ++i) {
-            const float2 value = groups[at].outputs[split * kColumns / 2 + i];
-            outputs[i * 2] = fold_value(outputs[i * 2], value.x, factors);
-            outputs[i * 2 + 1] = fold_value(outputs[i * 2 + 1], value.y, factors);
-          }
+          for (u32 i = 0; i < kColumns; ++i) outputs.values[i] = fold_value(outputs.values[i], groups[at].outputs[split].values[i], factors);
         }
         split_begin += Group::kSplits;
         if (split_begin >= num_splits) break;
@@ -153,7 +144,7 @@ BK_INLINE void merge_unit(const EngineParams& params, u32 item_begin, u32 num_fo
     const u32 column = (kv_head * group + row) * kHeadDim + lane * kColumns;
 #pragma unroll
     for (u32 i = 0; i < kColumns / 2; ++i) {
-      store.pair(out_row, column + i * 2, pack_bf16x2(finish_value(outputs[i * 2], inverse_sum), finish_value(outputs[i * 2 + 1], inverse_sum)));
+      store.pair(out_row, column + i * 2, pack_bf16x2(finish_value(outputs.values[i * 2], inverse_sum), finish_value(outputs.values[i * 2 + 1], inverse_sum)));
     }
   }
 }
