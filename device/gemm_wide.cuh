@@ -140,10 +140,9 @@ BK_INLINE void produce_weights_wide(const EngineParams& params, u32 num_rows, u8
       if (shape == unit_shape(2, 2, 1)) produce_whole_units<2, 2, 1, true, true>(params, ring, shared, units);
       else if (shape == unit_shape(2, 1, 2)) produce_whole_units<2, 1, 2, true, false>(params, ring, shared, units);
       else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, true, false>(params, ring, shared, units);
-      else if (units.alternates) {}  // pairs of more than 64 weight rows in so few rows of tokens: the loop of any shape
-      else if (shape == unit_shape(2, 1, 1)) produce_whole_units<2, 1, 1, true, false>(params, ring, shared, units);
-      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, true, false>(params, ring, shared, units);
-      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, true, false>(params, ring, shared, units);
+      else if (shape == unit_shape(1, 1, 1)) produce_whole_units<1, 1, 1, true, true>(params, ring, shared, units);
+      else if (shape == unit_shape(4, 1, 1)) produce_whole_units<4, 1, 1, true, true>(params, ring, shared, units);
+      else if (shape == unit_shape(2, 1, 1) && !units.alternates) produce_whole_units<2, 1, 1, true, false>(params, ring, shared, units);
     } else {
       if (shape == unit_shape(8, 1, 2)) produce_whole_units<8, 1, 2, false, false>(params, ring, shared, units);
       else if (shape == unit_shape(4, 1, 2)) produce_whole_units<4, 1, 2, false, false>(params, ring, shared, units);
