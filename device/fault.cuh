@@ -34,6 +34,7 @@ enum FaultSite : u32 {
   kSiteProducers = 106,          // the compute threads waited for their producers at a step's end
   kSiteAttentionWindows = 108,   // more window sizes among the layers than attention plans for
   kSiteAttentionSchedule = 109,  // the step's schedule of attention was not ready in time
+  kSitePace = 110,               // a weight producer waited for those of the other CTAs
   kSiteEmulatedOp = 200,
 };
 

@@ -48,6 +48,11 @@ constexpr u32 kLoneStack = 2;
 constexpr u32 kMaxLoneColumns = 128;
 BK_INLINE constexpr bool has_lone_items(u32 tile_rows) { return kLoneStack * tile_rows <= kMaxLoneColumns; }
 
+// How a weight slice of `columns` rows lies in the ring.
+BK_INLINE constexpr u32 unit_stages(u32 columns) { return columns * 128 > kWeightStageBytes ? 2 : 1; }
+BK_INLINE constexpr u32 unit_slices(u32 columns) { return columns * 128 * 2 <= kWeightStageBytes ? 2 : 1; }
+static_assert(kWeightStages % 2 == 0, "units of two stages never wrap in the middle");
+
 struct WideTiling {
   u32 num_rows;
   u32 num_slices;

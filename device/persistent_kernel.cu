@@ -35,6 +35,7 @@ BK_INLINE void init_shared(const EngineParams& params) {
     shared.next_scales = RingCursor{};
     shared.is_idle = 0;
     shared.scales_are_late = 0;
+    shared.num_paces = 0;
   }
   // Rows of an input stage that no copy ever wrote must at least be readable numbers to compute-sanitizer's eyes.
   for (u32 i = threadIdx.x; i < kScratchBytes / 16; i += kWorkerThreads) reinterpret_cast<uint4*>(shared_memory + kScratchOffset)[i] = uint4{0, 0, 0, 0};

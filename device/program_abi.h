@@ -131,7 +131,10 @@ ABI_SIZE(SampleResult, 8);
 // ---- The engine --------------------------------------------------------------------------------------------------
 constexpr u32 kRequestBytes = 512;              // one entry of the request table (device/request_table.cuh)
 constexpr u32 kDirectorStateBytes = 96 * 1024;  // director state (device/director.cuh)
-constexpr u32 kGridWordsBytes = 4096;           // barrier and hand-off words of the persistent kernel
+constexpr u32 kGridWordsBytes = 4096;           // barrier and hand-off words of the persistent kernel, zeroed before its launch
+constexpr u32 kGridWordPlan = 0;                // of those, 128 bytes apart: steps published by the director (writer: director; readers: workers)
+constexpr u32 kGridWordArrivals = 32;           // arrivals at grid barriers (writers: workers; readers: workers, director)
+constexpr u32 kGridWordPaces = 64;              // paces of the weight producers (device/gemm_pace.cuh)
 constexpr u32 kNumWorkspaces = 16;
 constexpr u32 kMaxStepCosts = 68;
 

@@ -112,6 +112,16 @@ BK_INLINE void st_release_gpu(u32* address, u32 value) {
 }
 
 // One word from SM to SM that says itself what it is: nothing else is ordered by it.
+BK_INLINE u32 ld_relaxed_gpu(const u32* address) {
+#if BK_GPU
+  u32 value;
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+#else
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+#endif
+}
+
 BK_INLINE u64 ld_relaxed_gpu(const u64* address) {
 #if BK_GPU
   u64 value;
@@ -167,6 +177,14 @@ BK_INLINE u64 atom_add_relaxed_gpu(u64* address, u64 value) {
   return seen;
 #else
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
+}
+
+BK_INLINE void red_add_relaxed_gpu(u32* address, u32 value) {
+#if BK_GPU
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#else
+  __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 #endif
 }
 

@@ -19,6 +19,7 @@ extern "C" __global__ void begin_step(const __grid_constant__ EngineParams param
   // Plain stores: the step's launch comes after this kernel's end.
   *grid_word(params, kGridWordPlan) = kPlansOfLaunch;
   *grid_word(params, kGridWordArrivals) = 0;
+  *grid_word(params, kGridWordPaces) = 0;
 }
 
 }  // namespace blinkimp

@@ -117,6 +117,7 @@ struct WorkerShared {
   ConsumerCursors next_cursors;  // what `compute` takes over when the op ends
   RingCursor next_scales;
   u32 is_idle;  // the GEMM op that runs has no item for this CTA; writer and reader: thread 0
+  u32 num_paces;  // of gemm_pace.cuh, since launch; writer and reader: the weight producer
   u32 scales_are_late;  // a wait for row scales outlived the spin budget; writers and readers: compute threads
 };
 
@@ -204,9 +205,6 @@ BK_INLINE void wait_landed(const EngineParams& params, WorkerShared& shared, con
   wait_mbarrier<true>(params, &shared.weights_full[stage], same_lap ? cursor.phase ^ 1 : cursor.phase, kSiteWeightRing);
 }
 
-// Words of EngineParams.grid_words, 128 bytes apart.
-constexpr u32 kGridWordPlan = 0;      // steps published by the director (writer: director; readers: workers)
-constexpr u32 kGridWordArrivals = 32; // arrivals at grid barriers, ever (writers: workers; readers: workers, director)
 BK_INLINE u32* grid_word(const EngineParams& params, u32 word_idx) { return reinterpret_cast<u32*>(params.grid_words) + word_idx; }
 
 BK_INLINE bool grid_has_passed(const EngineParams& params, u32 arrivals, u32 num_barriers) {

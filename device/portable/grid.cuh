@@ -9,9 +9,6 @@
 
 namespace blinkimp {
 
-// Words of EngineParams.grid_words, 128 bytes apart.
-constexpr u32 kGridWordPlan = 0;       // steps published by the director (writer: director; readers: workers)
-constexpr u32 kGridWordArrivals = 32;  // arrivals at grid barriers, ever (writers: workers; readers: workers, director)
 BK_INLINE u32* grid_word(const EngineParams& params, u32 word_idx) { return reinterpret_cast<u32*>(params.grid_words) + word_idx; }
 
 // Grid barriers an op ends with: one per phase.

@@ -260,7 +260,7 @@ class StepRunner:
         """Runs what prepare() put there, and waits for its end."""
         context = self.context
         words = np.zeros(abi.GRID_WORDS_BYTES // 4, np.uint32)
-        words[0] = 2  # both plans are published
+        words[abi.GRID_WORD_PLAN] = 2  # both plans are published
         context.upload(int(params["grid_words"][0]), words)
         self.set_workspace(
             ROW_SCALES, np.zeros(workspace_sizes(self.config, self.sizes)[ROW_SCALES], np.uint8)

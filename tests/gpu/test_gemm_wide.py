@@ -74,10 +74,11 @@ def test_every_tiling(runner: WideRunner, rng: np.random.Generator, tile_rows: i
         assert relative_error(got, product(weights, inputs)) < 1e-5
 
 
-def test_number_of_workers_does_not_change_a_bit(runner: WideRunner, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("num_rows", [300, 1100])  # 1,100: the workers keep in step (gemm_pace.cuh)
+def test_number_of_workers_does_not_change_a_bit(runner: WideRunner, rng: np.random.Generator, num_rows: int) -> None:
     kernel = compile_wide(48)
     op = runner.place(random_bits(rng, 48 * 20, 512), 48)
-    inputs = random_bits(rng, 300, 512)
+    inputs = random_bits(rng, num_rows, 512)
     sums = [runner.multiply(kernel, [op, op], inputs, num_workers) for num_workers in (runner.num_workers, 2, 3, 37)]
     for other in sums[1:]:
         np.testing.assert_array_equal(other, sums[0])

@@ -21,16 +21,30 @@ NUM_WORKERS = 3
 
 
 @pytest.mark.parametrize(
-    ("tile_rows", "columns", "stack"),
-    [(32, 192, 0), (32, 1216, 0), (112, 192, 0), (48, 1216, 2), (48, 1280, 2), (32, 1216, 4)],
+    ("tile_rows", "columns", "stack", "is_paced"),
+    [
+        (32, 192, 0, False),
+        (32, 1216, 0, False),
+        (112, 192, 0, False),
+        (48, 1216, 2, False),
+        (48, 1280, 2, False),
+        (32, 1216, 4, False),
+        (48, 1216, 4, True),
+        (32, 1280, 8, True),
+    ],
 )
-def test_products_of_two_ops(tmp_path: Path, tile_rows: int, columns: int, stack: int) -> None:
+def test_products_of_two_ops(tmp_path: Path, tile_rows: int, columns: int, stack: int, is_paced: bool) -> None:
     """Rows of one to three tiles; the second op has a ragged last item. 32: items of 64 rows, of which a warpgroup has nothing, among them, and
     inputs in the weight ring. 1,216 columns are 19 slices: both rings go round, and an item's last unit is not full. With a stack, items of 128 rows
-    and 96 or 128 weight rows: units of two stages, with a lent one behind."""
+    and 96 or 128 weight rows: units of two stages, with a lent one behind. Paced: workers keep in step, and make up for the paces of ragged items and
+    of rounds that have none for them."""
     tiling = {"BK_WIDE_TOKENS": "128", "BK_WIDE_STACK": str(stack)} if stack else {}
+    pace = {"BK_PACED_ROWS": "65"} if is_paced else {}
     library = build(
-        SIMT90 / "gemm_wide_simt.cpp", tmp_path / "wide.so", {"TILE_ROWS": str(tile_rows)} | tiling, ROOT / "device"
+        SIMT90 / "gemm_wide_simt.cpp",
+        tmp_path / "wide.so",
+        {"TILE_ROWS": str(tile_rows)} | tiling | pace,
+        ROOT / "device",
     )
     rng = np.random.default_rng(tile_rows)
     weights = [random_bits(rng, tile_rows * 4, columns), random_bits(rng, tile_rows * 5 - 16, columns)]
@@ -53,3 +67,6 @@ def test_products_of_two_ops(tmp_path: Path, tile_rows: int, columns: int, stack
         library.bk_gemm_wide_simt(ctypes.c_void_p(params.ctypes.data), num_rows, *pointers, num_rows)
         expected = f32_from_bf16(bits).astype(np.float64) @ f32_from_bf16(weights[1]).astype(np.float64).T
         np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-3)
+        num_items = [-(-num_rows // 128) * -(-op.num_tiles // stack) for op in placed] if is_paced else []
+        num_rounds = sum(-(-items // NUM_WORKERS) for items in num_items)
+        assert grid_words[abi.GRID_WORD_PACES] == NUM_WORKERS * num_rounds * (columns // 64 // 4)

@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(kWorkerThreads, 1) gemm_wide_test(c
   if (threadIdx.x == 0) {
     shared.params = &params;
     shared.compute = ComputeState{};
+    shared.num_paces = 0;
     for (u32 i = 0; i < kWeightStages; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
       mbarrier_init(&shared.weights_empty[i], 2);

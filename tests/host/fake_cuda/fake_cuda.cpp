@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kSuccess = 0, kNotReady = 600, kInvalidContext = 201, kLaunchFailed = 719;
 constexpr u64 kContext = 0x11, kStream = 0x22, kBeginStep = 0x33, kPersistentKernel = 0x44;
-constexpr u32 kArrivalsWord = 32, kPlansOfLaunch = 2;
+constexpr u32 kPlansOfLaunch = 2;
 
 using RunStep = void (*)(const EngineParams*, const StepPlan*);
 
@@ -138,16 +138,16 @@ u32* grid_word(const EngineParams& params, u32 word_idx) { return reinterpret_ca
 void begin_step(const EngineParams& params, const UpdateBatch* batch) {
   if (batch->num_pieces > kMaxPieces || batch->num_words > kBatchWords) violation("a batch that is too long");
   for (u32 i = 0; i < batch->num_pieces; ++i) apply_piece(params, *batch, i, 0, 1);
-  *grid_word(params, 0) = kPlansOfLaunch;
-  *grid_word(params, kArrivalsWord) = 0;
+  *grid_word(params, kGridWordPlan) = kPlansOfLaunch;
+  *grid_word(params, kGridWordArrivals) = *grid_word(params, kGridWordPaces) = 0;
   num_begins += 1;
 }
 
 void run_step(const EngineParams& params) {
   const u32 step = ++num_steps;
-  if (*grid_word(params, 0) != kPlansOfLaunch || *grid_word(params, kArrivalsWord) != 0) violation("a step that did not begin");
+  if (*grid_word(params, kGridWordPlan) != kPlansOfLaunch || *grid_word(params, kGridWordArrivals) != 0) violation("a step that did not begin");
   if (reinterpret_cast<const StepPlan*>(params.plans[1])->flags != kPlanExit) violation("no exit behind the step");
-  *grid_word(params, kArrivalsWord) = 0xdead;  // barriers were counted
+  *grid_word(params, kGridWordArrivals) = 0xdead;  // barriers were counted
   if (step == script.hangs_at_step) return stream->hang();
   if (step == script.fails_at_step) {
     if (script.records_fault != 0) record_fault(params, kFaultSpinExpired, kSiteGridBarrier, 7, 6);

@@ -13,6 +13,6 @@
 
 // output: [num_rows, out_features of the last op] f32; times: [num_ops + 1].
 extern "C" void bk_gemm_wide_simt(const EngineParams* params, unsigned num_rows, const unsigned char* input, float* output, u64* times, unsigned seed) {
-  *grid_word(*params, kGridWordArrivals) = 0;
+  *grid_word(*params, kGridWordArrivals) = *grid_word(*params, kGridWordPaces) = 0;
   simt90::run_grid(params->num_workers, kWorkerThreads, seed, [&] { gemm_wide_test(*params, num_rows, input, output, times); }, [] { return false; });
 }

@@ -1,7 +1,7 @@
 // Stands before device/ptx.cuh in the CPU emulation of a Hopper CTA: the same functions, except that a spin gives way to other threads.
 //
 // device_clock_ns() or sleep_ns() is what every spin of the device code calls between two looks, so it is where a fiber waits: until some thread
-// arrives at the grid barrier or stores a word for other CTAs, or a plan is published. (Waits for mbarriers block in mbarrier_try_wait and never spin.) Also what simt.h lacks of CUDA.
+// arrives at the grid barrier, adds to or stores a word for other CTAs, or a plan is published. (Waits for mbarriers block in mbarrier_try_wait and never spin.) Also what simt.h lacks of CUDA.
 // Used by tests/host/simt90/*.cuh. Test: pytest tests/host/test_attention_sm90_simt.py
 #pragma once
 #include <simt.h>
@@ -15,11 +15,13 @@
 #define __align__(bytes)
 
 #define device_clock_ns device_clock_ns_of_cpu
+#define red_add_relaxed_gpu red_add_relaxed_of_cpu
 #define red_add_release_gpu red_add_release_of_cpu
 #define sleep_ns sleep_ns_of_cpu
 #define st_relaxed_gpu st_relaxed_gpu_of_cpu
 #include_next <ptx.cuh>
 #undef device_clock_ns
+#undef red_add_relaxed_gpu
 #undef red_add_release_gpu
 #undef sleep_ns
 #undef st_relaxed_gpu
@@ -52,6 +54,12 @@ BK_INLINE u64 device_clock_ns() {
 }
 
 BK_INLINE void sleep_ns(u32) { simt::machine.wait(simt90::grid); }
+
+template <class Word>
+BK_INLINE void red_add_relaxed_gpu(Word* address, Word value) {
+  red_add_relaxed_of_cpu(address, value);
+  ++simt90::grid.generation;
+}
 
 BK_INLINE void red_add_release_gpu(u32* address, u32 value) {
   red_add_release_of_cpu(address, value);
